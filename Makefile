@@ -1,0 +1,55 @@
+# make demo   the whole pipeline on the small model that ships with vlakeep (set VLAKEEP_ROOT to choose where files go)
+# make test   all tests; TESTS=tests/test_storage.py runs one file, WORKERS=4 uses more processes
+# make lint   ruff
+# make clean  remove .venv
+#
+# All of them make their own virtual environment in .venv on first use, and again when pyproject.toml or constraints.txt change.
+# PYTHON=python3.12 chooses the interpreter. An existing environment (conda openvla) needs none of this: pip install -e .
+
+SHELL := /bin/bash
+TESTS ?= tests
+WORKERS ?= 2
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint clean setup
+
+demo: setup
+	@$(VENV)/bin/vlakeep demo $(ARGS)
+
+# One thread per process: the tests are small, and two processes on two cores finish sooner than two threads in one.
+test: setup
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) $(TESTS)
+
+lint: setup
+	@$(PY) -m ruff check vlakeep tests
+
+clean:
+	rm -rf $(VENV) build vlakeep.egg-info
+
+setup:
+	@set -e; \
+	want=$$(cat pyproject.toml constraints.txt | cksum); \
+	if [ "$$(cat $(VENV)/.ready 2>/dev/null)" = "$$want" ] && $(PY) -c "" 2>/dev/null; then exit 0; fi; \
+	python=""; \
+	for candidate in $(PYTHON) python3 python3.12 python3.11 python3.10 python; do \
+	  if $$candidate -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1; then \
+	    python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "error: no Python 3.10, 3.11 or 3.12 with venv found; install one (apt install python3 python3-venv), or make PYTHON=/path/to/python3" >&2; \
+	  exit 1; fi; \
+	echo "[1/3] virtual environment $(VENV) with $$($$python --version)"; \
+	rm -rf $(VENV); $$python -m venv $(VENV); \
+	index=""; \
+	if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1; then \
+	  cpu=https://download.pytorch.org/whl/cpu; \
+	  if $(PY) -c "import urllib.request; urllib.request.urlopen('$$cpu/torch/', timeout=8)" 2>/dev/null; then index="--extra-index-url $$cpu"; fi; \
+	fi; \
+	echo "[2/3] torch (the largest part; a few minutes on a slow line)"; \
+	$(PIP) $$index torch 2> >(grep -v '^WARNING: Location' >&2); \
+	$(PIP) $$index --no-deps torchvision 2> >(grep -v '^WARNING: Location' >&2); \
+	echo "[3/3] vlakeep and the other libraries"; \
+	$(PIP) --editable '.[dev]' 2> >(grep -v '^WARNING: Location' >&2); \
+	echo "$$want" > $(VENV)/.ready

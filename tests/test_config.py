@@ -1,0 +1,82 @@
+"""Configuration: strict keys with suggestions, every problem at once, round trip."""
+
+import dataclasses
+
+import pytest
+
+from vlakeep import cli
+from vlakeep.config import Config, ConfigError, config_from_argv, known_keys, load_config, save_config, to_dict
+
+
+def test_round_trip(tmp_path):
+    config = Config(name="x", threads=2)
+    config.lora.layers, config.icsm.layers, config.thermostat.gamma_min = "0,2", [1, 3], 0.25
+    save_config(config, tmp_path / "c.yaml")
+    assert load_config(str(tmp_path / "c.yaml")) == config
+
+
+def test_command_line_over_file_over_default(tmp_path):
+    (tmp_path / "c.yaml").write_text("train: {lr: 0.5, steps: 9}\n")
+    for argv in (["--train.lr", "0.25"], ["--train.lr=0.25"]):
+        config = config_from_argv(["--config", str(tmp_path / "c.yaml"), *argv])
+        assert (config.train.lr, config.train.steps, config.train.batch_size) == (0.25, 9, 16)
+    assert config_from_argv([f"--config={tmp_path / 'c.yaml'}"]).train.lr == 0.5
+    assert load_config(None, ["--data.datasets", "[a, b]"]).data.datasets == ["a", "b"]
+    assert load_config(None, ["--thermostat.gamma_min", "0.1"]).thermostat.gamma_min == 0.1
+
+
+@pytest.mark.parametrize("text, words", [
+    ("trian: {lr: 1}\n", "unknown key `trian` in .*did you mean `train`"),
+    ("train: {learning_rate: 1}\nlora: {rnak: 1}\n", "(?s)train.learning_rate.*lora.rnak.*did you mean `lora.rank`"),
+    ("train: {lr: fast}\n", "wrong type.*lr"),
+    ("train: [1\n", "not valid YAML"),
+    ("- 1\n", "`key: value` pairs"),
+    ("train: {lr: -1, steps: 0}\nhsw: {beta: 0}\n", "(?s)hsw.beta|train.steps"),
+])
+def test_mistakes_in_a_file(tmp_path, text, words):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        load_config(str(tmp_path / "c.yaml"))
+
+
+def test_all_problems_are_shown_at_once():
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, ["--train.lr", "-1", "--hsw.gamma", "2", "--hsw.beta", "0", "--method", "magic", "--name", "a/b"])
+    for key in ("train.lr", "hsw.gamma", "hsw.beta", "method", "name"):
+        assert f"--{key} " in str(caught.value)
+
+
+@pytest.mark.parametrize("key, good, bad", [
+    ("hsw.gamma", [0.0, 1.0], [-0.1, 1.1]), ("hsw.beta", [0.1, 1.0], [0.0, 1.1]), ("thermostat.beta_min", [0.1], [0.0, 1.1]),
+    ("thermostat.gamma_min", [0.0, 1.0], [-0.1, 1.1]), ("thermostat.every", [1], [0]), ("icsm.rank", [1], [0]), ("icsm.epsilon", [0.1], [0.0]),
+    ("train.clip", [0.0], [-1.0]), ("train.save_every", [1], [0]), ("probe.size", [2], [1])])
+def test_ranges(key, good, bad):
+    for value in good:
+        load_config(None, [f"--{key}", str(value)])
+    for value in bad:
+        with pytest.raises(ConfigError, match=key):
+            load_config(None, [f"--{key}", str(value)])
+
+
+def test_defaults_are_sound_and_every_key_is_known():
+    assert Config().problems() == []
+    flat = [key for key in known_keys() if not dataclasses.is_dataclass(_value(Config(), key))]
+    assert {"root", "cache_dir", "data_root_dir", "probe_root_dir", "artifact_dir", "run_root_dir", "tmp_dir", "train.use_wandb"} <= set(flat)
+    assert Config().train.use_wandb is False
+    text = cli.config_help()
+    assert [key for key in flat if key not in text] == []
+    assert to_dict(Config())["train"]["lr"] == Config().train.lr
+
+
+def test_no_key_is_accepted_and_ignored():
+    """Every field is read somewhere outside config.py."""
+    from test_layout import REPO
+    text = "\n".join(path.read_text() for path in (REPO / "vlakeep").rglob("*.py") if path.name != "config.py")
+    unread = [key for key in known_keys() if key.split(".")[-1] not in text]
+    assert unread == []
+
+
+def _value(config, key):
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config

@@ -1,0 +1,180 @@
+"""The laws of the framework on the real model and the real loop: bitwise switches, bitwise resume, processes, contraction."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BASELINE, METHOD, SMALL, final_adapter
+
+from vlakeep.rundir import read_metrics
+from vlakeep.train import TrainingStopped, run_training
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def baseline(world):
+    storage, make_config = world
+    return run_training(make_config(BASELINE, "--name", "law-baseline"), storage)
+
+
+def test_method_with_everything_off_is_the_baseline_bitwise(world, baseline):
+    storage, make_config = world
+    off = run_training(make_config(METHOD, "--name", "law-off", "--hsw.enabled", False, "--thermostat.enabled", False), storage)
+    assert final_adapter(off) == final_adapter(baseline)
+    assert [r["loss"] for r in read_metrics(off)] == [r["loss"] for r in read_metrics(baseline)]
+
+
+@pytest.mark.parametrize("site", ["residual", "lora_input", "both"])
+def test_gains_held_at_one_are_the_baseline_bitwise(world, baseline, site):
+    """All hooks in place, the Thermostat measuring, and not a bit moves while beta = gamma = 1."""
+    storage, make_config = world
+    held = run_training(make_config(METHOD, "--name", f"law-ones-{site}", "--hsw.site", site, "--thermostat.gamma_min", 1.0,
+                                    "--thermostat.beta_min", 1.0), storage)
+    assert final_adapter(held) == final_adapter(baseline)
+    assert all(row["d"] > 0 for row in read_metrics(held))
+
+
+@pytest.mark.parametrize("site", ["residual", "lora_input"])
+def test_gains_below_one_change_the_result(world, baseline, site):
+    storage, make_config = world
+    run = run_training(make_config(METHOD, "--name", f"law-strong-{site}", "--hsw.site", site, "--hsw.gamma", 0.3, "--hsw.beta", 0.8,
+                                   "--thermostat.enabled", False), storage)
+    assert final_adapter(run) != final_adapter(baseline)
+    rows = read_metrics(run)
+    assert all(row["g_prime_norm"] <= row["g_norm"] * (1 + 1e-6) for row in rows), "||g'|| <= ||g|| on every step"
+    assert any(row["g_prime_norm"] < 0.999 * row["g_norm"] for row in rows)
+
+
+@pytest.mark.parametrize("site", ["residual", "lora_input"])
+def test_resume_is_the_uninterrupted_run_bitwise(world, site):
+    storage, make_config = world
+    arm = [METHOD, "--hsw.site", site, "--lora.dropout", 0.1, "--thermostat.threshold_sigmas", 0.0, "--train.schedule", "constant"]
+    whole = run_training(make_config(*arm, "--name", f"law-whole-{site}"), storage)
+    run_training(make_config(*arm, "--name", f"law-part-{site}", "--train.steps", 3), storage)
+    part = run_training(make_config(*arm, "--name", f"law-part-{site}", "--train.resume", True), storage)
+    assert final_adapter(part) == final_adapter(whole)
+
+    def numbers(folder):
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(folder)]
+    assert numbers(part) == numbers(whole)
+
+
+def command(root, *args):
+    return [sys.executable, "-m", "vlakeep.cli", "train", *SMALL, "--root", str(root), *[str(a) for a in args]]
+
+
+def test_killed_at_random_moments_and_resumed_is_the_uninterrupted_run_bitwise(world):
+    """kill -9 lands anywhere, in the middle of saving too (a checkpoint is written after every step)."""
+    storage, make_config = world
+    args = ["--config", METHOD, "--train.steps", 12, "--train.save_every", 1]
+    whole = run_training(make_config(METHOD, "--name", "law-unkilled", *args[2:]), storage)
+    rng = random.Random(0)
+    resume, kills = [], int(os.environ.get("VLAKEEP_KILLS", "3"))
+    folder = storage.run_folder("law-killed")
+    for _ in range(kills):
+        child = subprocess.Popen(command(storage.root, *args, "--name", "law-killed", *resume), cwd=REPOSITORY,
+                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        seen = len(read_metrics(folder)) if (folder / "metrics.jsonl").is_file() else 0
+        deadline = time.monotonic() + 90
+        while child.poll() is None and time.monotonic() < deadline:
+            rows = len(read_metrics(folder)) if (folder / "metrics.jsonl").is_file() else 0
+            if rows > seen:
+                break
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.3)
+        if child.poll() is None:
+            child.send_signal(signal.SIGKILL)
+        child.wait()
+        resume = ["--train.resume", "true"]
+    done = subprocess.run(command(storage.root, *args, "--name", "law-killed", *resume), cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert final_adapter(folder) == final_adapter(whole)
+    assert [r["step"] for r in read_metrics(folder)] == list(range(1, 13))
+
+
+def test_two_processes_are_one_process_with_two_micro_batches_bitwise(world):
+    """(g0 + g1) / 2 either way: the sample order does not depend on the number of processes, and halving is exact."""
+    storage, make_config = world
+    one = run_training(make_config(METHOD, "--name", "law-one", "--train.accumulation", 2), storage)
+    two = command(storage.root, "--config", METHOD, "--name", "law-two")
+    two[1:3] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vlakeep.cli"]
+    done = subprocess.run(two, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert final_adapter(storage.run_folder("law-two")) == final_adapter(one)
+
+
+def test_accumulation_of_small_batches_is_the_large_batch(world):
+    storage, make_config = world
+    common = ["--train.steps", 3, "--train.optimizer", "sgd", "--train.lr", 0.05]
+    large = run_training(make_config(BASELINE, "--name", "law-large", "--train.batch_size", 8, *common), storage)
+    small = run_training(make_config(BASELINE, "--name", "law-small", "--train.batch_size", 4, "--train.accumulation", 2, *common), storage)
+    from safetensors.torch import load
+    a, b = load(final_adapter(large)), load(final_adapter(small))
+    assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-6
+
+
+def test_drift_and_gains_move_in_the_log_and_can_be_replayed(world):
+    from vlakeep.method import control_law
+    from vlakeep.thermostat.controller import replay
+    storage, make_config = world
+    config = make_config(METHOD, "--name", "law-loop", "--hsw.site", "lora_input", "--thermostat.estimator", "paired",
+                         "--train.steps", 10, "--train.lr", 5e-3)
+    rows = read_metrics(run_training(config, storage))
+    assert rows[0]["calibrating"] == 1.0 and rows[-1]["calibrating"] == 0.0
+    assert len({row["d"] for row in rows}) > 5
+    gammas = [row["gamma"] for row in rows]
+    assert gammas[0] == 1.0 and min(gammas) < 1.0
+    replayed = replay(control_law(config), [row["d"] for row in rows])
+    assert [r["gamma"] for r in replayed] == [row["next_gamma"] for row in rows]
+    for row in rows:
+        assert {"step", "loss", "d", "beta", "gamma", "g_norm", "g_prime_norm", "grad_norm", "grad_norm_clipped"} <= set(row)
+
+
+def test_sigterm_saves_and_the_run_goes_on_bitwise(world):
+    storage, make_config = world
+    args = ["--config", BASELINE, "--train.steps", 200, "--train.save_every", 1000]
+    folder = storage.run_folder("law-term")
+    child = subprocess.Popen(command(storage.root, *args, "--name", "law-term"), cwd=REPOSITORY, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.PIPE, text=True)
+    while child.poll() is None and not ((folder / "metrics.jsonl").is_file() and len(read_metrics(folder)) >= 2):
+        time.sleep(0.02)
+    child.send_signal(signal.SIGTERM)
+    error = child.communicate(timeout=60)[1]
+    assert child.returncode == 143, error
+    assert json.loads((folder / "provenance.json").read_text())["status"] == "interrupted"
+    steps = len(read_metrics(folder))
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == [f"step_{steps:06d}"]
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(world, monkeypatch):
+    from vlakeep.backbones.base import Backbone
+    storage, make_config = world
+    original, calls = Backbone.forward, []
+
+    def broken(self, batch):
+        calls.append(1)
+        out = original(self, batch)
+        return out._replace(loss=out.loss * float("nan")) if len(calls) > 4 else out
+
+    monkeypatch.setattr(Backbone, "forward", broken)
+    with pytest.raises(TrainingStopped, match="step 5; the checkpoint of step 3 is kept"):
+        run_training(make_config(BASELINE, "--name", "law-nan"), storage)
+    folder = storage.run_folder("law-nan")
+    assert json.loads((folder / "provenance.json").read_text())["status"] == "failed"
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_000003"]
+    assert torch.isfinite(torch.tensor([r["loss"] for r in read_metrics(folder)[:4]])).all()
+
+
+def test_hidden_states_that_blow_up_stop_the_run_with_a_remedy(world):
+    storage, make_config = world
+    with pytest.raises(TrainingStopped, match="hidden states blew up.*gamma_min"):
+        run_training(make_config(BASELINE, "--name", "law-blowup", "--train.lr", 3.0, "--train.clip", 0.0, "--train.steps", 40,
+                                 "--train.blowup_factor", 1.5, "--train.warmup", 0), storage)

@@ -1,0 +1,163 @@
+"""The rules of the code tree as tests: depth, file length, one-way imports, every YAML loads, every documented command exists."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from vlakeep import cli
+from vlakeep.config import known_keys, load_config
+
+REPO = Path(__file__).resolve().parents[1]
+PACKAGE = REPO / "vlakeep"
+SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if "assets" not in p.parts)
+PLUMBING = {"config", "storage", "parallel", "checkpoint", "rundir", "compat", "errors"}
+ROOMS = {"data", "backbones", "probe", "icsm", "hsw", "thermostat", "benchmarks", "reporting", "baselines"}
+# What rooms may use of each other. Pooling has one definition, for the offline statistics and for the Thermostat's sensor.
+SHARED = {"vlakeep.data.sample", "vlakeep.data.prompts", "vlakeep.backbones.base", "vlakeep.probe.pooling"}
+# Stages that may import others: the dispatcher, and the demo, which runs them in order. `checks` belongs to preflight.
+MAY_IMPORT_STAGES = {"cli": None, "demo": None, "preflight": {"checks"}}
+DOCUMENTS = sorted([*REPO.glob("*.md"), *(REPO / "docs").glob("*.md")])
+
+
+def imports(path):
+    """(module, line) of every vlakeep module that a file imports, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.startswith("vlakeep."):
+                parts = name.split(".")
+                while not ((REPO / Path(*parts)).with_suffix(".py").is_file() or (REPO / Path(*parts)).is_dir()):
+                    parts.pop()
+                if parts != ["vlakeep"]:
+                    yield ".".join(parts), node.lineno
+
+
+def test_two_folder_levels_and_flat_tests():
+    assert len(SOURCES) > 20
+    assert [str(p) for p in SOURCES if len(p.relative_to(PACKAGE).parts) > 2] == []
+    assert [str(p) for p in (REPO / "tests").rglob("*.py") if p.parent != REPO / "tests"] == []
+    rooms = {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name not in ("assets", "__pycache__")}
+    assert rooms <= ROOMS, f"unknown rooms: {rooms - ROOMS}"
+
+
+def test_files_are_of_readable_length():
+    long = {str(p.relative_to(REPO)): n for p in SOURCES if (n := len(p.read_text().splitlines())) > 450}
+    assert long == {}
+
+
+def test_sub_packages_have_an_empty_init():
+    for folder in PACKAGE.iterdir():
+        if folder.name in ROOMS:
+            assert (folder / "__init__.py").read_text() == "", folder
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_one_way(path):
+    me = path.relative_to(PACKAGE).with_suffix("").parts
+    wrong = []
+    for name, line in imports(path):
+        there = name.split(".")[1]
+        if me[0] in PLUMBING:
+            ok = there in PLUMBING
+        elif me[0] in ROOMS:
+            ok = there in PLUMBING or there == me[0] or name in SHARED
+        elif me[0] == "method":
+            ok = there in PLUMBING | ROOMS
+        elif me[0] in MAY_IMPORT_STAGES:
+            allowed = MAY_IMPORT_STAGES[me[0]]
+            ok = allowed is None or there in PLUMBING | ROOMS | {"method"} | allowed
+        else:
+            ok = there in PLUMBING | ROOMS | {"method"}
+        if not ok and me != ("__init__",):
+            wrong.append(f"{path.relative_to(REPO)}:{line} imports {name}")
+    assert wrong == []
+
+
+def test_optional_and_heavy_imports_stay_inside_functions():
+    """timm goes through compat (torchvision may be unusable); wandb, tensorboard and matplotlib load only when used."""
+    for path in SOURCES:
+        for node in ast.parse(path.read_text()).body:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+            tops = {(name or "").split(".")[0] for name in names}
+            assert not tops & {"timm", "torchvision", "wandb", "tensorboard", "tensorflow"}, f"{path}: {tops}"
+
+
+def test_no_pickle():
+    for path in SOURCES:
+        text = path.read_text()
+        assert "import pickle" not in text and "weights_only=False" not in text and "_object_list" not in text, path
+        for call in re.finditer(r"torch\.load\(", text):
+            assert "weights_only=True" in text[call.start():call.start() + 200], f"{path}: torch.load without weights_only=True"
+
+
+CONFIGS = sorted((REPO / "configs").rglob("*.yaml"))
+
+
+def test_configs_are_found():
+    assert len(CONFIGS) >= 2
+    assert {"baseline_lora", "method_icsm_hsw_thermostat"} <= {p.stem for p in CONFIGS}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_every_config_loads_and_is_headed_by_its_launch_line(path):
+    load_config(str(path))
+    head = path.read_text().split("\n\n")[0]
+    assert head.startswith("#") and f"--config configs/{path.name}" in path.read_text()
+
+
+def commands():
+    """(document, command line) of every shell line in the code blocks of the documents."""
+    for document in DOCUMENTS:
+        for block in re.findall(r"```(?:bash|sh|shell|console)?\n(.*?)```", document.read_text(encoding="utf-8"), flags=re.S):
+            joined = re.sub(r"\\\n\s*", " ", block)
+            for line in joined.splitlines():
+                yield document.name, line.strip().removeprefix("$ ").split("  #")[0].strip()
+
+
+def test_readme_exists():
+    assert (REPO / "README.md").is_file()
+
+
+def test_documented_commands_exist():
+    targets = set(re.findall(r"^([a-z]+):", (REPO / "Makefile").read_text(), flags=re.M))
+    keys, wrong, seen = set(known_keys()), [], 0
+    own = {"config", "help", "stage", "gpus", "large_file_gb", "out", "minutes", "frames", "device", "version"}
+    for document, line in commands():
+        words = [w for w in line.split() if not re.fullmatch(r"[A-Z_]+=\S*", w)]
+        if not words:
+            continue
+        where = f"{document}: {line}"
+        if words[0] == "make":
+            seen += 1
+            wrong += [where for word in words[1:] if not word.startswith("-") and "=" not in word and word not in targets]
+        elif words[0] == "vlakeep" and len(words) > 1:
+            seen += 1
+            if words[1] not in cli.STAGES and words[1] not in ("<stage>", "--help", "--version"):
+                wrong.append(where)
+            wrong += [f"{where} ({word})" for word in words[2:] if word.startswith("--") and word[2:].split("=")[0] not in keys | own]
+        for word in words:
+            if re.fullmatch(r"(bash )?(\./)?(configs|scripts)/[\w.-]+\.(yaml|sh)", word) and not (REPO / word).is_file():
+                wrong.append(f"{where} ({word} is missing)")
+    assert wrong == []
+    if DOCUMENTS:
+        assert seen >= 2, "no command was found in the documents: the pattern of this test is broken"
+
+
+def test_dependencies_have_lower_bounds_only_and_constraints_pin():
+    text = (REPO / "pyproject.toml").read_text()
+    block = re.search(r"\ndependencies = \[(.*?)\]", text, flags=re.S)[1]
+    wanted = re.findall(r'"([^"]+)"', block)
+    assert len(wanted) >= 15 and all(re.fullmatch(r"[A-Za-z0-9-]+>=[\d.]+", line) for line in wanted), wanted
+    pins = [line for line in (REPO / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert all("==" in line for line in pins)
+    from vlakeep.preflight import LOWER_BOUNDS
+    for name, bound in LOWER_BOUNDS.items():
+        assert f"{name}>={bound}" in wanted, f"{name}: pyproject.toml and preflight.py disagree"

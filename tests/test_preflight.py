@@ -1,0 +1,258 @@
+"""Preflight and the storage self-check: every red line at once, each with its remedy, and green when all is there."""
+
+import json
+import os
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vlakeep import preflight
+from vlakeep import storage as storage_module
+from vlakeep.checks import RED, layer_numbers, safetensors_problem
+from vlakeep.config import Config, save_config, to_dict
+from vlakeep.icsm import artifact
+from vlakeep.preflight import version_tuple
+
+DEPTH, WIDTH = 6, 32
+VARIABLES = ["HF_HOME", "TRANSFORMERS_CACHE", "HF_DATASETS_CACHE", "TORCH_HOME", "WANDB_DIR", "TMPDIR"]
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """A configuration of the method whose every input exists, small; returns (config, root)."""
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CONDA_DEFAULT_ENV", "openvla")
+    root = tmp_path / "root"
+    model = root / "hf_cache" / "tiny"
+    model.mkdir(parents=True)
+    text = {"num_hidden_layers": DEPTH, "hidden_size": WIDTH, "intermediate_size": 64}
+    (model / "config.json").write_text(json.dumps({"model_type": "openvla", "text_config": text}))
+    for part in (1, 2):
+        save_file({f"w{part}": torch.zeros(10, 10)}, model / f"model-{part}.safetensors")
+    index = {"weight_map": {"w1": "model-1.safetensors", "w2": "model-2.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
+        (model / name).write_text("{}")
+    (model / "dataset_statistics.json").write_text(json.dumps({"pushes": {}}))
+    data = root / "datasets" / "pushes" / "1.0.0"
+    data.mkdir(parents=True)
+    (data / "pushes-train.tfrecord-00000-of-00001").write_bytes(b"x")
+    (data / "dataset_info.json").write_text("{}")
+    (root / "probe" / "p").mkdir(parents=True)
+    (root / "probe" / "p" / "items.jsonl").write_text("{}\n")
+
+    config = Config(name="r", method="icsm_hsw_thermostat", root=str(root), device="cpu")
+    config.backbone.checkpoint, config.data.datasets, config.probe.name = "tiny", ["pushes"], "p"
+    config.probe.size, config.icsm.rank = 100, 8
+    layers = artifact.default_layers(DEPTH)
+    tensors = {layer: {"U_f": torch.zeros(WIDTH, 4), "U_p": torch.zeros(WIDTH, 4), "mu": torch.zeros(WIDTH), "C_T": torch.zeros(WIDTH, WIDTH)}
+               for layer in layers}
+    meta = {"weights_sha256": "w", "probe_sha256": "p", "depth": DEPTH, "layers": layers, "config": to_dict(config.icsm)}
+    artifact.write(root / "artifacts" / "icms_tiny", tensors, None, {}, meta)
+    return config, root
+
+
+def reds(config, **options):
+    return [line for line in preflight.run_checks(config, **options) if line.status == RED]
+
+
+def test_all_green(world, capsys):
+    config, root = world
+    lines = preflight.run_checks(config)
+    assert reds(config) == []
+    for what in ("configuration", "storage root", "cache variables", "source tree", "conda environment", "packages", "base model",
+                 "layers and sizes", "probe", "data set pushes", "ICSM artefact", "run folder"):
+        assert any(line.what == what and line.status == "ok" for line in lines), what
+    save_config(config, root / "c.yaml")
+    assert preflight.main(["--config", str(root / "c.yaml")]) == 0
+    out = capsys.readouterr().out
+    assert "passed" in out and "FAIL" not in out and "data set pushes" in out
+
+
+def test_every_red_line_is_shown_before_it_exits(world, capsys):
+    config, root = world
+    save_config(config, root / "c.yaml")
+    for path in ("hf_cache/tiny/tokenizer.json", "datasets/pushes/1.0.0/dataset_info.json", "probe/p/items.jsonl"):
+        (root / path).unlink()
+    (root / "artifacts" / "icms_tiny" / "meta.json").unlink()
+    argv = ["--config", str(root / "c.yaml"), "--train.lr", "-1", "--icsm.rank=33", "--lora.layers", "4-6", "--hsw.layers", "[9]",
+            "--backbone.attn_implementation", "flash_attention_2"]
+    assert preflight.main(argv) == 1
+    out = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
+    for words in ("--train.lr -1.0: must be greater than 0", "no tokenizer.json or tokenizer.model", "has no dataset_info.json", "p is empty",
+                  "no ICSM artefact", "r = 33 is more than min(probe.size - 1, D) = 32", "'4-6' is out of range: the model has layers 0 to 5",
+                  "[9] out of range", "the CPU cannot run it"):
+        assert words in out, words
+    assert f"FAIL ICSM artefact: vlakeep offline --config {root / 'c.yaml'}" in out
+    assert "9 of " in out
+
+
+def test_every_red_line_has_a_remedy(world):
+    config, root = world
+    config.backbone.checkpoint, config.data.datasets, config.probe.name = "someone/model", ["tabletop_corner", "other"], "tabletop"
+    config.icsm.name, config.device = "nothing", "cuda"
+    found = reds(config)
+    assert len(found) >= 6 and all(line.remedy for line in found)
+    remedies = " ".join(line.remedy for line in found)
+    assert "hf download someone/model" in remedies and "vlakeep tabletop-data" in remedies and "--device cpu" in remedies
+
+
+def test_typing_mistakes_leave_the_other_checks_running(world, capsys):
+    config, root = world
+    assert preflight.main(["--root", str(root), "--trian.lr", "1"]) == 1
+    captured = capsys.readouterr()
+    assert "did you mean `train.lr`" in captured.out and "storage hf_cache" in captured.out and "packages" in captured.out
+    assert "usage:" not in captured.err
+    assert preflight.main(["--root", str(root / "new"), "--trian.lr", "1"]) == 1
+    assert not (root / "new").exists()
+
+
+def test_each_stage_has_its_own_inputs(world):
+    config, root = world
+    (root / "artifacts" / "icms_tiny" / "meta.json").unlink()
+    assert [line.what for line in reds(config)] == ["ICSM artefact"]
+    assert reds(config, stage="offline") == [] and reds(config, stage="evaluate") == []
+    config.method = "baseline"
+    assert reds(config) == []
+    config.method, config.hsw.enabled, config.thermostat.enabled = "icsm_hsw_thermostat", False, False
+    assert reds(config) == []
+    with pytest.raises(ValueError, match="--stage 'x': must be one of offline, train, evaluate"):
+        preflight.run_checks(config, stage="x")
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda f: f.write_bytes(f.read_bytes()[:-1]), "truncated: "),
+    (lambda f: f.write_bytes(f.read_bytes()[:20]), "truncated: its header"),
+    (lambda f: f.write_bytes(f.read_bytes() + b"x"), "too long"),
+    (lambda f: f.write_bytes(b""), "truncated: 0 bytes"),
+    (lambda f: f.write_bytes(f.read_bytes()[:9] + b"\xff" + f.read_bytes()[10:]), "damaged"),
+    (lambda f: f.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"), "git lfs pull"),
+    (lambda f: f.unlink(), "missing"),
+])
+def test_damaged_weights(world, damage, words):
+    config, root = world
+    path = root / "hf_cache" / "tiny" / "model-2.safetensors"
+    assert safetensors_problem(path) is None
+    damage(path)
+    found = reds(config)
+    assert [line.what for line in found] == ["base model"] and f"{path}: " in found[0].where and words in found[0].where
+
+
+def test_wrong_model_kind_and_unnorm_key(world):
+    config, root = world
+    path = root / "hf_cache" / "tiny" / "config.json"
+    path.write_text(path.read_text().replace("openvla", "llava"))
+    config.backbone.unnorm_key = "libero"
+    found = " ".join(line.where for line in reds(config))
+    assert "'llava', not 'openvla'" in found and "'libero' is not among" in found and "pushes" in found
+
+
+def test_artefact_of_another_configuration_or_depth(world):
+    config, root = world
+    config.icsm.epsilon = 0.5
+    assert any("icsm.epsilon 0.1" in line.where for line in reds(config))
+    config.icsm.epsilon = 0.1
+    (root / "artifacts" / "icms_tiny" / "U3_f.pt").unlink()
+    assert any("U3_f.pt is missing" in line.where for line in reds(config))
+
+
+def test_sizes_against_the_probe_and_the_schedule(world):
+    config, root = world
+    config.probe.size, config.thermostat.batch_size, config.icsm.rank, config.train.steps = 10, 11, 10, 200
+    lines = preflight.run_checks(config)
+    found = {line.what: line for line in lines}
+    assert found["--thermostat.batch_size"].status == RED
+    assert "= 9" in found["--icsm.rank"].where and found["--icsm.rank"].remedy.startswith("--icsm.rank 9")
+    assert found["--thermostat.every"].status == "note" and "250 of 200 steps" in found["--thermostat.every"].where
+
+
+def test_run_folder_and_free_space(world, monkeypatch):
+    config, root = world
+    run = root / "runs" / "r"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("{}")
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert any("already holds a run" in line.where for line in reds(config))
+    monkeypatch.setattr("vlakeep.checks.free_bytes", lambda path: 1000)
+    assert any(line.what == "free space for checkpoints" and "1.0 kB free" in line.where for line in reds(config))
+
+
+def gpu(monkeypatch, capability, count=1):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=0: "Card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: capability)
+
+
+def test_what_the_gpu_can_do(monkeypatch):
+    config = Config(device="cuda")
+    config.backbone.dtype, config.train.autocast, config.backbone.attn_implementation = "bfloat16", "bfloat16", "flash_attention_2"
+    gpu(monkeypatch, (7, 0))  # V100
+    assert [line.what for line in preflight.check_gpus(config) if line.status == RED] == [
+        "--backbone.dtype bfloat16", "--train.autocast bfloat16", "flash attention 2"]
+    gpu(monkeypatch, (8, 9))  # RTX 4090
+    found = [line for line in preflight.check_gpus(config) if line.status == RED]
+    assert [line.where for line in found] == ["the package flash_attn is not installed"]
+    assert any("1 GPU" in line.where for line in preflight.check_gpus(config, gpus=8) if line.status == RED)
+    gpu(monkeypatch, (8, 9), count=8)
+    assert not any("GPU(s)" in line.where for line in preflight.check_gpus(config, gpus=8))
+
+
+def test_conda_environment_is_a_note_only(world, monkeypatch):
+    config, _ = world
+    monkeypatch.setenv("CONDA_DEFAULT_ENV", "base")
+    found = [line for line in preflight.check_environment(config) if line.what == "conda environment"]
+    assert found[0].status == "note" and "base is active, not openvla" in found[0].where and "conda activate openvla" in found[0].remedy
+
+
+def test_old_or_missing_packages_are_red(monkeypatch):
+    monkeypatch.setitem(preflight.LOWER_BOUNDS, "torch", "99.0")
+    monkeypatch.setitem(preflight.LOWER_BOUNDS, "no-such-package", "1.0")
+    found = {line.what: line for line in preflight.check_environment(Config()) if line.status == RED}
+    assert "needs 99.0" in found["package torch"].where and found["package no-such-package"].remedy == "pip install 'no-such-package>=1.0'"
+    assert version_tuple("2.13.0+cpu") == (2, 13, 0) > version_tuple("2.2")
+
+
+def test_storage_check_passes_and_fails(tmp_path, monkeypatch, capsys):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    root = ["--root", str(tmp_path / "root")]
+    workspace = tmp_path / "workspace"
+    workspace.mkdir()
+    monkeypatch.setattr(storage_module, "WORKSPACE", workspace)
+    assert preflight.storage_check(root) == 0
+    out = capsys.readouterr().out
+    assert out.count(" free") >= 9 and "passed" in out and str(workspace) in out
+    assert not (tmp_path / "root").exists(), "a check made folders"
+
+    with open(workspace / "weights.pt", "wb") as file:
+        file.truncate(1_100_000_000)  # sparse
+    assert preflight.storage_check(root) == 1
+    out = capsys.readouterr().out
+    assert f"mv {workspace / 'weights.pt'} {tmp_path / 'root'}/" in out and "1.1 GB" in out
+    assert preflight.storage_check([*root, "--large_file_gb", "2"]) == 0
+    assert preflight.storage_check([*root, "--large_file_gb=0.5"]) == 1
+    with pytest.raises(ValueError, match="--large_file_gb 'x'"):
+        preflight.storage_check([*root, "--large_file_gb", "x"])
+
+    (workspace / "weights.pt").unlink()
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "elsewhere"))
+    assert preflight.storage_check(root) == 1
+    assert "unset HF_HOME" in capsys.readouterr().out
+    monkeypatch.delenv("HF_HOME")
+    assert preflight.storage_check([*root, "--run_root_dir", str(tmp_path / "elsewhere")]) == 1
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".git").mkdir()  # the current checkout is scanned as well
+    assert preflight.storage_check(["--root", os.path.join(os.sep, "nonexistent-root", "x"), "--large_file_gb", "2"]) in (0, 1)
+    assert str(tmp_path) in re.sub(r"[│\s]+", "", capsys.readouterr().out)
+
+
+def test_layer_numbers():
+    assert layer_numbers("all", 4) == [0, 1, 2, 3] and layer_numbers("last:2", 4) == [2, 3]
+    assert layer_numbers("1-2", 4) == [1, 2] and layer_numbers("0,2-3", 4) == [0, 2, 3]
+    for spec in ("last:5", "4", "2-9", "x", "", "last:", "last:0"):
+        with pytest.raises(ValueError):
+            layer_numbers(spec, 4)

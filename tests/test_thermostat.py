@@ -1,0 +1,94 @@
+"""Thermostat: the law is monotone, bounded, calibrated, replayable; the drift estimators against closed forms."""
+
+import math
+
+import pytest
+import torch
+
+from vlakeep.thermostat.controller import Controller, Law, replay
+from vlakeep.thermostat.drift import covariance, covariance_drift, paired_drift
+
+
+def law(**changes):
+    values = dict(gamma_min=0.0, gamma_max=1.0, beta_min=0.4, beta_max=1.0, calibration=3, threshold_sigmas=2.0, half_excess=0.5,
+                  ema=1.0, dead_band=0.0, rate_limit=10.0)
+    values.update(changes)
+    return Law(**values)
+
+
+def test_larger_drift_gives_smaller_gains_and_beta_never_reaches_zero():
+    gains = [law().target(d, threshold=1.0) for d in torch.linspace(0, 1000, 200).tolist()]
+    betas, gammas = zip(*gains)
+    assert all(a >= b for a, b in zip(betas, betas[1:])) and all(a >= b for a, b in zip(gammas, gammas[1:]))
+    assert gammas[-1] < gammas[100] < gammas[1] == 1.0 or gammas[0] == 1.0
+    assert min(betas) >= 0.4 > 0 and min(gammas) >= 0
+
+
+def test_gamma_falls_when_drift_rises_and_recovers_when_it_falls():
+    rows = replay(law(), [1.0, 1.1, 0.9, 1.0, 2.0, 4.0, 8.0, 1.0])
+    gammas = [row["gamma"] for row in rows]
+    assert gammas[4] > gammas[5] > gammas[6] < gammas[7] == 1.0
+
+
+def test_calibration_only_measures_and_sets_the_threshold_from_the_noise():
+    rows = replay(law(), [1.0, 2.0, 3.0, 2.0])
+    assert [row["calibrating"] for row in rows] == [1.0, 1.0, 1.0, 0.0]
+    assert all(row["gamma"] == row["beta"] == 1.0 for row in rows[:3])
+    assert rows[3]["threshold"] == pytest.approx(2.0 + 2.0 * 1.0)
+
+
+def test_rate_limit_dead_band_and_moving_average():
+    rows = replay(law(rate_limit=0.1), [1, 1, 1, 100, 100, 100])
+    assert [round(row["gamma"], 6) for row in rows[3:]] == [0.9, 0.8, 0.7]
+    held = replay(law(dead_band=0.5), [1, 1, 1, 3.0, 3.3])
+    assert held[4]["gamma"] == held[3]["gamma"]
+    smoothed = replay(law(ema=0.25), [1, 1, 1, 5.0])
+    assert smoothed[3]["d_ema"] == pytest.approx(2.0)
+
+
+def test_a_value_that_is_not_a_number_holds_the_gains_and_is_counted():
+    controller = Controller(law())
+    for d in [1, 1, 1, 4.0]:
+        controller.update(d)
+    before = (controller.beta, controller.gamma, controller.average)
+    controller.update(math.nan)
+    controller.update(math.inf)
+    assert (controller.beta, controller.gamma, controller.average) == before and controller.rejected == 2
+
+
+def test_state_round_trip_continues_the_same_trajectory():
+    drifts = [1.0, 1.2, 0.8, 1.5, 3.0, 2.0, 4.0]
+    whole = replay(law(ema=0.5, rate_limit=0.2), drifts)
+    first = Controller(law(ema=0.5, rate_limit=0.2))
+    for d in drifts[:4]:
+        first.update(d)
+    second = Controller(law(ema=0.5, rate_limit=0.2))
+    second.load_state_dict(first.state_dict())
+    assert [second.update(d) for d in drifts[4:]] == whole[4:]
+
+
+@pytest.mark.parametrize("changes", [{"gamma_min": -0.1}, {"gamma_max": 1.5}, {"beta_min": 0.0}, {"calibration": 1}, {"ema": 0.0},
+                                     {"half_excess": 0.0}, {"rate_limit": 0.0}])
+def test_a_law_out_of_range_is_refused(changes):
+    with pytest.raises(ValueError):
+        law(**changes)
+
+
+def test_covariance_against_torch_and_drift_of_a_scaled_cloud():
+    torch.manual_seed(0)
+    x = torch.randn(50, 8)
+    assert torch.allclose(covariance(x), torch.cov(x.T.double()), atol=1e-10)
+    teacher = {3: covariance(x)}
+    assert covariance_drift({3: x}, teacher).item() == 0.0
+    # (1 + a) x has covariance (1 + a)^2 C, so d = ((1 + a)^2 - 1) ||C||.
+    wanted = (1.5 ** 2 - 1) * torch.linalg.matrix_norm(teacher[3]).item()
+    assert covariance_drift({3: 1.5 * x}, teacher).item() == pytest.approx(wanted, rel=1e-6)
+
+
+def test_paired_drift_is_zero_at_zero_drift_and_relative_otherwise():
+    torch.manual_seed(0)
+    x = torch.randn(30, 8)
+    mean = {0: x.mean(0)}
+    assert paired_drift({0: x}, {0: x}, mean).item() == 0.0
+    scaled = mean[0] + 1.25 * (x - mean[0])
+    assert paired_drift({0: scaled}, {0: x}, mean).item() == pytest.approx(0.25, rel=1e-5)

@@ -1,0 +1,299 @@
+"""What `vlakeep preflight` looks at among a stage's inputs: base model, layer numbers, data, probe, artefact, run folder.
+
+Each check returns lines and raises nothing for what a user can cause, so that all findings can be shown at once.
+"""
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import List, Optional, Tuple
+
+from vlakeep.config import Config, to_dict
+from vlakeep.errors import RunDirError, human_bytes
+from vlakeep.rundir import RunDir
+from vlakeep.storage import Storage, find_checkpoint, free_bytes
+
+GREEN, YELLOW, RED = "ok", "note", "FAIL"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One finding: status (ok, note, FAIL), what was checked, where and what was found, and the command that mends it."""
+
+    status: str
+    what: str
+    where: str
+    remedy: str = ""
+
+
+def safetensors_problem(path: Path) -> Optional[str]:
+    """Why a safetensors file cannot be whole, from its header and size alone; None when they agree."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        if start.startswith(b"version "):
+            return "a git-lfs pointer, not the weights: run `git lfs pull` there"
+        if len(start) < 8:
+            return f"truncated: {size} bytes"
+        length = struct.unpack("<Q", start)[0]
+        if length > size - 8:
+            return f"truncated: its header wants {length} bytes, the file has {size}"
+        try:
+            header = json.loads(file.read(length))
+            end = max([entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"], default=0)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            return "damaged: its header is not valid"
+    wanted = 8 + length + end
+    return None if size == wanted else f"{'truncated' if size < wanted else 'too long'}: {size} of {wanted} bytes"
+
+
+def check_checkpoint(config: Config, cache: Path) -> Tuple[List[Line], dict]:
+    """Lines about the base model's folder, and its config.json ({} when it cannot be read)."""
+    what = "base model"
+    try:
+        folder = find_checkpoint(config.backbone.checkpoint, cache)
+    except FileNotFoundError as error:
+        found, _, remedy = str(error).rpartition("): ")
+        return [Line(RED, what, found + ")", remedy)], {}
+    again = "fetch or copy the checkpoint again"
+    try:
+        model = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        return [Line(RED, what, f"{folder / 'config.json'} is damaged: {error}", again)], {}
+    lines, shards = [], []
+    if model.get("model_type") != "openvla":
+        lines.append(
+            Line(
+                RED,
+                what,
+                f"{folder / 'config.json'} has model_type {model.get('model_type')!r}, not 'openvla'",
+                "--backbone.checkpoint FOLDER of an OpenVLA model in Hugging Face format",
+            )
+        )
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError):
+            lines.append(Line(RED, what, f"{index} is damaged", again))
+    else:
+        shards = ["model.safetensors"]
+    for name in shards:
+        problem = safetensors_problem(folder / name) if (folder / name).is_file() else "missing"
+        if problem:
+            lines.append(Line(RED, what, f"{folder / name}: {problem}", again))
+    for group in (("tokenizer.json", "tokenizer.model"), ("tokenizer_config.json",), ("preprocessor_config.json",)):
+        if not any((folder / name).is_file() for name in group):
+            lines.append(Line(RED, what, f"{folder} has no {' or '.join(group)}", again))
+    lines += check_unnorm_key(config, folder, model)
+    if not any(line.status == RED for line in lines):
+        depth, width = depth_and_width(model)
+        lines.append(Line(GREEN, what, f"{folder}: {len(shards)} weight file(s) whole, {depth} decoder layers, D = {width}"))
+    return lines, model
+
+
+def check_unnorm_key(config: Config, folder: Path, model: dict) -> List[Line]:
+    path = folder / "dataset_statistics.json"
+    try:
+        statistics = json.loads(path.read_text()) if path.is_file() else model.get("norm_stats")
+    except ValueError as error:
+        return [Line(RED, "action statistics", f"{path} is damaged: {error}", "fetch or copy the checkpoint again")]
+    key = config.backbone.unnorm_key
+    if key is not None and key not in (statistics or {}) and key not in config.data.datasets:
+        known = ", ".join(sorted(statistics)) if statistics else "none"
+        return [
+            Line(
+                RED,
+                "--backbone.unnorm_key",
+                f"{key!r} is not among the statistics of {folder} ({known})",
+                f"--backbone.unnorm_key one of: {known}",
+            )
+        ]
+    if not statistics:
+        return [Line(YELLOW, "action statistics", f"{folder} has none; those of the training data are used", "")]
+    return []
+
+
+def depth_and_width(model: dict) -> Tuple[int, int]:
+    """(decoder layers, D) of a config.json; text_config holds only what differs from Llama's defaults (32 and 4096)."""
+    text = model.get("text_config") or {}
+    return int(text.get("num_hidden_layers", 32)), int(text.get("hidden_size", 4096))
+
+
+def layer_numbers(spec: str, depth: int) -> List[int]:
+    """Layers of `all`, `last:N`, `24-31` or `0,2,4`. Raises ValueError naming the valid range."""
+    try:
+        if spec == "all":
+            return list(range(depth))
+        if spec.startswith("last:"):
+            layers = list(range(depth - int(spec[5:]), depth))
+        else:
+            layers = []
+            for part in spec.split(","):
+                first, _, last = part.partition("-")
+                layers += range(int(first), int(last or first) + 1)
+    except ValueError:
+        raise ValueError(f"{spec!r} is not all, last:N, A-B or a list of numbers") from None
+    if not layers or min(layers) < 0 or max(layers) >= depth:
+        raise ValueError(f"{spec!r} is out of range: the model has layers 0 to {depth - 1}")
+    return layers
+
+
+def check_layers(config: Config, model: dict) -> List[Line]:
+    """Layer numbers against the depth; r against probe size and D; the Thermostat's schedule against the number of steps."""
+    depth, width = depth_and_width(model)
+    lines = []
+    try:
+        layer_numbers(config.lora.layers, depth)
+    except ValueError as error:
+        lines.append(Line(RED, "--lora.layers", str(error), f"--lora.layers all, or last:{min(4, depth)}"))
+    if config.method == "baseline":
+        return lines or [Line(GREEN, "layers", f"lora.layers {config.lora.layers} within 0 to {depth - 1}")]
+    for key, layers in (("icsm.layers", config.icsm.layers), ("hsw.layers", config.hsw.layers)):
+        wrong = [layer for layer in layers or [] if not 0 <= layer < depth]
+        if wrong:
+            lines.append(
+                Line(
+                    RED,
+                    f"--{key}",
+                    f"{wrong} out of range: the model has layers 0 to {depth - 1}",
+                    f"--{key} '[{depth - 3}, {depth - 1}]'",
+                )
+            )
+    if config.icsm.layers is None and depth < 4:
+        lines.append(
+            Line(
+                RED,
+                "--icsm.layers",
+                f"the model has {depth} layers; two protection groups need 4",
+                "--backbone.checkpoint of a deeper model",
+            )
+        )
+    limit = min(config.probe.size - 1, width)
+    if config.icsm.rank > limit:
+        lines.append(
+            Line(
+                RED,
+                "--icsm.rank",
+                f"r = {config.icsm.rank} is more than min(probe.size - 1, D) = {limit}",
+                f"--icsm.rank {limit}, or a larger --probe.size",
+            )
+        )
+    t = config.thermostat
+    if t.enabled and t.batch_size > config.probe.size:
+        lines.append(
+            Line(
+                RED,
+                "--thermostat.batch_size",
+                f"{t.batch_size} is more than probe.size {config.probe.size}",
+                f"--thermostat.batch_size {config.probe.size}",
+            )
+        )
+    if t.enabled and t.every * t.calibration >= config.train.steps:
+        lines.append(
+            Line(
+                YELLOW,
+                "--thermostat.every",
+                f"calibration takes every * calibration = {t.every * t.calibration} of {config.train.steps} steps: "
+                "the gains never move",
+                f"--thermostat.every {max(1, config.train.steps // (4 * t.calibration))}",
+            )
+        )
+    if not any(line.status == RED for line in lines):
+        lines.append(
+            Line(
+                GREEN,
+                "layers and sizes",
+                f"lora.layers, icsm.layers and hsw.layers within 0 to {depth - 1}; r = {config.icsm.rank} of at most {limit}",
+            )
+        )
+    return lines
+
+
+def check_data(config: Config, storage: Storage) -> List[Line]:
+    lines = []
+    for name in config.data.datasets:
+        folder = storage.data / name
+        make = (
+            "vlakeep tabletop-data"
+            if name.startswith("tabletop")
+            else f"put the TFDS folder there, or choose with --data.datasets and --data_root_dir (now {storage.data})"
+        )
+        shards = [path for path in folder.rglob("*.tfrecord*") if path.is_file()] if folder.is_dir() else []
+        if not folder.is_dir():
+            lines.append(Line(RED, f"data set {name}", f"{folder} does not exist", make))
+        elif not shards or not any(folder.rglob("dataset_info.json")):
+            lines.append(
+                Line(
+                    RED, f"data set {name}", f"{folder} has no {'*.tfrecord* files' if not shards else 'dataset_info.json'}", make
+                )
+            )
+        elif min(path.stat().st_size for path in shards) == 0:
+            lines.append(Line(RED, f"data set {name}", f"{min(shards, key=lambda p: p.stat().st_size)} is empty", make))
+        else:
+            lines.append(
+                Line(
+                    GREEN,
+                    f"data set {name}",
+                    f"{folder}: {len(shards)} file(s), {human_bytes(sum(p.stat().st_size for p in shards))}",
+                )
+            )
+    return lines
+
+
+def check_probe(config: Config, storage: Storage) -> List[Line]:
+    folder = storage.probe_folder(config.probe.name)
+    if folder.is_dir() and any(folder.iterdir()):
+        return [Line(GREEN, "probe", str(folder))]
+    make = (
+        "vlakeep tabletop-data"
+        if config.probe.name.startswith("tabletop")
+        else f"put a probe set there, or choose with --probe.name and --probe_root_dir (now {storage.probe})"
+    )
+    return [Line(RED, "probe", f"{folder} {'is empty' if folder.is_dir() else 'does not exist'}", make)]
+
+
+def check_artifact(config: Config, storage: Storage, model: dict, config_path: str) -> List[Line]:
+    """The ICSM artefact: there, whole, and made for this depth and icsm section (`train` also compares weights and probe)."""
+    from vlakeep.icsm import artifact as icsm
+
+    remedy = "vlakeep offline" + (f" --config {config_path}" if config_path else "")
+    backbone = Path(config.backbone.checkpoint).name
+    try:
+        folder = storage.artifact_folder(config.icsm.name or icsm.artifact_name(backbone))
+        found = icsm.load(folder)
+        depth = depth_and_width(model)[0] if model else found.meta["depth"]
+        problems = icsm.check(found, found.meta["weights_sha256"], found.meta["probe_sha256"], to_dict(config.icsm), depth)
+        problems += [f"{folder / name} is missing" for name in found.meta["files"] if not (folder / name).is_file()]
+    except (ValueError, KeyError, OSError) as error:
+        problems = [str(error)]
+    return [Line(RED, "ICSM artefact", problem, remedy) for problem in problems] or [Line(GREEN, "ICSM artefact", str(folder))]
+
+
+def check_run(config: Config, storage: Storage, model: dict) -> List[Line]:
+    """The run folder is free or can be resumed, and its checkpoints will fit on the disk."""
+    run = RunDir(storage.runs / config.name, is_main=True)
+    lines = []
+    if run.folder.is_dir():
+        try:
+            run.look(config)
+        except RunDirError as error:
+            lines.append(Line(RED, "run folder", str(error), "--name OTHER, or --train.resume true"))
+    if model:
+        text = model.get("text_config") or {}
+        depth, width = depth_and_width(model)
+        mlp = int(text.get("intermediate_size", 11008))
+        # four attention linears [D, D] and three MLP ones [D, mlp] in float32; two moments of Adam; the adapter file once again
+        one = 4 * 4 * depth * config.lora.rank * (8 * width + 3 * (width + mlp))
+        need, free = one * (config.train.keep_last + 1) + 50_000_000, free_bytes(storage.runs)
+        if free is not None and free < need:
+            lines.append(
+                Line(
+                    RED,
+                    "free space for checkpoints",
+                    f"{storage.runs}: about {human_bytes(need)} needed, {human_bytes(free)} free",
+                    "delete old runs, lower --train.keep_last, or move the root with --root",
+                )
+            )
+    return lines or [Line(GREEN, "run folder", str(run.folder))]

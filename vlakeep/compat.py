@@ -1,0 +1,34 @@
+"""Import shims for environments that vlakeep does not control.
+
+timm imports torchvision. Beside a CPU build of torch, torchvision's compiled operators cannot load and its import dies with
+"operator torchvision::nms does not exist". vlakeep uses none of these operators, so declaring their schemas is enough.
+"""
+
+import importlib
+import sys
+
+import torch
+
+_SCHEMAS = {
+    "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+}
+
+
+def import_timm():
+    """Import and return timm, whether or not torchvision's compiled operators can load."""
+    if "timm" not in sys.modules:
+        try:
+            importlib.import_module("torchvision")
+        except RuntimeError as error:  # only the missing operators; a missing package stays an ImportError
+            if "torchvision::" not in str(error):
+                raise
+            for module in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+                del sys.modules[module]
+            for name, schema in _SCHEMAS.items():
+                try:
+                    torch.library.define(f"torchvision::{name}", schema)
+                except RuntimeError:
+                    pass  # defined by the failed import
+            importlib.import_module("torchvision")
+    return importlib.import_module("timm")

@@ -1,0 +1,374 @@
+"""The experiment configuration: one schema for every stage, read from YAML and `--section.key value`.
+
+A stage reads the sections it needs and ignores none silently: an unknown key is an error with a suggestion, a wrong type names
+the key, and `Config.problems()` collects every out-of-range value so that all of them are shown at once.
+Each field is documented once, in the comment above it.
+"""
+
+import difflib
+import sys
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import List, Optional, get_type_hints
+
+import draccus
+import yaml
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key and the remedy."""
+
+
+@dataclass
+class BackboneConfig:
+    # A folder in the official Hugging Face format, or `tabletop-base` for the small model that ships with vlakeep.
+    checkpoint: str = "tabletop-base"
+    # Key into dataset_statistics.json / config.norm_stats; None takes the only key or the training data set's.
+    unnorm_key: Optional[str] = None
+    # Data type of the frozen weights: float32, bfloat16 or float16 (V100 has no bfloat16).
+    dtype: str = "float32"
+    # sdpa, eager or flash_attention_2. The official code needs flash-attention 2; sdpa gives the same result without it.
+    attn_implementation: str = "sdpa"
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class LoraConfig:
+    rank: int = 16
+    # Scale of the update is alpha / rank.
+    alpha: int = 16
+    dropout: float = 0.0
+    # Decoder layers that get adapters: all, last:N, or a list such as 24-31 or 0,2,4.
+    layers: str = "all"
+    # attention (q k v o), mlp (gate up down), or linear names.
+    modules: List[str] = field(default_factory=lambda: ["attention", "mlp"])
+    # gaussian: A ~ N(0, 1/rank), as the official fine-tuning script; kaiming: PEFT's default. B starts at zero in both.
+    init: str = "gaussian"
+
+
+@dataclass
+class DataConfig:
+    # Data sets below data_root_dir, each a TFDS folder (RLDS); every frame of their episodes is one training sample.
+    datasets: List[str] = field(default_factory=lambda: ["tabletop_corner"])
+    # Fraction of the episodes used for training, from the start of the split; the official pipeline uses 0.95.
+    train_fraction: float = 1.0
+    # Frames that the bounded shuffle buffer holds (as indices, not pixels).
+    shuffle_buffer: int = 100_000
+    # Processes that decode images ahead of the training step; 0 decodes in the step.
+    workers: int = 0
+
+
+@dataclass
+class ProbeConfig:
+    # A probe folder below probe_root_dir, or a path.
+    name: str = "tabletop"
+    # Items taken from it.
+    size: int = 500
+
+
+@dataclass
+class IcsmConfig:
+    # Folder below artifact_dir; None gives icms_<backbone>.
+    name: Optional[str] = None
+    # Representative layers, one per protection group; None gives L-3 and L-1 (15 and 17 of 18 layers; 29 and 31 of 32).
+    layers: Optional[List[int]] = None
+    # Candidate directions r. Clipped subspaces are an error, not a warning: r <= min(N - 1, D).
+    rank: int = 128
+    # Share of the candidates, the most fragile ones, that becomes Uf; the rest becomes Up.
+    fragile_fraction: float = 0.5
+    # Size of the injected perturbation, as a fraction of the mean norm of the instruction hidden states.
+    epsilon: float = 0.1
+    # Order the candidates by output sensitivity (KL); False keeps the SVD order (ablation).
+    sensitivity: bool = True
+    # Probe items that the sensitivity is measured on, spread evenly over the probe.
+    sensitivity_items: int = 64
+    # Also write token-level bases of the inputs of every adapted linear (needed by hsw.site lora_input).
+    tokens: bool = True
+    # Shares of the input dimension that the token-level Uf and Up take.
+    tokens_fragile_fraction: float = 0.25
+    tokens_plastic_fraction: float = 0.25
+    # Let the teacher continue each probe prompt by itself, so that its answer positions are in the token statistics.
+    tokens_generated: bool = True
+    batch_size: int = 32
+
+
+@dataclass
+class HswConfig:
+    enabled: bool = True
+    # residual: gradient of decoder-layer outputs; lora_input: gradient of LoRA A on its input side; both.
+    site: str = "residual"
+    # Decoder layers with a residual hook; None gives the last four, in the protection groups of the artefact.
+    layers: Optional[List[int]] = None
+    # icsm: the artefact's subspaces; random: orthonormal ones of the same shape (ablation).
+    subspace: str = "icsm"
+    # Gains when the Thermostat is off, and the start of its trajectory when it is on.
+    gamma: float = 1.0
+    beta: float = 1.0
+    # Stabiliser of g' <- g' * min(1, ||g|| / (||g'|| + eps)).
+    eps: float = 1e-12
+    # float32 or model: precision of the projection.
+    dtype: str = "float32"
+
+
+@dataclass
+class ThermostatConfig:
+    enabled: bool = True
+    # covariance: ||C_S - C_T||_F of a fresh probe batch; paired: the same items' pooled states, teacher against student.
+    estimator: str = "covariance"
+    # Measure every K optimizer steps, on a probe batch of this size.
+    every: int = 50
+    batch_size: int = 64
+    # The first measurements only calibrate: gains stay at 1, the noise level of d sets the threshold.
+    calibration: int = 5
+    # Threshold = calibration mean + this many standard deviations.
+    threshold_sigmas: float = 2.0
+    # Drift above the threshold, in units of the threshold, at which the suppression has covered half of its range.
+    half_excess: float = 0.5
+    # Exponential moving average: weight of the newest measurement.
+    ema: float = 0.5
+    # Relative change of the averaged d below which the gains are left alone.
+    dead_band: float = 0.02
+    # Largest change of a gain per measurement.
+    rate_limit: float = 0.25
+    # Bounds of the gains. None: 0.5 for the residual site (below it Adam blows the hidden states up), 0.0 for lora_input.
+    gamma_min: Optional[float] = None
+    gamma_max: float = 1.0
+    # beta never reaches 0.
+    beta_min: float = 0.5
+    beta_max: float = 1.0
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 1000
+    # Samples per process and forward pass; the global batch is batch_size * accumulation * processes.
+    batch_size: int = 16
+    accumulation: int = 1
+    optimizer: str = "adamw"
+    lr: float = 5e-4
+    weight_decay: float = 0.01
+    warmup: int = 50
+    # constant (after warm-up) or cosine (to a tenth of lr).
+    schedule: str = "constant"
+    # Gradient norm limit; 0 turns clipping off, as in the official recipe, which collapses at small batch.
+    clip: float = 1.0
+    # off, bfloat16 or float16 (with loss scaling).
+    autocast: str = "off"
+    log_every: int = 1
+    save_every: int = 500
+    keep_last: int = 2
+    # Stop when the mean hidden norm at the last layer exceeds this multiple of its value at step 1.
+    blowup_factor: float = 20.0
+    tensorboard: bool = True
+    use_wandb: bool = False
+    resume: bool = False
+
+
+@dataclass
+class EvaluateConfig:
+    # What is evaluated: base, or a run below run_root_dir, or a checkpoint folder.
+    target: str = "base"
+    benchmark: str = "tabletop"
+    # Skills and question kinds; empty takes all of the benchmark.
+    skills: List[str] = field(default_factory=list)
+    questions: List[str] = field(default_factory=list)
+    episodes: int = 50
+    questions_per_kind: int = 100
+    # Frames of off-task prompts for the teacher-relative KL of action tokens.
+    retention_frames: int = 200
+    seed: int = 1000
+    # Environments that run side by side in one policy batch.
+    parallel: int = 400
+
+
+@dataclass
+class Config:
+    # Name of the run; its folder is run_root_dir/name.
+    name: str = "run"
+    # The arm's Method: baseline, icsm_hsw_thermostat.
+    method: str = "baseline"
+    seed: int = 7
+    # cpu, cuda, or auto.
+    device: str = "auto"
+    # CPU threads; None leaves torch's choice. Fixed numbers make CPU runs comparable to the bit between machines of one kind.
+    threads: Optional[int] = None
+
+    # Storage root and the folders below it (storage.py). None derives each from the root.
+    root: Optional[str] = None
+    cache_dir: Optional[str] = None
+    data_root_dir: Optional[str] = None
+    probe_root_dir: Optional[str] = None
+    artifact_dir: Optional[str] = None
+    run_root_dir: Optional[str] = None
+    tmp_dir: Optional[str] = None
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    icsm: IcsmConfig = field(default_factory=IcsmConfig)
+    hsw: HswConfig = field(default_factory=HswConfig)
+    thermostat: ThermostatConfig = field(default_factory=ThermostatConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def problems(self) -> List[str]:
+        """Every value out of its range, one line each with what is allowed; empty when the configuration is sound."""
+        found = []
+
+        def need(ok, key, allowed):
+            if not ok:
+                value = self
+                for part in key.split("."):
+                    value = getattr(value, part)
+                found.append(f"--{key} {value!r}: must be {allowed}")
+
+        def one_of(key, *choices):
+            value = self
+            for part in key.split("."):
+                value = getattr(value, part)
+            need(value in choices, key, "one of " + ", ".join(choices))
+
+        one_of("method", "baseline", "icsm_hsw_thermostat")
+        one_of("device", "auto", "cpu", "cuda")
+        one_of("backbone.dtype", "float32", "bfloat16", "float16")
+        one_of("backbone.attn_implementation", "sdpa", "eager", "flash_attention_2")
+        one_of("hsw.site", "residual", "lora_input", "both")
+        one_of("hsw.subspace", "icsm", "random")
+        one_of("hsw.dtype", "float32", "model")
+        one_of("thermostat.estimator", "covariance", "paired")
+        one_of("train.optimizer", "adamw", "sgd")
+        one_of("train.schedule", "constant", "cosine")
+        one_of("train.autocast", "off", "bfloat16", "float16")
+        one_of("lora.init", "gaussian", "kaiming")
+        one_of("evaluate.benchmark", "tabletop")
+        need(bool(self.name) and "/" not in self.name and self.name not in (".", ".."), "name", "a single folder name")
+        for key in ("lora.rank", "lora.alpha", "data.shuffle_buffer", "icsm.rank", "icsm.batch_size", "icsm.sensitivity_items", "thermostat.every",
+                    "train.steps", "train.batch_size", "train.accumulation", "train.log_every", "train.save_every",
+                    "train.keep_last", "evaluate.episodes", "evaluate.questions_per_kind", "evaluate.parallel"):
+            section, name = key.split(".")
+            need(getattr(getattr(self, section), name) >= 1, key, "at least 1")
+        need(self.probe.size >= 2, "probe.size", "at least 2")
+        need(self.thermostat.batch_size >= 2, "thermostat.batch_size", "at least 2")
+        need(self.thermostat.calibration >= 2, "thermostat.calibration", "at least 2 (a noise level needs two values)")
+        need(0 <= self.lora.dropout < 1, "lora.dropout", "in [0, 1)")
+        need(0 < self.data.train_fraction <= 1, "data.train_fraction", "in (0, 1]")
+        need(self.data.workers >= 0, "data.workers", "0 or more")
+        need(0 < self.icsm.fragile_fraction < 1, "icsm.fragile_fraction", "in (0, 1)")
+        need(self.icsm.epsilon > 0, "icsm.epsilon", "greater than 0")
+        need(0 < self.icsm.tokens_fragile_fraction < 1, "icsm.tokens_fragile_fraction", "in (0, 1)")
+        need(0 <= self.icsm.tokens_plastic_fraction < 1, "icsm.tokens_plastic_fraction", "in [0, 1)")
+        need(self.icsm.tokens_fragile_fraction + self.icsm.tokens_plastic_fraction <= 1, "icsm.tokens_plastic_fraction",
+             "such that fragile and plastic shares add up to at most 1")
+        need(0 <= self.hsw.gamma <= 1, "hsw.gamma", "in [0, 1]")
+        need(0 < self.hsw.beta <= 1, "hsw.beta", "in (0, 1]: plastic directions are damped, never closed")
+        need(self.hsw.eps > 0, "hsw.eps", "greater than 0")
+        t = self.thermostat
+        need(t.gamma_min is None or 0 <= t.gamma_min <= t.gamma_max, "thermostat.gamma_min", "in [0, gamma_max]")
+        need(0 <= t.gamma_max <= 1, "thermostat.gamma_max", "in [0, 1]")
+        need(0 < t.beta_min <= t.beta_max, "thermostat.beta_min", "in (0, beta_max]: beta never reaches 0")
+        need(t.beta_max <= 1, "thermostat.beta_max", "at most 1")
+        need(0 < t.ema <= 1, "thermostat.ema", "in (0, 1]")
+        need(t.dead_band >= 0, "thermostat.dead_band", "0 or more")
+        need(t.rate_limit > 0, "thermostat.rate_limit", "greater than 0")
+        need(t.half_excess > 0, "thermostat.half_excess", "greater than 0")
+        need(t.threshold_sigmas >= 0, "thermostat.threshold_sigmas", "0 or more")
+        need(self.train.lr > 0, "train.lr", "greater than 0")
+        need(self.train.clip >= 0, "train.clip", "0 or more")
+        need(self.train.warmup >= 0, "train.warmup", "0 or more")
+        need(self.train.weight_decay >= 0, "train.weight_decay", "0 or more")
+        need(self.train.blowup_factor > 1, "train.blowup_factor", "greater than 1")
+        return found
+
+
+def known_keys(cls=Config, prefix="") -> List[str]:
+    """Every dotted key of the schema, e.g. `train.lr`."""
+    hints = get_type_hints(cls)
+    keys = []
+    for f in fields(cls):
+        keys.append(prefix + f.name)
+        if is_dataclass(hints[f.name]):
+            keys += known_keys(hints[f.name], prefix + f.name + ".")
+    return keys
+
+
+def _flatten(tree, prefix=""):
+    for key, value in tree.items():
+        yield prefix + str(key)
+        if isinstance(value, dict):
+            yield from _flatten(value, prefix + str(key) + ".")
+
+
+def _refuse_unknown(keys, where):
+    known = known_keys()
+    lines = []
+    for key in keys:
+        if key not in known:
+            leaf = key.split(".")[-1]
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or [k for k in known if k.split(".")[-1] == leaf][:1]
+            lines.append(f"unknown key `{key}` in {where}" + (f"; did you mean `{close[0]}`?" if close else ""))
+    if lines:
+        raise ConfigError("\n".join(lines))
+
+
+def load_config(path: Optional[str] = None, overrides: Optional[List[str]] = None) -> Config:
+    """The configuration of a YAML file with command-line overrides (`--train.lr 1e-3` or `--train.lr=1e-3`).
+
+    Raises ConfigError naming every unknown key, the first value of a wrong type, or all values out of range.
+    """
+    args = []
+    for arg in overrides or []:  # draccus wants `--key value`; users also write `--key=value`
+        args += arg.split("=", 1) if arg.startswith("--") and "=" in arg else [arg]
+    _refuse_unknown([a[2:] for a in args if a.startswith("--") and not a[2:3].isdigit()], "the command line")
+    if path is not None:
+        if not Path(path).is_file():
+            raise ConfigError(f"no configuration file at {path}; the ones that ship are in configs/")
+        try:
+            tree = yaml.safe_load(Path(path).read_text()) or {}
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{path} must hold `key: value` pairs, not {type(tree).__name__}")
+        _refuse_unknown(_flatten(tree), path)
+        args = ["--config_path", str(path)] + args
+    try:
+        config = draccus.parse(Config, args=args)
+    except draccus.utils.DecodingError as error:
+        raise ConfigError(f"wrong type: {error}" + (f" (in {path} or on the command line)" if path else "")) from error
+    except SystemExit as error:
+        raise ConfigError(f"the command line could not be read: {' '.join(args)}") from error
+    problems = config.problems()
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def config_from_argv(argv: List[str]) -> Config:
+    """`--config FILE` (or none) and overrides, as every stage takes them."""
+    rest, path = [], None
+    position = 0
+    while position < len(argv):
+        arg = argv[position]
+        if arg == "--config" or arg.startswith("--config="):
+            if arg == "--config":
+                position += 1
+                if position == len(argv):
+                    raise ConfigError("--config needs a file name; the ones that ship are in configs/")
+            path = argv[position].split("=", 1)[1] if arg.startswith("--config=") else argv[position]
+        else:
+            rest.append(arg)
+        position += 1
+    return load_config(path, rest)
+
+
+def to_dict(config) -> dict:
+    """Plain nested dictionary of a configuration or one of its sections, for files and hashes."""
+    return asdict(config)
+
+
+def save_config(config: Config, path) -> None:
+    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
+if __name__ == "__main__":  # sanity check: python -m vlakeep.config configs/tabletop.yaml --train.lr 1e-3
+    print(yaml.safe_dump(to_dict(load_config(sys.argv[1] if len(sys.argv) > 1 else None, sys.argv[2:])), sort_keys=False))

@@ -1,0 +1,129 @@
+"""The training stream: endless micro-batches whose order depends on the seed alone, exactly resumable.
+
+Micro-batch m of the global stream holds the samples from m * batch_size on of the order in data/order.py and goes to process
+m % world. So one process with twice the accumulation sees what two processes see, and a run may resume with another number of
+processes.
+Threads (data.workers) decode ahead; they never change the order, nor the content.
+"""
+
+import hashlib
+import json
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from typing import Callable, Dict, List, Optional
+
+import numpy as np
+
+from vlakeep.data.augment import augment, draw
+from vlakeep.data.images import resize_uint8
+from vlakeep.data.order import SampleOrder
+from vlakeep.data.prompts import encode_batch
+from vlakeep.data.rlds import RldsDataset, open_datasets
+from vlakeep.data.sample import Batch, Sample
+
+_STATE_FORMAT = 1
+_AHEAD = 2  # batches in flight per thread
+
+
+class BatchStream:
+    """Iterator over Batch. `statistics` maps a data set's name to its entry of dataset_statistics.json.
+
+    `clipped` counts, per data set, the action values of its usable frames that lie outside [q01, q99] and are clipped.
+    """
+
+    def __init__(self, datasets: List[RldsDataset], processor, batch_size: int, seed: int, rank: int = 0, world: int = 1,
+                 shuffle_buffer: int = 100_000, workers: int = 0, image_aug: bool = False):
+        if batch_size < 1 or workers < 0 or not 0 <= rank < world:
+            raise ValueError(f"batch_size {batch_size} must be >= 1, workers {workers} >= 0, rank {rank} < world {world}")
+        self.datasets, self.processor = datasets, processor
+        self.statistics: Dict[str, Dict] = {d.name: d.statistics for d in datasets}
+        self.clipped: Dict[str, int] = {d.name: d.clipped for d in datasets}
+        self._size = tuple(processor.image_processor.input_sizes[0][-2:])  # (height, width) in pixels
+        self._batch_size, self._seed, self._rank, self._world = batch_size, seed, rank, world
+        self._image_aug = image_aug
+        self._first_episode = np.concatenate([[0], np.cumsum([len(d) for d in datasets])])
+        self.order = SampleOrder(np.concatenate([d.lengths for d in datasets]), shuffle_buffer, seed)
+        identity = [[d.fingerprint() for d in datasets], shuffle_buffer, image_aug]
+        self._fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        self._round = 0  # global micro-batches handed out before the current round, by all processes together
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode") if workers else None
+        self._workers, self._ahead = workers, deque()
+
+    @property
+    def num_frames(self) -> int:
+        return self.order.frames
+
+    def sample(self, episode: int, frame: int, position: Optional[int] = None) -> Sample:
+        """A frame at the model's picture size; with image_aug, augmented by a draw that belongs to its position in the stream."""
+        which = int(np.searchsorted(self._first_episode, episode, side="right")) - 1
+        raw = self.datasets[which].frame(int(episode - self._first_episode[which]), int(frame))
+        image = resize_uint8(raw.image, self._size)
+        if self._image_aug and position is not None:
+            image = augment(image, draw(np.random.default_rng([self._seed, 1, position])))
+        return Sample(image, raw.instruction, raw.action, dataset=raw.dataset)
+
+    def _make(self, keys: np.ndarray, start: int) -> Batch:
+        return encode_batch([self.sample(e, t, start + i) for i, (e, t) in enumerate(keys)], self.processor)
+
+    def _job(self, micro_batch: int) -> Callable[[], Batch]:
+        start = micro_batch * self._batch_size
+        keys = self.order.keys(start, self._batch_size)  # in the calling thread: the order keeps a cache
+        return lambda: self._make(keys, start)
+
+    def __iter__(self) -> "BatchStream":
+        return self
+
+    def __next__(self) -> Batch:
+        mine = self._round + self._rank
+        if self._pool is None:
+            batch = self._job(mine)()
+        else:
+            for k in range(len(self._ahead), _AHEAD * self._workers):
+                self._ahead.append(self._pool.submit(self._job(mine + k * self._world)))
+            try:
+                batch = self._ahead.popleft().result()
+            except BaseException:
+                self._drop()
+                raise
+        self._round += self._world
+        return batch
+
+    def _drop(self) -> None:
+        for future in self._ahead:
+            future.cancel()
+        self._ahead.clear()
+
+    def state_dict(self) -> Dict:
+        """JSON-serialisable position; the same in every process that has taken the same number of batches."""
+        return {"format": _STATE_FORMAT, "micro_batches": self._round, "batch_size": self._batch_size, "seed": self._seed,
+                "data": self._fingerprint}
+
+    def load_state_dict(self, state: Dict) -> None:
+        """Continue after the batches of `state`. ValueError when data, seed or batch size are not those of the saved run."""
+        mine = self.state_dict()
+        names = {"format": "the format of the saved position", "batch_size": "--train.batch_size", "seed": "--seed",
+                 "data": "the data sets, --data.train_fraction, --data.shuffle_buffer or --data.image_aug"}
+        changed = [f"{text} ({state.get(key)!r} saved, {mine[key]!r} now)"
+                   for key, text in names.items() if state.get(key) != mine[key]]
+        if changed:
+            raise ValueError("the data position of the saved run does not fit this one, so it cannot be resumed exactly; "
+                             "changed: " + "; ".join(changed))
+        self._drop()
+        self._round = int(state["micro_batches"])
+
+    def close(self) -> None:
+        """Stop the decoding threads and close the files."""
+        self._drop()
+        if self._pool is not None:
+            self._pool.shutdown(wait=True)
+            self._pool = None
+        for dataset in self.datasets:
+            dataset.close()
+
+
+def make_stream(data, data_root_dir, processor, batch_size: int, seed: int, rank: int = 0, world: int = 1,
+                cache_dir=None) -> BatchStream:
+    """The stream of the configuration section `data` (DataConfig): data sets below data_root_dir, indexes kept in cache_dir."""
+    datasets = open_datasets(data_root_dir, data.datasets, data.train_fraction, cache_dir)
+    return BatchStream(datasets, processor, batch_size, seed, rank, world, data.shuffle_buffer, data.workers,
+                       getattr(data, "image_aug", False))

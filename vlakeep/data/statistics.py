@@ -1,0 +1,85 @@
+"""Action statistics, normalisation and the per-data-set standardisation of the official RLDS pipeline.
+
+Sources: openvla prismatic/vla/datasets/rlds/utils/data_utils.py:30-110 (BOUNDS_Q99, statistics, dataset_statistics.json),
+rlds/oxe/transforms.py:827 (LIBERO), modeling_prismatic.py:506-536 (un-normalisation).
+Axes: N frames of a data set, A action dimensions (the last is the gripper).
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Callable, Dict, Tuple
+
+import numpy as np
+
+
+def libero_transform(actions_NA: np.ndarray) -> np.ndarray:
+    """LIBERO stores the gripper as -1 open .. +1 close; the model's convention is 1 = open, 0 = close."""
+    gripper = 1.0 - np.clip(actions_NA[:, -1:], 0.0, 1.0)
+    return np.concatenate([actions_NA[:, :-1], gripper], axis=1).astype(np.float32)
+
+
+def identity_transform(actions_NA: np.ndarray) -> np.ndarray:
+    return np.asarray(actions_NA, dtype=np.float32)
+
+
+# Prefix of a data set's name -> what makes its actions standard.
+TRANSFORMS = {"libero": libero_transform, "tabletop": identity_transform}
+
+
+def transform_for(name: str) -> Callable[[np.ndarray], np.ndarray]:
+    """The standardisation of the data set called `name`; ValueError for a name that nothing is known about."""
+    for prefix, transform in TRANSFORMS.items():
+        if name.startswith(prefix):
+            return transform
+    raise ValueError(f"no standardisation is known for data set {name!r}: what its gripper values mean must be said, not "
+                     f"guessed. Known are names that start with {', '.join(sorted(TRANSFORMS))}; add yours to TRANSFORMS in "
+                     "vlakeep/data/statistics.py")
+
+
+def action_statistics(actions_NA: np.ndarray, num_trajectories: int) -> Dict:
+    """The entry that dataset_statistics.json holds for one data set, from its standardised float32 actions."""
+    if not len(actions_NA):
+        raise ValueError("statistics of a data set without frames")
+    width = actions_NA.shape[1]
+    zeros = [0.0] * width  # the LIBERO configuration reads no proprioception; the official code then writes zeros of action width
+    quantile = np.array([0.01, 0.99])  # an array, so that NumPy 2 keeps the interpolation in float64 as NumPy 1 did
+    q01, q99 = np.quantile(actions_NA, quantile, axis=0)
+    return {
+        "action": {
+            "mean": actions_NA.mean(0).tolist(), "std": actions_NA.std(0).tolist(),
+            "max": actions_NA.max(0).tolist(), "min": actions_NA.min(0).tolist(),
+            "q01": q01.tolist(), "q99": q99.tolist(), "mask": [True] * (width - 1) + [False],
+        },
+        "proprio": {key: list(zeros) for key in ("mean", "std", "max", "min", "q01", "q99")},
+        "num_transitions": int(len(actions_NA)),
+        "num_trajectories": int(num_trajectories),
+    }
+
+
+def normalise(actions_NA: np.ndarray, statistics: Dict) -> Tuple[np.ndarray, int]:
+    """(float32 [N, A], number of values clipped): masked dimensions map [q01, q99] to [-1, 1], constant ones become 0."""
+    stats = statistics["action"]
+    low, high = np.array(stats["q01"]), np.array(stats["q99"])
+    mask = np.array(stats.get("mask", [True] * len(low)), dtype=bool)
+    scaled = np.float32(2) * (actions_NA - low.astype(np.float32)) / (high - low + 1e-8).astype(np.float32) - np.float32(1)
+    constant = np.array(stats["min"]) == np.array(stats["max"])
+    clipped = int((np.abs(scaled)[:, mask & ~constant] > 1).sum())
+    result = np.where(mask, np.clip(scaled, -1, 1), actions_NA)
+    return np.where(constant, np.float32(0), result).astype(np.float32), clipped
+
+
+def unnormalise(actions: np.ndarray, statistics: Dict) -> np.ndarray:
+    """float64 [..., A]: what predict_action does with decoded actions."""
+    stats = statistics["action"]
+    low, high = np.array(stats["q01"]), np.array(stats["q99"])
+    mask = np.array(stats.get("mask", [True] * len(low)), dtype=bool)
+    return np.where(mask, 0.5 * (np.asarray(actions, dtype=np.float64) + 1) * (high - low) + low, actions)
+
+
+def save_statistics(path, statistics: Dict[str, Dict]) -> None:
+    """Write dataset_statistics.json, keyed by data set name, byte for byte as the official save_dataset_statistics."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(statistics, indent=2))
+    os.replace(temporary, path)

@@ -1,0 +1,47 @@
+"""Errors that a user can cause, and how the command line prints them: one message with its remedy, no traceback."""
+
+import errno
+
+
+class StorageError(ValueError):
+    """A big file would land where the storage policy forbids it; the message names the place and the flag that mends it."""
+
+
+class DiskFull(OSError):
+    """Too little space; the message names the folder, the bytes needed and the bytes free. `errno` is ENOSPC."""
+
+    def __init__(self, message: str):
+        super().__init__(errno.ENOSPC, message)
+
+    def __str__(self) -> str:
+        return self.strerror
+
+
+class CheckpointError(ValueError):
+    """A truncated, corrupt or ill-fitting checkpoint; the message names the file and the newest intact checkpoint."""
+
+
+class RunDirError(ValueError):
+    """A run folder that is taken, locked, or does not fit the configuration that wants to go on in it."""
+
+
+def is_user_error(error: BaseException) -> bool:
+    """Whether the message alone helps: a wrong value, a missing or forbidden file, a full disk, a failed network call."""
+    return isinstance(error, (ValueError, OSError))
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """ENOSPC, a quota, or a file-size limit, also when a library (safetensors) has put it into the text of its own error."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    text = str(error)
+    return any(f"os error {code}" in text for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+
+
+def human_bytes(count: float) -> str:
+    """1234567 -> '1.2 MB' (decimal units, as disks are sold)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

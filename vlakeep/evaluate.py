@@ -1,0 +1,179 @@
+"""Stage `vlakeep evaluate`: new skill, old skills, visual questions, teacher-relative retention and drift of one model.
+
+    vlakeep evaluate --config configs/baseline_lora.yaml --evaluate.target baseline
+
+reads:  base checkpoint; for a run, the adapter of its newest intact checkpoint; probe_root_dir/<probe.name> for the drift
+writes: ROOT/eval/<target>/records.jsonl (one line per trial, resumable) and summary.json
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Dict, List
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from vlakeep.backbones.base import make_backbone
+from vlakeep.backbones.lora import adapters_disabled, load_adapter
+from vlakeep.benchmarks import tabletop
+from vlakeep.benchmarks.records import Records, mean_interval, summarise
+from vlakeep.checkpoint import latest_intact, load_checkpoint
+from vlakeep.config import Config, config_from_argv, to_dict
+from vlakeep.data.prompts import encode_prompts
+from vlakeep.icsm.artifact import default_layers
+from vlakeep.icsm.collect import pooled_states
+from vlakeep.parallel import pick_device, set_threads
+from vlakeep.probe.batches import prompt_batches
+from vlakeep.probe.probe_set import ProbeSet
+from vlakeep.storage import Storage, atomic_write
+from vlakeep.thermostat.drift import covariance, covariance_drift
+
+ANSWER_TOKENS = 6
+
+
+def load_target(config: Config, storage: Storage, device):
+    """(backbone with the target's adapter, its name, what identifies its weights). `base` has no adapter."""
+    backbone = make_backbone(config.backbone, device)
+    target = config.evaluate.target
+    if target == "base":
+        return backbone.eval(), "base", backbone.weights_sha256
+    folder = Path(target) if "/" in target else storage.run_folder(target)
+    if not (folder / "manifest.json").is_file():
+        checkpoint = latest_intact(folder) if folder.is_dir() else None
+        if checkpoint is None:
+            raise FileNotFoundError(f"no intact checkpoint of the run `{target}` under {folder}: make it with "
+                                    f"`vlakeep train --config ... --name {folder.name}`")
+        folder = checkpoint
+    manifest = load_manifest(folder)
+    load_adapter(backbone, folder / "adapter")
+    return backbone.eval(), Path(target).name, manifest
+
+
+def load_manifest(folder: Path) -> str:
+    """Verify a checkpoint folder and return the hash of its adapter weights."""
+    load_checkpoint(folder)  # raises when a file is damaged
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return manifest["files"]["adapter/adapter_model.safetensors"]["sha256"]
+
+
+class ActionPolicy:
+    """(images [N], instructions [N]) -> un-normalised actions [N, A], one batched forward."""
+
+    def __init__(self, backbone, unnorm_key):
+        self._backbone, self._key = backbone, unnorm_key
+
+    def __call__(self, images, instructions):
+        return self._backbone.predict_actions(images, instructions, self._key)
+
+
+@torch.inference_mode()
+def answer_questions(backbone, samples, batch_size: int = 250) -> List[str]:
+    """Greedy answers, lower case and stripped."""
+    answers = []
+    for start in range(0, len(samples), batch_size):
+        batch = encode_prompts(samples[start:start + batch_size], backbone.processor)
+        ids, _ = backbone.generate(batch.to(backbone.device), max_new_tokens=ANSWER_TOKENS, stop_at_eos=True)
+        answers += [t.strip().lower() for t in backbone.processor.tokenizer.batch_decode(ids.cpu(), skip_special_tokens=True)]
+    return answers
+
+
+@torch.inference_mode()
+def action_token_kl(backbone, samples, batch_size: int = 100) -> np.ndarray:
+    """KL(teacher || student) per frame [N], averaged over the teacher's own action tokens, both models fed those tokens."""
+    values = []
+    for start in range(0, len(samples), batch_size):
+        batch = encode_prompts(samples[start:start + batch_size], backbone.processor).to(backbone.device)
+        with adapters_disabled(backbone):
+            tokens_BT, _ = backbone.generate(batch, max_new_tokens=backbone.action_dim(), stop_at_eos=False)
+            teacher = backbone.log_probabilities_of_continuation(batch, tokens_BT)
+        student = backbone.log_probabilities_of_continuation(batch, tokens_BT)
+        values.append((teacher.exp() * (teacher - student)).sum(-1).mean(1).clamp(min=0).cpu().numpy())
+    return np.concatenate(values) if values else np.zeros(0)
+
+
+@torch.inference_mode()
+def measure_drift(backbone, config: Config, storage: Storage) -> float:
+    """||C_S - C_T||_F over the whole probe, averaged over the representative layers; 0 for the base itself."""
+    probe = ProbeSet(storage.probe_folder(config.probe.name))
+    layers = config.icsm.layers or default_layers(backbone.num_layers)
+    items = probe.spread(config.probe.size)
+
+    def states():
+        batches = prompt_batches(probe, items, backbone.processor, config.icsm.batch_size)
+        return pooled_states(backbone, batches, layers, quiet=True).states
+
+    with adapters_disabled(backbone):
+        teacher = {layer: covariance(x) for layer, x in states().items()}
+    return float(covariance_drift(states(), teacher))
+
+
+def run_evaluation(config: Config, storage: Storage) -> Path:
+    """Evaluate one target and return its folder. Interrupted evaluations go on where they stopped."""
+    set_threads(config.threads)
+    started = time.perf_counter()
+    backbone, name, weights = load_target(config, storage, pick_device(config.device))
+    folder = storage.eval / name
+    settings = config.evaluate
+    header = {"weights": weights, "base": backbone.weights_sha256, "evaluate": {k: v for k, v in to_dict(settings).items()
+                                                                               if k not in ("target", "parallel")}}
+    skills = settings.skills or tabletop.SKILLS
+    kinds = settings.questions or tabletop.QUESTION_KINDS
+    with Records(folder / "records.jsonl", header) as records:
+        policy = ActionPolicy(backbone, config.backbone.unnorm_key)
+        tabletop.run_skill_episodes(policy, skills, settings.episodes, settings.seed, settings.parallel, records, desc=name)
+        for kind in tqdm(kinds, desc=f"{name}: questions", leave=False):
+            trials = tabletop.question_trials(kind, settings.questions_per_kind, settings.seed)
+            todo = [t for t in trials if not records.has("question", kind, t.trial)]
+            for trial, said in zip(todo, answer_questions(backbone, [t.sample for t in todo])):
+                records.add(kind="question", ability=kind, trial=trial.trial, seed=trial.seed, success=said == trial.sample.answer,
+                            value=None, crash=None, steps=0, answer=said, expected=trial.sample.answer)
+        if name != "base" and not records.has("retention", "action_kl", settings.retention_frames - 1):
+            frames = tabletop.retention_frames(settings.retention_frames, settings.seed)
+            for index, value in enumerate(action_token_kl(backbone, frames)):
+                records.add(kind="retention", ability="action_kl", trial=index, seed=settings.seed, success=None, value=float(value),
+                            crash=None, steps=0)
+        rows = records.rows()
+    drift = 0.0 if name == "base" else measure_drift(backbone, config, storage)
+    summary = make_summary(name, rows, drift, weights)
+    summary["seconds"] = time.perf_counter() - started
+    with atomic_write(folder / "summary.json", "w") as file:
+        json.dump(summary, file, indent=1)
+    print_summary(summary)
+    return folder
+
+
+def make_summary(name: str, rows: List[dict], drift: float, weights: str) -> Dict:
+    """The summary.json of docs/formats.md from the trial records."""
+    groups = summarise(rows)
+    abilities = {ability: dict(value, group=kind) for (kind, ability), value in groups.items()
+                 if kind in ("skill", "question") and ability != tabletop.NEW_SKILL}
+    new = groups.get(("skill", tabletop.NEW_SKILL))
+    kl = [row["value"] for row in rows if row["kind"] == "retention"]
+    return {"target": name, "weights": weights, "new_skill": dict(new, name=tabletop.NEW_SKILL) if new else None, "abilities": abilities,
+            "retention_kl": mean_interval(kl) if kl else {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 0}, "drift": drift}
+
+
+def print_summary(summary: Dict) -> None:
+    def line(label, value):
+        crashes = f", {value['crashes']} crashed" if value.get("crashes") else ""
+        print(f"  {label:24s} {value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]{crashes}")
+
+    print(f"{summary['target']} ({summary['seconds']:.0f} s)")
+    if summary["new_skill"]:
+        line(f"new skill {summary['new_skill']['name']}", summary["new_skill"])
+    for ability, value in summary["abilities"].items():
+        line(ability, value)
+    print(f"  {'action-token KL':24s} {summary['retention_kl']['mean']:.4f}   drift {summary['drift']:.3f}")
+
+
+def main(argv: List[str]) -> int:
+    config = config_from_argv(argv)
+    run_evaluation(config, Storage.from_config(config))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

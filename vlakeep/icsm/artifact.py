@@ -1,0 +1,160 @@
+"""ICSM step 4, the artefact folder `artifacts/icms_<backbone>/` (O9), and the check that it belongs to this training run.
+
+    U<l>_f.pt [D, r_f]  U<l>_p.pt [D, r_p]  mu<l>.pt [D]  C_T<l>.pt [D, D]   per representative layer, r_f + r_p = r
+    tokens.safetensors   <linear>.f [D_in, K_f], <linear>.p [D_in, K_p], <linear>.values [D_in]
+    teacher.safetensors  pooled.<l> [N, D], items [N]                         for the paired drift
+    meta.json            how it was made, for which weights, probe and layers, and the hash of every file
+"""
+
+import hashlib
+import io
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, List, Optional
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from vlakeep.storage import atomic_dir
+
+FORMAT = 1
+
+
+class ArtifactError(ValueError):
+    """An artefact that is missing, damaged, or of another model, probe or layer map."""
+
+
+def default_layers(depth: int) -> List[int]:
+    """Representative layers: L-3 and L-1, so 15 and 17 of 18 layers, 29 and 31 of 32 (O8)."""
+    if depth < 4:
+        raise ValueError(f"the model has {depth} decoder layers; the two protection groups need at least 4")
+    return [depth - 3, depth - 1]
+
+
+def layer_map(depth: int, representatives: List[int]) -> Dict[int, int]:
+    """Protected layer -> representative. Each representative stands for itself and the layer below it."""
+    wrong = [layer for layer in representatives if not 0 <= layer < depth]
+    if wrong:
+        raise ValueError(f"icsm.layers {wrong} out of range: the model has layers 0 to {depth - 1}")
+    if len(set(representatives)) != len(representatives):
+        raise ValueError(f"icsm.layers {representatives} names a layer twice")
+    mapping = {}
+    for layer in sorted(representatives):
+        for member in (layer - 1, layer):
+            if member >= 0 and (member not in mapping or member == layer):
+                mapping[member] = layer
+    return mapping
+
+
+def artifact_name(backbone_name: str) -> str:
+    return "icms_" + re.sub(r"[^A-Za-z0-9.-]+", "-", Path(backbone_name).name)
+
+
+def _torch_bytes(tensor: torch.Tensor) -> bytes:
+    buffer = io.BytesIO()  # to a buffer: a file's own name would go into the archive and change its hash
+    torch.save(tensor.contiguous(), buffer)
+    return buffer.getvalue()
+
+
+def write(folder: Path, layers: Dict[int, dict], tokens: Optional[Dict[str, torch.Tensor]], teacher: Dict[str, torch.Tensor],
+          meta: dict) -> None:
+    """Write the folder at once. `layers[l]` holds U_f, U_p, mu, C_T."""
+    contents = {}
+    for layer, tensors in layers.items():
+        for stem, key in ((f"U{layer}_f", "U_f"), (f"U{layer}_p", "U_p"), (f"mu{layer}", "mu"), (f"C_T{layer}", "C_T")):
+            contents[f"{stem}.pt"] = _torch_bytes(tensors[key].float())
+    contents["teacher.safetensors"] = save({name: t.contiguous() for name, t in sorted(teacher.items())})
+    if tokens is not None:
+        contents["tokens.safetensors"] = save({name: t.contiguous() for name, t in sorted(tokens.items())})
+    meta = dict(meta, format=FORMAT, files={name: hashlib.sha256(data).hexdigest() for name, data in sorted(contents.items())})
+    contents["meta.json"] = (json.dumps(meta, indent=1, sort_keys=True) + "\n").encode()
+    with atomic_dir(folder) as temporary:
+        for name, data in contents.items():
+            (Path(temporary) / name).write_bytes(data)
+
+
+@dataclass
+class Artifact:
+    """A loaded and verified artefact folder."""
+
+    folder: Path
+    meta: dict
+
+    def _read(self, name: str):
+        path = self.folder / name
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing: rebuild the artefact with `vlakeep offline`")
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != self.meta["files"].get(name):
+            raise ArtifactError(f"{path} is damaged (its hash differs from meta.json): rebuild the artefact with `vlakeep offline`")
+        try:
+            return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu") if name.endswith(".pt") else load_file(path)
+        except (RuntimeError, SafetensorError, EOFError) as error:
+            raise ArtifactError(f"{path} cannot be read ({error}): rebuild the artefact with `vlakeep offline`") from error
+
+    @property
+    def layers(self) -> List[int]:
+        return list(self.meta["layers"])
+
+    @property
+    def layer_map(self) -> Dict[int, int]:
+        return {int(member): representative for member, representative in self.meta["layer_map"].items()}
+
+    def residual_basis(self, representative: int):
+        """(Uf [D, r_f], Up [D, r_p]) of a representative layer."""
+        return self._read(f"U{representative}_f.pt"), self._read(f"U{representative}_p.pt")
+
+    def teacher_statistics(self, representative: int):
+        """(mu [D], C_T [D, D])."""
+        return self._read(f"mu{representative}.pt"), self._read(f"C_T{representative}.pt")
+
+    def teacher_states(self):
+        """(pooled [N, D] per representative layer, probe item numbers [N])."""
+        tensors = self._read("teacher.safetensors")
+        return {layer: tensors[f"pooled.{layer}"] for layer in self.layers}, tensors["items"].tolist()
+
+    def token_bases(self):
+        """Linear name -> (Uf [D_in, K_f], Up [D_in, K_p])."""
+        if "tokens.safetensors" not in self.meta["files"]:
+            raise ArtifactError(f"{self.folder} holds no token-level bases: run `vlakeep offline --icsm.tokens true`")
+        tensors = self._read("tokens.safetensors")
+        return {name[:-2]: (tensors[name], tensors[name[:-2] + ".p"]) for name in tensors if name.endswith(".f")}
+
+
+def load(folder: Path) -> Artifact:
+    folder = Path(folder)
+    path = folder / "meta.json"
+    if not path.is_file():
+        raise ArtifactError(f"no ICSM artefact at {folder}: make it with `vlakeep offline --config ...`")
+    try:
+        meta = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ArtifactError(f"{path} is damaged ({error}): rebuild the artefact with `vlakeep offline`") from error
+    if meta.get("format") != FORMAT:
+        raise ArtifactError(f"{path} has format {meta.get('format')}, this version reads {FORMAT}: rebuild it with `vlakeep offline`")
+    return Artifact(folder, meta)
+
+
+def check(artifact: Artifact, weights_hash: str, probe_hash: str, icsm_section: dict, depth: int) -> List[str]:
+    """Why this artefact does not fit the run: one line per mismatch with the remedy; empty when it fits."""
+    meta, remedy = artifact.meta, "run `vlakeep offline` with this configuration"
+    found = []
+    if meta["weights_sha256"] != weights_hash:
+        found.append(f"{artifact.folder} was made for other base weights ({meta['weights_sha256'][:12]}, this run loads "
+                     f"{weights_hash[:12]}): {remedy}")
+    if meta["probe_sha256"] != probe_hash:
+        found.append(f"{artifact.folder} was made from another probe ({meta['probe_sha256'][:12]}, this run names {probe_hash[:12]}): {remedy}")
+    if meta["depth"] != depth:
+        found.append(f"{artifact.folder} was made for {meta['depth']} decoder layers, this model has {depth}: {remedy}")
+    recorded = meta["config"]
+    for key, value in icsm_section.items():
+        if key in ("name", "batch_size"):  # neither changes the numbers' meaning
+            continue
+        wanted = default_layers(depth) if key == "layers" and value is None else value
+        made = default_layers(meta["depth"]) if key == "layers" and recorded.get(key) is None else recorded.get(key)
+        if wanted != made:
+            found.append(f"{artifact.folder} was made with icsm.{key} {made}, this run asks for {wanted}: {remedy}")
+    return found

@@ -1,0 +1,39 @@
+"""ICSM step 2, decompose: candidate directions.
+
+pooled_instruction: SVD of the centred matrix X [N, D]; candidates Vh.T[:, :r] (O5).
+tokens: eigenvectors of an uncentred second moment [D, D]; the largest become Uf, the next Up.
+"""
+
+from typing import Tuple
+
+import torch
+
+
+def fix_signs(basis_DK: torch.Tensor) -> torch.Tensor:
+    """Make the largest entry of each column positive: an SVD leaves the sign open, artefacts must not."""
+    largest = basis_DK.abs().argmax(0)
+    return basis_DK * torch.sign(basis_DK[largest, torch.arange(basis_DK.shape[1])])
+
+
+def pooled_candidates(states_ND: torch.Tensor, rank: int) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(candidates [D, r], singular values [min(N, D)], mean [D]) in float64. Raises ValueError when r > min(N - 1, D)."""
+    count, dim = states_ND.shape
+    limit = min(count - 1, dim)
+    if rank > limit:
+        raise ValueError(f"icsm.rank {rank} is larger than min(N - 1, D) = {limit} ({count} usable probe items, hidden size {dim}): "
+                         f"lower it with --icsm.rank {limit} or enlarge the probe")
+    x_ND = states_ND.double()
+    mean_D = x_ND.mean(0)
+    _, values, vh = torch.linalg.svd(x_ND - mean_D, full_matrices=False)
+    return fix_signs(vh[:rank].T.contiguous()), values, mean_D
+
+
+def token_bases(moment_DD: torch.Tensor, fragile: float, plastic: float) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(Uf [D, Kf], Up [D, Kp], eigenvalues [D] descending) of a second moment; shares are of the input dimension D."""
+    if not torch.isfinite(moment_DD).all():
+        raise ValueError("token statistics hold NaN or infinity: the teacher overflows on the probe; use --backbone.dtype float32")
+    dim = len(moment_DD)
+    values, vectors = torch.linalg.eigh(moment_DD.double().cpu())
+    vectors = fix_signs(vectors.flip(1))
+    n_f, n_p = max(1, round(dim * fragile)), round(dim * plastic)
+    return vectors[:, :n_f].float().contiguous(), vectors[:, n_f:n_f + n_p].float().contiguous(), values.flip(0)

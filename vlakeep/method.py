@@ -1,0 +1,173 @@
+"""The seam between training and the anti-forgetting methods, and the method itself.
+
+An arm is a Method; the loop in train.py asks it the same five things whichever it is. "What does the method add?" is the
+difference between `Baseline` and `IcsmHswThermostat`.
+"""
+
+from typing import Dict, Optional, Protocol
+
+import torch
+
+from vlakeep.config import Config
+from vlakeep.hsw.lora_input import LoraInputSite
+from vlakeep.hsw.residual import ResidualSite
+from vlakeep.hsw.transform import Gains, random_basis
+from vlakeep.icsm.collect import input_key
+from vlakeep.icsm.decompose import fix_signs
+from vlakeep.thermostat.controller import Controller, Law
+
+
+class Method(Protocol):
+    """What the training loop knows of an arm. `attach` comes after LoRA and before DDP and the optimizer are built."""
+
+    def attach(self, backbone) -> None: ...
+
+    def before_step(self, step: int, observe: bool) -> None: ...
+
+    def penalty(self) -> Optional[torch.Tensor]: ...
+
+    def after_step(self, step: int, loss_scale: float) -> Dict[str, float]: ...
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+    def detach(self) -> None: ...
+
+
+class Baseline:
+    """Plain LoRA: adds nothing to training."""
+
+    def attach(self, backbone) -> None:
+        """Nothing is attached."""
+
+    def before_step(self, step: int, observe: bool) -> None:
+        """Nothing to prepare; `observe` says whether this step's metrics will be logged."""
+
+    def penalty(self) -> Optional[torch.Tensor]:
+        """A differentiable addition to the loss of each micro-batch, or None."""
+
+    def after_step(self, step: int, loss_scale: float) -> Dict[str, float]:
+        """Metrics of the step; `loss_scale` is the factor that mixed precision put on the gradients."""
+        return {}
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Nothing is kept."""
+
+    def detach(self) -> None:
+        """Nothing was attached."""
+
+
+class IcsmHswThermostat:
+    """ICSM subspaces, HSW surgery at the residual stream and / or the LoRA inputs, gains held by the Thermostat."""
+
+    def __init__(self, config: Config, artifact=None, make_thermometer=None):
+        """`artifact` (icsm.artifact.Artifact) unless every feature is off; `make_thermometer(backbone)` builds the drift sensor."""
+        self._config, self._artifact, self._make_thermometer = config, artifact, make_thermometer
+        self._sites, self._thermometer, self._controller = [], None, None
+        self._fixed = Gains(beta=config.hsw.beta, gamma=config.hsw.gamma)
+        self._observe = False
+
+    @property
+    def gains(self) -> Gains:
+        return Gains(self._controller.beta, self._controller.gamma) if self._controller else self._fixed
+
+    def attach(self, backbone) -> None:
+        hsw, thermostat = self._config.hsw, self._config.thermostat
+        if hsw.enabled and hsw.site in ("residual", "both"):
+            dtype = torch.float32 if hsw.dtype == "float32" else backbone.dtype
+            self._sites.append(ResidualSite(backbone.decoder_layers, self._residual_bases(backbone), hsw.eps, dtype))
+        if hsw.enabled and hsw.site in ("lora_input", "both"):
+            adapted = backbone.adapted_linears()
+            self._sites.append(LoraInputSite(adapted, self._input_bases(adapted)))
+        if thermostat.enabled:
+            self._controller = Controller(control_law(self._config))
+            self._thermometer = self._make_thermometer(backbone)
+        self._apply()
+
+    def _residual_bases(self, backbone) -> Dict[int, tuple]:
+        mapping = self._artifact.layer_map
+        layers = self._config.hsw.layers if self._config.hsw.layers is not None else sorted(mapping)
+        unknown = [layer for layer in layers if layer not in mapping]
+        if unknown:
+            raise ValueError(f"hsw.layers {unknown} belong to no protection group of {self._artifact.folder} (it maps "
+                             f"{mapping}): choose among these layers, or set icsm.layers and run `vlakeep offline` again")
+        loaded = {rep: self._artifact.residual_basis(rep) for rep in sorted({mapping[layer] for layer in layers})}
+        return {layer: self._ablate(loaded[mapping[layer]], mapping[layer]) for layer in layers}
+
+    def _input_bases(self, adapted) -> Dict[str, tuple]:
+        bases = self._artifact.token_bases()
+        known = {name: bases[input_key(name)] for name in adapted if input_key(name) in bases}
+        return {name: self._ablate(pair, index) for index, (name, pair) in enumerate(known.items())}
+
+    def _ablate(self, pair, seed: int):
+        if self._config.hsw.subspace == "icsm":
+            return pair
+        fragile, columns = pair[0].shape[1], pair[0].shape[1] + pair[1].shape[1]
+        basis_DK = fix_signs(random_basis(len(pair[0]), columns, seed=1_000 * self._config.seed + seed))
+        return basis_DK[:, :fragile], basis_DK[:, fragile:]
+
+    def _apply(self) -> None:
+        for site in self._sites:
+            site.set_gains(self.gains)
+
+    def before_step(self, step: int, observe: bool) -> None:
+        self._observe = observe
+        for site in self._sites:
+            site.meter.start(observe)
+
+    def penalty(self) -> Optional[torch.Tensor]:
+        """The method adds no loss (T2)."""
+
+    def after_step(self, step: int, loss_scale: float) -> Dict[str, float]:
+        metrics = {}
+        if self._observe and self._sites:
+            metrics = {"beta": self.gains.beta, "gamma": self.gains.gamma}  # those that acted in this step
+            for site, prefix in zip(self._sites, ("", "lora_input/")):
+                metrics.update({prefix + key: value for key, value in site.meter.read(loss_scale).items()})
+        if self._controller and step % self._config.thermostat.every == 0:
+            row = self._controller.update(self._thermometer.measure(self._controller.measurements))
+            self._apply()
+            metrics.update({key: row[key] for key in ("d", "d_ema", "threshold", "calibrating") if row[key] is not None})
+            metrics.update({"next_beta": row["beta"], "next_gamma": row["gamma"]})
+            leaks = [site.leak() for site in self._sites if isinstance(site, LoraInputSite)]
+            metrics.update({"leak": leaks[0]} if leaks else {})
+        for site in self._sites:
+            site.meter.start(False)
+        return metrics
+
+    def state_dict(self) -> dict:
+        return {"controller": self._controller.state_dict()} if self._controller else {}
+
+    def load_state_dict(self, state: dict) -> None:
+        if self._controller:
+            self._controller.load_state_dict(state["controller"])
+        self._apply()
+
+    def detach(self) -> None:
+        for site in self._sites:
+            site.detach()
+        self._sites.clear()
+
+
+def control_law(config: Config) -> Law:
+    """The Thermostat's law; gamma_min follows the site when it is not set (config.py says why)."""
+    t = config.thermostat
+    gamma_min = t.gamma_min if t.gamma_min is not None else (0.0 if config.hsw.site == "lora_input" else 0.5)
+    return Law(gamma_min=min(gamma_min, t.gamma_max), gamma_max=t.gamma_max, beta_min=t.beta_min, beta_max=t.beta_max,
+               calibration=t.calibration, threshold_sigmas=t.threshold_sigmas, half_excess=t.half_excess, ema=t.ema,
+               dead_band=t.dead_band, rate_limit=t.rate_limit)
+
+
+def needs_artifact(config: Config) -> bool:
+    return config.method == "icsm_hsw_thermostat" and (config.hsw.enabled or config.thermostat.enabled)
+
+
+def build_method(config: Config, artifact=None, make_thermometer=None) -> Method:
+    """The arm named by `config.method`."""
+    if config.method == "baseline":
+        return Baseline()
+    return IcsmHswThermostat(config, artifact, make_thermometer)

@@ -1,0 +1,116 @@
+"""Stage `vlakeep offline`: the frozen teacher's ICSM subspaces and Thermostat statistics, once per base model and probe.
+
+    vlakeep offline --config configs/method_icsm_hsw_thermostat.yaml
+
+reads:  the base checkpoint, probe_root_dir/<probe.name>
+writes: artifact_dir/icms_<backbone>/ (icsm/artifact.py lists the files)
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import List
+
+import torch
+
+import vlakeep
+from vlakeep.backbones.base import make_backbone
+from vlakeep.backbones.lora import select_linears
+from vlakeep.config import Config, config_from_argv, to_dict
+from vlakeep.icsm import artifact
+from vlakeep.icsm.collect import pooled_states, token_moments, with_own_answers
+from vlakeep.icsm.decompose import pooled_candidates, token_bases
+from vlakeep.icsm.sensitivity import order_by_fragility, sensitivities
+from vlakeep.parallel import pick_device, set_threads
+from vlakeep.probe.batches import prompt_batches
+from vlakeep.probe.probe_set import ProbeSet
+from vlakeep.rundir import library_versions, source_commit
+from vlakeep.storage import Storage
+
+ANSWER_TOKENS = 8  # seven action tokens and the end of sequence
+
+
+def run_offline(config: Config, storage: Storage) -> Path:
+    """Build the artefact folder and return it."""
+    torch.manual_seed(config.seed)
+    set_threads(config.threads)
+    started = time.perf_counter()
+    backbone = make_backbone(config.backbone, pick_device(config.device))
+    backbone.eval()
+    probe = ProbeSet(storage.probe_folder(config.probe.name))
+    items = probe.spread(config.probe.size)
+    layers = config.icsm.layers or artifact.default_layers(backbone.num_layers)
+    mapping = artifact.layer_map(backbone.num_layers, layers)
+    linears = select_linears(backbone, config.lora.layers, config.lora.modules) if config.icsm.tokens else {}
+    print(f"teacher {backbone.name} ({backbone.num_layers} layers, D = {backbone.hidden_size}), probe {len(items)} items, "
+          f"representative layers {layers}, r = {config.icsm.rank}")
+
+    def batches(numbers):
+        return prompt_batches(probe, numbers, backbone.processor, config.icsm.batch_size)
+
+    steps = -(-len(items) // config.icsm.batch_size)
+    pooled = pooled_states(backbone, batches(items), layers, total=steps)
+    tensors, notes = {}, {}
+    some = items[::max(1, len(items) // config.icsm.sensitivity_items)][:config.icsm.sensitivity_items]
+    for layer in layers:
+        candidates_DK, values, mean_D = pooled_candidates(pooled.states[layer], config.icsm.rank)
+        step = config.icsm.epsilon * pooled.scale[layer]
+        if config.icsm.sensitivity:
+            kl_K = sensitivities(backbone, list(batches(some)), layer, candidates_DK, step)
+        else:
+            kl_K = torch.arange(config.icsm.rank, 0, -1, dtype=torch.float64)
+        fragile_DK, plastic_DK, order = order_by_fragility(candidates_DK, kl_K, config.icsm.fragile_fraction)
+        x_ND = pooled.states[layer].double()
+        centred_ND = x_ND - mean_D
+        tensors[layer] = {"U_f": fragile_DK, "U_p": plastic_DK, "mu": mean_D,
+                          "C_T": centred_ND.T @ centred_ND / (len(x_ND) - 1)}
+        energy = (values.square() / values.square().sum())[:config.icsm.rank]
+        notes[str(layer)] = {
+            "r_f": fragile_DK.shape[1], "r_p": plastic_DK.shape[1], "epsilon_absolute": step,
+            "explained_variance": float(energy.sum()), "svd_order": order.tolist(),
+            "kl": [round(v, 9) for v in kl_K[order].tolist()] if config.icsm.sensitivity else None,
+        }
+        print(f"layer {layer}: {energy.sum():.1%} of the variance in {config.icsm.rank} directions"
+              + (f", KL per direction {kl_K.max():.2e} to {kl_K.min():.2e}" if config.icsm.sensitivity else ""))
+
+    tokens = _token_level(backbone, batches(items), linears, config, steps) if config.icsm.tokens else None
+    meta = {
+        "backbone": backbone.name, "weights_sha256": backbone.weights_sha256, "depth": backbone.num_layers,
+        "hidden_size": backbone.hidden_size, "layers": layers, "layer_map": {str(k): v for k, v in mapping.items()},
+        "r": config.icsm.rank, "epsilon": config.icsm.epsilon, "per_layer": notes,
+        "probe": config.probe.name, "probe_sha256": probe.sha256, "probe_items": len(items), "empty_masks": pooled.empty,
+        "config": to_dict(config.icsm), "lora": {"layers": config.lora.layers, "modules": list(config.lora.modules)},
+        "seed": config.seed, "vlakeep": vlakeep.__version__, "versions": library_versions(), "commit": source_commit(),
+    }
+    teacher = {f"pooled.{layer}": pooled.states[layer] for layer in layers}
+    teacher["items"] = torch.tensor([items[i] for i in pooled.kept])
+    folder = storage.artifact_folder(config.icsm.name or artifact.artifact_name(backbone.name))
+    artifact.write(folder, tensors, tokens, teacher, meta)
+    if pooled.empty:
+        print(f"{pooled.empty} of {len(items)} probe items had an empty instruction mask and were left out")
+    print(f"wrote {folder} in {time.perf_counter() - started:.1f} s")
+    return folder
+
+
+def _token_level(backbone, prompts, linears, config: Config, steps: int):
+    """Bases of the inputs of every linear that the lora section adapts."""
+    def inputs():
+        for batch, _ in prompts:
+            yield with_own_answers(backbone, batch, ANSWER_TOKENS) if config.icsm.tokens_generated else batch
+
+    moments = token_moments(backbone, inputs(), linears, total=steps)
+    bases = {}
+    for key, moment_DD in moments.items():
+        fragile_DK, plastic_DK, values = token_bases(moment_DD, config.icsm.tokens_fragile_fraction, config.icsm.tokens_plastic_fraction)
+        bases.update({f"{key}.f": fragile_DK, f"{key}.p": plastic_DK, f"{key}.values": values.float()})
+    return bases
+
+
+def main(argv: List[str]) -> int:
+    config = config_from_argv(argv)
+    run_offline(config, Storage.from_config(config))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

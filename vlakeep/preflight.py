@@ -1,0 +1,289 @@
+"""Stages `vlakeep preflight` and `vlakeep storage-check`: everything that would stop a run, shown at once, each with its remedy.
+
+    vlakeep preflight --config configs/method_icsm_hsw_thermostat.yaml [--stage offline|train|evaluate] [--gpus 8]
+    vlakeep storage-check [--config X] [--large_file_gb 1]
+
+reads:  the headers of what the named stage (train unless said) is going to read; loads no weights
+writes: the folders of the storage root, when they do not exist
+Exit status: 0 when nothing is red, 1 otherwise.
+"""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import io
+import os
+import re
+import sys
+from typing import List, Optional, Tuple
+
+import draccus
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vlakeep import checks
+from vlakeep.checks import GREEN, RED, YELLOW, Line
+from vlakeep.config import Config, ConfigError, config_from_argv
+from vlakeep.errors import human_bytes
+from vlakeep.storage import Storage, code_trees, peek, scan_large_files
+
+STAGES = ("offline", "train", "evaluate")
+# As pyproject.toml; the official OpenVLA environment meets them all.
+LOWER_BOUNDS = {
+    "torch": "2.2",
+    "transformers": "4.40.1",
+    "timm": "0.9.10",
+    "peft": "0.11.1",
+    "draccus": "0.8.0",
+    "numpy": "1.24",
+    "safetensors": "0.4",
+    "simplejpeg": "1.7",
+    "google-crc32c": "1.5",
+    "pillow": "9",
+    "pyyaml": "6",
+    "rich": "13",
+    "tqdm": "4.60",
+    "matplotlib": "3.7",
+}
+
+
+def version_tuple(text: str) -> Tuple[int, ...]:
+    """'2.13.0+cpu' -> (2, 13, 0)."""
+    return tuple(int(part) for part in re.match(r"\d+(\.\d+)*", text)[0].split("."))
+
+
+def check_storage(make_storage, large_file_gb: float = 1.0, create: bool = True) -> Tuple[List[Line], Optional[Storage]]:
+    """Lines about the root, its folders, the cache variables and the code trees; and the Storage, if it can be used.
+
+    `make_storage()` gives the Storage, or raises StorageError or OSError.
+    """
+    lines, storage = [], None
+    try:
+        storage = make_storage()
+        if create:
+            storage.create()
+    except (ValueError, OSError) as error:
+        lines.append(Line(RED, "storage root", str(error), "choose another root: --root DIR or export VLAKEEP_ROOT=DIR"))
+    if storage is not None:
+        lines += check_folders(storage)
+    for tree in code_trees():
+        found = scan_large_files(tree, int(large_file_gb * 1e9))
+        for path, size in found:
+            target = storage.root if storage else "DIR_BELOW_THE_STORAGE_ROOT"
+            remedy = f"mv {path} {target}/   (or delete it; if git knows it: git rm --cached {path})"
+            lines.append(Line(RED, "large file in source tree", f"{path}, {human_bytes(size)}", remedy))
+        if not found:
+            lines.append(Line(GREEN, "source tree", f"{tree}: no file of {large_file_gb:g} GB or more"))
+    return lines, storage
+
+
+def check_folders(storage: Storage) -> List[Line]:
+    lines = []
+    for name, folder, good, free in storage.overview():
+        space = f"{human_bytes(free)} free" if free is not None else "free space unknown"
+        parent = next((p for p in (folder, *folder.parents) if p.exists()), folder)
+        if good:
+            lines.append(Line(GREEN, f"storage {name}", f"{folder}, {space}"))
+        elif parent == folder or not os.access(parent, os.W_OK | os.X_OK):
+            problem = (
+                f"{folder} is not a writable folder" if parent == folder else f"{folder} cannot be made: {parent} is not writable"
+            )
+            lines.append(
+                Line(RED, f"storage {name}", problem, f"chmod u+rwx {parent}, or --root DIR, or export VLAKEEP_ROOT=DIR")
+            )
+        else:
+            lines.append(Line(YELLOW, f"storage {name}", f"{folder} does not exist yet (the first stage makes it), {space}"))
+    outside = storage.outside()
+    for name, value in outside:
+        status = YELLOW if name in ("TMPDIR", "WANDB_DIR") else RED
+        remedy = f"unset {name}   (vlakeep then sets it to {storage.environment()[name]})"
+        lines.append(Line(status, f"variable {name}", f"{value} is outside the storage root {storage.root}", remedy))
+    return lines if outside else [*lines, Line(GREEN, "cache variables", "none points outside the storage root")]
+
+
+def check_environment(config: Config, gpus: int = 1) -> List[Line]:
+    """Lines about the conda environment, library versions, and what the GPUs can do against what the configuration asks."""
+    lines = []
+    active = os.environ.get("CONDA_DEFAULT_ENV")
+    lines.append(
+        Line(GREEN, "conda environment", "openvla is active")
+        if active == "openvla"
+        else Line(
+            YELLOW,
+            "conda environment",
+            f"{active or 'none'} is active, not openvla",
+            "conda activate openvla   (if this machine has it)",
+        )
+    )
+    if not (3, 10) <= sys.version_info[:2]:
+        lines.append(Line(RED, "python", sys.version.split()[0], "use Python 3.10 or newer"))
+    good = []
+    for name, bound in LOWER_BOUNDS.items():
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(Line(RED, f"package {name}", "not installed", f"pip install '{name}>={bound}'"))
+            continue
+        if version_tuple(version) < version_tuple(bound):
+            lines.append(Line(RED, f"package {name}", f"{version}, needs {bound} or newer", f"pip install '{name}>={bound}'"))
+        else:
+            good.append(f"{name} {version}")
+    lines.append(Line(GREEN, "packages", ", ".join(good)))
+    if config.train.use_wandb and importlib.util.find_spec("wandb") is None:
+        lines.append(Line(RED, "--train.use_wandb", "wandb is not installed", "pip install wandb, or --train.use_wandb false"))
+    return lines + check_gpus(config, gpus)
+
+
+def check_gpus(config: Config, gpus: int = 1) -> List[Line]:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    on_gpu = config.device == "cuda" or (config.device == "auto" and count > 0)
+    lines = []
+    if config.device == "cuda" and count == 0:
+        lines.append(
+            Line(RED, "--device cuda", "torch sees no GPU", "--device cpu, or check nvidia-smi and CUDA_VISIBLE_DEVICES")
+        )
+    elif on_gpu and gpus > count:
+        lines.append(Line(RED, f"--gpus {gpus}", f"this machine shows {count} GPU(s)", f"--gpus {count}"))
+    else:
+        names = ", ".join(torch.cuda.get_device_name(i) for i in range(count)) or "none; the CPU does the work"
+        lines.append(Line(GREEN, "GPUs", names if on_gpu or not count else f"not used (--device cpu): {names}"))
+    # is_bf16_supported() also counts emulation, which a V100 passes; compute capability 8.0 (Ampere) has it in hardware.
+    old = [torch.cuda.get_device_name(i) for i in range(count) if torch.cuda.get_device_capability(i) < (8, 0)] if on_gpu else []
+    for key, value, instead in (
+        ("backbone.dtype", config.backbone.dtype, "float16"),
+        ("train.autocast", config.train.autocast, "float16"),
+    ):
+        if value == "bfloat16" and old:
+            lines.append(Line(RED, f"--{key} bfloat16", f"{old[0]} has no bfloat16", f"--{key} {instead}"))
+    if config.backbone.attn_implementation == "flash_attention_2":
+        if not on_gpu or old:
+            lines.append(
+                Line(
+                    RED,
+                    "flash attention 2",
+                    f"{old[0] if old else 'the CPU'} cannot run it",
+                    "--backbone.attn_implementation sdpa",
+                )
+            )
+        elif importlib.util.find_spec("flash_attn") is None:
+            lines.append(
+                Line(RED, "flash attention 2", "the package flash_attn is not installed", "--backbone.attn_implementation sdpa")
+            )
+    if config.train.autocast == "float16" and not on_gpu:
+        lines.append(Line(RED, "--train.autocast float16", "the CPU does not train in float16", "--train.autocast off"))
+    return lines
+
+
+def run_checks(
+    config: Config, stage: str = "train", config_path: str = "", large_file_gb: float = 1.0, gpus: int = 1
+) -> List[Line]:
+    """Every check that concerns `stage` (offline, train or evaluate), in reading order."""
+    if stage not in STAGES:
+        raise ConfigError(f"--stage {stage!r}: must be one of {', '.join(STAGES)}")
+    lines = [
+        Line(RED, "configuration", problem, f"correct it in {config_path} or on the command line")
+        for problem in config.problems()
+    ]
+    lines = lines or [Line(GREEN, "configuration", f"{config_path}: every value within its range")]
+    found, storage = check_storage(lambda: Storage.from_config(config, create=False), large_file_gb)
+    lines += found + check_environment(config, gpus)
+    if storage is None:
+        return lines + [Line(YELLOW, "inputs", "not checked: they lie below the storage root")]
+    found, model = checks.check_checkpoint(config, storage.cache)
+    lines += found + (checks.check_layers(config, model) if model else [])
+    uses_icsm = config.method != "baseline" and (config.hsw.enabled or config.thermostat.enabled)
+    if stage == "offline" or (stage == "train" and uses_icsm):
+        lines += checks.check_probe(config, storage)
+    if stage == "train":
+        lines += checks.check_data(config, storage)
+        lines += checks.check_artifact(config, storage, model, config_path) if uses_icsm else []
+        lines += checks.check_run(config, storage, model)
+    return lines
+
+
+def show(lines: List[Line], title: str) -> int:
+    """Print the table and, below it in full width for copying, the remedies. Returns the exit status."""
+    terminal = Console(highlight=False)
+    console = terminal if terminal.is_terminal else Console(highlight=False, width=140)  # a log file has room
+    table = Table(title=title, title_justify="left")
+    for column in ("", "check", "found"):
+        table.add_column(column, overflow="fold")
+    colours = {GREEN: "green", YELLOW: "yellow", RED: "bold red"}
+    for line in lines:
+        table.add_row(f"[{colours[line.status]}]{line.status}[/]", escape(line.what), escape(line.where))
+    console.print(table)
+    for remedy in dict.fromkeys(f"{x.status} {x.what}: {x.remedy}" for x in lines if x.status != GREEN and x.remedy):
+        print(remedy)
+    red = sum(line.status == RED for line in lines)
+    print(f"{title}: {red} of {len(lines)} checks failed" if red else f"{title}: passed, {len(lines)} checks")
+    return 1 if red else 0
+
+
+def _take(argv: List[str], name: str, default: str) -> Tuple[str, List[str]]:
+    """Value of an option that is not a configuration key, and the other arguments."""
+    rest, value, position = [], default, 0
+    while position < len(argv):
+        arg = argv[position]
+        if arg == name and position + 1 < len(argv):
+            value, position = argv[position + 1], position + 1
+        elif arg.startswith(name + "="):
+            value = arg.split("=", 1)[1]
+        else:
+            rest.append(arg)
+        position += 1
+    return value, rest
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise ConfigError(f"{name} {text!r}: must be a number above 0")
+    return value
+
+
+def main(argv: List[str]) -> int:
+    large, argv = _take(argv, "--large_file_gb", "1")
+    stage, argv = _take(argv, "--stage", "train")
+    gpus, argv = _take(argv, "--gpus", "1")
+    large_file_gb, gpus = _number("--large_file_gb", large), int(_number("--gpus", gpus))
+    config_path, rest = _take(argv, "--config", "")
+    where = f"correct it in {config_path} or on the command line" if config_path else "correct it on the command line"
+    try:
+        return show(run_checks(config_from_argv(argv), stage, config_path, large_file_gb, gpus), "preflight")
+    except ConfigError as error:
+        lines = [Line(RED, "configuration", problem, where) for problem in str(error).splitlines()]
+    config = _parse_unchecked(config_path, rest)
+    if config is not None:  # values out of range: they do not hide a missing data set
+        return show(lines + run_checks(config, stage, config_path, large_file_gb, gpus)[len(config.problems()) :], "preflight")
+    found, _ = check_storage(lambda: peek(argv), large_file_gb, create=False)
+    lines += found + check_environment(Config())
+    return show([*lines, Line(YELLOW, "inputs", "not checked: correct the configuration first")], "preflight")
+
+
+def _parse_unchecked(config_path: str, overrides: List[str]) -> Optional[Config]:
+    """The configuration without its range checks; None when a key is unknown or a type is wrong."""
+    args = ["--config_path", config_path] if config_path else []
+    for arg in overrides:
+        args += arg.split("=", 1) if arg.startswith("--") else [arg]
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # argparse prints its usage there
+            return draccus.parse(Config, args=args)
+    except (Exception, SystemExit):
+        return None
+
+
+def storage_check(argv: List[str]) -> int:
+    """`vlakeep storage-check`: folders below the root, cache variables, large files in source trees, free space."""
+    large, argv = _take(argv, "--large_file_gb", "1")
+    config = config_from_argv(argv)
+    lines, _ = check_storage(lambda: Storage.from_config(config, create=False), _number("--large_file_gb", large), create=False)
+    return show(lines, "storage-check")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

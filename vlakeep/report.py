@@ -1,0 +1,137 @@
+"""Stage `vlakeep report`: compare evaluated runs in tables, figures and one self-contained HTML page.
+
+    vlakeep report --config configs/tabletop.yaml --runs base,baseline,method,method_lora_input --out DIR
+
+--runs names the arms; `arm=run` takes a run of another name (method=my_run). The arms base and baseline are the references of all
+differences. --out is a folder, ROOT/report when left out; --title and --seconds (time of the whole experiment) are optional.
+
+reads:  ROOT/eval/<run>/summary.json and records.jsonl; run_root_dir/<run>/metrics.jsonl, provenance.json and config.yaml
+writes: index.html, summary.json, provenance.json, tables/*.md and *.csv, figures/*.png and *.svg
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Dict, List, Optional
+
+from tqdm import tqdm
+
+from vlakeep.config import ConfigError, config_from_argv
+from vlakeep.reporting import tables, words
+from vlakeep.reporting.arms import Arm, load_arms
+from vlakeep.reporting.compare import Comparison
+from vlakeep.reporting.figures import figures, save_files
+from vlakeep.reporting.page import page
+from vlakeep.storage import Storage, atomic_dir
+
+OPTIONS = ("runs", "out", "title", "seconds")
+OURS = {"index.html", "summary.json", "provenance.json", "tables", "figures"}
+
+
+def build_report(root: Optional[Path], arms: Dict[str, Dict[str, Optional[Path]]], out: Path, title: str = "vlakeep report",
+                 seconds: Optional[float] = None) -> Path:
+    """Write the report of `arms` (arm -> {"eval": folder, "run": folder or None}) to the folder `out`; returns its index.html.
+
+    `root` (storage root or None) shortens the paths on the page. `seconds`: what the whole experiment took; when None, training
+    and evaluation times are added up. Raises FileNotFoundError naming every missing input with the command that makes it, and
+    ValueError for damaged inputs or when `out` holds files of something else.
+    """
+    from vlakeep.benchmarks.records import wilson
+
+    comparison = Comparison(load_arms(arms), wilson)
+    if seconds is None:
+        seconds = total_seconds(comparison)
+    out = Path(out).expanduser().absolute()
+    foreign = {entry.name for entry in out.iterdir()} - OURS if out.is_dir() else set()
+    if foreign or (out.exists() and not out.is_dir()):
+        raise ValueError(f"{out} holds files of something else ({', '.join(sorted(foreign)[:5]) or 'it is a file'}): "
+                         "give an empty folder with --out")
+    drawings = figures(comparison)
+    with atomic_dir(out) as folder:
+        for name in ("tables", "figures"):
+            (folder / name).mkdir()
+        for figure in tqdm(drawings, desc="figures", leave=False):
+            save_files(figure, folder / "figures")
+        files = {
+            "index.html": page(comparison, drawings, title, seconds, root),
+            "summary.json": json.dumps(make_summary(comparison, seconds), indent=1, allow_nan=False) + "\n",
+            "provenance.json": json.dumps({name: arm.provenance for name, arm in comparison.arms.items()}, indent=1) + "\n",
+            "tables/comparison.md": tables.comparison_md(comparison),
+            "tables/differences.md": tables.differences_md(comparison),
+            "tables/comparison.csv": tables.to_csv(tables.rows_csv(comparison)),
+        }
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    print(words.headline(comparison))
+    return out / "index.html"
+
+
+def make_summary(comparison: Comparison, seconds: float) -> dict:
+    """The report's summary.json; rates are fractions, a value that is not known is null."""
+    def interval(value) -> dict:
+        return {key: getattr(value, key) if value else None for key in ("mean", "low", "high")}
+
+    def entry(arm: Arm) -> dict:
+        drift = comparison.value(arm, "drift")
+        abilities = {name: interval(comparison.value(arm, f"{group}:{name}")) for name, group in comparison.abilities.items()
+                     if arm.summary is not None and name in (arm.summary.get("abilities") or {})}
+        return {"new_skill": interval(comparison.value(arm, "new")), "abilities": abilities, "drift": drift.mean if drift else None,
+                "train_seconds": arm.train_seconds}
+
+    return {"seconds": seconds, "arms": {name: entry(arm) for name, arm in comparison.arms.items()}}
+
+
+def total_seconds(comparison: Comparison) -> float:
+    """Training and evaluation times of all arms together."""
+    return sum((arm.train_seconds or 0.0) + ((arm.summary or {}).get("seconds") or 0.0) for arm in comparison.arms.values())
+
+
+def arms_from_runs(runs: str, storage: Storage) -> Dict[str, Dict[str, Optional[Path]]]:
+    """`base,baseline,method=my_run` -> folders of each arm. Raises ConfigError for an empty or doubled name."""
+    arms: Dict[str, Dict[str, Optional[Path]]] = {}
+    for part in runs.split(","):
+        arm, _, run = (piece.strip() for piece in part.partition("="))
+        if not arm or arm in arms:
+            raise ConfigError(f"--runs {runs}: {f'the arm {arm} comes twice' if arm else 'an arm has no name'}; "
+                              "write e.g. --runs base,baseline,method=my_run")
+        run = run or arm
+        arms[arm] = {"eval": storage.eval / run, "run": None if run == "base" else storage.runs / run}
+    return arms
+
+
+def split_options(argv: List[str]) -> tuple:
+    """(this stage's own options, the rest for the configuration); `--key value` and `--key=value`."""
+    own, rest, position = {}, [], 0
+    while position < len(argv):
+        name, equals, value = argv[position].partition("=")
+        if name[:2] == "--" and name[2:] in OPTIONS:
+            if not equals:
+                position += 1
+                if position == len(argv):
+                    raise ConfigError(f"{name} needs a value")
+                value = argv[position]
+            own[name[2:]] = value
+        else:
+            rest.append(argv[position])
+        position += 1
+    return own, rest
+
+
+def main(argv: List[str]) -> int:
+    started = time.perf_counter()
+    own, rest = split_options(argv)
+    config = config_from_argv(rest)
+    storage = Storage.from_config(config)
+    try:
+        seconds = float(own["seconds"]) if "seconds" in own else None
+    except ValueError:
+        raise ConfigError(f"--seconds {own['seconds']}: must be a number") from None
+    arms = arms_from_runs(own.get("runs", "base,baseline,method"), storage)
+    path = build_report(storage.root, arms, Path(own.get("out", storage.report)), own.get("title", "vlakeep report"), seconds)
+    print(f"{path} ({time.perf_counter() - started:.0f} s)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,119 @@
+"""Thermostat: the control law from drift d to the gains (beta, gamma). Plain Python, no torch.
+
+Calibration: the first n measurements leave both gains at 1; their mean and standard deviation set the threshold,
+    threshold = mean + sigmas * std.
+Afterwards, with m the exponential moving average of d,
+    excess = max(0, m / threshold - 1)          s = excess / (excess + half_excess)      in [0, 1), monotone in d
+    gamma  = gamma_max - (gamma_max - gamma_min) s      beta = beta_max - (beta_max - beta_min) s
+within a dead band (hold) and a rate limit per measurement. The trajectory is a function of the measured d alone, so it can be
+replayed from the log: `replay`.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Dict, Iterable, List, Optional, Tuple
+
+
+@dataclass(frozen=True)
+class Law:
+    """Parameters of the control law; ranges are checked on construction (ValueError)."""
+
+    gamma_min: float
+    gamma_max: float
+    beta_min: float
+    beta_max: float
+    calibration: int
+    threshold_sigmas: float
+    half_excess: float
+    ema: float
+    dead_band: float
+    rate_limit: float
+
+    def __post_init__(self):
+        if not 0 <= self.gamma_min <= self.gamma_max <= 1:
+            raise ValueError(f"need 0 <= gamma_min <= gamma_max <= 1, got {self.gamma_min} and {self.gamma_max}")
+        if not 0 < self.beta_min <= self.beta_max <= 1:
+            raise ValueError(f"need 0 < beta_min <= beta_max <= 1, got {self.beta_min} and {self.beta_max}: beta never reaches 0")
+        if self.calibration < 2:
+            raise ValueError(f"calibration needs at least 2 measurements, got {self.calibration}")
+        if not (self.half_excess > 0 and 0 < self.ema <= 1 and self.rate_limit > 0 and self.dead_band >= 0):
+            raise ValueError("need half_excess > 0, 0 < ema <= 1, rate_limit > 0, dead_band >= 0")
+
+    def target(self, drift: float, threshold: float) -> Tuple[float, float]:
+        """(beta, gamma) that the law asks for at this averaged drift."""
+        excess = max(0.0, drift / threshold - 1.0)
+        s = excess / (excess + self.half_excess)
+        return self.beta_max - (self.beta_max - self.beta_min) * s, self.gamma_max - (self.gamma_max - self.gamma_min) * s
+
+
+@dataclass
+class Controller:
+    """Closed loop state; `update(d)` after each measurement, `state_dict` for checkpoints."""
+
+    law: Law
+    beta: float = 1.0
+    gamma: float = 1.0
+    threshold: Optional[float] = None
+    average: Optional[float] = None
+    # Average at which the gains were last set; the dead band is measured from here.
+    anchor: Optional[float] = None
+    calibration: List[float] = field(default_factory=list)
+    measurements: int = 0
+    # Measurements that were NaN or infinite: gains held, value ignored, counted.
+    rejected: int = 0
+
+    def update(self, drift: float) -> Dict[str, float]:
+        """Take one measurement and return the log fields d, d_ema, threshold, calibrating, beta, gamma."""
+        self.measurements += 1
+        if not math.isfinite(drift) or drift < 0:
+            self.rejected += 1
+            return self._row(drift)
+        law = self.law
+        if self.threshold is None:
+            self.calibration.append(drift)
+            self.average = drift
+            row = self._row(drift)
+            if len(self.calibration) == law.calibration:
+                mean = sum(self.calibration) / law.calibration
+                variance = sum((d - mean) ** 2 for d in self.calibration) / (law.calibration - 1)
+                # The floor keeps the law defined when nothing at all moved during calibration.
+                self.threshold = max(mean + law.threshold_sigmas * math.sqrt(variance), 1e-12)
+            return row
+        self.average = law.ema * drift + (1 - law.ema) * self.average
+        if self.anchor is None or abs(self.average - self.anchor) > law.dead_band * self.anchor:
+            beta, gamma = law.target(self.average, self.threshold)
+            moved = (self._limit(self.beta, beta), self._limit(self.gamma, gamma))
+            # A rate-limited step has not arrived yet: without an anchor the next measurement goes on.
+            self.anchor = self.average if moved == (beta, gamma) else None
+            self.beta, self.gamma = moved
+        return self._row(drift)
+
+    def _limit(self, now: float, wanted: float) -> float:
+        step = wanted - now
+        return wanted if abs(step) <= self.law.rate_limit else now + math.copysign(self.law.rate_limit, step)
+
+    def _row(self, drift: float) -> Dict[str, float]:
+        return {"d": drift, "d_ema": self.average, "threshold": self.threshold, "calibrating": float(self.threshold is None),
+                "beta": self.beta, "gamma": self.gamma}
+
+    def state_dict(self) -> dict:
+        state = asdict(self)
+        state.pop("law")
+        return state
+
+    def load_state_dict(self, state: dict) -> None:
+        for key, value in state.items():
+            setattr(self, key, list(value) if key == "calibration" else value)
+
+
+def replay(law: Law, drifts: Iterable[float]) -> List[Dict[str, float]]:
+    """The rows that a run with this law logs for these measurements."""
+    controller = Controller(law)
+    return [controller.update(d) for d in drifts]
+
+
+if __name__ == "__main__":  # sanity check: python -m vlakeep.thermostat.controller
+    law = Law(gamma_min=0.0, gamma_max=1.0, beta_min=0.5, beta_max=1.0, calibration=3, threshold_sigmas=2.0, half_excess=0.5,
+              ema=0.5, dead_band=0.02, rate_limit=0.25)
+    for row in replay(law, [1.0, 1.1, 0.9, 1.0, 1.5, 2.5, 4.0, 4.0, 4.0, 1.0, 0.5, 0.5, 0.5]):
+        print("  ".join(f"{key} {value:.3f}" for key, value in row.items() if value is not None))

@@ -1,0 +1,250 @@
+"""Stage `vlakeep train`: fine-tune LoRA adapters on new skills with the Method that the configuration names.
+
+    vlakeep train --config configs/baseline_lora.yaml
+    torchrun --nproc-per-node 8 -m vlakeep.train --config configs/method_icsm_hsw_thermostat.yaml
+
+reads:  base checkpoint, data_root_dir/<data.datasets>, for the method also probe_root_dir/<probe.name> and its artefact
+writes: run_root_dir/<name>/ (rundir.py lists the files)
+"""
+
+import math
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Dict, List
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from vlakeep import checkpoint as ckpt
+from vlakeep.backbones.base import make_backbone
+from vlakeep.backbones.lora import add_lora, load_trainable, save_adapter, trainable_state
+from vlakeep.config import Config, config_from_argv, to_dict
+from vlakeep.data.loader import make_stream
+from vlakeep.icsm import artifact as icsm_artifact
+from vlakeep.method import build_method, needs_artifact
+from vlakeep.parallel import Distributed, set_threads
+from vlakeep.probe.batches import prompt_batches
+from vlakeep.probe.probe_set import ProbeSet
+from vlakeep.rundir import RunDir
+from vlakeep.storage import Storage
+from vlakeep.thermostat.thermometer import Thermometer
+
+AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class TrainingStopped(RuntimeError):
+    """Training was stopped by a guard; the message says which, at which step, and what was kept."""
+
+
+def train_step(model, method, optimizer, scaler, batches, config, step: int, observe: bool) -> Dict[str, object]:
+    """One optimizer step over `batches` micro-batches; the same for every arm. Returns metrics, tensors left on the device."""
+    method.before_step(step, observe)
+    optimizer.zero_grad(set_to_none=True)
+    losses, correct, labelled, hidden_norm = [], 0, 0, 0
+    for index, batch in enumerate(batches):
+        last = index == len(batches) - 1
+        with model.no_sync() if hasattr(model, "no_sync") and not last else nullcontext():
+            with autocast(config, batch.input_ids.device):
+                out = model(batch)
+            penalty = method.penalty()
+            loss = out.loss if penalty is None else out.loss + penalty
+            scaler.scale(loss / len(batches)).backward()
+        losses.append(out.loss.detach())
+        correct, labelled, hidden_norm = correct + out.correct, labelled + out.num_labelled, hidden_norm + out.last_hidden_norm
+    scaler.unscale_(optimizer)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(params, config.clip if config.clip > 0 else math.inf)
+    loss_scale = scaler.get_scale() if scaler.is_enabled() and observe else 1.0
+    scaler.step(optimizer)
+    scaler.update()
+    metrics = method.after_step(step, loss_scale)
+    return {"loss": torch.stack(losses).mean(), "accuracy": correct / labelled, "grad_norm": norm,
+            "hidden_norm": hidden_norm / len(batches), **metrics}
+
+
+def autocast(config, device):
+    return nullcontext() if config.autocast == "off" else torch.autocast(device.type, AUTOCAST[config.autocast])
+
+
+def learning_rate(step: int, config) -> float:
+    """Learning rate of optimizer step 1, 2, ...: linear warm-up, then constant or cosine to a tenth."""
+    if step <= config.warmup:
+        return config.lr * step / config.warmup
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def make_optimizer(params, config):
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(params, lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay)
+
+
+def prepare_method(config: Config, storage: Storage, backbone):
+    """The arm's Method with its artefact and drift sensor; a mismatched or missing input is an error before anything is built."""
+    if not needs_artifact(config):
+        return build_method(config), {}
+    probe = ProbeSet(storage.probe_folder(config.probe.name))
+    folder = storage.artifact_folder(config.icsm.name or icsm_artifact.artifact_name(backbone.name))
+    artifact = icsm_artifact.load(folder)
+    problems = icsm_artifact.check(artifact, backbone.weights_sha256, probe.sha256, to_dict(config.icsm), backbone.num_layers)
+    if problems:
+        raise icsm_artifact.ArtifactError("\n".join(problems))
+
+    def make_thermometer(backbone):
+        teacher, items = artifact.teacher_states()
+        mean, covariance = {}, {}
+        for layer in artifact.layers:
+            mean[layer], covariance[layer] = artifact.teacher_statistics(layer)
+        return Thermometer(
+            backbone, prompt_batches(probe, items, backbone.processor, config.icsm.batch_size), items, artifact.layers,
+            backbone.first_adapted_layer(), config.thermostat.estimator, config.thermostat.batch_size, config.seed,
+            mean, covariance, teacher)
+
+    return build_method(config, artifact, make_thermometer), {"artifact": artifact.meta["files"], "probe": probe.sha256}
+
+
+class Guard:
+    """Stops a run that has gone wrong: non-finite loss or gradient, or hidden states that blow up. Reads only logged values."""
+
+    def __init__(self, factor: float):
+        self._factor, self._first = factor, None
+
+    def check(self, step: int, row: Dict[str, float], kept: str) -> None:
+        for key in ("loss", "grad_norm"):
+            if not math.isfinite(row[key]):
+                raise TrainingStopped(f"{key} is {row[key]} at step {step}; {kept}. Lower --train.lr, keep --train.clip 1.0, "
+                                      "or use --backbone.dtype float32")
+        if self._first is None:
+            self._first = row["hidden_norm"]
+        if not row["hidden_norm"] <= self._factor * self._first:
+            raise TrainingStopped(
+                f"hidden states blew up: mean norm {row['hidden_norm']:.3g} at step {step}, {row['hidden_norm'] / self._first:.1f} times "
+                f"its value at the first step; {kept}. Residual surgery at small gains does this: raise --thermostat.gamma_min and "
+                "--thermostat.beta_min, or use --hsw.site lora_input")
+
+    def state_dict(self) -> dict:
+        return {"first": self._first}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._first = state["first"]
+
+
+def run_training(config: Config, storage: Storage) -> Path:
+    """Train, and return the run folder. Raises TrainingStopped after saving nothing but keeping the last good checkpoint."""
+    set_threads(config.threads)
+    with Distributed(config.device) as dist:
+        torch.manual_seed(config.seed)
+        backbone = make_backbone(config.backbone, dist.device)
+        add_lora(backbone, config.lora, config.seed)
+        backbone.train()
+        method, hashes = prepare_method(config, storage, backbone)
+        method.attach(backbone)
+        stream = make_stream(config.data, storage.data, backbone.processor, config.train.batch_size, config.seed, dist.rank, dist.world,
+                             storage.cache)
+        hashes["base_weights"] = backbone.weights_sha256
+        with RunDir.open(storage, config, dist, hashes) as run:
+            _loop(config, dist, run, backbone, method, stream)
+            method.detach()
+        return run.folder
+
+
+def _loop(config: Config, dist: Distributed, run: RunDir, backbone, method, stream) -> None:
+    model = dist.wrap(backbone)
+    settings = config.train
+    params = [p for p in backbone.parameters() if p.requires_grad]
+    optimizer = make_optimizer(params, settings)
+    scaler = torch.amp.GradScaler(dist.device.type, enabled=settings.autocast == "float16")
+    guard = Guard(settings.blowup_factor)
+    first = 1
+    parts = {"scaler": scaler, "method": method, "guard": guard, "stream": stream}
+    if run.resume_from is not None:
+        first = _restore(run.resume_from, backbone, optimizer, parts) + 1
+        run.truncate_metrics(first - 1)
+    say(dist, f"{run.folder.name}: {config.method}, {sum(p.numel() for p in params):,} trainable parameters, global batch "
+              f"{settings.batch_size * settings.accumulation * dist.world}, steps {first} to {settings.steps}")
+    stop = _signal_flag()
+    saved = first - 1 if first > 1 else None
+    progress = tqdm(total=settings.steps, initial=first - 1, desc=config.name, disable=not dist.is_main, mininterval=1.0)
+    seconds = time.perf_counter()
+    for step in range(first, settings.steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, settings)
+        observe = step % settings.log_every == 0 or step == settings.steps
+        batches = [next(stream).to(dist.device) for _ in range(settings.accumulation)]
+        metrics = train_step(model, method, optimizer, scaler, batches, settings, step, observe)
+        if observe:
+            row = dist.mean_metrics(metrics)
+            row["grad_norm_clipped"] = min(row["grad_norm"], settings.clip) if settings.clip > 0 else row["grad_norm"]
+            row.update(lr=optimizer.param_groups[0]["lr"], seconds=(time.perf_counter() - seconds))
+            run.log(step, row)
+            guard.check(step, row, f"the checkpoint of step {saved} is kept" if saved else "no checkpoint had been saved yet")
+            progress.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+        progress.update()
+        # With several processes the question costs a synchronisation, so it is asked on logged steps only.
+        stopping = stop["signal"] is not None if dist.world == 1 else observe and dist.any(stop["signal"] is not None)
+        if step % settings.save_every == 0 or step == settings.steps or stopping:
+            _save(run, step, settings.keep_last, dist, backbone, optimizer, parts)
+            saved = step
+        if stopping:
+            run.interrupted()
+            progress.close()
+            say(dist, f"stopped by a signal after step {step}; go on with --train.resume true")
+            raise SystemExit(128 + (stop["signal"] or signal.SIGTERM))
+    progress.close()
+
+
+def _save(run: RunDir, step: int, keep_last: int, dist: Distributed, backbone, optimizer, parts) -> None:
+    ranks = dist.gather({"rng": ckpt.rng_state(dist.device), "stream": parts["stream"].state_dict()})
+    if dist.is_main:
+        state = {name: part.state_dict() for name, part in parts.items() if name != "stream"}
+        tensors, optimizer_state = ckpt.split_optimizer(optimizer)
+        state.update(step=step, optimizer=optimizer_state, ranks=ranks)
+        ckpt.save_checkpoint(run.folder, step, {"trainable": trainable_state(backbone), "optimizer": tensors}, state,
+                             lambda folder: save_adapter(backbone, folder / "adapter"), keep_last)
+    dist.barrier()
+
+
+def _restore(folder: Path, backbone, optimizer, parts) -> int:
+    """Load a checkpoint into everything that has state; returns its step."""
+    tensors, state = ckpt.load_checkpoint(folder)
+    load_trainable(backbone, tensors["trainable"])
+    ckpt.join_optimizer(optimizer, tensors["optimizer"], state["optimizer"])
+    mine = state["ranks"][Distributed.current().rank]
+    for name, part in parts.items():
+        part.load_state_dict(mine["stream"] if name == "stream" else state[name])
+    ckpt.set_rng_state(mine["rng"])
+    return state["step"]
+
+
+def _signal_flag() -> dict:
+    """SIGTERM and SIGUSR1 (what schedulers send) ask the loop to save and leave at the end of the step."""
+    flag = {"signal": None}
+
+    def remember(number, frame):
+        flag["signal"] = number
+
+    signal.signal(signal.SIGTERM, remember)
+    signal.signal(signal.SIGUSR1, remember)
+    return flag
+
+
+def say(dist: Distributed, text: str) -> None:
+    if dist.is_main:
+        print(text, flush=True)
+
+
+def main(argv: List[str]) -> int:
+    config = config_from_argv(argv)
+    run_training(config, Storage.from_config(config))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
