@@ -10,8 +10,8 @@ import time
 import numpy as np
 import pytest
 import torch
-
 from test_storage import file_size_limit, names
+
 from vlakeep import checkpoint as ckpt
 from vlakeep.errors import CheckpointError, DiskFull
 
@@ -34,10 +34,23 @@ def save(run, step, keep_last=0, value=None):
 
 
 def test_pack_is_exact():
-    tree = {"float": [0.1, float("nan"), float("inf"), -0.0], "int": 2**127, "none": None, "bool": True, "text": "x", "tuple": (1, ("a",)),
-            3: {"nested": torch.arange(6).reshape(2, 3).T}, "__tensor__": "a name that pack itself uses",
-            "bf16": torch.tensor([1.5], dtype=torch.bfloat16), "empty": torch.zeros(0, 4), "scalar": torch.tensor(2.0),
-            "array": np.array([[1, 2]], dtype=np.uint32), "array0": np.array(3.0), "number": np.float32(0.1), "flags": np.array([True, False])}
+    tree = {
+        "float": [0.1, float("nan"), float("inf"), -0.0],
+        "int": 2**127,
+        "none": None,
+        "bool": True,
+        "text": "x",
+        "tuple": (1, ("a",)),
+        3: {"nested": torch.arange(6).reshape(2, 3).T},
+        "__tensor__": "a name that pack itself uses",
+        "bf16": torch.tensor([1.5], dtype=torch.bfloat16),
+        "empty": torch.zeros(0, 4),
+        "scalar": torch.tensor(2.0),
+        "array": np.array([[1, 2]], dtype=np.uint32),
+        "array0": np.array(3.0),
+        "number": np.float32(0.1),
+        "flags": np.array([True, False]),
+    }
     for back in (ckpt.from_bytes(ckpt.to_bytes(tree)), ckpt.unpack(*ckpt.pack(tree))):
         assert trees_equal(tree, back)
     packed, _ = ckpt.pack(tree)
@@ -82,8 +95,12 @@ def test_training_from_a_checkpoint_is_bitwise_the_uninterrupted_one(tmp_path, m
     ckpt.set_rng_state(rng)
     steps(model, optimizer, 3)
     tensors, state = ckpt.split_optimizer(optimizer)
-    folder = ckpt.save_checkpoint(tmp_path, 3, {"model": model.state_dict(), "optimizer": tensors},
-                                  {"optimizer": state, "ranks": [{"rng": ckpt.rng_state()}]})
+    folder = ckpt.save_checkpoint(
+        tmp_path,
+        3,
+        {"model": model.state_dict(), "optimizer": tensors},
+        {"optimizer": state, "ranks": [{"rng": ckpt.rng_state()}]},
+    )
     random.random(), torch.randn(9), np.random.rand()
     model, optimizer = start()
     loaded, state = ckpt.load_checkpoint(folder)
@@ -106,8 +123,13 @@ def test_save_load_keep_last_and_adapter(tmp_path):
         save(tmp_path, step, keep_last=2)
     assert names(tmp_path / "checkpoints") == ["step_000003", "step_000004"]
     tied = torch.ones(2, 2)
-    folder = ckpt.save_checkpoint(tmp_path, 5, {"g": {"a": tied, "b": tied, "view": tied[:, 0]}}, {"nan": float("nan")},
-                                  lambda f: (f / "adapter").mkdir() or (f / "adapter" / "x.json").write_text("{}"))
+    folder = ckpt.save_checkpoint(
+        tmp_path,
+        5,
+        {"g": {"a": tied, "b": tied, "view": tied[:, 0]}},
+        {"nan": float("nan")},
+        lambda f: (f / "adapter").mkdir() or (f / "adapter" / "x.json").write_text("{}"),
+    )
     assert names(folder) == ["adapter", "g.safetensors", "manifest.json", "state.json", "state.safetensors"]
     tensors, state = ckpt.load_checkpoint(folder)
     assert torch.equal(tensors["g"]["view"], torch.ones(2)) and state["nan"] != state["nan"]
@@ -115,13 +137,19 @@ def test_save_load_keep_last_and_adapter(tmp_path):
     assert ckpt.load_checkpoint(folder)[0]["trainable"]["w"][0, 0] == 9.0
 
 
-@pytest.mark.parametrize("damage, words", [
-    (lambda f: (f / "trainable.safetensors").write_bytes((f / "trainable.safetensors").read_bytes()[:-5]), "trainable.safetensors is truncated"),
-    (lambda f: (f / "state.json").write_text('{"step": 9}'), "state.json is corrupt"),
-    (lambda f: (f / "state.json").unlink(), "state.json is missing"),
-    (lambda f: (f / "manifest.json").write_text("{"), "manifest.json is damaged"),
-    (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing"),
-])
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (
+            lambda f: (f / "trainable.safetensors").write_bytes((f / "trainable.safetensors").read_bytes()[:-5]),
+            "trainable.safetensors is truncated",
+        ),
+        (lambda f: (f / "state.json").write_text('{"step": 9}'), "state.json is corrupt"),
+        (lambda f: (f / "state.json").unlink(), "state.json is missing"),
+        (lambda f: (f / "manifest.json").write_text("{"), "manifest.json is damaged"),
+        (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing"),
+    ],
+)
 def test_broken_checkpoints_are_named_and_skipped(tmp_path, damage, words):
     good, bad = save(tmp_path, 1), save(tmp_path, 2)
     damage(bad)
@@ -157,7 +185,8 @@ from vlakeep.checkpoint import save_checkpoint
 for step in range(1, 100000):
     print(step, flush=True)
     tensors = {"w": torch.full((500, 500), float(step)), "v": torch.full((300, 500), -float(step))}
-    save_checkpoint(sys.argv[1], step, {"trainable": tensors}, {"step": step}, lambda f: (f / "adapter.txt").write_text(str(step)), keep_last=2)
+    save_checkpoint(sys.argv[1], step, {"trainable": tensors}, {"step": step},
+                    lambda f: (f / "adapter.txt").write_text(str(step)), keep_last=2)
 """
 
 

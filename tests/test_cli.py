@@ -17,16 +17,33 @@ REPO = Path(__file__).parents[1]
 
 
 def vlakeep(*argv, **environ):
-    return subprocess.run([sys.executable, "-m", "vlakeep.cli", *argv], capture_output=True, text=True, cwd=REPO, timeout=60,
-                          env=dict(os.environ, **environ))
+    return subprocess.run(
+        [sys.executable, "-m", "vlakeep.cli", *argv],
+        capture_output=True,
+        text=True,
+        cwd=REPO,
+        timeout=60,
+        env=dict(os.environ, **environ),
+    )
 
 
 def test_help_lists_every_stage_and_imports_nothing_heavy():
     code = "import sys; from vlakeep import cli; cli.run(['--help']); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
     assert done.returncode == 0, "--help imported torch"
-    for name in ("preflight", "storage-check", "tabletop-data", "offline", "train", "evaluate", "report", "demo", "audit-probe",
-                 "verify-golden", "pretrain-tabletop"):
+    for name in (
+        "preflight",
+        "storage-check",
+        "tabletop-data",
+        "offline",
+        "train",
+        "evaluate",
+        "report",
+        "demo",
+        "audit-probe",
+        "verify-golden",
+        "pretrain-tabletop",
+    ):
         assert f"\n  {name} " in done.stdout
 
 
@@ -45,9 +62,12 @@ def test_unknown_stage_is_met_with_a_suggestion():
 
 
 def test_mistakes_print_one_message_and_exit_2(tmp_path):
-    for argv, words in ((["--train.lr", "-1"], "--train.lr -1.0: must be greater than 0"), (["--trian.lr", "1"], "did you mean `train.lr`?"),
-                        (["--config", "no.yaml"], "no configuration file at no.yaml"),
-                        (["--root", str(REPO / "x")], "source tree")):
+    for argv, words in (
+        (["--train.lr", "-1"], "--train.lr -1.0: must be greater than 0"),
+        (["--trian.lr", "1"], "did you mean `train.lr`?"),
+        (["--config", "no.yaml"], "no configuration file at no.yaml"),
+        (["--root", str(REPO / "x")], "source tree"),
+    ):
         done = vlakeep("storage-check", *argv, VLAKEEP_ROOT=str(tmp_path))
         if argv[0] == "--root":  # a finding of the check itself
             assert done.returncode == 1 and words in " ".join(done.stdout.replace("│", " ").split())
@@ -63,21 +83,28 @@ def test_traceback_on_request(tmp_path):
 
 def stage(tmp_path, body):
     (tmp_path / "a_stage.py").write_text("def main(argv):\n" + textwrap.indent(textwrap.dedent(body), "    "))
-    return [sys.executable, "-c", "import sys; from vlakeep import cli; cli.STAGES['x'] = cli.Stage('a_stage', ''); sys.argv = ['vlakeep', 'x'];"
-                                  "sys.exit(cli.main())"], dict(os.environ, PYTHONPATH=f"{REPO}:{tmp_path}", VLAKEEP_ROOT=str(tmp_path / "root"))
+    return [
+        sys.executable,
+        "-c",
+        "import sys; from vlakeep import cli; cli.STAGES['x'] = cli.Stage('a_stage', ''); sys.argv = ['vlakeep', 'x'];"
+        "sys.exit(cli.main())",
+    ], dict(os.environ, PYTHONPATH=f"{REPO}:{tmp_path}", VLAKEEP_ROOT=str(tmp_path / "root"))
 
 
-@pytest.mark.parametrize("body, status, words", [
-    ("raise ValueError('wrong, do this')", 2, "error: wrong, do this\n"),
-    ("open('/no/such/file')", 2, "error: [Errno 2] No such file"),
-    ("raise PermissionError('not yours')", 2, "error: not yours\n"),
-    ("from vlakeep.errors import DiskFull; raise DiskFull('full: 1 byte free')", 2, "error: full: 1 byte free\n"),
-    ("raise KeyboardInterrupt", 130, "interrupted"),
-    ("1 / 0", 1, "Traceback"),
-    ("return 1", 1, ""),
-    ("return None", 0, ""),
-    ("import os; assert os.environ['HF_HOME'].endswith('hf_cache')", 0, ""),
-])
+@pytest.mark.parametrize(
+    "body, status, words",
+    [
+        ("raise ValueError('wrong, do this')", 2, "error: wrong, do this\n"),
+        ("open('/no/such/file')", 2, "error: [Errno 2] No such file"),
+        ("raise PermissionError('not yours')", 2, "error: not yours\n"),
+        ("from vlakeep.errors import DiskFull; raise DiskFull('full: 1 byte free')", 2, "error: full: 1 byte free\n"),
+        ("raise KeyboardInterrupt", 130, "interrupted"),
+        ("1 / 0", 1, "Traceback"),
+        ("return 1", 1, ""),
+        ("return None", 0, ""),
+        ("import os; assert os.environ['HF_HOME'].endswith('hf_cache')", 0, ""),
+    ],
+)
 def test_exit_status(tmp_path, body, status, words):
     command, environ = stage(tmp_path, body)
     environ.pop("HF_HOME", None)
@@ -87,13 +114,16 @@ def test_exit_status(tmp_path, body, status, words):
 
 
 def test_sigterm_runs_the_clean_up(tmp_path):
-    command, environ = stage(tmp_path, """
+    command, environ = stage(
+        tmp_path,
+        """
         import time
         from vlakeep.storage import atomic_write
         with atomic_write("file") as file:
             print("ready", flush=True)
             time.sleep(60)
-        """)
+        """,
+    )
     child = subprocess.Popen(command, env=environ, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     assert child.stdout.readline() == "ready\n"
     time.sleep(0.05)
@@ -103,7 +133,9 @@ def test_sigterm_runs_the_clean_up(tmp_path):
 
 
 def test_a_closed_pipe_is_no_error():
-    done = subprocess.run(f"{sys.executable} -m vlakeep.cli train --help | head -1", shell=True, capture_output=True, text=True, cwd=REPO)
+    done = subprocess.run(
+        f"{sys.executable} -m vlakeep.cli train --help | head -1", shell=True, capture_output=True, text=True, cwd=REPO
+    )
     assert "Error" not in done.stderr
 
 

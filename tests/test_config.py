@@ -25,14 +25,17 @@ def test_command_line_over_file_over_default(tmp_path):
     assert load_config(None, ["--thermostat.gamma_min", "0.1"]).thermostat.gamma_min == 0.1
 
 
-@pytest.mark.parametrize("text, words", [
-    ("trian: {lr: 1}\n", "unknown key `trian` in .*did you mean `train`"),
-    ("train: {learning_rate: 1}\nlora: {rnak: 1}\n", "(?s)train.learning_rate.*lora.rnak.*did you mean `lora.rank`"),
-    ("train: {lr: fast}\n", "wrong type.*lr"),
-    ("train: [1\n", "not valid YAML"),
-    ("- 1\n", "`key: value` pairs"),
-    ("train: {lr: -1, steps: 0}\nhsw: {beta: 0}\n", "(?s)hsw.beta|train.steps"),
-])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("trian: {lr: 1}\n", "unknown key `trian` in .*did you mean `train`"),
+        ("train: {learning_rate: 1}\nlora: {rnak: 1}\n", "(?s)train.learning_rate.*lora.rnak.*did you mean `lora.rank`"),
+        ("train: {lr: fast}\n", "wrong type.*lr"),
+        ("train: [1\n", "not valid YAML"),
+        ("- 1\n", "`key: value` pairs"),
+        ("train: {lr: -1, steps: 0}\nhsw: {beta: 0}\n", "(?s)hsw.beta|train.steps"),
+    ],
+)
 def test_mistakes_in_a_file(tmp_path, text, words):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ConfigError, match=words):
@@ -46,10 +49,21 @@ def test_all_problems_are_shown_at_once():
         assert f"--{key} " in str(caught.value)
 
 
-@pytest.mark.parametrize("key, good, bad", [
-    ("hsw.gamma", [0.0, 1.0], [-0.1, 1.1]), ("hsw.beta", [0.1, 1.0], [0.0, 1.1]), ("thermostat.beta_min", [0.1], [0.0, 1.1]),
-    ("thermostat.gamma_min", [0.0, 1.0], [-0.1, 1.1]), ("thermostat.every", [1], [0]), ("icsm.rank", [1], [0]), ("icsm.epsilon", [0.1], [0.0]),
-    ("train.clip", [0.0], [-1.0]), ("train.save_every", [1], [0]), ("probe.size", [2], [1])])
+@pytest.mark.parametrize(
+    "key, good, bad",
+    [
+        ("hsw.gamma", [0.0, 1.0], [-0.1, 1.1]),
+        ("hsw.beta", [0.1, 1.0], [0.0, 1.1]),
+        ("thermostat.beta_min", [0.1], [0.0, 1.1]),
+        ("thermostat.gamma_min", [0.0, 1.0], [-0.1, 1.1]),
+        ("thermostat.every", [1], [0]),
+        ("icsm.rank", [1], [0]),
+        ("icsm.epsilon", [0.1], [0.0]),
+        ("train.clip", [0.0], [-1.0]),
+        ("train.save_every", [1], [0]),
+        ("probe.size", [2], [1]),
+    ],
+)
 def test_ranges(key, good, bad):
     for value in good:
         load_config(None, [f"--{key}", str(value)])
@@ -61,7 +75,16 @@ def test_ranges(key, good, bad):
 def test_defaults_are_sound_and_every_key_is_known():
     assert Config().problems() == []
     flat = [key for key in known_keys() if not dataclasses.is_dataclass(_value(Config(), key))]
-    assert {"root", "cache_dir", "data_root_dir", "probe_root_dir", "artifact_dir", "run_root_dir", "tmp_dir", "train.use_wandb"} <= set(flat)
+    assert {
+        "root",
+        "cache_dir",
+        "data_root_dir",
+        "probe_root_dir",
+        "artifact_dir",
+        "run_root_dir",
+        "tmp_dir",
+        "train.use_wandb",
+    } <= set(flat)
     assert Config().train.use_wandb is False
     text = cli.config_help()
     assert [key for key in flat if key not in text] == []
@@ -71,6 +94,7 @@ def test_defaults_are_sound_and_every_key_is_known():
 def test_no_key_is_accepted_and_ignored():
     """Every field is read somewhere outside config.py."""
     from test_layout import REPO
+
     text = "\n".join(path.read_text() for path in (REPO / "vlakeep").rglob("*.py") if path.name != "config.py")
     unread = [key for key in known_keys() if key.split(".")[-1] not in text]
     assert unread == []

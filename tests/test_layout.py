@@ -85,7 +85,13 @@ def test_optional_and_heavy_imports_stay_inside_functions():
     """timm goes through compat (torchvision may be unusable); wandb, tensorboard and matplotlib load only when used."""
     for path in SOURCES:
         for node in ast.parse(path.read_text()).body:
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
             tops = {(name or "").split(".")[0] for name in names}
             assert not tops & {"timm", "torchvision", "wandb", "tensorboard", "tensorflow"}, f"{path}: {tops}"
 
@@ -95,7 +101,7 @@ def test_no_pickle():
         text = path.read_text()
         assert "import pickle" not in text and "weights_only=False" not in text and "_object_list" not in text, path
         for call in re.finditer(r"torch\.load\(", text):
-            assert "weights_only=True" in text[call.start():call.start() + 200], f"{path}: torch.load without weights_only=True"
+            assert "weights_only=True" in text[call.start() : call.start() + 200], f"{path}: torch.load without weights_only=True"
 
 
 CONFIGS = sorted((REPO / "configs").rglob("*.yaml"))
@@ -142,7 +148,9 @@ def test_documented_commands_exist():
             seen += 1
             if words[1] not in cli.STAGES and words[1] not in ("<stage>", "--help", "--version"):
                 wrong.append(where)
-            wrong += [f"{where} ({word})" for word in words[2:] if word.startswith("--") and word[2:].split("=")[0] not in keys | own]
+            wrong += [
+                f"{where} ({word})" for word in words[2:] if word.startswith("--") and word[2:].split("=")[0] not in keys | own
+            ]
         for word in words:
             if re.fullmatch(r"(bash )?(\./)?(configs|scripts)/[\w.-]+\.(yaml|sh)", word) and not (REPO / word).is_file():
                 wrong.append(f"{where} ({word} is missing)")
@@ -159,5 +167,6 @@ def test_dependencies_have_lower_bounds_only_and_constraints_pin():
     pins = [line for line in (REPO / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
     assert all("==" in line for line in pins)
     from vlakeep.preflight import LOWER_BOUNDS
+
     for name, bound in LOWER_BOUNDS.items():
         assert f"{name}>={bound}" in wanted, f"{name}: pyproject.toml and preflight.py disagree"

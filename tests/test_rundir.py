@@ -1,4 +1,4 @@
-"""Run folders: one run each, resume only with the same configuration, provenance and metrics that survive whatever ends the run."""
+"""Run folders: one run each, resumed only with the same configuration; provenance and metrics survive whatever ends the run."""
 
 import json
 import math
@@ -71,7 +71,12 @@ def test_dirty_diff_is_kept(storage, monkeypatch, tmp_path):
     monkeypatch.setattr("vlakeep.rundir.__file__", str(code / "rundir.py"))
     run = short_run(storage, make(), 1)
     source = provenance(run)["sessions"][0]["source"]
-    assert len(source["commit"]) == 40 and source["dirty"] and source["untracked"] == ["vlakeep/new.py"] and len(source["diff_sha256"]) == 64
+    assert (
+        len(source["commit"]) == 40
+        and source["dirty"]
+        and source["untracked"] == ["vlakeep/new.py"]
+        and len(source["diff_sha256"]) == 64
+    )
     assert "-one\n+two\n" in (run.folder / "dirty.diff").read_text()
 
 
@@ -89,15 +94,19 @@ def test_a_folder_holds_one_run(storage):
 def test_a_session_that_logged_nothing_does_not_block_the_name(storage):
     with pytest.raises(ZeroDivisionError):
         with RunDir.open(storage, make()):
-            1 / 0
+            raise ZeroDivisionError
     assert [s["status"] for s in provenance(short_run(storage, make(), 1))["sessions"]] == ["failed", "finished"]
 
 
 def test_two_processes_cannot_share_a_folder_and_a_stale_lock_is_recognised(storage):
-    code = ("import sys; from vlakeep.config import Config; from vlakeep.storage import Storage; from vlakeep.rundir import RunDir;"
-            "c = Config(name='a', root=sys.argv[1]); c.train.tensorboard = False; r = RunDir.open(Storage.from_config(c), c);"
-            "r.log(1, {'loss': 1.0}); print('open', flush=True); sys.stdin.read()")
-    child = subprocess.Popen([sys.executable, "-c", code, str(storage.root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    code = (
+        "import sys; from vlakeep.config import Config; from vlakeep.storage import Storage; from vlakeep.rundir import RunDir;"
+        "c = Config(name='a', root=sys.argv[1]); c.train.tensorboard = False; r = RunDir.open(Storage.from_config(c), c);"
+        "r.log(1, {'loss': 1.0}); print('open', flush=True); sys.stdin.read()"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(storage.root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert child.stdout.readline() == "open\n"
     with pytest.raises(RunDirError, match=f"in use by another process .pid {child.pid} on "):
         RunDir.open(storage, make(resume=True))
@@ -160,7 +169,14 @@ def test_metrics_are_valid_json_and_mark_what_is_not_finite(storage):
         run.log(1, {"loss": float("nan"), "d": torch.tensor(math.inf), "beta": 1.0, "calibrating": True, "note": "x"})
         rows = run.metrics_path.read_text().splitlines()  # flushed while the run goes on
     assert json.loads(rows[0], parse_constant=lambda name: pytest.fail(name)) == {
-        "step": 1, "loss": None, "d": None, "beta": 1.0, "calibrating": True, "note": "x", "nonfinite": ["loss", "d"]}
+        "step": 1,
+        "loss": None,
+        "d": None,
+        "beta": 1.0,
+        "calibrating": True,
+        "note": "x",
+        "nonfinite": ["loss", "d"],
+    }
 
 
 def test_damaged_metrics_name_the_line(storage):
@@ -181,8 +197,15 @@ def test_full_disk_while_logging_names_the_file(storage):
     assert [row["step"] for row in read_metrics(run.folder)] == [1]
 
 
-@pytest.mark.parametrize("error, status", [(RuntimeError("boom"), "failed"), (KeyboardInterrupt(), "interrupted"),
-                                           (SystemExit(143), "interrupted"), (SystemExit(2), "failed")])
+@pytest.mark.parametrize(
+    "error, status",
+    [
+        (RuntimeError("boom"), "failed"),
+        (KeyboardInterrupt(), "interrupted"),
+        (SystemExit(143), "interrupted"),
+        (SystemExit(2), "failed"),
+    ],
+)
 def test_status_tells_how_the_session_ended(storage, error, status):
     with pytest.raises(type(error)):
         with RunDir.open(storage, make()) as run:
@@ -204,6 +227,7 @@ def test_tensorboard_gets_the_numbers(storage):
     config.train.tensorboard = True
     run = short_run(storage, config, 3)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(run.folder / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
@@ -243,8 +267,22 @@ with Distributed("cpu") as dist:
 def test_two_processes_open_one_run(storage, tmp_path):
     run = short_run(storage, make(), 3, save_at=[2])
     (tmp_path / "pair.py").write_text(PAIR)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "pair.py"),
-                           str(storage.root)], capture_output=True, text=True, timeout=120, env=dict(os.environ, PYTHONPATH=os.getcwd()))
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            str(tmp_path / "pair.py"),
+            str(storage.root),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=dict(os.environ, PYTHONPATH=os.getcwd()),
+    )
     assert done.returncode == 0, done.stderr
     assert [row["step"] for row in read_metrics(run.folder)] == [1, 2, 3]
     assert provenance(run)["sessions"][-1]["world"] == 2

@@ -45,8 +45,17 @@ def test_root_precedence_and_folders(tmp_path, monkeypatch):
     assert set(names(found.root)) == FOLDERS
 
 
-@pytest.mark.parametrize("key, name", [("cache_dir", "hf_cache"), ("data_root_dir", "datasets"), ("probe_root_dir", "probe"),
-                                       ("artifact_dir", "artifacts"), ("run_root_dir", "runs"), ("tmp_dir", "tmp")])
+@pytest.mark.parametrize(
+    "key, name",
+    [
+        ("cache_dir", "hf_cache"),
+        ("data_root_dir", "datasets"),
+        ("probe_root_dir", "probe"),
+        ("artifact_dir", "artifacts"),
+        ("run_root_dir", "runs"),
+        ("tmp_dir", "tmp"),
+    ],
+)
 def test_each_folder_moves_within_the_root_only(tmp_path, key, name):
     root = tmp_path / "root"
     for value in ("elsewhere", str(root / "elsewhere")):
@@ -144,8 +153,10 @@ def test_prepare_environment_reads_yaml_and_command_line(tmp_path, monkeypatch):
 
 
 def test_hub_reads_the_exported_cache(tmp_path):
-    code = ("import sys; from vlakeep.storage import prepare_environment; prepare_environment(['--root', sys.argv[1]]);"
-            "from huggingface_hub import constants; print(constants.HF_HUB_CACHE)")
+    code = (
+        "import sys; from vlakeep.storage import prepare_environment; prepare_environment(['--root', sys.argv[1]]);"
+        "from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
+    )
     environ = {k: v for k, v in os.environ.items() if k not in VARIABLES}
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environ, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(tmp_path / "hf_cache" / "hub")
@@ -225,5 +236,5 @@ def test_find_checkpoint(tmp_path):
         (tmp_path / folder / "config.json").write_text("{}")
     assert find_checkpoint("openvla/openvla-7b", tmp_path).name == "abc"
     assert find_checkpoint("mine", tmp_path) == tmp_path / "mine"
-    with pytest.raises(FileNotFoundError, match="hf download openvla/other"):
+    with pytest.raises(FileNotFoundError, match="(hf|huggingface-cli) download openvla/other"):
         find_checkpoint("openvla/other", tmp_path)

@@ -182,6 +182,8 @@ def save_checkpoint(
         raise ValueError("a tensor group may not be called state or manifest")
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder.parent)
+    for hidden in folder.parent.glob(".step_*.removed"):
+        shutil.rmtree(hidden, ignore_errors=True)
     need_free(folder, sum(t.nbytes for group in groups.values() for t in group.values()) + (1 << 20), "a checkpoint")
     with atomic_dir(folder) as temporary:
         for name, group in groups.items():
@@ -199,7 +201,6 @@ def save_checkpoint(
     if keep_last > 0:
         for _, old in [item for item in list_checkpoints(run_folder) if item[0] <= step][:-keep_last]:
             hidden = old.with_name(f".{old.name}.removed")  # a kill in the middle leaves no half checkpoint in sight
-            shutil.rmtree(hidden, ignore_errors=True)
             old.rename(hidden)
             shutil.rmtree(hidden, ignore_errors=True)
     return folder

@@ -121,27 +121,10 @@ def depth_and_width(model: dict) -> Tuple[int, int]:
     return int(text.get("num_hidden_layers", 32)), int(text.get("hidden_size", 4096))
 
 
-def layer_numbers(spec: str, depth: int) -> List[int]:
-    """Layers of `all`, `last:N`, `24-31` or `0,2,4`. Raises ValueError naming the valid range."""
-    try:
-        if spec == "all":
-            return list(range(depth))
-        if spec.startswith("last:"):
-            layers = list(range(depth - int(spec[5:]), depth))
-        else:
-            layers = []
-            for part in spec.split(","):
-                first, _, last = part.partition("-")
-                layers += range(int(first), int(last or first) + 1)
-    except ValueError:
-        raise ValueError(f"{spec!r} is not all, last:N, A-B or a list of numbers") from None
-    if not layers or min(layers) < 0 or max(layers) >= depth:
-        raise ValueError(f"{spec!r} is out of range: the model has layers 0 to {depth - 1}")
-    return layers
-
-
 def check_layers(config: Config, model: dict) -> List[Line]:
     """Layer numbers against the depth; r against probe size and D; the Thermostat's schedule against the number of steps."""
+    from vlakeep.backbones.lora import layer_numbers
+
     depth, width = depth_and_width(model)
     lines = []
     try:
@@ -242,29 +225,32 @@ def check_data(config: Config, storage: Storage) -> List[Line]:
     return lines
 
 
-def check_probe(config: Config, storage: Storage) -> List[Line]:
-    folder = storage.probe_folder(config.probe.name)
-    if folder.is_dir() and any(folder.iterdir()):
-        return [Line(GREEN, "probe", str(folder))]
-    make = (
-        "vlakeep tabletop-data"
-        if config.probe.name.startswith("tabletop")
-        else f"put a probe set there, or choose with --probe.name and --probe_root_dir (now {storage.probe})"
-    )
-    return [Line(RED, "probe", f"{folder} {'is empty' if folder.is_dir() else 'does not exist'}", make)]
+def check_probe(config: Config, storage: Storage) -> Tuple[List[Line], Optional[str]]:
+    """The probe: there, undamaged, large enough; and its content hash."""
+    from vlakeep.probe.probe_set import ProbeSet
+
+    try:
+        probe = ProbeSet(storage.probe_folder(config.probe.name))
+        probe.spread(config.probe.size)
+    except (ValueError, OSError) as error:
+        own = f"choose with --probe.name and --probe_root_dir (now {storage.probe})"
+        remedy = "vlakeep tabletop-data" if config.probe.name.startswith("tabletop") else own
+        return [Line(RED, "probe", str(error), remedy)], None
+    return [Line(GREEN, "probe", f"{probe.folder}: {len(probe)} items, {config.probe.size} used")], probe.sha256
 
 
-def check_artifact(config: Config, storage: Storage, model: dict, config_path: str) -> List[Line]:
-    """The ICSM artefact: there, whole, and made for this depth and icsm section (`train` also compares weights and probe)."""
+def check_artifact(config: Config, storage: Storage, model: dict, probe_sha256: Optional[str], config_path: str) -> List[Line]:
+    """The ICSM artefact: there, whole, made for this probe, depth and icsm section; `train` also compares the base weights."""
     from vlakeep.icsm import artifact as icsm
 
     remedy = "vlakeep offline" + (f" --config {config_path}" if config_path else "")
-    backbone = Path(config.backbone.checkpoint).name
     try:
+        backbone = find_checkpoint(config.backbone.checkpoint, storage.cache).resolve().name  # as Backbone.name
         folder = storage.artifact_folder(config.icsm.name or icsm.artifact_name(backbone))
         found = icsm.load(folder)
         depth = depth_and_width(model)[0] if model else found.meta["depth"]
-        problems = icsm.check(found, found.meta["weights_sha256"], found.meta["probe_sha256"], to_dict(config.icsm), depth)
+        weights, probe = found.meta["weights_sha256"], probe_sha256 or found.meta["probe_sha256"]
+        problems = icsm.check(found, weights, probe, to_dict(config.icsm), depth)
         problems += [f"{folder / name} is missing" for name in found.meta["files"] if not (folder / name).is_file()]
     except (ValueError, KeyError, OSError) as error:
         problems = [str(error)]

@@ -1,6 +1,7 @@
 """Errors that a user can cause, and how the command line prints them: one message with its remedy, no traceback."""
 
 import errno
+import re
 
 
 class StorageError(ValueError):
@@ -34,8 +35,8 @@ def is_disk_full(error: BaseException) -> bool:
     """ENOSPC, a quota, or a file-size limit, also when a library (safetensors) has put it into the text of its own error."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
-    text = str(error)
-    return any(f"os error {code}" in text for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+    found = re.search(r"(?:os error |Os \{ code: )(\d+)", str(error))  # safetensors 0.8, safetensors 0.4
+    return found is not None and int(found[1]) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def human_bytes(count: float) -> str:

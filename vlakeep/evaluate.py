@@ -123,7 +123,7 @@ def run_evaluation(config: Config, storage: Storage) -> Path:
     kinds = settings.questions or tabletop.QUESTION_KINDS
     with Records(folder / "records.jsonl", header) as records:
         policy = ActionPolicy(backbone, config.backbone.unnorm_key)
-        tabletop.run_skill_episodes(policy, skills, settings.episodes, settings.seed, settings.parallel, records, desc=name)
+        tabletop.run_skill_episodes(policy, skills, settings.episodes, tabletop.EVALUATION + settings.seed, settings.parallel, records, desc=name)
         for kind in tqdm(kinds, desc=f"{name}: questions", leave=False):
             trials = tabletop.question_trials(kind, settings.questions_per_kind, settings.seed)
             todo = [t for t in trials if not records.has("question", kind, t.trial)]

@@ -26,9 +26,7 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
             f"--device {name}: no GPU in sight (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}); use --device cpu"
         )
     if local_rank >= count:
-        raise ValueError(
-            f"process {local_rank} has no GPU of its own: this machine shows {count}; use --nproc-per-node {count}"
-        )
+        raise ValueError(f"process {local_rank} has no GPU of its own: this machine shows {count}; use --nproc-per-node {count}")
     return torch.device("cuda", local_rank)
 
 

@@ -186,7 +186,7 @@ def run_checks(
         Line(RED, "configuration", problem, f"correct it in {config_path} or on the command line")
         for problem in config.problems()
     ]
-    lines = lines or [Line(GREEN, "configuration", f"{config_path}: every value within its range")]
+    lines = lines or [Line(GREEN, "configuration", f"{config_path or 'defaults'}: every value within its range")]
     found, storage = check_storage(lambda: Storage.from_config(config, create=False), large_file_gb)
     lines += found + check_environment(config, gpus)
     if storage is None:
@@ -194,11 +194,13 @@ def run_checks(
     found, model = checks.check_checkpoint(config, storage.cache)
     lines += found + (checks.check_layers(config, model) if model else [])
     uses_icsm = config.method != "baseline" and (config.hsw.enabled or config.thermostat.enabled)
+    probe_sha256 = None
     if stage == "offline" or (stage == "train" and uses_icsm):
-        lines += checks.check_probe(config, storage)
+        found, probe_sha256 = checks.check_probe(config, storage)
+        lines += found
     if stage == "train":
         lines += checks.check_data(config, storage)
-        lines += checks.check_artifact(config, storage, model, config_path) if uses_icsm else []
+        lines += checks.check_artifact(config, storage, model, probe_sha256, config_path) if uses_icsm else []
         lines += checks.check_run(config, storage, model)
     return lines
 

@@ -27,10 +27,11 @@ from vlakeep.backbones.base import make_backbone
 from vlakeep.backbones.format import init_checkpoint, save_checkpoint
 from vlakeep.backbones.processor import Processor
 from vlakeep.backbones.tiny import build_tiny_tokenizer
-from vlakeep.benchmarks import tabletop as tabletop_data  # TEMP
+from vlakeep.benchmarks import tabletop
 from vlakeep.config import BackboneConfig
 from vlakeep.data.prompts import encode_text
 from vlakeep.data.sample import IGNORE_INDEX, Batch
+from vlakeep.data.statistics import action_statistics
 from vlakeep.rundir import library_versions, source_commit
 
 
@@ -98,7 +99,7 @@ def main(argv: List[str]) -> int:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
     args.out.mkdir(parents=True, exist_ok=True)
-    build_tiny_tokenizer(tabletop_data.corpus(), tabletop_data.words(), args.out, args.vocab)
+    build_tiny_tokenizer(tabletop.corpus(), tabletop.words(), args.out, args.vocab)
     init_checkpoint(model_config(args.patch, args.hidden, args.layers, args.heads, args.mlp, args.vocab + 64), args.out, seed=args.seed)
     backbone = make_backbone(BackboneConfig(checkpoint=str(args.out)), torch.device(args.device))
     processor = Processor.from_folder(args.out)
@@ -107,8 +108,9 @@ def main(argv: List[str]) -> int:
 
     started = time.perf_counter()
     samples_args = dict(n=args.frames, seed=args.seed, processes=args.processes)
-    images, samples = tabletop_data.training_frames(**samples_args)
+    images, samples = tabletop.training_frames(**samples_args)
     print(f"{len(samples):,} frames in {time.perf_counter() - started:.0f} s")
+    backbone.norm_stats = {"tabletop": action_statistics(np.stack([s.action for s in samples if s.action is not None]), 0)}
     images = torch.from_numpy(np.ascontiguousarray(images)).to(args.device)
     ids_NL, labels_NL = (t.to(args.device) for t in token_matrix(samples, processor))
     first_label = int((labels_NL != IGNORE_INDEX).any(0).int().argmax())

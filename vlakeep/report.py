@@ -29,8 +29,13 @@ OPTIONS = ("runs", "out", "title", "seconds")
 OURS = {"index.html", "summary.json", "provenance.json", "tables", "figures"}
 
 
-def build_report(root: Optional[Path], arms: Dict[str, Dict[str, Optional[Path]]], out: Path, title: str = "vlakeep report",
-                 seconds: Optional[float] = None) -> Path:
+def build_report(
+    root: Optional[Path],
+    arms: Dict[str, Dict[str, Optional[Path]]],
+    out: Path,
+    title: str = "vlakeep report",
+    seconds: Optional[float] = None,
+) -> Path:
     """Write the report of `arms` (arm -> {"eval": folder, "run": folder or None}) to the folder `out`; returns its index.html.
 
     `root` (storage root or None) shortens the paths on the page. `seconds`: what the whole experiment took; when None, training
@@ -45,8 +50,10 @@ def build_report(root: Optional[Path], arms: Dict[str, Dict[str, Optional[Path]]
     out = Path(out).expanduser().absolute()
     foreign = {entry.name for entry in out.iterdir()} - OURS if out.is_dir() else set()
     if foreign or (out.exists() and not out.is_dir()):
-        raise ValueError(f"{out} holds files of something else ({', '.join(sorted(foreign)[:5]) or 'it is a file'}): "
-                         "give an empty folder with --out")
+        raise ValueError(
+            f"{out} holds files of something else ({', '.join(sorted(foreign)[:5]) or 'it is a file'}): "
+            "give an empty folder with --out"
+        )
     drawings = figures(comparison)
     with atomic_dir(out) as folder:
         for name in ("tables", "figures"):
@@ -69,15 +76,23 @@ def build_report(root: Optional[Path], arms: Dict[str, Dict[str, Optional[Path]]
 
 def make_summary(comparison: Comparison, seconds: float) -> dict:
     """The report's summary.json; rates are fractions, a value that is not known is null."""
+
     def interval(value) -> dict:
         return {key: getattr(value, key) if value else None for key in ("mean", "low", "high")}
 
     def entry(arm: Arm) -> dict:
         drift = comparison.value(arm, "drift")
-        abilities = {name: interval(comparison.value(arm, f"{group}:{name}")) for name, group in comparison.abilities.items()
-                     if arm.summary is not None and name in (arm.summary.get("abilities") or {})}
-        return {"new_skill": interval(comparison.value(arm, "new")), "abilities": abilities, "drift": drift.mean if drift else None,
-                "train_seconds": arm.train_seconds}
+        abilities = {
+            name: interval(comparison.value(arm, f"{group}:{name}"))
+            for name, group in comparison.abilities.items()
+            if arm.summary is not None and name in (arm.summary.get("abilities") or {})
+        }
+        return {
+            "new_skill": interval(comparison.value(arm, "new")),
+            "abilities": abilities,
+            "drift": drift.mean if drift else None,
+            "train_seconds": arm.train_seconds,
+        }
 
     return {"seconds": seconds, "arms": {name: entry(arm) for name, arm in comparison.arms.items()}}
 
@@ -93,8 +108,10 @@ def arms_from_runs(runs: str, storage: Storage) -> Dict[str, Dict[str, Optional[
     for part in runs.split(","):
         arm, _, run = (piece.strip() for piece in part.partition("="))
         if not arm or arm in arms:
-            raise ConfigError(f"--runs {runs}: {f'the arm {arm} comes twice' if arm else 'an arm has no name'}; "
-                              "write e.g. --runs base,baseline,method=my_run")
+            raise ConfigError(
+                f"--runs {runs}: {f'the arm {arm} comes twice' if arm else 'an arm has no name'}; "
+                "write e.g. --runs base,baseline,method=my_run"
+            )
         run = run or arm
         arms[arm] = {"eval": storage.eval / run, "run": None if run == "base" else storage.runs / run}
     return arms

@@ -154,13 +154,15 @@ class RunLock:
         self._file = open(self.path, "a+", encoding="utf-8")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._file.seek(0)
             holder = self._file.read().strip()
             self._file.close()
             raise RunDirError(
                 f"{folder} is in use by another process ({holder or 'unknown'}). Wait for it, stop it, or take another --name"
             ) from None
+        except OSError as error:  # some network file systems know no locks
+            print(f"{folder} cannot be locked ({error}); make sure that only one process works there", file=sys.stderr)
         self._file.truncate(0)
         self._file.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         self._file.flush()

@@ -1,0 +1,155 @@
+"""The tabletop benchmark as stages see it: demonstrations, probe, pretraining frames, questions, retention frames.
+
+Everything is a function of its seed. Training, probe and evaluation use disjoint seed ranges.
+"""
+
+import multiprocessing
+import os
+from typing import List, NamedTuple, Optional, Tuple
+
+import numpy as np
+from tqdm import tqdm
+
+from vlakeep.benchmarks.rollout import random_policy, run_skill_episodes  # noqa: F401 (part of the room's interface)
+from vlakeep.benchmarks.tabletop_expert import expert_actions
+from vlakeep.benchmarks.tabletop_questions import ANSWERS, QUESTION_KINDS, ask, corpus, words  # noqa: F401
+from vlakeep.benchmarks.tabletop_render import render
+from vlakeep.benchmarks.tabletop_world import ALL_SKILLS, MAX_STEPS, NEW_SKILL, SKILLS, TabletopWorld
+from vlakeep.data.sample import Episode, Sample
+
+# Start of the seed range of each use; every use has RANGE seeds.
+RANGE = 10**8
+PRETRAINING, DEMONSTRATIONS, PROBE, EVALUATION, RETENTION = (RANGE * k for k in range(1, 6))
+# Weights of the skills in pretraining: long skills need more frames, short ones are learnt from few.
+WEIGHTS = {"reach": 1.0, "side": 0.7, "pick": 1.5, "tap": 1.5, "drop": 0.5, "place": 3.0}
+
+
+def _check(seed: int) -> int:
+    if not 0 <= seed < RANGE:
+        raise ValueError(f"seed {seed} must be in [0, {RANGE})")
+    return seed
+
+
+def noisy(actions_N7: np.ndarray, noise: float, rng) -> np.ndarray:
+    """With probability `noise` per table the executed motion is a random coarse one; the label stays the expert's."""
+    n = len(actions_N7)
+    executed = actions_N7.copy()
+    disturbed = rng.random(n) < noise
+    executed[disturbed, :2] = rng.choice([-1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0], (int(disturbed.sum()), 2))
+    return executed
+
+
+def collect_demos(skill: str, episodes: int, seed: int, noise: float = 0.2) -> List[Episode]:
+    """Successful expert episodes; the expert's own action is recorded, a sometimes disturbed one executed, so that recovery is seen."""
+    found: List[Episode] = []
+    attempt = 0
+    while len(found) < episodes:
+        count = min(64, episodes - len(found))
+        seeds = DEMONSTRATIONS + _check(seed) * 10_000 + attempt + np.arange(count)
+        rng = np.random.default_rng([DEMONSTRATIONS, seed, attempt])
+        attempt += count
+        world = TabletopWorld([skill] * count, seeds)
+        frames, labels, done = [[] for _ in range(count)], [[] for _ in range(count)], np.zeros(count, dtype=bool)
+        for _ in range(2 * MAX_STEPS[skill]):
+            images, actions = render(world), expert_actions(world)
+            for i in np.flatnonzero(~done):
+                frames[i].append(images[i])
+                labels[i].append(actions[i])
+            done |= world.step(noisy(actions, noise, rng))
+            if done.all():
+                break
+        for i in np.flatnonzero(done):
+            found.append(Episode(np.stack(frames[i]), np.stack(labels[i]).astype(np.float32), world.instructions[i]))
+    return found
+
+
+class Frames(NamedTuple):
+    """Frames with what is said about them; row i of each."""
+
+    images: np.ndarray  # uint8 [n, 64, 64, 3]
+    instructions: List[str]
+    actions: np.ndarray  # float32 [n, 7]; meaningless where a question is asked
+    answers: List[Optional[str]]  # None where an action is wanted
+    kinds: List[str]  # skill or question kind
+
+    def samples(self) -> List[Sample]:
+        return [Sample(image, text, question=True, answer=answer) if answer is not None else Sample(image, text, action)
+                for image, text, action, answer in zip(self.images, self.instructions, self.actions, self.answers)]
+
+
+def mixed_frames(n: int, seed: int, questions: float, skills: Optional[List[str]] = None, noise: float = 0.25, keep: float = 1.0) -> Frames:
+    """Frames along disturbed expert episodes of the known skills, a share of them with a question in place of the instruction."""
+    rng = np.random.default_rng(seed)
+    names = skills or SKILLS
+    weights = np.array([WEIGHTS[s] for s in names])
+    parts, total, batch = [], 0, 256
+    while total < n:
+        world = TabletopWorld(rng.choice(names, batch, p=weights / weights.sum()), seed + rng.integers(0, 10**6, batch))
+        done = np.zeros(batch, dtype=bool)
+        for step in range(max(MAX_STEPS.values())):
+            actions = expert_actions(world)
+            live = np.flatnonzero(~done & (rng.random(batch) < keep))
+            if len(live):
+                view = world.subset(live)
+                texts, answers, kinds = list(view.instructions), [None] * len(live), view.skills.tolist()
+                for i in np.flatnonzero(rng.random(len(live)) < questions):
+                    kind = QUESTION_KINDS[rng.integers(len(QUESTION_KINDS))]
+                    found = ask(view, i, kind, rng)
+                    if found is not None:
+                        texts[i], answers[i], kinds[i] = *found, kind
+                parts.append(Frames(render(view), texts, actions[live].astype(np.float32), answers, kinds))
+                total += len(live)
+            done |= world.step(noisy(actions, noise, rng))
+            if done.all() or total >= n:
+                break
+    return Frames(np.concatenate([p.images for p in parts])[:n], sum((p.instructions for p in parts), [])[:n],
+                  np.concatenate([p.actions for p in parts])[:n], sum((p.answers for p in parts), [])[:n],
+                  sum((p.kinds for p in parts), [])[:n])
+
+
+def _chunk(arguments):
+    return mixed_frames(*arguments)
+
+
+def training_frames(n: int, seed: int, processes: Optional[int] = None, questions: float = 0.3) -> Tuple[np.ndarray, List[Sample]]:
+    """(images [n, 64, 64, 3], samples) for pretraining, made by several processes; the result does not depend on how many."""
+    size = 5_000
+    jobs = [(min(size, n - start), PRETRAINING + _check(seed) * 1000 + start * 10, questions) for start in range(0, n, size)]
+    with multiprocessing.get_context("spawn").Pool(processes or os.cpu_count()) as pool:
+        parts = list(tqdm(pool.imap(_chunk, jobs), total=len(jobs), desc="frames", mininterval=2.0))
+    images = np.concatenate([p.images for p in parts])
+    return images, [sample for part in parts for sample in part.samples()]
+
+
+def make_probe(n: int, seed: int) -> Tuple[List[Sample], List[str]]:
+    """(samples, kinds): frames of known skills and questions, about half each; the new skill never occurs, no action is in it."""
+    frames = mixed_frames(n, PROBE + _check(seed), questions=0.6, keep=0.3)
+    return [Sample(s.image, s.instruction, question=s.question) for s in frames.samples()], frames.kinds
+
+
+def retention_frames(n: int, seed: int) -> List[Sample]:
+    """Frames of known skills with their instructions: off-task prompts at which the student is compared with the teacher."""
+    return mixed_frames(n, RETENTION + _check(seed), questions=0.0, keep=0.3).samples()
+
+
+class QuestionTrial(NamedTuple):
+    trial: int
+    seed: int
+    sample: Sample
+
+
+def question_trials(kind: str, count: int, seed: int) -> List[QuestionTrial]:
+    """`count` questions of one kind on evaluation scenes, part of them in the middle of an episode; every answer equally often."""
+    trials, attempt = [], 0
+    possible = ANSWERS[kind]
+    while len(trials) < count:
+        own = EVALUATION + _check(seed) + attempt
+        attempt += 1
+        rng = np.random.default_rng([own, 100 + QUESTION_KINDS.index(kind)])  # apart from the scenes' own streams
+        world = TabletopWorld([SKILLS[rng.integers(len(SKILLS))]], [own])
+        for _ in range(int(rng.integers(0, 10)) if rng.random() < 0.5 else 0):
+            world.step(expert_actions(world))
+        found = ask(world, 0, kind, rng)
+        if found is not None and found[1] == possible[len(trials) % len(possible)]:
+            trials.append(QuestionTrial(len(trials), own, Sample(render(world)[0], found[0], question=True, answer=found[1])))
+    return trials

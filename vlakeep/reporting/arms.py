@@ -14,10 +14,15 @@ import yaml
 LABELS = {
     "base": "Base model",
     "baseline": "Plain LoRA",
-    "method": "Method, residual site",
-    "method_lora_input": "Method, LoRA-input site",
+    "method": "Method (residual)",
+    "method_lora_input": "Method (LoRA input)",
 }
-LABELS_ZH = {"base": "基座模型", "baseline": "普通 LoRA", "method": "本方法(残差处)", "method_lora_input": "本方法(LoRA 输入侧)"}
+LABELS_ZH = {
+    "base": "基座模型",
+    "baseline": "普通 LoRA",
+    "method": "本方法（残差处）",
+    "method_lora_input": "本方法（LoRA 输入侧）",
+}
 CONFIGS = {"method": "configs/method_icsm_hsw_thermostat.yaml", "method_lora_input": "configs/method_icsm_hsw_thermostat.yaml"}
 
 Trials = Dict[Tuple[int, int], Optional[float]]  # (trial, seed) -> success 0/1 or value; None for a crash
@@ -138,13 +143,14 @@ def _load_eval(arm: Arm, missing: List[str]) -> None:
             return
         target = folder.name if folder is not None else arm.name
         config = arm.folders["run"] / "config.yaml" if arm.folders["run"] is not None and arm.config else "CONFIG.yaml"
-        missing.append(f"no evaluation of arm `{arm.name}` at {folder}: "
-                       f"`vlakeep evaluate --config {config} --evaluate.target {target}`")
+        missing.append(
+            f"no evaluation of arm `{arm.name}` at {folder}: `vlakeep evaluate --config {config} --evaluate.target {target}`"
+        )
         return
     arm.summary = _read_json(folder / "summary.json")
     for row in _read_jsonl(folder / "records.jsonl", arm.notes):
         if "kind" not in row or "trial" not in row:
-            arm.header.update(row)
+            arm.header.update(row.get("header") or {})
             continue
         outcome = row.get("value") if row["kind"] == "retention" else row.get("success")
         if row.get("crash") is not None or outcome is None or not is_number(outcome):

@@ -11,9 +11,29 @@ from vlakeep.reporting.arms import Arm, Trials, is_number
 from vlakeep.reporting.intervals import mean_of, newcombe, paired_mean
 
 # Keys in which arms may differ by what they are; any other difference between configurations confounds the comparison.
-ARM_KEYS = ("name", "method", "hsw", "thermostat", "icsm", "probe", "evaluate", "root", "cache_dir", "data_root_dir", "probe_root_dir",
-            "artifact_dir", "run_root_dir", "tmp_dir", "train.resume", "train.tensorboard", "train.use_wandb", "train.log_every",
-            "train.save_every", "train.keep_last", "data.workers")
+ARM_KEYS = (
+    "name",
+    "method",
+    "hsw",
+    "thermostat",
+    "icsm",
+    "probe",
+    "evaluate",
+    "root",
+    "cache_dir",
+    "data_root_dir",
+    "probe_root_dir",
+    "artifact_dir",
+    "run_root_dir",
+    "tmp_dir",
+    "train.resume",
+    "train.tensorboard",
+    "train.use_wandb",
+    "train.log_every",
+    "train.save_every",
+    "train.keep_last",
+    "data.workers",
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +83,9 @@ class Comparison:
         names = {(arm.summary or {}).get("new_skill", {}).get("name") for arm in self.evaluated if arm.summary.get("new_skill")}
         self.new_skill = names.pop() if len(names) == 1 else None
         if names:
-            self.warnings.append(f"the arms were evaluated on different new skills ({', '.join(sorted(map(str, names)))} and others)")
+            self.warnings.append(
+                f"the arms were evaluated on different new skills ({', '.join(sorted(map(str, names)))} and others)"
+            )
         self.measures = self._measures()
         self.warnings += confounds(self.arms)
 
@@ -186,7 +208,11 @@ def pair(one: Trials, two: Trials) -> Tuple[List[Tuple[float, float]], int, str]
         return [], 0, "not paired: one arm has no trial records"
     if one.keys() != two.keys():
         only = len(one.keys() ^ two.keys())
-        return [], 0, f"not paired: the arms were evaluated on different trials ({only} without a partner); evaluate both with the same settings"
+        return (
+            [],
+            0,
+            f"not paired: the arms were evaluated on different trials ({only} without a partner); evaluate both with the same settings",
+        )
     pairs = [(one[key], two[key]) for key in sorted(one) if one[key] is not None and two[key] is not None]
     if not pairs:
         return [], len(one), "not paired: no trial ended without a crash in both arms"
@@ -238,8 +264,10 @@ def confounds(arms: Dict[str, Arm]) -> List[str]:
             continue
         for key, (theirs, mine) in config_changes(arm, reference).items():
             if key not in ARM_KEYS and key.split(".")[0] not in ARM_KEYS:
-                found.append(f"{arm.label} and {reference.label} differ in {key} ({mine} against {theirs}): "
-                             "a difference between them is not due to the method alone")
+                found.append(
+                    f"{arm.label} and {reference.label} differ in {key} ({mine} against {theirs}): "
+                    "a difference between them is not due to the method alone"
+                )
     trained = [arm for arm in arms.values() if arm.provenance]
     for what, read in (
         ("base weights", lambda session: (session.get("hashes") or {}).get("base_weights")),

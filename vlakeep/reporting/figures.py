@@ -23,10 +23,26 @@ STYLE = {
 }
 MORE = [("#cc79a7", "#e59cc4", "v"), ("#b58900", "#f0c94a", "P"), ("#7b5ea7", "#b49ae0", "X"), ("#4d7a29", "#9ccc65", "*")]
 RC = {
-    "font.family": "sans-serif", "font.size": 9.5, "svg.fonttype": "none", "axes.edgecolor": MUTED, "axes.labelcolor": INK,
-    "text.color": INK, "xtick.color": MUTED, "ytick.color": MUTED, "axes.grid": True, "grid.color": LINE, "grid.linewidth": 0.8,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "legend.frameon": False, "legend.fontsize": 9,
-    "lines.linewidth": 1.6, "figure.facecolor": "white", "axes.facecolor": "none", "axes.unicode_minus": True,
+    "font.family": "sans-serif",
+    "font.size": 9.5,
+    "svg.fonttype": "none",
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "axes.grid": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 9.5,
+    "lines.linewidth": 1.6,
+    "figure.facecolor": "white",
+    "axes.facecolor": "none",
+    "axes.unicode_minus": True,
 }
 
 
@@ -57,28 +73,47 @@ def figures(comparison: Comparison) -> List[Figure]:
     found = []
     points = [arm for arm in comparison.evaluated if comparison.value(arm, "new") and comparison.value(arm, "mean")]
     if points:
-        found.append(Figure(
-            "success_retention", "Success against retention",
-            "Each point is one arm: right is more of the old abilities kept, up is more of the new skill learned; bars are 95 % intervals. "
-            "An arm is better than another without trade-off (Pareto-better) when it lies above and to the right of it. The dashed lines "
-            "cross at plain LoRA: the upper right quarter beats it on both counts, the lower right one keeps more but learns less.",
-            lambda figure, narrow: _success_retention(figure, comparison, points, style), (6.6, 4.9), (4.5, 4.4)))
+        found.append(
+            Figure(
+                "success_retention",
+                "Success against retention",
+                "Each point is one arm: right is more of the old abilities kept, up is more of the new skill learned; bars are 95 % intervals. "
+                "An arm is better than another without trade-off (Pareto-better) when it lies above and to the right of it. The dashed lines "
+                "cross at plain LoRA: the upper right quarter beats it on both counts, the lower right one keeps more but learns less.",
+                lambda figure, narrow: _success_retention(figure, comparison, points, style),
+                (6.6, 5.0),
+                (4.1, 4.2),
+            )
+        )
     tuned = [arm for arm in comparison.tuned if arm.summary is not None]
     base = comparison.arms.get("base")
     if tuned and base is not None and comparison.abilities:
         rows = len(comparison.abilities) + 1
         height = max(3.0, 0.9 + rows * (0.16 + 0.15 * len(tuned)))
-        found.append(Figure(
-            "forgetting", "Forgetting per ability",
-            "Base minus arm in percentage points: bars to the right are ability lost, bars to the left ability gained. "
-            "Whiskers are 95 % intervals of the paired difference; a whisker that crosses zero is within noise.",
-            lambda figure, narrow: _forgetting(figure, comparison, tuned, base, style), (6.6, max(4.9, height)), (4.5, height)))
+        found.append(
+            Figure(
+                "forgetting",
+                "Forgetting per ability",
+                "Base minus arm in percentage points: bars to the right are ability lost, bars to the left ability gained. "
+                "Whiskers are 95 % intervals of the paired difference; a whisker that crosses zero is within noise.",
+                lambda figure, narrow: _forgetting(figure, comparison, tuned, base, style),
+                (6.6, max(5.0, height)),
+                (4.1, height),
+            )
+        )
     trained = [arm for arm in comparison.tuned if arm.metrics]
     for curve in CURVES:
         having = [arm for arm in trained if any(arm.values(key)[0] for key, _ in curve.keys)]
         if having:
-            found.append(Figure(curve.name, curve.title, curve.caption,
-                                lambda figure, narrow, curve=curve, having=having: _curves(figure, curve, having, style), (4.6, 3.1)))
+            found.append(
+                Figure(
+                    curve.name,
+                    curve.title,
+                    curve.caption,
+                    lambda figure, narrow, curve=curve, having=having: _curves(figure, curve, having, style),
+                    (4.1, 2.9),
+                )
+            )
     return found
 
 
@@ -91,8 +126,21 @@ def _success_retention(figure, comparison: Comparison, points: List[Arm], style)
         if arm.name == "baseline":
             axes.axvline(100 * x.mean, color=MUTED, linestyle="--", linewidth=0.9, zorder=1)
             axes.axhline(100 * y.mean, color=MUTED, linestyle="--", linewidth=0.9, zorder=1)
-        axes.errorbar(100 * x.mean, 100 * y.mean, xerr=bars[0], yerr=bars[1], color=colour, marker=marker, markersize=9, capsize=3,
-                      elinewidth=1.4, linestyle="none", label=arm.label, markeredgecolor=PAPER, zorder=3)
+        axes.errorbar(
+            100 * x.mean,
+            100 * y.mean,
+            xerr=bars[0],
+            yerr=bars[1],
+            color=colour,
+            marker=marker,
+            markersize=9,
+            capsize=3,
+            elinewidth=1.4,
+            linestyle="none",
+            label=arm.label,
+            markeredgecolor=PAPER,
+            zorder=3,
+        )
     axes.margins(0.12)
     axes.set_xlabel("mean old ability (%)  \u2192 keeps more")
     axes.set_ylabel("new-skill success (%)  \u2192 learns more")
@@ -112,8 +160,15 @@ def _forgetting(figure, comparison: Comparison, tuned: List[Arm], base: Arm, sty
                 continue
             lost = -100 * d.mean
             bars = [[100 * (d.high - d.mean)], [100 * (d.mean - d.low)]] if d.low is not None else None
-            axes.barh(row - 0.4 + thick * (index + 0.5), lost, thick * 0.9, color=style[arm.name][0],
-                      label=None if drawn else arm.label, xerr=bars, error_kw={"ecolor": MUTED, "elinewidth": 1.0, "capsize": 2})
+            axes.barh(
+                row - 0.4 + thick * (index + 0.5),
+                lost,
+                thick * 0.9,
+                color=style[arm.name][0],
+                label=None if drawn else arm.label,
+                xerr=bars,
+                error_kw={"ecolor": INK, "elinewidth": 0.9, "capsize": 2},
+            )
             drawn = True
     axes.axvline(0, color=INK, linewidth=1.0)
     axes.axhline(0.5, color=LINE, linewidth=1.0)
@@ -139,19 +194,64 @@ class Curve(NamedTuple):
 
 
 CURVES = [
-    Curve("loss", "Training loss", "Action-token cross-entropy: faint each logged step, bold its moving average.", [("loss", "-")],
-          "loss", True, (), True),
-    Curve("drift", "Drift d and its threshold", "Dots are measurements, the line their moving average, the dashed line the threshold. "
-          "In the shaded steps the Thermostat only calibrates: gains stay at 1.", [("d_ema", "-")], "drift d"),
-    Curve("gains", "Gains", "What the Thermostat did: lower gamma suppresses fragile directions more, lower beta plastic ones.",
-          [("gamma", "-"), ("beta", "--")], "gain", False, ("gamma", "beta")),
-    Curve("surgery_norms", "Gradient norm before and after surgery", "Surgery may only shrink a gradient: dashed never lies above solid.",
-          [("g_norm", "-"), ("g_prime_norm", "--")], "norm", True, ("before", "after"), True),
-    Curve("clip_norms", "Gradient norm before and after the clip", "Where the two part, the clip acts; a clip after surgery can undo part of it.",
-          [("grad_norm", "-"), ("grad_norm_clipped", "--")], "norm", True, ("before", "after"), True),
-    Curve("leak", "Leak and shares", "Leak: share of the weight update that acts on protected inputs. Shares: the gradient's energy in fragile "
-          "and plastic directions.", [("leak", "-"), ("shed_f", "--"), ("share_f", "--"), ("shed_p", ":"), ("share_p", ":")], "share", False,
-          ("leak", "fragile", "fragile", "plastic", "plastic")),
+    Curve(
+        "loss",
+        "Training loss",
+        "Action-token cross-entropy: faint each logged step, bold its moving average.",
+        [("loss", "-")],
+        "loss",
+        True,
+        (),
+        True,
+    ),
+    Curve(
+        "drift",
+        "Drift d and its threshold",
+        "Dots are measurements, the line their moving average, the dashed line the threshold. "
+        "In the shaded steps the Thermostat only calibrates: gains stay at 1.",
+        [("d_ema", "-")],
+        "drift d",
+    ),
+    Curve(
+        "gains",
+        "Gains",
+        "What the Thermostat did: lower gamma suppresses fragile directions more, lower beta plastic ones.",
+        [("gamma", "-"), ("beta", "--")],
+        "gain",
+        False,
+        ("gamma", "beta"),
+    ),
+    Curve(
+        "surgery_norms",
+        "Gradient norm before and after surgery",
+        "Surgery may only shrink a gradient: dashed never lies above solid.",
+        [("g_norm", "-"), ("g_prime_norm", "--")],
+        "norm",
+        True,
+        ("before", "after"),
+        True,
+    ),
+    Curve(
+        "clip_norms",
+        "Gradient norm before and after the clip",
+        "Where the two part, the clip acts; a clip after surgery can undo part of it.",
+        [("grad_norm", "-"), ("grad_norm_clipped", "--")],
+        "norm",
+        True,
+        ("before", "after"),
+        True,
+    ),
+    Curve(
+        "leak",
+        "Leak and shares",
+        "Leak: share of the weight update that acts on protected inputs. Shares: the gradient's energy in fragile "
+        "and plastic directions.",
+        [("leak", "-"), ("shed_f", "--"), ("share_f", "--"), ("shed_p", ":"), ("share_p", ":")],
+        "share",
+        False,
+        ("leak", "fragile", "fragile", "plastic", "plastic"),
+        True,
+    ),
 ]
 
 
@@ -168,7 +268,7 @@ def _curves(figure, curve: Curve, arms: List[Arm], style) -> None:
                 continue
             if curve.legend:
                 used[curve.legend[index]] = line
-            if curve.smooth and len(values) > 20:
+            if curve.smooth and len(values) > 60:
                 if line == "-" and len(arms) < 4:
                     axes.plot(*_thin(steps, values), color=colour, alpha=0.22, linewidth=0.8)
                 values = _moving_average(values)
@@ -198,14 +298,15 @@ def _drift_marks(axes, arm: Arm, colour: str, shade: bool) -> None:
 
 
 def _moving_average(values: List[float]) -> List[float]:
-    """Mean of the last tenth (at most 50) of the values seen so far."""
-    width = max(2, min(50, len(values) // 10))
-    out, total = [], 0.0
-    for index, value in enumerate(values):
-        total += value
-        if index >= width:
-            total -= values[index - width]
-        out.append(total / min(index + 1, width))
+    """Centred mean over a twentieth of the values (at most 51), narrower towards the ends."""
+    half = max(1, min(25, len(values) // 40))
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    out = []
+    for index in range(len(values)):
+        reach = min(half, index, len(values) - 1 - index)
+        out.append((sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1))
     return out
 
 
@@ -260,13 +361,13 @@ def inline_svg(item: Figure, comparison: Comparison, narrow: bool = False) -> st
     """An <svg> element for HTML: scales to its container, takes its colours and font from the page, refers to nothing outside."""
     prefix = f"{item.name}{'-n' if narrow else ''}-"
     text = _svg(render(item, narrow), prefix)
-    text = text[text.index("<svg"):]
+    text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.S)  # the page has its own style sheet
     text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
     box = re.search(r'viewBox="([^"]*)"', text)[1]
-    text = re.sub(r"<svg[^>]*>", f'<svg viewBox="{box}" role="img" aria-label="{item.title}" preserveAspectRatio="xMidYMid meet">', text, count=1)
+    text = re.sub(r"<svg[^>]*>", f'<svg viewBox="{box}" role="img" aria-label="{item.title}">', text, count=1)
     text = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}\1"', text)
-    text = re.sub(r'url\(#', f"url(#{prefix}", text)
+    text = re.sub(r"url\(#", f"url(#{prefix}", text)
     text = re.sub(r'href="#', f'href="#{prefix}', text)
     text = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1; font-family: inherit", text)
     colours = dict(INLINE)

@@ -1,8 +1,8 @@
-"""Intervals for paired comparisons: the same initial states under two arms. Closed forms only, so a report never varies between runs.
+"""Intervals for paired comparisons: the same initial states under two arms. Closed forms only, so a report never varies.
 
-Differences of success rates: Newcombe (1998), "Improved confidence intervals for the difference between binomial proportions based on
-paired data", method 10 (square-and-add over Wilson limits, with the correlation of the pairs). Means over abilities: the same
-square-and-add rule (MOVER; Zou and Donner 2008). Unlike a bootstrap, both keep an honest width when every trial agrees.
+Differences of success rates: Newcombe (1998), "Improved confidence intervals for the difference between binomial proportions
+based on paired data", method 10 (square-and-add over Wilson limits, with the correlation of the pairs). Means over abilities: the
+same square-and-add rule (MOVER; Zou and Donner 2008). Unlike a bootstrap, both keep an honest width when every trial agrees.
 """
 
 import math
@@ -46,7 +46,7 @@ def mean_of(parts: Iterable[Interval]) -> Optional[Interval]:
     return mean, mean - down, mean + up
 
 
-def paired_mean(differences: List[float], z: float = 1.96) -> Interval:
+def paired_mean(differences: List[float], z: float = 1.959964) -> Interval:
     """(mean, low, high) of paired differences of a continuous measure, normal approximation.
 
     One difference alone has no spread, so its interval is unbounded. Raises ValueError for an empty list.

@@ -45,7 +45,11 @@ def page(comparison: Comparison, figures: List[Figure], title: str, seconds: Opt
 def _lead(comparison: Comparison) -> str:
     lines = "".join(f"<p>{escape(line)}</p>" for line in words.lead(comparison))
     chinese = words.summary_zh(comparison)
-    return f'<div class="lead">{lines}</div>' + (f'<p class="zh" lang="zh-CN">{escape(chinese)}</p>' if chinese else "")
+    return (
+        f'<div class="lead"><div>{lines}</div>'
+        + (f'<p class="zh" lang="zh-CN">{escape(chinese)}</p>' if chinese else "")
+        + "</div>"
+    )
 
 
 def _cards(comparison: Comparison) -> str:
@@ -57,8 +61,10 @@ def _cards(comparison: Comparison) -> str:
             text = f"{words.number(value.mean, 'percent')}<span>&#8202;%</span>" if value else words.number(None, "")
             bounds = f"<small>{words.interval(value.low, value.high, 'percent')}</small>" if value else ""
             numbers += f"<div><dd>{text}{bounds}</dd><dt>{label}</dt></div>"
-        cards.append(f'<div class="card" style="--c:var({css_name(arm.name)})"><h3>{escape(arm.label)}{status_badge(arm)}</h3>'
-                     f"<dl>{numbers}</dl></div>")
+        cards.append(
+            f'<div class="card" style="--c:var({css_name(arm.name)})"><h3>{escape(arm.label)}{status_badge(arm)}</h3>'
+            f"<dl>{numbers}</dl></div>"
+        )
     return f'<div class="cards">{"".join(cards)}</div>'
 
 
@@ -70,25 +76,42 @@ def _warnings(comparison: Comparison) -> str:
 
 
 def _comparison(comparison: Comparison) -> str:
-    sizes = sorted({value.n for arm in comparison.evaluated for key in ["new", *comparison.parts("mean")]
-                    for value in [comparison.value(arm, key)] if value})
+    sizes = sorted(
+        {
+            value.n
+            for arm in comparison.evaluated
+            for key in ["new", *comparison.parts("mean")]
+            for value in [comparison.value(arm, key)]
+            if value
+        }
+    )
     trials = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else str(sizes[0]) if sizes else "no"
-    return (f'<p class="hint">Success rates and answer accuracies in percent with 95 % Wilson intervals, from {trials} trials each; means '
-            "weigh every ability alike. A crashed trial counts neither as success nor as failure. KL is taken from the base model on "
-            f"off-task frames; drift is the distance between probe covariances.</p>{tables.comparison_html(comparison)}")
+    return (
+        f'<p class="hint">Success rates and answer accuracies in percent with 95 % Wilson intervals, from {trials} trials each; means '
+        "weigh every ability alike. A crashed trial counts neither as success nor as failure. KL is taken from the base model on "
+        f"off-task frames; drift is the distance between probe covariances.</p>{tables.comparison_html(comparison)}"
+    )
 
 
 def _differences(comparison: Comparison) -> str:
     table = tables.differences_html(comparison)
     if not table:
-        return '<p class="hint">There is nothing to compare: the report needs the base or plain LoRA and one more evaluated arm.</p>'
-    shown = [comparison.difference(arm, reference, measure.key).verdict for arm, reference in tables.pairs_of(comparison)
-             for measure in comparison.measures if not measure.key.startswith("mean")]
+        return (
+            '<p class="hint">There is nothing to compare: the report needs the base or plain LoRA and one more evaluated arm.</p>'
+        )
+    shown = [
+        comparison.difference(arm, reference, measure.key).verdict
+        for arm, reference in tables.pairs_of(comparison)
+        for measure in comparison.measures
+        if not measure.key.startswith("mean")
+    ]
     count = sum(verdict in ("better", "worse", "noise") for verdict in shown)
-    return ('<p class="hint">In percentage points, over trials with the same initial state under both arms (Newcombe intervals; normal '
-            "approximation for the KL). <b>Better</b> and <b>worse</b> are said only where the 95 % interval excludes zero. Of "
-            f"{count} single comparisons, about {0.05 * count:.1f} would be marked by chance alone. Forgetting is fair to compare only at "
-            f"matched success on the new skill.</p>{table}")
+    return (
+        '<p class="hint">In percentage points, over trials with the same initial state under both arms (Newcombe intervals; normal '
+        "approximation for the KL). <b>Better</b> and <b>worse</b> are said only where the 95 % interval excludes zero. Of "
+        f"{count} single comparisons, about {0.05 * count:.1f} would be marked by chance alone. Forgetting is fair to compare only at "
+        f"matched success on the new skill.</p>{table}"
+    )
 
 
 def _figures(comparison: Comparison, figures: List[Figure], columns: str) -> str:
@@ -96,7 +119,9 @@ def _figures(comparison: Comparison, figures: List[Figure], columns: str) -> str
     for figure in figures:
         svg = f'<div class="wide{" paired" if figure.narrow else ""}">{inline_svg(figure, comparison)}</div>'
         svg += f'<div class="narrow">{inline_svg(figure, comparison, narrow=True)}</div>' if figure.narrow else ""
-        drawn.append(f'<figure class="panel"><h3>{escape(figure.title)}</h3>{svg}<figcaption>{escape(figure.caption)}</figcaption></figure>')
+        drawn.append(
+            f'<figure class="panel"><h3>{escape(figure.title)}</h3>{svg}<figcaption>{escape(figure.caption)}</figcaption></figure>'
+        )
     return f'<div class="grid {columns}">{"".join(drawn)}</div>' if drawn else ""
 
 
@@ -104,8 +129,10 @@ def _findings(comparison: Comparison) -> str:
     panels = []
     for arm in comparison.tuned:
         items = "".join(f'<li class="{tone}">{escape(text)}</li>' for tone, text in words.findings(comparison, arm))
-        panels.append(f'<div class="panel"><h3>{chip(arm)}</h3><ul class="findings">{items or "<li>Nothing to say.</li>"}</ul></div>')
-    return f'<div class="grid two">{"".join(panels)}</div>' if panels else ""
+        panels.append(
+            f'<div class="panel"><h3>{chip(arm)}</h3><ul class="findings">{items or "<li>Nothing to say.</li>"}</ul></div>'
+        )
+    return f'<div class="grid three start">{"".join(panels)}</div>' if panels else ""
 
 
 def _provenance(comparison: Comparison) -> str:
@@ -121,13 +148,17 @@ def _reproduce(comparison: Comparison, figures: List[Figure], root: Optional[Pat
         f"<pre><code>{escape(chr(10).join(reproduce(comparison, root)))}</code></pre>",
     ]
     if given:
-        parts.append('<p class="hint">The command lines that were run:</p>'
-                     f"<pre><code>{escape(chr(10).join(dict.fromkeys(given)))}</code></pre>")
+        parts.append(
+            '<p class="hint">The command lines that were run:</p>'
+            f"<pre><code>{escape(chr(10).join(dict.fromkeys(given)))}</code></pre>"
+        )
     rows = [[chip(arm), _code(arm, "eval", root), _code(arm, "run", root)] for arm in comparison.arms.values()]
     parts.append(tables.facts_html(["Arm", "Evaluation", "Run"], rows, "Files that this report was made from"))
     if figures:
-        parts.append(f'<p class="hint">Figures as files: figures/ ({", ".join(figure.name for figure in figures)}; png and svg). '
-                     "Tables: tables/ (md and csv).</p>")
+        parts.append(
+            f'<p class="hint">Figures as files: figures/ ({", ".join(figure.name for figure in figures)}; png and svg). '
+            "Tables: tables/ (md and csv).</p>"
+        )
     return "".join(parts)
 
 

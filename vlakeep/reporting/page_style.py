@@ -11,11 +11,11 @@ body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,-
 main,header,footer{max-width:1240px;margin:0 auto;padding:0 24px}
 header{padding-top:40px}
 .over{color:var(--muted);font-size:.85rem;letter-spacing:.02em;margin:0 0 10px}
-h1{font-size:clamp(1.45rem,1.05rem + 1.7vw,2.3rem);line-height:1.22;letter-spacing:-.015em;margin:0 0 16px;max-width:30em;text-wrap:balance}
+h1{text-wrap:pretty;font-size:clamp(1.45rem,1.05rem + 1.7vw,2.3rem);line-height:1.22;letter-spacing:-.015em;margin:0 0 16px;max-width:34em}
 h2{font-size:1.3rem;line-height:1.3;letter-spacing:-.01em;margin:52px 0 6px}
 h3{font-size:1rem;line-height:1.35;margin:0 0 8px}
 p{margin:0 0 10px;max-width:76ch;overflow-wrap:anywhere}
-.lead p{color:var(--ink)}
+.lead{display:grid;grid-template-columns:minmax(0,6fr) minmax(0,5fr);gap:8px 40px;align-items:start}
 .zh{color:var(--muted);border-left:3px solid var(--line);padding-left:12px;font-size:.95rem;line-height:1.75}
 .hint{color:var(--muted);font-size:.92rem}
 nav{display:flex;flex-wrap:wrap;gap:6px 18px;margin:18px 0 0;padding:12px 0;border-top:1px solid var(--line);border-bottom:1px solid var(--line);
@@ -34,6 +34,7 @@ a:hover,a:focus-visible{text-decoration:underline}
 .grid{display:grid;gap:16px;margin:16px 0 0}
 .two{grid-template-columns:repeat(auto-fit,minmax(min(100%,480px),1fr))}
 .three{grid-template-columns:repeat(auto-fit,minmax(min(100%,330px),1fr))}
+.start{align-items:start}
 figure svg{display:block;width:100%;height:auto}
 svg *{stroke-linejoin:round;stroke-linecap:butt}
 figcaption{color:var(--muted);font-size:.88rem;line-height:1.5;margin-top:10px}
@@ -42,9 +43,10 @@ figcaption{color:var(--muted);font-size:.88rem;line-height:1.5;margin-top:10px}
 -webkit-overflow-scrolling:touch}
 .scroll:focus-visible{outline:2px solid var(--link)}
 table{border-collapse:separate;border-spacing:0;font-size:.92rem;font-variant-numeric:tabular-nums;width:100%}
-th,td{padding:7px 14px;text-align:right;vertical-align:top;border-bottom:1px solid var(--line);white-space:nowrap}
+th,td{padding:5px 12px;text-align:right;vertical-align:top;border-bottom:1px solid var(--line);white-space:nowrap}
 th:first-child{text-align:left;position:sticky;left:0;background:var(--card);z-index:1;font-weight:500}
 thead th{font-weight:600;vertical-align:bottom;font-size:.86rem}
+thead .chip{white-space:normal;max-width:8.5em}
 thead th small,tbody th small{display:block;color:var(--muted);font-weight:400;font-size:.78rem}
 tbody th small{display:inline;margin-left:6px}
 tbody tr:last-child>*{border-bottom:0}
@@ -55,7 +57,8 @@ tr.section span{color:var(--muted);font-size:.76rem;letter-spacing:.07em;text-tr
 tr.mean>*{background:var(--soft)}
 .edge{border-left:1px solid var(--line)}
 th[colspan]{text-align:center}
-.small .chip{font-size:.78rem;font-weight:500}
+.small .chip{font-size:.74rem;font-weight:500;line-height:1.3;white-space:normal;max-width:6.2em}
+.small,.count{padding-left:8px;padding-right:8px}
 .count{color:var(--muted);text-align:center}
 .crashed{color:var(--bad);font-weight:700}
 .none{color:var(--muted)}
@@ -83,6 +86,7 @@ pre code{overflow-wrap:normal;font-size:1em}
 details{margin:14px 0}
 summary{cursor:pointer;font-weight:500}
 footer{color:var(--muted);font-size:.85rem;padding-top:36px;padding-bottom:48px}
+@media (max-width:860px){.lead{grid-template-columns:minmax(0,1fr)}}
 @media (max-width:640px){
  main,header,footer{padding-left:16px;padding-right:16px}
  header{padding-top:26px}
@@ -90,17 +94,43 @@ footer{color:var(--muted);font-size:.85rem;padding-top:36px;padding-bottom:48px}
  .panel{padding:12px}
  .wide.paired{display:none}
  .narrow{display:block}
- th,td{padding:7px 10px}
+ th,td{padding:6px 10px}
  th:first-child{max-width:34vw;white-space:normal;box-shadow:1px 0 0 var(--line)}
  tbody th small{display:block;margin-left:0}
  .chip{white-space:normal;min-width:5.5em}
 }
 @media print{body{background:#fff}.scroll{overflow:visible}nav{display:none}}
 """
-LIGHT = {"page": "#f6f7f9", "card": "#ffffff", "soft": "#f3f5f8", "ink": "#1b2733", "muted": "#5b6875", "line": "#dfe4ea", "strong": "#b9c2cc",
-         "link": "#0a5fa8", "good": "#0b6b4b", "good-soft": "#dcf3ea", "bad": "#a8330b", "bad-soft": "#fde6dc", "warn": "#8a6100"}
-DARK = {"page": "#10151b", "card": "#181f27", "soft": "#1f2731", "ink": "#e7ecf1", "muted": "#9ba8b5", "line": "#2d3743", "strong": "#4b5866",
-        "link": "#7cc0f5", "good": "#6fe0b3", "good-soft": "#143a2d", "bad": "#ffab87", "bad-soft": "#47220f", "warn": "#e5c15f"}
+LIGHT = {
+    "page": "#f6f7f9",
+    "card": "#ffffff",
+    "soft": "#f3f5f8",
+    "ink": "#1b2733",
+    "muted": "#5b6875",
+    "line": "#dfe4ea",
+    "strong": "#b9c2cc",
+    "link": "#0a5fa8",
+    "good": "#0b6b4b",
+    "good-soft": "#dcf3ea",
+    "bad": "#a8330b",
+    "bad-soft": "#fde6dc",
+    "warn": "#8a6100",
+}
+DARK = {
+    "page": "#10151b",
+    "card": "#181f27",
+    "soft": "#1f2731",
+    "ink": "#e7ecf1",
+    "muted": "#9ba8b5",
+    "line": "#2d3743",
+    "strong": "#4b5866",
+    "link": "#7cc0f5",
+    "good": "#6fe0b3",
+    "good-soft": "#143a2d",
+    "bad": "#ffab87",
+    "bad-soft": "#47220f",
+    "warn": "#e5c15f",
+}
 
 
 def style_sheet(comparison: Comparison) -> str:

@@ -75,7 +75,13 @@ def provenance_html(comparison: Comparison) -> str:
         ["Commit", *[source(arm) for arm in arms]],
         ["Seed", *[escape(arm.provenance.get("seed", arm.config.get("seed", "?"))) for arm in arms]],
         ["Steps", *[f"{arm.last_step or 0} of {(arm.config.get('train') or {}).get('steps', '?')}" for arm in arms]],
-        ["Sessions", *[f"{len(arm.provenance.get('sessions') or [])}, last on {arm.session.get('world', '?')} process(es)" for arm in arms]],
+        [
+            "Sessions",
+            *[
+                f"{len(arm.provenance.get('sessions') or [])}, last on {arm.session.get('world', '?')} process(es)"
+                for arm in arms
+            ],
+        ],
         ["Start, end", *[times(arm) for arm in arms]],
         ["Hardware", *[_hardware(arm.session) for arm in arms]],
         ["Versions", *[versions(arm) for arm in arms]],
@@ -128,7 +134,9 @@ def changes_html(comparison: Comparison) -> str:
     rows = []
     for arm in comparison.methods:
         for key, (theirs, mine) in config_changes(arm, reference).items() if arm.config else ():
-            rows.append([f"<code>{escape(key)}</code>", chip(arm), f"<code>{escape(theirs)}</code>", f"<code>{escape(mine)}</code>"])
+            rows.append(
+                [f"<code>{escape(key)}</code>", chip(arm), f"<code>{escape(theirs)}</code>", f"<code>{escape(mine)}</code>"]
+            )
     if not rows:
         return ""
     table = facts_html(["Key", "Arm", "Plain LoRA", "This arm"], rows, "Configuration differences")

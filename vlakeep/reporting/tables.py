@@ -20,8 +20,11 @@ def unit_of(measure: Measure) -> str:
 
 def references(comparison: Comparison, arm: Arm) -> List[Arm]:
     """What an arm is compared with: the baseline and the base, as far as they are there and another arm."""
-    return [comparison.arms[name] for name in ("baseline", "base")
-            if name in comparison.arms and name != arm.name and arm.name != "base" and comparison.arms[name].summary is not None]
+    return [
+        comparison.arms[name]
+        for name in ("baseline", "base")
+        if name in comparison.arms and name != arm.name and arm.name != "base" and comparison.arms[name].summary is not None
+    ]
 
 
 def badge(d: Difference, measure: Measure) -> str:
@@ -39,14 +42,31 @@ def rows_csv(comparison: Comparison) -> List[Dict[str, object]]:
     for measure in comparison.measures:
         for arm in comparison.arms.values():
             value = comparison.value(arm, measure.key)
-            row = {"measure": measure.key, "label": measure.label, "section": measure.section, "unit": measure.unit, "arm": arm.name,
-                   "mean": value and value.mean, "low": value and value.low, "high": value and value.high,
-                   "n": value.n if value else 0, "crashes": comparison.crashes(arm, measure.key)}
+            row = {
+                "measure": measure.key,
+                "label": measure.label,
+                "section": measure.section,
+                "unit": measure.unit,
+                "arm": arm.name,
+                "mean": value and value.mean,
+                "low": value and value.low,
+                "high": value and value.high,
+                "n": value.n if value else 0,
+                "crashes": comparison.crashes(arm, measure.key),
+            }
             for name in ("baseline", "base"):
                 reference = {r.name: r for r in references(comparison, arm)}.get(name)
                 d = comparison.difference(arm, reference, measure.key) if reference is not None else Difference("absent")
-                row.update({f"minus_{name}": d.mean, f"minus_{name}_low": d.low, f"minus_{name}_high": d.high, f"vs_{name}": d.verdict,
-                            f"pairs_{name}": d.pairs, f"note_{name}": d.note})
+                row.update(
+                    {
+                        f"minus_{name}": d.mean,
+                        f"minus_{name}_low": d.low,
+                        f"minus_{name}_high": d.high,
+                        f"vs_{name}": d.verdict,
+                        f"pairs_{name}": d.pairs,
+                        f"note_{name}": d.note,
+                    }
+                )
             rows.append(row)
     return rows
 
@@ -105,19 +125,23 @@ def chip(arm: Arm) -> str:
 
 
 def _shell(caption: str, head: str, body: str) -> str:
-    return (f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table><thead>{head}</thead>'
-            f"<tbody>{body}</tbody></table></div>")
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table><thead>{head}</thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
 
 
-def _sections(comparison: Comparison, columns: int, cells) -> str:
+def _sections(comparison: Comparison, columns: int, cells, percent: str = "%") -> str:
     body, section = [], None
     for measure in comparison.measures:
         if measure.section != section:
             section = measure.section
-            body.append(f'<tr class="section"><th scope="rowgroup"><span>{escape(section)}</span></th><td colspan="{columns}"></td></tr>')
+            body.append(
+                f'<tr class="section"><th scope="rowgroup"><span>{escape(section)}</span></th><td colspan="{columns}"></td></tr>'
+            )
         strong = ' class="mean"' if measure.key == "mean" or measure.key.startswith("mean:") or measure.key == "new" else ""
-        unit = unit_of(measure)
-        label = f'{escape(measure.label)}<small>{escape(unit.strip(" ()"))}</small>'
+        unit = percent if measure.unit == "percent" else UNITS[measure.unit]
+        label = f"{escape(measure.label)}<small>{unit}</small>"
         body.append(f'<tr{strong}><th scope="row">{label}</th>{cells(measure)}</tr>')
     return "".join(body)
 
@@ -130,7 +154,7 @@ def _value_cell(comparison: Comparison, arm: Arm, measure: Measure) -> str:
     text = value_text(value, measure)
     mean, _, bounds = text.partition(" ")
     size = f' title="{value.n} trials"' if value.n else ""
-    return f'<td{size}><b>{mean}</b>{f"<i>{bounds}</i>" if bounds else ""}</td>'
+    return f"<td{size}><b>{mean}</b>{f'<i>{bounds}</i>' if bounds else ''}</td>"
 
 
 def comparison_html(comparison: Comparison) -> str:
@@ -139,12 +163,17 @@ def comparison_html(comparison: Comparison) -> str:
     head = '<tr><th scope="col" rowspan="2">Measure</th>'
     head += "".join(f'<th scope="col" rowspan="2">{chip(arm)}{status_badge(arm)}</th>' for arm in arms)
     head += f'<th scope="colgroup" colspan="{len(arms)}" class="edge">Crashed trials</th></tr><tr>'
-    head += "".join(f'<th scope="col" class="{"edge " if i == 0 else ""}small">{chip(arm)}</th>' for i, arm in enumerate(arms)) + "</tr>"
+    head += (
+        "".join(f'<th scope="col" class="{"edge " if i == 0 else ""}small">{chip(arm)}</th>' for i, arm in enumerate(arms))
+        + "</tr>"
+    )
 
     def cells(measure):
         counts = [comparison.crashes(arm, measure.key) for arm in arms]
         return "".join(_value_cell(comparison, arm, measure) for arm in arms) + "".join(
-            f'<td class="count{" edge" if i == 0 else ""}{" crashed" if count else ""}">{_count(count)}</td>' for i, count in enumerate(counts))
+            f'<td class="count{" edge" if i == 0 else ""}{" crashed" if count else ""}">{_count(count)}</td>'
+            for i, count in enumerate(counts)
+        )
 
     return _shell("Comparison of the arms", head, _sections(comparison, 2 * len(arms), cells))
 
@@ -154,22 +183,32 @@ def differences_html(comparison: Comparison) -> str:
     pairs = pairs_of(comparison)
     if not pairs:
         return ""
-    head = '<tr><th scope="col">Measure</th>' + "".join(
-        f'<th scope="col">{chip(arm)}<small>minus {escape(reference.label)}</small></th>' for arm, reference in pairs) + "</tr>"
+    head = (
+        '<tr><th scope="col">Measure</th>'
+        + "".join(f'<th scope="col">{chip(arm)}<small>minus {escape(reference.label)}</small></th>' for arm, reference in pairs)
+        + "</tr>"
+    )
 
     def cells(measure):
         out = []
         for arm, reference in pairs:
             d = comparison.difference(arm, reference, measure.key)
             mean, _, bounds = difference_text(d, measure).partition(" ")
-            note = "; ".join(part for part in (f"{d.pairs} pairs" if d.pairs else "",
-                                               f"{d.dropped} left out after a crash" if d.dropped else "", d.note) if part)
+            note = "; ".join(
+                part
+                for part in (
+                    f"{d.pairs} pairs" if d.pairs else "",
+                    f"{d.dropped} left out after a crash" if d.dropped else "",
+                    d.note,
+                )
+                if part
+            )
             mark = f'<span class="badge {d.verdict}">{escape(badge(d, measure))}</span>' if badge(d, measure) else ""
             title = f' title="{escape(note)}"' if note else ""
             out.append(f'<td class="{d.verdict}"{title}><b>{mean}</b>{f"<i>{bounds}</i>" if bounds else ""}{mark}</td>')
         return "".join(out)
 
-    return _shell("Paired differences", head, _sections(comparison, len(pairs), cells))
+    return _shell("Paired differences", head, _sections(comparison, len(pairs), cells, "points"))
 
 
 def status_badge(arm: Arm) -> str:
@@ -180,5 +219,7 @@ def status_badge(arm: Arm) -> str:
 def facts_html(head: List[str], rows: List[List[str]], caption: str) -> str:
     """A plain table of ready HTML cells; the first cell of each row is its name."""
     top = "<tr>" + "".join(f'<th scope="col">{cell}</th>' for cell in head) + "</tr>"
-    body = "".join(f'<tr><th scope="row">{row[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>" for row in rows)
+    body = "".join(
+        f'<tr><th scope="row">{row[0]}</th>' + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>" for row in rows
+    )
     return _shell(caption, top, body).replace("<table>", '<table class="facts">')

@@ -6,7 +6,7 @@ from typing import List, NamedTuple, Optional
 from vlakeep.reporting.arms import Arm
 from vlakeep.reporting.compare import Comparison, Difference, Measure, Value
 
-MINUS = "\u2212"
+MINUS, NBSP = "\u2212", "\u00a0"
 
 
 class Finding(NamedTuple):
@@ -47,7 +47,11 @@ def difference_text(d: Difference, measure: Measure) -> str:
 
 
 def _points(d: Difference) -> str:
-    return f"{number(d.mean, 'percent', True)} points {interval(d.low, d.high, 'percent', True)}"
+    return f"{number(d.mean, 'percent', True)} points {interval(d.low, d.high, 'percent', True).replace(' ', NBSP)}"
+
+
+def _percent(value: Value) -> str:
+    return f"{number(value.mean, 'percent')}{NBSP}%"
 
 
 @dataclass(frozen=True)
@@ -93,15 +97,23 @@ def headline(comparison: Comparison) -> str:
     groups = {}
     for o in found:
         groups.setdefault(o.verdict, []).append(o.arm.label)
+    wins = {o.success for o in found if o.verdict == "wins"}
     if "baseline" not in comparison.arms or not found:
         return f"Evaluation of {_join([arm.label for arm in comparison.arms.values()])}"
     parts = []
     if "wins" in groups:
         s = "s" if len(groups["wins"]) == 1 else ""
-        parts.append(f"{_join(groups['wins'])} keep{s} more of the old abilities than plain LoRA, at no lower success on the new skill")
-    for verdict, text in (("trades", "keep{s} more but learn{s} less of the new skill"), ("harms", "{is_} worse than plain LoRA"),
-                          ("ties", "{is_} within noise of plain LoRA"), ("failed", "did not finish training"),
-                          ("unknown", "could not be compared with plain LoRA")):
+        level = wins.pop() if len(wins) == 1 else "matched or higher"
+        parts.append(
+            f"{_join(groups['wins'])} keep{s} more of the old abilities than plain LoRA at {level} success on the new skill"
+        )
+    for verdict, text in (
+        ("trades", "keep{s} more but learn{s} less of the new skill"),
+        ("harms", "{is_} worse than plain LoRA"),
+        ("ties", "{is_} within noise of plain LoRA"),
+        ("failed", "did not finish training"),
+        ("unknown", "could not be compared with plain LoRA"),
+    ):
         if verdict in groups:
             one = len(groups[verdict]) == 1
             parts.append(f"{_join(groups[verdict])} " + text.format(s="s" if one else "", is_="is" if one else "are"))
@@ -116,11 +128,13 @@ def lead(comparison: Comparison) -> List[str]:
     if base is not None and baseline is not None and baseline.summary is not None:
         one, two = comparison.value(base, "new"), comparison.value(baseline, "new")
         if one and two:
-            lines.append(f"Plain LoRA took {skill} from {number(one.mean, 'percent')} % to {number(two.mean, 'percent')} %.")
+            lines.append(f"Plain LoRA took {skill} from {_percent(one)} to {_percent(two)}.")
         lines.append(_forgetting(comparison, baseline, base))
     for o in outcomes(comparison):
         if o.verdict == "failed":
-            lines.append(f"{o.arm.label}: training stopped at step {o.arm.last_step or 0} ({o.arm.failure or 'no reason recorded'}).")
+            lines.append(
+                f"{o.arm.label}: training stopped at step {o.arm.last_step or 0} ({o.arm.failure or 'no reason recorded'})."
+            )
         elif o.verdict == "unknown":
             lines.append(f"{o.arm.label}: {o.new.note or o.mean.note}.")
         else:
@@ -135,9 +149,12 @@ def _forgetting(comparison: Comparison, arm: Arm, base: Arm) -> str:
     one, two = comparison.value(base, "mean"), comparison.value(arm, "mean")
     if d.verdict in ("absent", "unpaired"):
         return f"Its forgetting against the base is not known ({d.note})."
-    path = f"mean old ability went from {number(one.mean, 'percent')} % to {number(two.mean, 'percent')} % ({_points(d)})"
-    return {"worse": f"It forgot: {path}.", "better": f"It did not forget: {path}.",
-            "noise": f"Its forgetting is within noise: {path}."}[d.verdict]
+    path = f"mean old ability went from {_percent(one)} to {_percent(two)} ({_points(d)})"
+    return {
+        "worse": f"It forgot: {path}.",
+        "better": f"It did not forget: {path}.",
+        "noise": f"Its forgetting is within noise: {path}.",
+    }[d.verdict]
 
 
 def summary_zh(comparison: Comparison) -> str:
@@ -147,29 +164,47 @@ def summary_zh(comparison: Comparison) -> str:
     if base is not None and baseline is not None:
         one, two = comparison.value(base, "new"), comparison.value(baseline, "new")
         if one and two:
-            text.append(f"普通 LoRA 微调后,新技能成功率由 {number(one.mean, 'percent')}% 变为 {number(two.mean, 'percent')}%")
+            text.append(f"普通 LoRA 微调后，新技能成功率由 {number(one.mean, 'percent')}% 变为 {number(two.mean, 'percent')}%")
         if comparison.abilities:
-            one, two, d = comparison.value(base, "mean"), comparison.value(baseline, "mean"), comparison.difference(baseline, base, "mean")
+            one, two, d = (
+                comparison.value(base, "mean"),
+                comparison.value(baseline, "mean"),
+                comparison.difference(baseline, base, "mean"),
+            )
             if one and two and d.verdict in ("worse", "better", "noise"):
                 verdict = {"worse": "有明确遗忘", "better": "没有遗忘", "noise": "变化在噪声范围内"}[d.verdict]
-                text.append(f"旧能力平均由 {number(one.mean, 'percent')}% 变为 {number(two.mean, 'percent')}%({verdict})")
-    words = {"wins": "在新技能成功率不降低的前提下,旧能力保留更多", "ties": "与普通 LoRA 的差异在噪声范围内",
-             "trades": "旧能力保留更多,但新技能学得更少", "harms": "比普通 LoRA 更差", "failed": "训练中止", "unknown": "无法与普通 LoRA 比较"}
+                text.append(f"旧能力平均由 {number(one.mean, 'percent')}% 变为 {number(two.mean, 'percent')}%（{verdict}）")
+    words = {
+        "wins": "在新技能成功率{success}的前提下，旧能力保留更多",
+        "ties": "与普通 LoRA 的差异在噪声范围内",
+        "trades": "旧能力保留更多，但新技能学得更少",
+        "harms": "比普通 LoRA 更差",
+        "failed": "训练中止",
+        "unknown": "无法与普通 LoRA 比较",
+    }
     for o in outcomes(comparison):
         numbers = ""
         if o.verdict not in ("failed", "unknown"):
-            numbers = (f"(旧能力平均 {number(o.mean.mean, 'percent', True)} 个百分点,95% 区间 {interval(o.mean.low, o.mean.high, 'percent', True)};"
-                       f"新技能 {number(o.new.mean, 'percent', True)},{interval(o.new.low, o.new.high, 'percent', True)})")
-        text.append(f"{o.arm.label_zh}{'' if o.arm.label_zh[-1] in ')' else ' '}{words[o.verdict]}{numbers}")
-    return ";".join(text) + "。" if text else ""
+            numbers = (
+                f"（旧能力平均 {number(o.mean.mean, 'percent', True)} 个百分点，95% 区间 {interval(o.mean.low, o.mean.high, 'percent', True)}；"
+                f"新技能 {number(o.new.mean, 'percent', True)}，区间 {interval(o.new.low, o.new.high, 'percent', True)}）"
+            )
+        said = words[o.verdict].format(success="更高" if o.success == "higher" else "相当（差异在噪声范围内）")
+        text.append(f"{o.arm.label_zh}{'' if o.arm.label_zh[-1] == '）' else ' '}{said}{numbers}")
+    return "；".join(text) + "。" if text else ""
 
 
 def findings(comparison: Comparison, arm: Arm) -> List[Finding]:
     """What helped and what hurt in this arm, against the baseline (or, for the baseline itself, against the base)."""
     found: List[Finding] = []
     if arm.status == "failed":
-        found.append(Finding("bad", f"Training failed at step {arm.last_step or 0}: {arm.failure or 'no reason recorded'}."
-                             + (" The numbers are those of its last checkpoint." if arm.summary is not None else "")))
+        found.append(
+            Finding(
+                "bad",
+                f"Training failed at step {arm.last_step or 0}: {arm.failure or 'no reason recorded'}."
+                + (" The numbers are those of its last checkpoint." if arm.summary is not None else ""),
+            )
+        )
     elif arm.status in ("interrupted", "running"):
         found.append(Finding("warn", f"The run's status is `{arm.status}`: it did not reach its last step."))
     base, baseline = comparison.arms.get("base"), comparison.arms.get("baseline")
@@ -185,8 +220,11 @@ def findings(comparison: Comparison, arm: Arm) -> List[Finding]:
 
 def _against_base(comparison: Comparison, arm: Arm, base: Arm) -> List[Finding]:
     d = comparison.difference(arm, base, "new")
-    words = {"better": ("good", "It learned the new skill"), "worse": ("bad", "It is worse at the new skill than before training"),
-             "noise": ("bad", "It did not measurably learn the new skill")}
+    words = {
+        "better": ("good", "It learned the new skill"),
+        "worse": ("bad", "It is worse at the new skill than before training"),
+        "noise": ("bad", "It did not measurably learn the new skill"),
+    }
     found = []
     if d.verdict in words:
         found.append(Finding(words[d.verdict][0], f"{words[d.verdict][1]}: {_points(d)} against the base."))
@@ -203,28 +241,46 @@ def _against_baseline(comparison: Comparison, arm: Arm, baseline: Arm) -> List[F
     if state == "unknown":
         return [Finding("warn", f"No comparison with {baseline.label}: {new.note}.")]
     if state == "lower":
-        found.append(Finding("bad", f"Harm: new-skill success is below {baseline.label} beyond the interval, {_points(new)}. Success is not "
-                                    "matched, so less forgetting may only mean less learning."))
+        found.append(
+            Finding(
+                "bad",
+                f"Harm: new-skill success is below {baseline.label} beyond the interval, {_points(new)}. Success is not "
+                "matched, so less forgetting may only mean less learning.",
+            )
+        )
     elif state == "higher":
-        found.append(Finding("good", f"New-skill success is above {baseline.label} beyond the interval, {_points(new)}; "
-                                     "forgetting is compared at higher success."))
+        found.append(
+            Finding(
+                "good",
+                f"New-skill success is above {baseline.label} beyond the interval, {_points(new)}; "
+                "forgetting is compared at higher success.",
+            )
+        )
     else:
-        wide = max(abs(new.low), abs(new.high)) > 0.15
-        found.append(Finding("neutral", f"New-skill success is within noise of {baseline.label}, {_points(new)}; forgetting is compared at "
-                                        "matched success" + (", though few trials leave the match loose." if wide else ".")))
+        found.append(
+            Finding(
+                "neutral",
+                f"New-skill success is within noise of {baseline.label}, {_points(new)}; forgetting is compared at "
+                f"matched success (the interval allows it to be up to {number(-min(new.low, 0.0), 'percent')} points lower).",
+            )
+        )
     verdicts = {}
     for measure in comparison.measures:
         if measure.key in [*comparison.parts("mean"), "kl"]:
             d = comparison.difference(arm, baseline, measure.key)
             verdicts.setdefault(d.verdict, []).append((measure, d))
 
-    def listed(items):
-        return "; ".join(f"{m.label} {difference_text(d, m)}{' points' if m.unit == 'percent' else ' nats'}" for m, d in items)
+    def listed(items, bounds):
+        texts = [(m, difference_text(d, m) if bounds else number(d.mean, m.unit, True)) for m, d in items]
+        return ", ".join(f"{m.label} {text}{'' if m.unit == 'percent' else ' ' + m.unit}" for m, text in texts)
 
     if comparison.abilities:
         mean = comparison.difference(arm, baseline, "mean")
         if mean.verdict == "better":
-            tone, text = "good" if state != "lower" else "warn", f"Helped: mean old ability is above {baseline.label}, {_points(mean)}"
+            tone, text = (
+                "good" if state != "lower" else "warn",
+                f"Helped: mean old ability is above {baseline.label}, {_points(mean)}",
+            )
             text += "" if state != "lower" else ", but not at matched success"
         elif mean.verdict == "worse":
             tone, text = "bad", f"Harm: mean old ability is below {baseline.label} beyond the interval, {_points(mean)}"
@@ -233,10 +289,19 @@ def _against_baseline(comparison: Comparison, arm: Arm, baseline: Arm) -> List[F
         else:
             tone, text = "warn", f"Mean old ability is not compared: {mean.note}"
         found.append(Finding(tone, text + "."))
+    tested = sum(len(verdicts.get(key, [])) for key in ("better", "worse", "noise"))
+    chance = f" (of {tested} tested, {0.05 * tested:.1f} are expected by chance)"
     if "worse" in verdicts:
-        found.append(Finding("bad", f"Harm, worse than {baseline.label} beyond the interval: {listed(verdicts['worse'])}."))
+        found.append(
+            Finding("bad", f"Harm, worse than {baseline.label} beyond the interval: {listed(verdicts['worse'], True)}{chance}.")
+        )
     if "better" in verdicts:
-        found.append(Finding("good" if state != "lower" else "warn", f"Helped, beyond the interval: {listed(verdicts['better'])}."))
+        found.append(
+            Finding(
+                "good" if state != "lower" else "warn",
+                f"Helped, beyond the interval: {listed(verdicts['better'], False)}{chance}.",
+            )
+        )
     if "noise" in verdicts:
         found.append(Finding("neutral", "Within noise: " + ", ".join(m.label for m, _ in verdicts["noise"]) + "."))
     for measure, d in verdicts.get("unpaired", []):
@@ -253,19 +318,40 @@ def training_health(arm: Arm) -> List[Finding]:
     bad = {key: arm.nonfinite(key) for key in ("loss", "grad_norm", "d")}
     bad = {key: count for key, count in bad.items() if count}
     if bad:
-        found.append(Finding("warn", "Not finite: " + ", ".join(f"{key} on {count} logged steps" for key, count in bad.items()) + "."))
-    pairs = [(row["g_norm"], row["g_prime_norm"]) for row in arm.metrics if row.get("g_norm") is not None and row.get("g_prime_norm") is not None]
+        found.append(
+            Finding("warn", "Not finite: " + ", ".join(f"{key} on {count} logged steps" for key, count in bad.items()) + ".")
+        )
+    pairs = [
+        (row["g_norm"], row["g_prime_norm"])
+        for row in arm.metrics
+        if row.get("g_norm") is not None and row.get("g_prime_norm") is not None
+    ]
     if pairs:
         grown = sum(after > before * (1 + 1e-4) for before, after in pairs)
-        found.append(Finding("bad" if grown else "good", f"Surgery never enlarged the gradient (\u2016g\u2032\u2016 \u2264 \u2016g\u2016 on all "
-                             f"{len(pairs)} logged steps)." if not grown else
-                             f"\u2016g\u2032\u2016 exceeds \u2016g\u2016 on {grown} of {len(pairs)} logged steps."))
+        found.append(
+            Finding(
+                "bad" if grown else "good",
+                f"Surgery never enlarged the gradient (\u2016g\u2032\u2016 \u2264 \u2016g\u2016 on all "
+                f"{len(pairs)} logged steps)."
+                if not grown
+                else f"\u2016g\u2032\u2016 exceeds \u2016g\u2016 on {grown} of {len(pairs)} logged steps.",
+            )
+        )
     _, gammas = arm.values("gamma")
     _, betas = arm.values("beta")
     if gammas and betas:
         if min(gammas) == max(gammas) == min(betas) == max(betas) == 1.0:
-            found.append(Finding("warn", "The gains stayed at 1 throughout: surgery changed nothing, so this arm trained as plain LoRA does."))
+            found.append(
+                Finding(
+                    "warn", "The gains stayed at 1 throughout: surgery changed nothing, so this arm trained as plain LoRA does."
+                )
+            )
         else:
-            found.append(Finding("neutral", f"Gains: gamma {gammas[0]:.2f} \u2192 {gammas[-1]:.2f} (lowest {min(gammas):.2f}), "
-                                            f"beta {betas[0]:.2f} \u2192 {betas[-1]:.2f} (lowest {min(betas):.2f})."))
+            found.append(
+                Finding(
+                    "neutral",
+                    f"Gains: gamma {gammas[0]:.2f} \u2192 {gammas[-1]:.2f} (lowest {min(gammas):.2f}), "
+                    f"beta {betas[0]:.2f} \u2192 {betas[-1]:.2f} (lowest {min(betas):.2f}).",
+                )
+            )
     return found

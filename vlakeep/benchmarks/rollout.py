@@ -1,0 +1,66 @@
+"""Closed-loop episodes of a policy, many tables in one policy batch."""
+
+from typing import Callable, List
+
+import numpy as np
+from tqdm import tqdm
+
+from vlakeep.benchmarks.records import Records
+from vlakeep.benchmarks.tabletop_render import render
+from vlakeep.benchmarks.tabletop_world import MAX_STEPS, TabletopWorld
+
+Policy = Callable[[np.ndarray, List[str]], np.ndarray]
+
+
+def run_skill_episodes(policy: Policy, skills: List[str], episodes: int, seed: int, parallel: int, records: Records, desc: str = "") -> None:
+    """Trials 0..episodes-1 of each skill, start states fixed by (skill, seed + trial); finished tables leave the batch.
+
+    `policy(images [N, 64, 64, 3], instructions)` gives actions [N, 7]. If it raises on a batch, the tables are asked one by one, and
+    those that still raise are recorded as crashed. Trials that `records` has already are not run again.
+    """
+    todo = [(skill, trial) for trial in range(episodes) for skill in skills if not records.has("skill", skill, trial)]
+    with tqdm(total=len(todo), desc=f"{desc}: episodes", leave=False, mininterval=1.0) as bar:
+        for start in range(0, len(todo), parallel):
+            part = todo[start:start + parallel]
+            world = TabletopWorld([skill for skill, _ in part], [seed + trial for _, trial in part])
+            alive = np.arange(world.n)  # number within `part` of each table still running
+            limit = np.array([MAX_STEPS[skill] for skill, _ in part])
+            while len(alive):
+                actions, crash = _ask(policy, render(world), world.instructions)
+                success = world.step(actions)
+                over = success | (world.steps_N >= limit[alive]) | np.array([c is not None for c in crash])
+                for row in np.flatnonzero(over):
+                    skill, trial = part[alive[row]]
+                    failed = crash[row]
+                    records.add(kind="skill", ability=skill, trial=trial, seed=seed + trial, success=None if failed else bool(success[row]),
+                                value=None, crash=failed, steps=int(world.steps_N[row]))
+                    bar.update()
+                if over.any():
+                    world, alive = world.subset(np.flatnonzero(~over)), alive[~over]
+            records.flush()
+
+
+def _ask(policy: Policy, images: np.ndarray, instructions: List[str]):
+    """(actions [N, 7], error text or None per table)."""
+    try:
+        return np.asarray(policy(images, instructions)), [None] * len(images)
+    except Exception:  # noqa: BLE001: whatever one table's input provokes must not take the others' results along
+        actions, errors = np.zeros((len(images), 7)), []
+        for i in range(len(images)):
+            try:
+                actions[i] = policy(images[i:i + 1], instructions[i:i + 1])[0]
+                errors.append(None)
+            except Exception as error:  # noqa: BLE001
+                errors.append(f"{type(error).__name__}: {error}")
+        return actions, errors
+
+
+def random_policy(seed: int) -> Policy:
+    """Uniform actions: the floor of every skill."""
+    rng = np.random.default_rng(seed)
+
+    def act(images, instructions):
+        actions = rng.uniform(-1, 1, (len(images), 7))
+        actions[:, 6] = rng.random(len(images)) < 0.5
+        return actions
+    return act
