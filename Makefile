@@ -4,7 +4,7 @@
 # make clean  remove .venv
 #
 # All of them make their own virtual environment in .venv on first use, and again when pyproject.toml or constraints.txt change.
-# PYTHON=python3.12 chooses the interpreter. An existing environment (conda openvla) needs none of this: pip install -e .
+# PYTHON=python3.12 chooses the interpreter; TORCH_INDEX="--index-url URL" takes torch from elsewhere, such as PyTorch's CPU-only index. An existing environment (conda openvla) needs none of this: pip install -e .
 
 SHELL := /bin/bash
 TESTS ?= tests
@@ -42,14 +42,9 @@ setup:
 	  exit 1; fi; \
 	echo "[1/3] virtual environment $(VENV) with $$($$python --version)"; \
 	rm -rf $(VENV); $$python -m venv $(VENV); \
-	index=""; \
-	if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1; then \
-	  cpu=https://download.pytorch.org/whl/cpu; \
-	  if $(PY) -c "import urllib.request; urllib.request.urlopen('$$cpu/torch/', timeout=8)" 2>/dev/null; then index="--extra-index-url $$cpu"; fi; \
-	fi; \
 	echo "[2/3] torch (the largest part; a few minutes on a slow line)"; \
-	$(PIP) $$index torch 2> >(grep -v '^WARNING: Location' >&2); \
-	$(PIP) $$index --no-deps torchvision 2> >(grep -v '^WARNING: Location' >&2); \
+	$(PIP) $(TORCH_INDEX) torch 2> >(grep -v '^WARNING: Location' >&2); \
+	$(PIP) $(TORCH_INDEX) --no-deps torchvision 2> >(grep -v '^WARNING: Location' >&2); \
 	echo "[3/3] vlakeep and the other libraries"; \
 	$(PIP) --editable '.[dev]' 2> >(grep -v '^WARNING: Location' >&2); \
 	echo "$$want" > $(VENV)/.ready

@@ -16,6 +16,7 @@ from vlakeep.reporting import words
 from vlakeep.reporting.arms import load_arms
 from vlakeep.reporting.compare import Comparison, pair
 from vlakeep.reporting.intervals import mean_of, newcombe, paired_mean
+from vlakeep.reporting.tables import differences_html
 from vlakeep.storage import Storage
 
 SKILLS = {"reach": 0.64, "push_left": 0.8, "touch_colour": 0.72}
@@ -272,6 +273,7 @@ def test_harm_is_said_in_words(tmp_path):
 def test_less_forgetting_by_less_learning_is_not_a_win(tmp_path):
     comparison = compare(make(tmp_path, dict(RATES, method=(0.05, 0.0))))
     assert {o.arm.name: o.verdict for o in words.outcomes(comparison)} == {"method": "trades", "method_lora_input": "wins"}
+    assert "success not matched" in differences_html(comparison)
     assert "but learns less" in words.headline(comparison) and "but not at matched success" in said(comparison, "method")
 
 
@@ -318,7 +320,7 @@ def test_missing_inputs_are_named_all_at_once_with_their_commands(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         build_report(tmp_path, arms, tmp_path / "report")
     assert "vlakeep evaluate --config" in str(error.value) and "--evaluate.target base" in str(error.value)
-    assert "vlakeep train --config configs/method_icsm_hsw_thermostat.yaml --name method" in str(error.value)
+    assert "vlakeep train --config configs/method_icsm_hsw_thermostat.yaml --name method`" in str(error.value)
     assert not (tmp_path / "report").exists()
     with pytest.raises(ValueError, match="at least one arm"):
         load_arms({})
@@ -386,7 +388,7 @@ def test_other_intervals():
     assert mean_of([(0.5, 0.4, 0.6), (0.7, 0.6, 0.8)]) == pytest.approx((0.6, 0.6 - 0.05 * 2**0.5, 0.6 + 0.05 * 2**0.5))
     assert mean_of([]) is None
     values = [0.1, 0.2, 0.3, 0.2]
-    half = 1.96 * np.std(values, ddof=1) / 2
+    half = 1.959964 * np.std(values, ddof=1) / 2
     assert paired_mean(values) == pytest.approx((0.2, 0.2 - half, 0.2 + half))
     assert paired_mean([1.0])[1:] == (-float("inf"), float("inf"))
     for bad in (lambda: newcombe(0, 0, 0, 0, wilson), lambda: paired_mean([])):

@@ -61,13 +61,11 @@ def _actions(official: dict) -> List[Row]:
     """Digitisation of float32 and float64 actions, ids, and decoding of any id."""
     tokenizer = ActionTokenizer(official["vocab_size"])
     ids, digits, decoded = [], [], []
-    for cases in official["actions"].values():
-        for dtype, case in cases.items():
-            action = np.array([float(x) for x in case["action"]], dtype=dtype)
-            got = tokenizer.encode(action)
-            ids.append((got, case["token_ids"]))
-            digits.append((official["vocab_size"] - got, case["digitized"]))
-            decoded.append(difference(tokenizer.decode(case["token_ids"]), [float(x) for x in case["decoded"]]))
+    for name, case in official["actions"].items():  # e.g. "gripper_mix/float32"
+        got = tokenizer.encode(np.array([float(x) for x in case["action"]], dtype=name.rsplit("/", 1)[-1]))
+        ids.append((got, case["token_ids"]))
+        digits.append((official["vocab_size"] - got, case["digitized"]))
+        decoded.append(difference(tokenizer.decode(case["token_ids"]), [float(x) for x in case["decoded"]]))
     every = official["decode_any"]
     return [
         Row("action bins", _mismatches(digits), 0, f"{len(digits)} action vectors that differ"),
@@ -93,7 +91,7 @@ def _transform(official: dict, tokenizer) -> List[Row]:
         tokenizer=tokenizer if tokenizer is not None else RecordedTokenizer(official), empty_token_id=official["space_token_id"],
         action_tokenizer=ActionTokenizer(official["vocab_size"]), image_processor=lambda images: np.zeros((len(images), 6, 2, 2), np.float32))
     for case in official["batch_transform"]:
-        action = np.array([float(x) for x in official["actions"][case["action"]]["float32"]["action"]], dtype=np.float32)
+        action = np.array([float(x) for x in official["actions"][case["action"] + "/float32"]["action"]], dtype=np.float32)
         encoded.append(encode(Sample(np.zeros((2, 2, 3), np.uint8), case["instruction"], action, dataset="golden"), processor))
         ids.append((encoded[-1]["input_ids"].tolist(), case["input_ids"]))
         labels.append((encoded[-1]["labels"].tolist(), case["labels"]))
@@ -113,7 +111,7 @@ def _tokenizer(official: dict, tokenizer) -> List[Row]:
 
     prompts = [(ids(p["eval_prompt"]), p["eval_input_ids"]) for p in official["prompts"]]
     prefixes = [(ids(p["train_prefix_with_space"]), p["train_prefix_ids"]) for p in official["prompts"]]
-    cases = [case for group in official["actions"].values() for case in group.values()]
+    cases = list(official["actions"].values())
     texts = [(tokenizer.decode(case["token_ids"]), case["text"]) for case in cases]
     again = [(ids("Out: " + case["text"], special=False)[-len(case["token_ids"]):], case["token_ids"]) for case in cases]
     whole = [(tokenizer.decode(case["input_ids"]), case["decoded_text"]) for case in official["batch_transform"]]

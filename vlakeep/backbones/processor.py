@@ -50,7 +50,7 @@ class ImageProcessor:
         width, height = image.size
         side = max(width, height)
         pad_x, pad_y = (side - width) // 2, (side - height) // 2
-        fill = tuple(int(value * 255) for value in self.means[0])
+        fill = tuple(int(value * 255) for value in self.means[-1])  # the last view wins, as officially
         canvas = Image.new("RGB", (width + 2 * pad_x, height + 2 * pad_y), fill)
         canvas.paste(image, (pad_x, pad_y))
         return canvas

@@ -5,6 +5,7 @@ Everything is read before anything is judged, so that all missing inputs are nam
 
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -23,7 +24,13 @@ LABELS_ZH = {
     "method": "本方法（残差处）",
     "method_lora_input": "本方法（LoRA 输入侧）",
 }
-CONFIGS = {"method": "configs/method_icsm_hsw_thermostat.yaml", "method_lora_input": "configs/method_icsm_hsw_thermostat.yaml"}
+# arm -> how its run is started, for the messages about missing ones
+COMMANDS = {
+    "base": "configs/baseline_lora.yaml",
+    "baseline": "configs/baseline_lora.yaml",
+    "method": "configs/method_icsm_hsw_thermostat.yaml",
+    "method_lora_input": "configs/method_icsm_hsw_thermostat.yaml --hsw.site lora_input",
+}
 
 Trials = Dict[Tuple[int, int], Optional[float]]  # (trial, seed) -> success 0/1 or value; None for a crash
 
@@ -64,9 +71,9 @@ class Arm:
 
     @property
     def failure(self) -> Optional[str]:
-        """Last line of the traceback of a run that did not finish."""
+        """Last line of the traceback of a run that did not finish, without the exception's class."""
         trace = (self.session.get("traceback") or "").strip()
-        return trace.splitlines()[-1].strip() if trace and self.status != "finished" else None
+        return re.sub(r"^[\w.]+: ", "", trace.splitlines()[-1].strip()) if trace and self.status != "finished" else None
 
     @property
     def train_seconds(self) -> Optional[float]:
@@ -120,7 +127,7 @@ def _load_run(arm: Arm, missing: List[str]) -> None:
         if arm.name != "base":
             arm.notes.append("no run folder was given: training curves and provenance are missing")
         return
-    config = CONFIGS.get(arm.name, "configs/baseline_lora.yaml" if arm.name == "baseline" else "CONFIG.yaml")
+    config = COMMANDS.get(arm.name, "CONFIG.yaml")
     if not (folder / "metrics.jsonl").is_file() and not (folder / "provenance.json").is_file():
         missing.append(f"no training run of arm `{arm.name}` at {folder}: `vlakeep train --config {config} --name {folder.name}`")
         return
@@ -142,7 +149,7 @@ def _load_eval(arm: Arm, missing: List[str]) -> None:
             arm.notes.append("not evaluated: training stopped before there was anything to evaluate")
             return
         target = folder.name if folder is not None else arm.name
-        config = arm.folders["run"] / "config.yaml" if arm.folders["run"] is not None and arm.config else "CONFIG.yaml"
+        config = arm.folders["run"] / "config.yaml" if arm.config else COMMANDS.get(arm.name, "CONFIG.yaml")
         missing.append(
             f"no evaluation of arm `{arm.name}` at {folder}: `vlakeep evaluate --config {config} --evaluate.target {target}`"
         )

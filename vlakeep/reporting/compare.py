@@ -211,7 +211,8 @@ def pair(one: Trials, two: Trials) -> Tuple[List[Tuple[float, float]], int, str]
         return (
             [],
             0,
-            f"not paired: the arms were evaluated on different trials ({only} without a partner); evaluate both with the same settings",
+            f"not paired: the arms were evaluated on different trials ({only} without a partner); evaluate both "
+            "with the same settings",
         )
     pairs = [(one[key], two[key]) for key in sorted(one) if one[key] is not None and two[key] is not None]
     if not pairs:

@@ -1,7 +1,7 @@
 """Figures: one drawing function each, rendered as files (png, svg on white) and inline (svg whose colours are CSS variables).
 
-matplotlib is imported when a figure is drawn, with the Agg and SVG canvases only. Arms keep one colour (Okabe-Ito, safe for colour-blind
-readers) and one marker everywhere. `narrow` drawings are laid out for a phone.
+matplotlib is imported when a figure is drawn, with the Agg and SVG canvases only. Arms keep one colour (Okabe-Ito, safe for
+colour-blind readers) and one marker everywhere. `narrow` drawings are laid out for a phone.
 """
 
 import io
@@ -77,9 +77,10 @@ def figures(comparison: Comparison) -> List[Figure]:
             Figure(
                 "success_retention",
                 "Success against retention",
-                "Each point is one arm: right is more of the old abilities kept, up is more of the new skill learned; bars are 95 % intervals. "
-                "An arm is better than another without trade-off (Pareto-better) when it lies above and to the right of it. The dashed lines "
-                "cross at plain LoRA: the upper right quarter beats it on both counts, the lower right one keeps more but learns less.",
+                "Each point is one arm: right is more of the old abilities kept, up is more of the new skill learned; bars are "
+                "95 % intervals. An arm is better than another without trade-off (Pareto-better) when it lies above and to the "
+                "right of it. The dashed lines cross at plain LoRA: the upper right quarter beats it on both counts, the lower "
+                "right one keeps more but learns less.",
                 lambda figure, narrow: _success_retention(figure, comparison, points, style),
                 (6.6, 5.0),
                 (4.1, 4.2),

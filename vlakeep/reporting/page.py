@@ -33,11 +33,13 @@ def page(comparison: Comparison, figures: List[Figure], title: str, seconds: Opt
     body = "".join(f'<section id="{key}"><h2>{escape(name)}</h2>{content}</section>' for key, name, content in sections)
     took = f" \u00b7 {_duration(seconds)} in all" if seconds is not None else ""
     return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<title>{escape(title)}</title><link rel="icon" href="{ICON}"><style>{style_sheet(comparison)}</style></head><body>'
         f'<header><p class="over">{escape(title)} \u00b7 {time.strftime("%Y-%m-%d")}{took}</p>'
         f"<h1>{escape(words.headline(comparison))}</h1>{_lead(comparison)}{_cards(comparison)}{_warnings(comparison)}<nav>{nav}</nav></header>"
-        f"<main>{body}</main><footer>Made by <code>vlakeep report</code>. Numbers without rounding: tables/comparison.csv and summary.json "
+        f"<main>{body}</main><footer>Made by <code>vlakeep report</code>. Numbers without rounding: "
+        "tables/comparison.csv and summary.json "
         f"beside this page.</footer></body></html>\n"
     )
 
@@ -87,7 +89,8 @@ def _comparison(comparison: Comparison) -> str:
     )
     trials = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else str(sizes[0]) if sizes else "no"
     return (
-        f'<p class="hint">Success rates and answer accuracies in percent with 95 % Wilson intervals, from {trials} trials each; means '
+        f'<p class="hint">Success rates and answer accuracies in percent with 95 % Wilson intervals, from {trials} trials each; '
+        "means "
         "weigh every ability alike. A crashed trial counts neither as success nor as failure. KL is taken from the base model on "
         f"off-task frames; drift is the distance between probe covariances.</p>{tables.comparison_html(comparison)}"
     )
@@ -107,9 +110,11 @@ def _differences(comparison: Comparison) -> str:
     ]
     count = sum(verdict in ("better", "worse", "noise") for verdict in shown)
     return (
-        '<p class="hint">In percentage points, over trials with the same initial state under both arms (Newcombe intervals; normal '
+        '<p class="hint">In percentage points, over trials with the same initial state under both arms (Newcombe '
+        "intervals; normal "
         "approximation for the KL). <b>Better</b> and <b>worse</b> are said only where the 95 % interval excludes zero. Of "
-        f"{count} single comparisons, about {0.05 * count:.1f} would be marked by chance alone. Forgetting is fair to compare only at "
+        f"{count} single comparisons, about {0.05 * count:.1f} would be marked by chance alone. "
+        "Forgetting is fair to compare only at "
         f"matched success on the new skill.</p>{table}"
     )
 
@@ -120,7 +125,8 @@ def _figures(comparison: Comparison, figures: List[Figure], columns: str) -> str
         svg = f'<div class="wide{" paired" if figure.narrow else ""}">{inline_svg(figure, comparison)}</div>'
         svg += f'<div class="narrow">{inline_svg(figure, comparison, narrow=True)}</div>' if figure.narrow else ""
         drawn.append(
-            f'<figure class="panel"><h3>{escape(figure.title)}</h3>{svg}<figcaption>{escape(figure.caption)}</figcaption></figure>'
+            f'<figure class="panel"><h3>{escape(figure.title)}</h3>{svg}'
+            f"<figcaption>{escape(figure.caption)}</figcaption></figure>"
         )
     return f'<div class="grid {columns}">{"".join(drawn)}</div>' if drawn else ""
 

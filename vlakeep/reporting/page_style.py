@@ -11,19 +11,22 @@ body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,-
 main,header,footer{max-width:1240px;margin:0 auto;padding:0 24px}
 header{padding-top:40px}
 .over{color:var(--muted);font-size:.85rem;letter-spacing:.02em;margin:0 0 10px}
-h1{text-wrap:pretty;font-size:clamp(1.45rem,1.05rem + 1.7vw,2.3rem);line-height:1.22;letter-spacing:-.015em;margin:0 0 16px;max-width:34em}
+h1{text-wrap:pretty;
+font-size:clamp(1.45rem,1.05rem + 1.7vw,2.3rem);line-height:1.22;letter-spacing:-.015em;margin:0 0 16px;max-width:34em}
 h2{font-size:1.3rem;line-height:1.3;letter-spacing:-.01em;margin:52px 0 6px}
 h3{font-size:1rem;line-height:1.35;margin:0 0 8px}
 p{margin:0 0 10px;max-width:76ch;overflow-wrap:anywhere}
 .lead{display:grid;grid-template-columns:minmax(0,6fr) minmax(0,5fr);gap:8px 40px;align-items:start}
 .zh{color:var(--muted);border-left:3px solid var(--line);padding-left:12px;font-size:.95rem;line-height:1.75}
 .hint{color:var(--muted);font-size:.92rem}
-nav{display:flex;flex-wrap:wrap;gap:6px 18px;margin:18px 0 0;padding:12px 0;border-top:1px solid var(--line);border-bottom:1px solid var(--line);
+nav{display:flex;flex-wrap:wrap;gap:6px 18px;margin:18px 0 0;padding:12px 0;border-top:1px solid var(--line);
+border-bottom:1px solid var(--line);
 font-size:.92rem}
 a{color:var(--link);text-decoration:none}
 a:hover,a:focus-visible{text-decoration:underline}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,250px),1fr));gap:14px;margin:22px 0 0}
-.card{background:var(--card);border:1px solid var(--line);border-top:4px solid var(--c);border-radius:10px;padding:14px 16px;min-width:0}
+.card{background:var(--card);border:1px solid var(--line);
+border-top:4px solid var(--c);border-radius:10px;padding:14px 16px;min-width:0}
 .card dl{display:grid;grid-template-columns:1fr 1fr;gap:4px 14px;margin:0}
 .card dt{color:var(--muted);font-size:.8rem;order:1}
 .card dd{margin:0;font-size:1.5rem;font-weight:650;line-height:1.15;font-variant-numeric:tabular-nums;order:0}
@@ -46,6 +49,7 @@ table{border-collapse:separate;border-spacing:0;font-size:.92rem;font-variant-nu
 th,td{padding:5px 12px;text-align:right;vertical-align:top;border-bottom:1px solid var(--line);white-space:nowrap}
 th:first-child{text-align:left;position:sticky;left:0;background:var(--card);z-index:1;font-weight:500}
 thead th{font-weight:600;vertical-align:bottom;font-size:.86rem}
+thead .badge{display:block;width:max-content;margin:3px 0 0 auto}
 thead .chip{white-space:normal;max-width:8.5em}
 thead th small,tbody th small{display:block;color:var(--muted);font-weight:400;font-size:.78rem}
 tbody th small{display:inline;margin-left:6px}
@@ -64,7 +68,8 @@ th[colspan]{text-align:center}
 .none{color:var(--muted)}
 .chip{display:inline-flex;align-items:center;gap:7px;text-align:left}
 .chip::before{content:"";width:10px;height:10px;border-radius:3px;background:var(--c);flex:none}
-.badge{display:inline-block;border-radius:99px;padding:1px 8px;font-size:.74rem;font-weight:600;line-height:1.5;background:var(--soft);
+.badge{display:inline-block;
+border-radius:99px;padding:1px 8px;font-size:.74rem;font-weight:600;line-height:1.5;background:var(--soft);
 color:var(--muted);margin-top:3px}
 .badge.better{background:var(--good-soft);color:var(--good)}
 .badge.worse{background:var(--bad-soft);color:var(--bad)}
@@ -79,7 +84,8 @@ ul.findings li::before{position:absolute;left:2px;font-weight:700}
 .neutral::before{content:"\\00b7";color:var(--muted)}
 .warn::before{content:"!";color:var(--warn)}
 .notes{border:1px solid var(--warn);border-radius:10px;padding:10px 16px;margin:18px 0 0;background:var(--card)}
-pre{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 16px;overflow-x:auto;max-width:100%;font-size:.82rem;
+pre{background:var(--card);
+border:1px solid var(--line);border-radius:10px;padding:14px 16px;overflow-x:auto;max-width:100%;font-size:.82rem;
 line-height:1.7;margin:12px 0}
 code{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;font-size:.92em;overflow-wrap:anywhere}
 pre code{overflow-wrap:normal;font-size:1em}

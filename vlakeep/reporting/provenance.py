@@ -1,4 +1,4 @@
-"""Where the numbers come from: commits, versions, seeds, hardware, hashes and command lines of every run, and how to make them again."""
+"""Where the numbers come from: commits, versions, seeds, hardware, hashes, command lines; how to make them again."""
 
 import shlex
 from pathlib import Path

@@ -183,11 +183,13 @@ def differences_html(comparison: Comparison) -> str:
     pairs = pairs_of(comparison)
     if not pairs:
         return ""
-    head = (
-        '<tr><th scope="col">Measure</th>'
-        + "".join(f'<th scope="col">{chip(arm)}<small>minus {escape(reference.label)}</small></th>' for arm, reference in pairs)
-        + "</tr>"
-    )
+
+    def title(arm: Arm, reference: Arm) -> str:
+        unmatched = reference.name == "baseline" and comparison.matched(arm)[0] == "lower"
+        flag = '<span class="badge worse">success not matched</span>' if unmatched else ""
+        return f'<th scope="col">{chip(arm)}<small>minus {escape(reference.label)}</small>{flag}</th>'
+
+    head = '<tr><th scope="col">Measure</th>' + "".join(title(arm, reference) for arm, reference in pairs) + "</tr>"
 
     def cells(measure):
         out = []

@@ -186,7 +186,8 @@ def summary_zh(comparison: Comparison) -> str:
         numbers = ""
         if o.verdict not in ("failed", "unknown"):
             numbers = (
-                f"（旧能力平均 {number(o.mean.mean, 'percent', True)} 个百分点，95% 区间 {interval(o.mean.low, o.mean.high, 'percent', True)}；"
+                f"（旧能力平均 {number(o.mean.mean, 'percent', True)} 个百分点，"
+                f"95% 区间 {interval(o.mean.low, o.mean.high, 'percent', True)}；"
                 f"新技能 {number(o.new.mean, 'percent', True)}，区间 {interval(o.new.low, o.new.high, 'percent', True)}）"
             )
         said = words[o.verdict].format(success="更高" if o.success == "higher" else "相当（差异在噪声范围内）")

@@ -1,0 +1,44 @@
+"""Trial records: intervals against published values, resume, damaged last line, foreign file."""
+
+import json
+
+import pytest
+
+from vlakeep.benchmarks.records import Records, mean_interval, summarise, wilson
+
+
+@pytest.mark.parametrize("successes,n,low,high", [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)])
+def test_wilson_against_published_values(successes, n, low, high):
+    mean, a, b = wilson(successes, n)
+    assert mean == successes / n and a == pytest.approx(low, abs=2e-4) and b == pytest.approx(high, abs=2e-4)
+
+
+def test_no_trials_say_nothing():
+    assert wilson(0, 0) == (0.0, 0.0, 1.0) and mean_interval([])["n"] == 0
+
+
+def add(records, trial, success=True, crash=None):
+    records.add(kind="skill", ability="pick", trial=trial, seed=trial, success=success, value=None, crash=crash, steps=1)
+
+
+def test_a_file_is_continued_and_a_half_line_cut_off(tmp_path):
+    path = tmp_path / "records.jsonl"
+    with Records(path, {"weights": "a"}) as records:
+        add(records, 1)
+        add(records, 0, False)
+    with open(path, "a") as file:
+        file.write('{"kind": "skill", "abil')
+    with Records(path, {"weights": "a"}) as records:
+        assert records.has("skill", "pick", 1) and not records.has("skill", "pick", 2)
+        add(records, 2, None, "RuntimeError: broken")
+    rows = [json.loads(line) for line in path.read_text().splitlines()][1:]
+    assert len(rows) == 3
+    assert summarise(rows) == {("skill", "pick"): {"mean": 0.5, "low": pytest.approx(0.0945, abs=1e-3), "high": pytest.approx(0.9055, abs=1e-3),
+                                                   "n": 2, "crashes": 1}}
+
+
+def test_records_of_another_model_are_refused(tmp_path):
+    with Records(tmp_path / "r.jsonl", {"weights": "a"}) as records:
+        add(records, 0)
+    with pytest.raises(ValueError, match="another model"):
+        Records(tmp_path / "r.jsonl", {"weights": "b"})
