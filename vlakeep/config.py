@@ -54,8 +54,10 @@ class DataConfig:
     train_fraction: float = 1.0
     # Frames that the bounded shuffle buffer holds (as indices, not pixels).
     shuffle_buffer: int = 100_000
-    # Processes that decode images ahead of the training step; 0 decodes in the step.
+    # Threads that decode images ahead of the training step; 0 decodes in the step. The order of the samples is the same.
     workers: int = 0
+    # The official pipeline's augmentation: random crop to 90 % of the area, brightness, contrast, saturation, hue.
+    image_aug: bool = False
 
 
 @dataclass
@@ -370,5 +372,5 @@ def save_config(config: Config, path) -> None:
     Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
-if __name__ == "__main__":  # sanity check: python -m vlakeep.config configs/tabletop.yaml --train.lr 1e-3
+if __name__ == "__main__":  # sanity check: python -m vlakeep.config configs/baseline_lora.yaml --train.lr 1e-3
     print(yaml.safe_dump(to_dict(load_config(sys.argv[1] if len(sys.argv) > 1 else None, sys.argv[2:])), sort_keys=False))

@@ -73,7 +73,7 @@ def main(argv: List[str]) -> int:
             continue
         arms[arm] = {"eval": folder, "run": runs.get(arm)}
     headline("5/5 report")
-    page = build_report(arms, storage.report / "demo", "vlakeep demo: a new tabletop skill", time.perf_counter() - started)
+    page = build_report(storage.root, arms, storage.report / "demo", "vlakeep demo: a new tabletop skill", time.perf_counter() - started)
     summary = Path(page).parent / "summary.json"
     print(f"report  {page}\nsummary {summary}\n{json.loads(summary.read_text())['seconds']:.0f} seconds")
     return 0

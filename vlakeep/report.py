@@ -1,6 +1,6 @@
 """Stage `vlakeep report`: compare evaluated runs in tables, figures and one self-contained HTML page.
 
-    vlakeep report --config configs/tabletop.yaml --runs base,baseline,method,method_lora_input --out DIR
+    vlakeep report --config configs/method_icsm_hsw_thermostat.yaml --runs base,baseline,method,method_lora_input --out DIR
 
 --runs names the arms; `arm=run` takes a run of another name (method=my_run). The arms base and baseline are the references of all
 differences. --out is a folder, ROOT/report when left out; --title and --seconds (time of the whole experiment) are optional.

@@ -5,7 +5,6 @@
 writes: data_root_dir/tabletop_<skill>/ for the data sets named in data.datasets, probe_root_dir/<probe.name>/
 """
 
-import shutil
 import sys
 from typing import List
 
@@ -27,9 +26,8 @@ def write_tabletop_data(config: Config, storage: Storage) -> None:
         if prefix != "tabletop" or skill not in tabletop.ALL_SKILLS:
             raise ValueError(f"--data.datasets: {name} is no tabletop data set; known are {', '.join('tabletop_' + s for s in tabletop.ALL_SKILLS)}")
         folder = storage.guard_write(storage.data / name, what="data set")
-        shutil.rmtree(folder, ignore_errors=True)
         episodes = tabletop.collect_demos(skill, EPISODES, seed=config.seed, noise=NOISE)
-        write_rlds(folder, name, episodes, image_format="png")
+        write_rlds(storage.data, name, episodes, image_format="png", overwrite=True)
         print(f"wrote {folder}: {len(episodes)} episodes, {sum(len(e.actions) for e in episodes)} frames")
     folder = storage.guard_write(storage.probe_folder(config.probe.name), what="probe")
     samples, kinds = tabletop.make_probe(config.probe.size, seed=config.seed)

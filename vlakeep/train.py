@@ -1,7 +1,7 @@
 """Stage `vlakeep train`: fine-tune LoRA adapters on new skills with the Method that the configuration names.
 
     vlakeep train --config configs/baseline_lora.yaml
-    torchrun --nproc-per-node 8 -m vlakeep.train --config configs/method_icsm_hsw_thermostat.yaml
+    torchrun --nproc-per-node 8 -m vlakeep.cli train --config configs/method_icsm_hsw_thermostat.yaml
 
 reads:  base checkpoint, data_root_dir/<data.datasets>, for the method also probe_root_dir/<probe.name> and its artefact
 writes: run_root_dir/<name>/ (rundir.py lists the files)

@@ -94,7 +94,12 @@ class Backbone(nn.Module):
 
     @property
     def name(self) -> str:
-        return self.checkpoint.resolve().name if self.checkpoint else "unnamed"
+        if self.checkpoint is None:
+            return "unnamed"
+        folder = self.checkpoint.absolute()
+        if folder.parent.name == "snapshots":  # the hub's cache: models--openvla--openvla-7b/snapshots/<commit>
+            return folder.parents[1].name.replace("models--", "").replace("--", "-")
+        return folder.name
 
     @property
     def weights_sha256(self) -> str:

@@ -7,6 +7,7 @@ Axes: B images, V vision backbones, H W pixels (h w after resizing).
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Dict, List, Optional
 
@@ -109,6 +110,9 @@ def load_tokenizer(folder):
     if not (folder / "tokenizer.json").is_file():
         if not (folder / "tokenizer.model").is_file():
             raise FileNotFoundError(f"no tokenizer.json or tokenizer.model in {folder}: copy the tokenizer files of the base model there")
+        if find_spec("sentencepiece") is None:
+            raise FileNotFoundError(f"{folder} has tokenizer.model but no tokenizer.json, and sentencepiece is not installed: copy the base model's "
+                                    "tokenizer.json there, or pip install sentencepiece protobuf")
         return AutoTokenizer.from_pretrained(str(folder), padding_side="right")
     config = json.loads((folder / "tokenizer_config.json").read_text()) if (folder / "tokenizer_config.json").is_file() else {}
     names = {key: _content(config.get(key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}

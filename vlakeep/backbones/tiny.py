@@ -102,9 +102,14 @@ def tiny_tokenizer_json(corpus: List[str], words: List[str], vocab_size: int) ->
         raise ValueError("the texts use characters that are reserved for action tokens (U+4E00 to U+4EFF)")
     for character in actions:
         vocab[character] = len(vocab)
+    return llama_tokenizer_json(vocab, merges, vocab_size)
+
+
+def llama_tokenizer_json(vocab: Dict[str, int], merges: List[Tuple[str, str]], pad_id: int) -> dict:
+    """tokenizer.json of a byte-pair vocabulary with the normalizer, decoder and post-processor of Llama, and <PAD> = pad_id."""
     return {
         "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [_added(i, token) for i, token in enumerate(_SPECIALS)] + [_added(vocab_size, "<PAD>")],
+        "added_tokens": [_added(i, token) for i, token in enumerate(_SPECIALS)] + [_added(pad_id, "<PAD>")],
         "normalizer": {"type": "Sequence", "normalizers": [
             {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
         "pre_tokenizer": None,
@@ -141,10 +146,14 @@ def build_tiny_tokenizer(corpus: List[str], words: List[str], folder, vocab_size
 
     corpus: every text the model will see; words: further words that must be one piece. Raises ValueError as tiny_tokenizer_json.
     """
+    write_processor_files(folder, tiny_tokenizer_json(corpus, words, vocab_size), image_size)
+
+
+def write_processor_files(folder, tokenizer: dict, image_size: int) -> None:
+    """The four processor files for a tokenizer.json, in the layout of the official save_pretrained."""
     def plain(content):
         return {"content": content, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
 
-    tokenizer = tiny_tokenizer_json(corpus, words, vocab_size)
     marks = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<PAD>", "unk_token": "<unk>"}
     config = {
         "add_bos_token": True, "add_eos_token": False,
