@@ -1,6 +1,9 @@
 """Trial records: intervals against published values, resume, damaged last line, foreign file."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -42,3 +45,11 @@ def test_records_of_another_model_are_refused(tmp_path):
         add(records, 0)
     with pytest.raises(ValueError, match="another model"):
         Records(tmp_path / "r.jsonl", {"weights": "b"})
+
+
+def test_a_killed_process_loses_no_finished_trial(tmp_path):
+    code = ("import os, sys\nfrom vlakeep.benchmarks.records import Records\nrecords = Records(sys.argv[1], {})\n"
+            "for i in range(5):\n    records.add(kind='skill', ability='pick', trial=i, seed=i, success=True, value=None, crash=None, steps=1)\n"
+            "os._exit(9)\n")
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "r.jsonl")], env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)))
+    assert len(Records(tmp_path / "r.jsonl", {}).rows()) == 5

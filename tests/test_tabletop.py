@@ -201,3 +201,55 @@ def test_rollouts_record_every_trial_whatever_the_batch(tmp_path, monkeypatch):
     summary = summarise(rows)
     assert summary[("skill", "side")]["crashes"] == 8 and summary[("skill", "side")]["n"] == 0
     assert summary[("skill", "pick")]["crashes"] == 0 and summary[("skill", "pick")]["n"] == 8
+
+
+def behave_as(behaviour, world):
+    """The expert's actions for another skill with the same object, as of a model that does that skill whatever it is told."""
+    acting = world.subset(np.arange(world.n))
+    acting.skills = np.array([behaviour] * world.n)
+    other_N = (world.target_N + 1) % world.present_NK.sum(axis=1)
+    acting.goal_N = np.where(world.goal_N >= 0, world.goal_N, other_N)
+    acting.side_N = np.maximum(world.side_N, 0)
+    return expert_actions(acting)
+
+
+@pytest.mark.parametrize("behaviour", ALL_SKILLS)
+def test_no_skill_is_done_on_the_way_of_another(behaviour):
+    """A model that has collapsed onto one skill fails at all others; otherwise forgetting could not be seen."""
+    for skill in ALL_SKILLS:
+        world = TabletopWorld([skill] * 100, range(100))
+        done = np.zeros(world.n, dtype=bool)
+        for _ in range(MAX_STEPS[skill]):
+            done |= world.step(behave_as(behaviour, world))
+        assert done.all() if skill == behaviour else done.mean() <= 0.12, (behaviour, skill, done.mean())
+
+
+@pytest.mark.parametrize("frames", [lambda: tabletop.retention_frames(200, 1000), lambda: tabletop.mixed_frames(200, tabletop.PROBE, 0.0, keep=0.3).samples()])
+def test_few_frames_show_whole_episodes_not_their_beginnings(frames):
+    actions = np.stack([sample.action for sample in frames()])
+    assert (actions[:, 6] < 0.5).mean() > 0.35 and (actions[:, 2] > 0).mean() > 0.1
+
+
+def test_an_action_that_is_not_finite_is_one_crash_and_no_abort(tmp_path):
+    def broken(images, instructions):
+        actions = np.tile([0, 0, 0, 0, 0, 0, 1.0], (len(images), 1))
+        actions[[i for i, text in enumerate(instructions) if "side" in text]] = np.nan
+        return actions
+
+    with Records(tmp_path / "r.jsonl", {}) as records:
+        run_skill_episodes(broken, ["pick", "side"], 4, 0, 8, records)
+        summary = summarise(records.rows())
+    assert summary[("skill", "side")]["crashes"] == 4 and summary[("skill", "pick")] == {**summary[("skill", "pick")], "n": 4, "crashes": 0}
+
+
+def test_the_random_policy_does_not_depend_on_the_batch(tmp_path):
+    def rows(parallel):
+        with Records(tmp_path / f"{parallel}.jsonl", {}) as records:
+            run_skill_episodes(random_policy(1), ["side", "reach"], 10, 0, parallel, records)
+            return records.rows()
+    assert rows(3) == rows(20)
+
+
+def test_the_largest_seed_stays_in_its_range():
+    last = tabletop.SEEDS - 1
+    assert last * 10**8 + 2 * 10**9 < tabletop.RANGE and last * 10**7 + 10**7 <= tabletop.RANGE

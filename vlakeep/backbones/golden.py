@@ -427,14 +427,18 @@ def verify_vision7b(folder) -> List[Row]:
     pixels = torch.from_numpy(np.float32(1.2 * _uniform("pixels7b", 6 * 224 * 224)).reshape(1, 6, 224, 224))
     with torch.inference_mode():
         features = tower.eval()(pixels)[0].double()
-    # The entries are told apart by their shapes.
-    parts = {tuple(features[::16].shape): ("features of every 16th patch", features[::16], 5e-4),
-             (features.shape[0],): ("norm of every patch", features.norm(dim=1), 5e-3),
-             (features.shape[1],): ("sum of every channel", features.sum(0), 5e-3),
-             tuple(pixels.shape): ("pixels", pixels, 0)}
+    # The entries are told apart by their shapes. A few channels of a ViT are hundreds of times larger than the others, so an
+    # error is given as a share of the largest value, not as a number.
+    parts = {tuple(features[::16].shape): ("features of every 16th patch", features[::16]),
+             (features.shape[0],): ("norm of every patch", features.norm(dim=1)),
+             (features.shape[1],): ("sum of every channel", features.sum(0)),
+             tuple(pixels.squeeze().shape): ("pixels", pixels)}
     rows = []
     for key, value in golden.values.items():
-        name, ours, tolerance = parts.get(value.squeeze().shape, parts.get(value.shape, (None, None, None)))
-        rows.append(Row(f"vision tower at 7B size, {name}", difference(ours, value.reshape(ours.shape)), tolerance, key) if name
-                    else unchecked(f"vision tower at 7B size, {key}", f"no check knows an entry of shape {list(value.shape)}"))
+        name, ours = parts.get(value.squeeze().shape, (None, None))
+        if name is None:
+            rows.append(unchecked(f"vision tower at 7B size, {key}", f"no check knows an entry of shape {list(value.shape)}"))
+        else:
+            share = _largest_ratio(ours, value.reshape(ours.shape))
+            rows.append(Row(f"vision tower at 7B size, {name}", share, 2e-5, f"{key}, share of the largest"))
     return rows

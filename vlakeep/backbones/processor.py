@@ -101,6 +101,7 @@ class ImageProcessor:
 def load_tokenizer(folder):
     """The fast tokenizer of a folder. tokenizer.json is read as it is, so that every transformers version gives the same ids.
 
+    With tokenizer.model alone transformers converts it; 5.23 then gives other ids than 4.40 for two spaces before punctuation.
     Raises FileNotFoundError when the folder has no tokenizer.
     """
     import_timm()  # transformers 5 imports torchvision too, so the shim must come first

@@ -71,6 +71,7 @@ class Records:
 
     def _write(self, row: dict) -> None:
         self._file.write(json.dumps(row) + "\n")
+        self._file.flush()  # a killed process loses no finished trial; flush() makes it safe against a power cut as well
 
     def has(self, kind: str, ability: str, trial: int) -> bool:
         return (kind, ability, trial) in self._seen

@@ -17,16 +17,16 @@ from vlakeep.benchmarks.tabletop_render import render
 from vlakeep.benchmarks.tabletop_world import ALL_SKILLS, MAX_STEPS, NEW_SKILL, SKILLS, TabletopWorld
 from vlakeep.data.sample import Episode, Sample
 
-# Start of the seed range of each use; every use has RANGE seeds.
-RANGE = 10**8
+# Start of the seed range of each use; every use has RANGE table seeds, and seeds below SEEDS stay within it.
+RANGE, SEEDS = 2 * 10**13, 10**5
 PRETRAINING, DEMONSTRATIONS, PROBE, EVALUATION, RETENTION = (RANGE * k for k in range(1, 6))
 # Weights of the skills in pretraining: long skills need more frames, short ones are learnt from few.
 WEIGHTS = {"reach": 1.0, "side": 0.7, "pick": 1.5, "tap": 1.5, "drop": 0.5, "place": 3.0}
 
 
 def _check(seed: int) -> int:
-    if not 0 <= seed < RANGE:
-        raise ValueError(f"seed {seed} must be in [0, {RANGE})")
+    if not 0 <= seed < SEEDS:
+        raise ValueError(f"seed {seed} must be in [0, {SEEDS}), so that training, probe and evaluation never share a table (--seed)")
     return seed
 
 
@@ -45,7 +45,7 @@ def collect_demos(skill: str, episodes: int, seed: int, noise: float = 0.2) -> L
     attempt = 0
     while len(found) < episodes:
         count = min(64, episodes - len(found))
-        seeds = DEMONSTRATIONS + _check(seed) * 10_000 + attempt + np.arange(count)
+        seeds = DEMONSTRATIONS + _check(seed) * 10**7 + attempt + np.arange(count)
         rng = np.random.default_rng([DEMONSTRATIONS, seed, attempt])
         attempt += count
         world = TabletopWorld([skill] * count, seeds)
@@ -100,11 +100,16 @@ def mixed_frames(n: int, seed: int, questions: float, skills: Optional[List[str]
                 parts.append(Frames(render(view), texts, actions[live].astype(np.float32), answers, kinds))
                 total += len(live)
             done |= world.step(noisy(actions, noise, rng))
-            if done.all() or total >= n:
+            if done.all():
                 break
-    return Frames(np.concatenate([p.images for p in parts])[:n], sum((p.instructions for p in parts), [])[:n],
-                  np.concatenate([p.actions for p in parts])[:n], sum((p.answers for p in parts), [])[:n],
-                  sum((p.kinds for p in parts), [])[:n])
+    # Whole episodes are played and n frames drawn from them: the first n would be beginnings of episodes only.
+    drawn = rng.permutation(total)[:n]
+
+    def draw(name):
+        values = [value for part in parts for value in getattr(part, name)]
+        return [values[i] for i in drawn]
+
+    return Frames(np.stack(draw("images")), draw("instructions"), np.stack(draw("actions")), draw("answers"), draw("kinds"))
 
 
 def _chunk(arguments):
@@ -114,7 +119,7 @@ def _chunk(arguments):
 def training_frames(n: int, seed: int, processes: Optional[int] = None, questions: float = 0.3) -> Tuple[np.ndarray, List[Sample]]:
     """(images [n, 64, 64, 3], samples) for pretraining, made by several processes; the result does not depend on how many."""
     size = 5_000
-    jobs = [(min(size, n - start), PRETRAINING + _check(seed) * 1000 + start * 10, questions) for start in range(0, n, size)]
+    jobs = [(min(size, n - start), PRETRAINING + _check(seed) * 10**8 + start * 10, questions) for start in range(0, n, size)]
     with multiprocessing.get_context("spawn").Pool(processes or os.cpu_count()) as pool:
         parts = list(tqdm(pool.imap(_chunk, jobs), total=len(jobs), desc="frames", mininterval=2.0))
     images = np.concatenate([p.images for p in parts])

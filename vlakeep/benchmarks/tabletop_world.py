@@ -26,6 +26,9 @@ SKILLS = ["reach", "side", "pick", "tap", "drop", "place"]
 NEW_SKILL = "corner"
 ALL_SKILLS = SKILLS + [NEW_SKILL]
 SIDES = {"left": (0.12, None), "right": (0.88, None), "top": (None, 0.12), "bottom": (None, 0.88)}
+# Steps running for which the condition must hold: whoever merely passes through on the way to something else has moved on by then.
+HOLD = {"reach": 3, "side": 2, "pick": 2, "tap": 1, "drop": 1, "place": 1, "corner": 1}
+STILL = 0.05  # an object that is nearer than this to where it started has not been moved
 MAX_STEPS = {"reach": 16, "side": 14, "pick": 20, "tap": 20, "drop": 12, "place": 32, "corner": 32}
 
 
@@ -50,8 +53,9 @@ class TabletopWorld:
         self.present_NK = np.zeros((n, SLOTS), dtype=bool)
         self.target_N, self.goal_N, self.side_N = np.zeros(n, dtype=int), np.full(n, -1), np.full(n, -1)
         self.release_z_N = np.full(n, np.nan)
-        self.near_steps_N, self.steps_N = np.zeros(n, dtype=int), np.zeros(n, dtype=int)
+        self.streak_N, self.steps_N = np.zeros(n, dtype=int), np.zeros(n, dtype=int)  # streak: steps running with the condition true
         self.instructions: List[str] = [self._reset(i, seed) for i, seed in enumerate(seeds)]
+        self.start_NK2 = self.xy_NK2.copy()
 
     def _reset(self, i: int, seed: int) -> str:
         skill = self.skills[i]
@@ -130,25 +134,36 @@ class TabletopWorld:
         holding = self.held_N >= 0
         self.xy_NK2[rows[holding], self.held_N[holding]] = self.grip_N2[holding]
         self.steps_N += 1
-        near_N = np.linalg.norm(self.target_xy() - self.grip_N2, axis=1) < 0.06
-        self.near_steps_N = np.where(near_N, self.near_steps_N + 1, 0)
+        self.streak_N = np.where(self._condition(), self.streak_N + 1, 0)
         return self.success()
 
     def success(self) -> np.ndarray:
-        """The skill's predicate on the state now, [N]."""
+        """Whether each skill's condition has held for its HOLD steps running, [N]."""
+        return self.streak_N >= np.array([HOLD[skill] for skill in self.skills], dtype=int)
+
+    def _condition(self) -> np.ndarray:
+        """The skill's condition on the state now, [N].
+
+        Each excludes what the other skills do on their way: a model that has come to do one skill whatever it is told must fail at
+        the others, or forgetting could not be seen.
+        """
         target_N2 = self.target_xy()
         to_grip_N = np.linalg.norm(target_N2 - self.grip_N2, axis=1)
         goal_N2 = self.xy_NK2[np.arange(self.n), np.maximum(self.goal_N, 0)]
         let_go_N = (self.held_N < 0) & ~self.closed_N
+        moved_NK = np.where(self.present_NK, np.linalg.norm(self.xy_NK2 - self.start_NK2, axis=2), 0)
+        untouched_N = (self.held_N < 0) & (moved_NK.max(1) < STILL)
+        target_moved_N = moved_NK[np.arange(self.n), self.target_N]
+        goal_moved_N = moved_NK[np.arange(self.n), np.maximum(self.goal_N, 0)]
         x_N, y_N = self.grip_N2.T
         at_side_N = np.choose(np.maximum(self.side_N, 0), [x_N < 0.16, x_N > 0.84, y_N < 0.16, y_N > 0.84])
         done = {
-            "reach": (self.near_steps_N >= 2) & (self.z_N > LOW) & (self.held_N < 0),
-            "side": at_side_N,
-            "pick": (self.held_N == self.target_N) & (self.z_N > 0.7),
+            "reach": (to_grip_N < 0.06) & (self.z_N > 0.6) & ~self.closed_N & untouched_N,
+            "side": at_side_N & untouched_N,
+            "pick": (self.held_N == self.target_N) & (self.z_N > 0.7) & (target_moved_N < 0.28),  # lifted, not carried off
             "tap": self.closed_N & (self.held_N < 0) & (self.z_N <= LOW) & (to_grip_N < GRASP_DISTANCE),
-            "drop": let_go_N & (self.release_z_N <= LOW),
-            "place": let_go_N & (np.linalg.norm(target_N2 - goal_N2, axis=1) < 0.09),
+            "drop": let_go_N & (self.release_z_N <= LOW) & (target_moved_N < 0.15),
+            "place": let_go_N & (np.linalg.norm(target_N2 - goal_N2, axis=1) < 0.09) & (goal_moved_N < STILL),
             NEW_SKILL: let_go_N & (np.linalg.norm(target_N2 - TRAY, axis=1) < TRAY_RADIUS),
         }
         return np.select([self.skills == skill for skill in ALL_SKILLS], [done[skill] for skill in ALL_SKILLS]).astype(bool)
