@@ -35,7 +35,9 @@ def read_package(tarball: bytes):
     blobs = [base64.b64decode(b) for b in re.findall(r"[\"'`]([A-Za-z0-9+/=]{20000,})[\"'`]", source)]
     texts = [b for b in blobs if b.count(b"\n") == PIECES - 1]
     if len(blobs) != 2 or len(texts) != 1:
-        raise ValueError(f"{SOURCE} of this package does not hold a vocabulary of {PIECES} pieces and its merges; use version {VERSION}")
+        raise ValueError(
+            f"{SOURCE} of this package does not hold a vocabulary of {PIECES} pieces and its merges; use version {VERSION}"
+        )
     pieces = texts[0].decode("utf-8").split("\n")
     numbers = next(b for b in blobs if b is not texts[0])
     numbers = struct.unpack(f"<{len(numbers) // 2}H", numbers)

@@ -20,17 +20,33 @@ from vlakeep.data.sample import IGNORE_INDEX, Batch, Sample
 from vlakeep.errors import CheckpointError
 
 VOCABULARY = 704
-TEXTS = ["In: What color is the cube left of the ring?\nOut: red", "pick up the green ring and put it on the left", "reach the cube"]
+TEXTS = [
+    "In: What color is the cube left of the ring?\nOut: red",
+    "pick up the green ring and put it on the left",
+    "reach the cube",
+]
 STATISTICS = {"tabletop": {"action": {"q01": [-2.0] * 6 + [0.0], "q99": [1.0] * 6 + [1.0], "mask": [True] * 6 + [False]}}}
 
 
 def tiny_config(**changes):
-    return dict({
-        "model_type": "openvla", "use_fused_vision_backbone": True, "image_sizes": [64, 64],
-        "timm_model_ids": ["vlakeep_vit_tiny_patch16_dinov2", "vlakeep_vit_tiny_patch16_siglip"],
-        "text_config": {"model_type": "llama", "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-                        "num_key_value_heads": 4, "vocab_size": VOCABULARY + 64},
-    }, **changes)
+    return dict(
+        {
+            "model_type": "openvla",
+            "use_fused_vision_backbone": True,
+            "image_sizes": [64, 64],
+            "timm_model_ids": ["vlakeep_vit_tiny_patch16_dinov2", "vlakeep_vit_tiny_patch16_siglip"],
+            "text_config": {
+                "model_type": "llama",
+                "hidden_size": 48,
+                "intermediate_size": 96,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 4,
+                "vocab_size": VOCABULARY + 64,
+            },
+        },
+        **changes,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +69,10 @@ def backbone(folder):
 def samples(count=3):
     rng = np.random.default_rng(5)
     words = ["reach the cube", "pick up the green ring and put it on the left", "reach the green ring", "put it on the cube"]
-    return [Sample(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8), words[i % 4], rng.uniform(-1, 1, 7).astype(np.float32)) for i in range(count)]
+    return [
+        Sample(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8), words[i % 4], rng.uniform(-1, 1, 7).astype(np.float32))
+        for i in range(count)
+    ]
 
 
 def official_inputs(backbone, batch):
@@ -77,8 +96,28 @@ def test_every_word_is_one_piece_and_ids_have_their_places(folder):
     tokenizer = processor.tokenizer
     text = "In: What action should the robot take to pick up the green ring?\nOut: blue"
     pieces = tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
-    assert pieces == ["<s>", "▁In", ":", "▁What", "▁action", "▁should", "▁the", "▁robot", "▁take", "▁to", "▁pick", "▁up", "▁the", "▁green",
-                      "▁ring", "?", "<0x0A>", "Out", ":", "▁blue"]
+    assert pieces == [
+        "<s>",
+        "▁In",
+        ":",
+        "▁What",
+        "▁action",
+        "▁should",
+        "▁the",
+        "▁robot",
+        "▁take",
+        "▁to",
+        "▁pick",
+        "▁up",
+        "▁the",
+        "▁green",
+        "▁ring",
+        "?",
+        "<0x0A>",
+        "Out",
+        ":",
+        "▁blue",
+    ]
     assert tokenizer(text + "</s>")["input_ids"][-1] == tokenizer.eos_token_id == 2
     assert (tokenizer.vocab_size, tokenizer.pad_token_id, processor.pad_token_id) == (VOCABULARY, VOCABULARY, VOCABULARY)
     assert tokenizer.convert_ids_to_tokens(processor.empty_token_id) == "▁"
@@ -127,7 +166,12 @@ def test_image_processor_is_resize_then_normalise(folder):
     assert got.dtype == torch.float32 and got.shape == (2, 6, 64, 64)
     assert np.abs(got[0].numpy() - wanted).max() < 1e-6 and torch.equal(got[0], got[1])
     for strategy in ("letterbox", "resize-crop"):
-        assert ImageProcessor([[3, 64, 64]] * 2, processor.means, processor.stds, strategy=strategy)([image]).shape == (1, 6, 64, 64)
+        assert ImageProcessor([[3, 64, 64]] * 2, processor.means, processor.stds, strategy=strategy)([image]).shape == (
+            1,
+            6,
+            64,
+            64,
+        )
     with pytest.raises(ValueError, match="uint8"):
         processor([image.astype(np.float32)])
     with pytest.raises(ValueError, match="resize-naive"):
@@ -171,7 +215,7 @@ def test_gradient_checkpointing_changes_no_gradient(folder):
     for recompute in (False, True):
         backbone = make_backbone(BackboneConfig(checkpoint=str(folder), gradient_checkpointing=recompute)).train()
         seen = []
-        backbone.decoder_layers[0].self_attn.register_forward_pre_hook(lambda *_: seen.append(1))
+        backbone.decoder_layers[0].self_attn.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
         backbone(encode_batch(samples(), backbone.processor)).loss.backward()
         assert len(seen) == (2 if recompute else 1)
         grads.append(backbone.decoder_layers[0].self_attn.q_proj.weight.grad)
@@ -223,7 +267,9 @@ def test_batched_generation_is_one_by_one_generation(backbone):
         assert torch.equal(backbone.generate(prompt, 8, stop_at_eos=False)[0][0], ids[i])
         inputs = official_inputs(backbone, prompt)
         inputs.pop("labels")
-        official = backbone.language_model.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+        official = backbone.language_model.generate(
+            **inputs, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
         assert official[0, -8:].tolist() == ids[i].tolist()
 
 
@@ -303,7 +349,12 @@ def broken_copy(folder, tmp_path) -> Path:
 def test_damaged_weights_are_refused(folder, tmp_path):
     path = broken_copy(folder, tmp_path) / "model.safetensors"
     whole = path.read_bytes()
-    for damaged, words in ((whole[:-1000], "truncated"), (whole + b"x", "corrupt"), (b"", "not a readable"), (b"\xff" * 40, "not a readable")):
+    for damaged, words in (
+        (whole[:-1000], "truncated"),
+        (whole + b"x", "corrupt"),
+        (b"", "not a readable"),
+        (b"\xff" * 40, "not a readable"),
+    ):
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=words) as error:
             make_backbone(tmp_path)
@@ -317,7 +368,10 @@ def test_keys_must_fit_and_all_that_do_not_are_named(folder, tmp_path):
     state["projector.fc9.bias"] = torch.zeros(2)
     state["language_model.model.norm.weight"] = torch.ones(5)
     save_file(state, str(path))
-    with pytest.raises(CheckpointError, match=r"missing: projector.fc3.bias; unexpected: projector.fc9.bias; other shape: .*norm.weight is \[5\], must be \[48\]"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"missing: projector.fc3.bias; unexpected: projector.fc9.bias; other shape: .*norm.weight is \[5\], must be \[48\]",
+    ):
         make_backbone(tmp_path)
 
 
@@ -356,7 +410,10 @@ def test_missing_files_are_named(folder, tmp_path):
 
 def test_a_single_vision_backbone(folder, tmp_path):
     broken_copy(folder, tmp_path)
-    init_checkpoint(tiny_config(use_fused_vision_backbone=False, timm_model_ids=["vlakeep_vit_tiny_patch16_siglip"], image_sizes=[64]), tmp_path)
+    init_checkpoint(
+        tiny_config(use_fused_vision_backbone=False, timm_model_ids=["vlakeep_vit_tiny_patch16_siglip"], image_sizes=[64]),
+        tmp_path,
+    )
     preprocessor = json.loads((tmp_path / "preprocessor_config.json").read_text())
     for key in ("input_sizes", "means", "stds", "interpolations"):
         preprocessor[key] = preprocessor[key][1:]
@@ -370,5 +427,7 @@ def test_text_alone(backbone):
     batch = encode_batch(samples(), backbone.processor)
     text = Batch(batch.input_ids, batch.attention_mask, batch.labels, None, batch.dataset_names)
     with torch.no_grad():
-        official = backbone.language_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), labels=batch.labels).loss
+        official = backbone.language_model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), labels=batch.labels
+        ).loss
         assert backbone(text).loss.item() == pytest.approx(official.item(), abs=1e-5)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from vlakeep import golden
-from vlakeep.backbones.golden import UNCHECKED, formula_tensor, golden_config, verify_model, verify_shapes
+from vlakeep.backbones.golden import UNCHECKED, verify_model, verify_shapes
 from vlakeep.backbones.golden_text import verify_text
+from vlakeep.backbones.golden_weights import formula_tensor, golden_config
 from vlakeep.backbones.openvla import OpenVLA, parameters_on_meta
 from vlakeep.backbones.tiny import build_tiny_tokenizer
 from vlakeep.compat import import_timm
@@ -21,7 +22,10 @@ HERE = Path(__file__).resolve().parent
 
 def golden_root() -> Path:
     """VLAKEEP_GOLDEN, or a folder beside the repository, or the small part that comes with it."""
-    candidates = [Path(p) for p in [os.environ.get("VLAKEEP_GOLDEN")] if p] + [HERE.parents[1] / "shared" / "golden", HERE / "golden"]
+    candidates = [Path(p) for p in [os.environ.get("VLAKEEP_GOLDEN")] if p] + [
+        HERE.parents[1] / "shared" / "golden",
+        HERE / "golden",
+    ]
     return next(p for p in candidates if (p / "fused_tiny" / "golden.npz").is_file())
 
 
@@ -40,9 +44,25 @@ def failed(rows):
 def test_the_model_agrees_with_the_official_one(model_rows):
     assert failed(model_rows) == []
     names = " ".join(row.name for row in model_rows)
-    for part in ("vision patches", "projector", "hidden states", "gradients of the hidden states", "another argmax",
-                 "loss", "loss without an image", "gradients of the parameters", "hook on layer 2, zero_patch_positions", "generation 0", "generation 1",
-                 "one batch", "predicted action 0, lab_mix", "predicted action 1, lab_nomask", "full fine-tuning", "LoRA, losses of 4 steps", "after merging"):
+    for part in (
+        "vision patches",
+        "projector",
+        "hidden states",
+        "gradients of the hidden states",
+        "another argmax",
+        "loss",
+        "loss without an image",
+        "gradients of the parameters",
+        "hook on layer 2, zero_patch_positions",
+        "generation 0",
+        "generation 1",
+        "one batch",
+        "predicted action 0, lab_mix",
+        "predicted action 1, lab_nomask",
+        "full fine-tuning",
+        "LoRA, losses of 4 steps",
+        "after merging",
+    ):
         assert part in names, part
     assert not [row for row in model_rows if row.tolerance == UNCHECKED], "entries of golden.npz that nothing checks"
 
@@ -106,8 +126,13 @@ def test_differences_in_the_model_are_noticed(small):
         x[-1, 0, 5, 3] += 2e-4
         return x
 
-    change(small, hidden_states=one_off, loss=lambda x: x + np.float32(5e-4), logits_argmax=lambda x: x + (np.arange(x.size).reshape(x.shape) == 7),
-           something_new=lambda _: np.zeros(2))
+    change(
+        small,
+        hidden_states=one_off,
+        loss=lambda x: x + np.float32(5e-4),
+        logits_argmax=lambda x: x + (np.arange(x.size).reshape(x.shape) == 7),
+        something_new=lambda _: np.zeros(2),
+    )
     rows = verify_model(small)
     assert failed(rows) == ["hidden states, embeddings and 6 layers", "logits, positions with another argmax", "loss"]
     assert [row.name for row in rows if row.tolerance == UNCHECKED] == ["golden.npz: something_new"]
@@ -122,8 +147,14 @@ def test_nan_is_a_failure():
 def test_weights_by_formula():
     """First, last and sum of recorded tensors; one of each rule."""
     table = {e["name"]: e for e in json.loads((ROOT / "fused_tiny" / "state_dict.json").read_text())}
-    for name in ("language_model.lm_head.weight", "vision_backbone.featurizer.blocks.0.ls1.scale_factor", "projector.fc1.bias",
-                 "language_model.model.embed_tokens.weight", "vision_backbone.fused_featurizer.attn_pool.latent", "projector.fc1.weight"):
+    for name in (
+        "language_model.lm_head.weight",
+        "vision_backbone.featurizer.blocks.0.ls1.scale_factor",
+        "projector.fc1.bias",
+        "language_model.model.embed_tokens.weight",
+        "vision_backbone.fused_featurizer.attn_pool.latent",
+        "projector.fc1.weight",
+    ):
         tensor, entry = formula_tensor(name, table[name]["shape"]), table[name]
         assert (tensor.flatten()[0].item(), tensor.flatten()[-1].item()) == (entry["first"], entry["last"])
         assert tensor.double().sum().item() == pytest.approx(entry["sum"], abs=1e-9 * entry["abs_sum"])
@@ -132,14 +163,23 @@ def test_weights_by_formula():
 def test_sizes_of_unknown_vision_models_come_from_the_shapes(tmp_path):
     """A single ViT of another size, without class token; and shapes alone are compared key by key."""
     config = json.loads((ROOT / "fused_tiny" / "config.json").read_text())
-    config.update(use_fused_vision_backbone=False, timm_model_ids=["lab_unknown"], image_sizes=[32], timm_override_act_layers=[None])
-    config["text_config"].update(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, num_key_value_heads=2, vocab_size=32064)
+    config.update(
+        use_fused_vision_backbone=False, timm_model_ids=["lab_unknown"], image_sizes=[32], timm_override_act_layers=[None]
+    )
+    config["text_config"].update(
+        num_hidden_layers=1, hidden_size=32, num_attention_heads=2, num_key_value_heads=2, vocab_size=32064
+    )
     register = import_timm().models.register_model
     from timm.models.vision_transformer import VisionTransformer
 
     @register
     def golden_test_vit(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **options):
-        return VisionTransformer(**dict(dict(patch_size=8, embed_dim=36, depth=3, num_heads=3, mlp_ratio=2.5, class_token=False, global_pool="map"), **options))
+        return VisionTransformer(
+            **dict(
+                dict(patch_size=8, embed_dim=36, depth=3, num_heads=3, mlp_ratio=2.5, class_token=False, global_pool="map"),
+                **options,
+            )
+        )
 
     with parameters_on_meta():
         model = OpenVLA(dict(config, timm_model_ids=["golden_test_vit"], pad_to_multiple_of=64))

@@ -3,18 +3,33 @@
 import json
 
 import pytest
+import test_backbone
 import torch
-from test_backbone import folder, samples  # noqa: F401  (the fixture of the tiny checkpoint)
 from torch import nn
 from torch.nn.utils import parametrize
 
 from vlakeep.backbones.base import make_backbone
 from vlakeep.backbones.format import save_checkpoint
-from vlakeep.backbones.lora import (adapted_linears, adapter_state, adapters_disabled, add_lora, layer_numbers, load_adapter, load_adapter_state,
-                                    load_trainable, save_adapter, select_linears, target_modules, trainable_state)
+from vlakeep.backbones.lora import (
+    adapted_linears,
+    adapter_state,
+    adapters_disabled,
+    add_lora,
+    layer_numbers,
+    load_adapter,
+    load_adapter_state,
+    load_trainable,
+    save_adapter,
+    select_linears,
+    target_modules,
+    trainable_state,
+)
 from vlakeep.config import BackboneConfig, LoraConfig
 from vlakeep.data.prompts import encode_batch
 from vlakeep.errors import CheckpointError
+
+samples = test_backbone.samples
+folder = test_backbone.folder  # the fixture of the tiny checkpoint
 
 
 def adapted(folder, seed=7, dtype="float32", train=True, **changes):
@@ -40,8 +55,18 @@ class Halve(nn.Module):
         return 0.5 * a
 
 
-@pytest.mark.parametrize("spec, numbers", [("all", [0, 1, 2, 3, 4, 5, 6, 7]), ("last:3", [5, 6, 7]), ("2-4", [2, 3, 4]), ("0,2,4", [0, 2, 4]),
-                                           ("6-7,0", [0, 6, 7]), ("last:8", list(range(8))), ("5", [5])])
+@pytest.mark.parametrize(
+    "spec, numbers",
+    [
+        ("all", [0, 1, 2, 3, 4, 5, 6, 7]),
+        ("last:3", [5, 6, 7]),
+        ("2-4", [2, 3, 4]),
+        ("0,2,4", [0, 2, 4]),
+        ("6-7,0", [0, 6, 7]),
+        ("last:8", list(range(8))),
+        ("5", [5]),
+    ],
+)
 def test_layer_specifications(spec, numbers):
     assert layer_numbers(spec, 8) == numbers
 
@@ -52,17 +77,20 @@ def test_a_layer_outside_the_model_is_refused_with_the_range(spec):
         layer_numbers(spec, 8)
 
 
-def test_targets_in_the_order_of_the_model(folder):  # noqa: F811
+def test_targets_in_the_order_of_the_model(folder):
     backbone = make_backbone(folder)
     assert target_modules(backbone, "1,2", ["mlp", "q_proj"]) == [
-        f"language_model.model.layers.{n}.{leaf}" for n in (1, 2) for leaf in ("self_attn.q_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")]
+        f"language_model.model.layers.{n}.{leaf}"
+        for n in (1, 2)
+        for leaf in ("self_attn.q_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    ]
     assert len(select_linears(backbone, "all", ["attention", "mlp"])) == 21
     for modules in (["lm_head"], []):
         with pytest.raises(ValueError, match="attention, mlp"):
             target_modules(backbone, "all", modules)
 
 
-def test_adapters_start_as_nothing_and_only_they_train(folder):  # noqa: F811
+def test_adapters_start_as_nothing_and_only_they_train(folder):
     base, backbone = make_backbone(folder), adapted(folder, train=False, layers="last:2", modules=["attention"])
     assert torch.equal(loss(base), loss(backbone))
     names = [n for n, p in backbone.named_parameters() if p.requires_grad]
@@ -73,7 +101,7 @@ def test_adapters_start_as_nothing_and_only_they_train(folder):  # noqa: F811
         add_lora(backbone, LoraConfig(), 0)
 
 
-def test_the_seed_alone_draws_a(folder):  # noqa: F811
+def test_the_seed_alone_draws_a(folder):
     one, same, other = (adapter_state(adapted(folder, seed=seed, train=False)) for seed in (7, 7, 8))
     a = [name for name in one if "lora_A" in name]
     assert all(torch.equal(one[n], same[n]) for n in one) and not any(torch.equal(one[n], other[n]) for n in a)
@@ -82,7 +110,7 @@ def test_the_seed_alone_draws_a(folder):  # noqa: F811
     assert max(uniform[n].abs().max() * uniform[n].shape[1] ** 0.5 for n in a).item() == pytest.approx(1, abs=0.05)
 
 
-def test_the_teacher_can_be_had_back(folder):  # noqa: F811
+def test_the_teacher_can_be_had_back(folder):
     base, backbone = make_backbone(folder), adapted(folder)
     student = loss(backbone)
     assert not torch.equal(student, loss(base))
@@ -94,13 +122,13 @@ def test_the_teacher_can_be_had_back(folder):  # noqa: F811
     assert torch.equal(loss(backbone), student)
 
 
-def test_adapters_stay_float32_on_a_bfloat16_model(folder):  # noqa: F811
+def test_adapters_stay_float32_on_a_bfloat16_model(folder):
     backbone = adapted(folder, dtype="bfloat16")
     assert {p.dtype for p in backbone.parameters() if p.requires_grad} == {torch.float32}
     assert backbone.dtype == torch.bfloat16 and torch.isfinite(loss(backbone))
 
 
-def test_files_bring_the_student_back_here_and_in_plain_peft(folder, tmp_path):  # noqa: F811
+def test_files_bring_the_student_back_here_and_in_plain_peft(folder, tmp_path):
     from peft import PeftModel
 
     backbone = adapted(folder, layers="0,2")
@@ -117,7 +145,7 @@ def test_files_bring_the_student_back_here_and_in_plain_peft(folder, tmp_path): 
     assert torch.equal(loss(third), loss(backbone))
 
 
-def test_a_parametrisation_is_merged_into_what_is_saved(folder, tmp_path):  # noqa: F811
+def test_a_parametrisation_is_merged_into_what_is_saved(folder, tmp_path):
     backbone = adapted(folder)
     for linear in backbone.adapted_linears().values():
         parametrize.register_parametrization(linear.lora_A["default"], "weight", Halve())
@@ -138,7 +166,7 @@ def test_a_parametrisation_is_merged_into_what_is_saved(folder, tmp_path):  # no
         load_adapter_state(backbone, adapter_state(backbone))
 
 
-def test_merging_keeps_the_function(folder, tmp_path):  # noqa: F811
+def test_merging_keeps_the_function(folder, tmp_path):
     backbone = adapted(folder)
     save_checkpoint(backbone, tmp_path)
     merged = make_backbone(tmp_path)
@@ -146,7 +174,7 @@ def test_merging_keeps_the_function(folder, tmp_path):  # noqa: F811
     assert merged.openvla.state_dict().keys() == make_backbone(folder).openvla.state_dict().keys()
 
 
-def test_a_wrong_adapter_is_refused(folder, tmp_path):  # noqa: F811
+def test_a_wrong_adapter_is_refused(folder, tmp_path):
     save_adapter(adapted(folder, train=False), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     with pytest.raises(FileNotFoundError, match="adapter_config.json"):

@@ -19,6 +19,7 @@ import numpy as np
 from vlakeep.backbones import golden as model_golden
 from vlakeep.backbones.golden import UNCHECKED, difference, unchecked
 from vlakeep.backbones.golden_text import verify_text
+from vlakeep.backbones.golden_weights import EMPTY_TOKEN
 from vlakeep.backbones.processor import ImageProcessor, Processor, load_tokenizer
 from vlakeep.data import golden as data_golden
 from vlakeep.data import images
@@ -30,11 +31,21 @@ def kind_of(folder: Path) -> Optional[str]:
     def has(*names):
         return all((folder / name).is_file() for name in names)
 
-    for kind, names in (("text", ["text_golden.json"]), ("rlds", ["rlds_golden.json"]), ("augment", ["augment_golden.json"]),
-                        ("eval", ["eval_golden.json", "image_golden.npz"]), ("model", ["config.json", "golden.npz", "state_dict.json"])):
+    for kind, names in (
+        ("text", ["text_golden.json"]),
+        ("rlds", ["rlds_golden.json"]),
+        ("augment", ["augment_golden.json"]),
+        ("eval", ["eval_golden.json", "image_golden.npz"]),
+        ("model", ["config.json", "golden.npz", "state_dict.json"]),
+    ):
         if has(*names):
             return kind
-    if has("config.json") and not has("golden.npz") and not list(folder.glob("*.safetensors")) and len(list(folder.glob("*.json"))) > 1:
+    if (
+        has("config.json")
+        and not has("golden.npz")
+        and not list(folder.glob("*.safetensors"))
+        and len(list(folder.glob("*.json"))) > 1
+    ):
         return "shapes"
     return "vision7b" if has("golden.npz") and not has("config.json") else None
 
@@ -47,8 +58,10 @@ def golden_folders(paths: List[Path]) -> List[Path]:
             raise FileNotFoundError(f"no folder {path}: give a folder of golden data, or one that holds such folders")
         inside = [path] if kind_of(path) else [child for child in sorted(path.iterdir()) if child.is_dir() and kind_of(child)]
         if not inside:
-            raise ValueError(f"{path} is no golden folder and holds none: one has golden.npz with config.json and state_dict.json, or one of "
-                             "text_golden.json, rlds_golden.json, eval_golden.json, augment_golden.json")
+            raise ValueError(
+                f"{path} is no golden folder and holds none: one has golden.npz with config.json and state_dict.json, or one of "
+                "text_golden.json, rlds_golden.json, eval_golden.json, augment_golden.json"
+            )
         found += inside
     return list(dict.fromkeys(found))
 
@@ -64,7 +77,12 @@ def verify_eval(folder: Path) -> List[Row]:
     processor = ImageProcessor([[3, size, size]] * 2, [[0.485, 0.456, 0.406], [0.5] * 3], [[0.229, 0.224, 0.225], [0.5] * 3])
     ours = processor([images.center_crop(picture)]).bfloat16().float()
     return data_golden.verify_images_golden(folder) + [
-        Row("pixels of the cropped picture", difference(ours, official), 0.04, "bfloat16, as the official script; one grey level is 1/57"),
+        Row(
+            "pixels of the cropped picture",
+            difference(ours, official),
+            0.04,
+            "bfloat16, as the official script; one grey level is 1/57",
+        ),
         # Fed with the recorded ids and pixels, the formula weights give other action tokens than the recorded ones, with a gap of
         # 1.0 between the first two logits: the recording was made with other weights.
         unchecked("actions", "they were recorded with weights that are not among the golden data"),
@@ -78,7 +96,7 @@ def _checks(tokenizer_folder: Optional[Path]) -> Dict[str, Callable]:
     def rlds(folder):
         beside = folder.parent / "text" / "preprocessor_config.json"
         processor = None
-        if tokenizer is not None and tokenizer.convert_tokens_to_ids("▁") == model_golden.EMPTY_TOKEN and beside.is_file():
+        if tokenizer is not None and tokenizer.convert_tokens_to_ids("▁") == EMPTY_TOKEN and beside.is_file():
             processor = Processor(tokenizer, ImageProcessor.from_config(json.loads(beside.read_text())))
         return data_golden.verify_rlds_golden(folder, processor=processor)
 
@@ -95,7 +113,8 @@ def print_rows(folder: Path, rows: List[Row]) -> None:
         if row.tolerance == UNCHECKED:
             print(f"  -     {row.name:<{width}}  {'':>9}    {'':<7}  not checked: {row.note}")
         else:
-            print(f"  {'ok  ' if row.ok else 'FAIL'}  {row.name:<{width}}  {row.deviation:>9.2e} <= {row.tolerance:<7g}{note}".rstrip())
+            verdict = "ok  " if row.ok else "FAIL"
+            print(f"  {verdict}  {row.name:<{width}}  {row.deviation:>9.2e} <= {row.tolerance:<7g}{note}".rstrip())
 
 
 def verify_golden(folders: List[Path], tokenizer: Optional[Path] = None) -> int:
@@ -116,7 +135,9 @@ def verify_golden(folders: List[Path], tokenizer: Optional[Path] = None) -> int:
 def main(argv: List[str]) -> int:
     parser = argparse.ArgumentParser("vlakeep verify-golden", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
-    parser.add_argument("--tokenizer", type=Path, default=None, metavar="DIR", help="folder with tokenizer.json or tokenizer.model")
+    parser.add_argument(
+        "--tokenizer", type=Path, default=None, metavar="DIR", help="folder with tokenizer.json or tokenizer.model"
+    )
     args = parser.parse_args(argv)
     try:
         return verify_golden(args.folders, args.tokenizer)

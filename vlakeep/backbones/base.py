@@ -1,7 +1,7 @@
 """Backbone: the one object that stages hold of a vision-language-action model, and the only thing rooms import from here.
 
-Sequence layout (openvla prismatic/extern/hf/modeling_prismatic.py:383): [BOS][P image patches][rest of the text]; text token 0 sits
-at position 0, token j >= 1 at position P + j, and S = P + L.
+Sequence layout (openvla prismatic/extern/hf/modeling_prismatic.py:383): [BOS][P image patches][rest of the text]; text token 0
+sits at position 0, token j >= 1 at position P + j, and S = P + L.
 
 Axes: B batch, L text tokens, P patches, S sequence, D hidden, V vocabulary, T generated tokens, A action dimensions.
 """
@@ -265,7 +265,9 @@ class Backbone(nn.Module):
         columns_BT = length_B1 + torch.arange(count, device=self.device)
         ids_BL = F.pad(batch.input_ids, (0, count), value=self.processor.pad_token_id).scatter(1, columns_BT, tokens_BT)
         mask_BL = torch.arange(ids_BL.shape[1], device=self.device) < length_B1 + count
-        whole = Batch(ids_BL, mask_BL, torch.full_like(ids_BL, IGNORE_INDEX), batch.pixel_values, batch.dataset_names, first_label=1)
+        whole = Batch(
+            ids_BL, mask_BL, torch.full_like(ids_BL, IGNORE_INDEX), batch.pixel_values, batch.dataset_names, first_label=1
+        )
         hidden_BSD = self.run_layers(self.embed(whole))
         patches = hidden_BSD.shape[1] - ids_BL.shape[1]
         row_B1 = torch.arange(rows, device=self.device)[:, None]
@@ -283,7 +285,9 @@ class Backbone(nn.Module):
                 raise ValueError(f"{self.name} has action statistics of {known}: choose one with --backbone.unnorm_key")
             key = next(iter(self.norm_stats))
         if key not in self.norm_stats:
-            raise ValueError(f"{self.name} has no action statistics of {key!r} (it has {known}): give one of these with --backbone.unnorm_key")
+            raise ValueError(
+                f"{self.name} has no action statistics of {key!r} (it has {known}): give one of these with --backbone.unnorm_key"
+            )
         return self.norm_stats[key]["action"]
 
     def unnormalise(self, actions_BA: np.ndarray, unnorm_key: Optional[str] = None) -> np.ndarray:
@@ -293,7 +297,9 @@ class Backbone(nn.Module):
         mask = np.array(statistics.get("mask", np.ones_like(low, dtype=bool)))
         return np.where(mask, 0.5 * (actions_BA + 1) * (high - low) + low, actions_BA)
 
-    def predict_actions(self, images, instructions: List[str], unnorm_key: Optional[str] = None, on_early_stop: str = "raise") -> np.ndarray:
+    def predict_actions(
+        self, images, instructions: List[str], unnorm_key: Optional[str] = None, on_early_stop: str = "raise"
+    ) -> np.ndarray:
         """Actions [B, A] float64 for uint8 images [B, H, W, 3] (or a list) and instructions, as the official predict_action.
 
         A row that ends early is an error (EarlyStop), or with on_early_stop="center" takes the middle of every missing dimension.
@@ -316,8 +322,10 @@ class Backbone(nn.Module):
             after_BA = np.cumsum(ids_BA == eos, axis=1) > 0
             if on_early_stop == "raise":
                 row = int(np.flatnonzero(after_BA.any(1))[0])
-                raise EarlyStop(f"row {row} ended after {int((~after_BA[row]).sum())} of {size} action tokens: the model does not speak actions for "
-                                "this prompt; fine-tune it on action data first, or pass on_early_stop='center'")
+                raise EarlyStop(
+                    f"row {row} ended after {int((~after_BA[row]).sum())} of {size} action tokens: the model does not speak "
+                    "actions for this prompt; fine-tune it on action data first, or pass on_early_stop='center'"
+                )
             actions_BA = np.where(after_BA, 0.0, actions_BA)
         return self.unnormalise(actions_BA, unnorm_key)
 

@@ -2,7 +2,8 @@
 
 Files: config.json, model.safetensors (or model.safetensors.index.json with its shards), dataset_statistics.json,
 generation_config.json, and the processor's files (processor.py).
-Source: openvla vla-scripts/extern/convert_openvla_weights_to_hf.py, experiments/robot/openvla_utils.py:36-68 (what get_vla reads).
+Sources: openvla vla-scripts/extern/convert_openvla_weights_to_hf.py, experiments/robot/openvla_utils.py:36-68 (what get_vla
+reads).
 """
 
 import hashlib
@@ -33,7 +34,9 @@ def read_config(folder) -> dict:
     """config.json, validated and with defaults filled in. Raises FileNotFoundError or CheckpointError with the remedy."""
     file = Path(folder) / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"no config.json in {folder}: --backbone.checkpoint must be a folder in the official OpenVLA format")
+        raise FileNotFoundError(
+            f"no config.json in {folder}: --backbone.checkpoint must be a folder in the official OpenVLA format"
+        )
     try:
         config = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -78,14 +81,20 @@ def weight_files(folder) -> List[Path]:
         names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            raise FileNotFoundError(f"{folder / INDEX} names {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not there: "
-                                    "fetch the checkpoint again, the download is incomplete")
+            raise FileNotFoundError(
+                f"{folder / INDEX} names {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not there: "
+                "fetch the checkpoint again, the download is incomplete"
+            )
         return [folder / name for name in names]
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if list(folder.glob("*.bin")):
-        raise FileNotFoundError(f"{folder} holds .bin (pickle) weights, which can run code and are not read: fetch the safetensors files")
-    raise FileNotFoundError(f"no {WEIGHTS} or {INDEX} in {folder}: fetch the checkpoint again, or give another --backbone.checkpoint")
+        raise FileNotFoundError(
+            f"{folder} holds .bin (pickle) weights, which can run code and are not read: fetch the safetensors files"
+        )
+    raise FileNotFoundError(
+        f"no {WEIGHTS} or {INDEX} in {folder}: fetch the checkpoint again, or give another --backbone.checkpoint"
+    )
 
 
 def _header(file: Path) -> dict:
@@ -99,17 +108,23 @@ def _header(file: Path) -> dict:
             table = json.loads(f.read(length))
         end = 8 + length + max([entry["data_offsets"][1] for name, entry in table.items() if name != "__metadata__"], default=0)
     except (struct.error, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} ({human_bytes(size)}) is not a readable safetensors file: {error}; fetch or write it again") from error
+        raise CheckpointError(
+            f"{file} ({human_bytes(size)}) is not a readable safetensors file: {error}; fetch or write it again"
+        ) from error
     if end != size:
         raise CheckpointError(f"{file} is {human_bytes(size)} long, its header says {human_bytes(end)}: it is "
                               f"{'truncated' if size < end else 'corrupt'}; fetch or write it again")
-    return {name: dict(entry, offset=8 + length + entry["data_offsets"][0]) for name, entry in table.items() if name != "__metadata__"}
+    return {
+        name: dict(entry, offset=8 + length + entry["data_offsets"][0]) for name, entry in table.items() if name != "__metadata__"
+    }
 
 
 def read_tensors(files: List[Path], quiet: Optional[bool] = None) -> Iterator[Tuple[str, torch.Tensor]]:
     """(name, tensor) of all files. Raises CheckpointError for a truncated or corrupt file before the first tensor is given."""
     total = sum(len(_header(file)) for file in files)
-    with tqdm(total=total, desc="loading weights", unit="tensor", disable=quiet if quiet is not None else total < 300, leave=False) as bar:
+    with tqdm(
+        total=total, desc="loading weights", unit="tensor", disable=quiet if quiet is not None else total < 300, leave=False
+    ) as bar:
         for file in files:
             try:
                 with safe_open(str(file), framework="pt") as f:
@@ -173,12 +188,18 @@ def init_checkpoint(config: dict, folder, seed: int = 0) -> None:
             state[name] = torch.zeros(tensor.shape)
         else:
             fan_in = tensor[0].numel() if tensor.ndim > 1 else tensor.numel()
-            std = 0.02 if last in ("pos_embed", "cls_token", "reg_token", "latent") or "embed_tokens" in name else min(0.05, fan_in ** -0.5)
+            std = (
+                0.02
+                if last in ("pos_embed", "cls_token", "reg_token", "latent") or "embed_tokens" in name
+                else min(0.05, fan_in**-0.5)
+            )
             state[name] = torch.randn(tensor.shape, generator=generator) * std
     write_checkpoint(folder, state, config, {})
 
 
-def write_checkpoint(folder, state: Dict[str, torch.Tensor], config: dict, norm_stats: dict, dtype: Optional[torch.dtype] = None) -> None:
+def write_checkpoint(
+    folder, state: Dict[str, torch.Tensor], config: dict, norm_stats: dict, dtype: Optional[torch.dtype] = None
+) -> None:
     """config.json, weights (sharded above 5 GB), dataset_statistics.json and generation_config.json; each file appears whole."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -201,12 +222,21 @@ def write_checkpoint(folder, state: Dict[str, torch.Tensor], config: dict, norm_
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
         _write_json(folder / INDEX, {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map})
-    for old in [folder / INDEX] * (len(shards) == 1) + list(folder.glob("model*.safetensors")):  # of an earlier, differently sharded write
+    for old in [folder / INDEX] * (len(shards) == 1) + list(
+        folder.glob("model*.safetensors")
+    ):  # of an earlier, differently sharded write
         if old.name not in names and old.is_file():
             old.unlink()
     text = config["text_config"]
-    _write_json(folder / "generation_config.json", {"_from_model_config": True, "bos_token_id": text.get("bos_token_id", 1),
-                                                    "eos_token_id": text.get("eos_token_id", 2), "pad_token_id": config["pad_token_id"]})
+    _write_json(
+        folder / "generation_config.json",
+        {
+            "_from_model_config": True,
+            "bos_token_id": text.get("bos_token_id", 1),
+            "eos_token_id": text.get("eos_token_id", 2),
+            "pad_token_id": config["pad_token_id"],
+        },
+    )
     if norm_stats:
         _write_json(folder / STATISTICS, norm_stats)
     _write_json(folder / "config.json", config)

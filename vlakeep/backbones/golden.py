@@ -1,6 +1,6 @@
 """Golden checks of the model room: what the official OpenVLA code computed against what this implementation computes.
 
-Weights follow from a formula over their names (`formula_tensor`), so no weights are stored. A golden model folder holds
+Weights follow from a formula over their names (golden_weights.py), so no weights are stored. A golden model folder holds
 config.json, state_dict.json and golden.npz, and may hold grad_norms.json, grad_hook_norms.json and lora.json.
 Tolerances are those of float32 sums taken in another order: vision 1e-5, hidden states 5e-5, logits 2e-4, loss 1e-4, gradients
 1e-3 of the largest.
@@ -9,26 +9,27 @@ Axes: B batch, L text, P patches, S sequence, D hidden, V vocabulary, C chosen v
 """
 
 import json
-import zlib
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Callable, Dict, List
+from typing import Dict, List
 
 import numpy as np
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from vlakeep.backbones.action_tokenizer import ActionTokenizer
 from vlakeep.backbones.base import Backbone
-from vlakeep.backbones.format import complete_config
+from vlakeep.backbones.golden_weights import (
+    EMPTY_TOKEN,
+    fill,
+    formula_tensor,
+    golden_backbone,
+    golden_config,
+    named_shapes,
+    uniform,
+)
 from vlakeep.backbones.lora import ADAPTER, attach_lora, merged_state
 from vlakeep.backbones.openvla import OpenVLA, VisionBackbone, parameters_on_meta
-from vlakeep.compat import import_timm
 from vlakeep.data.sample import IGNORE_INDEX, Batch, Row
 
-LAB_HEAD_DIM = 12  # of the tiny ViTs made for the golden data
-EMPTY_TOKEN, EOS = 29871, 2  # of the Llama-2 vocabulary that the golden models speak
 UNCHECKED = float("inf")  # tolerance of a row that says what could not be checked
 
 
@@ -45,121 +46,18 @@ def difference(a, b) -> float:
     return largest if largest == largest else float("inf")
 
 
-# Weights by formula
-
-def _uniform(name: str, count: int) -> np.ndarray:
-    """count values of unit variance, float64, from splitmix64 over (crc32(name), index)."""
-    with np.errstate(over="ignore"):
-        z = np.arange(count, dtype=np.uint64)
-        z += np.uint64(((zlib.crc32(name.encode()) << 32) + 0x9E3779B97F4A7C15) % 2**64)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z ^= z >> np.uint64(31)
-    return (2.0 * ((z >> np.uint64(11)).astype(np.float64) * 2.0**-53) - 1.0) * np.sqrt(3.0)
-
-
-def formula_tensor(name: str, shape) -> torch.Tensor:
-    """The float32 weight that the golden data define for a state-dict key (or a LoRA name without .default and .weight)."""
-    shape, last = tuple(shape), name.rsplit(".", 1)[-1]
-    u = _uniform(name, int(np.prod(shape)))
-    fan_in = int(np.prod(shape[1:])) if len(shape) > 1 else 1
-    offset, scale = 0.0, fan_in ** -0.5
-    if last == "scale_factor":
-        offset, scale = 0.5, 0.2
-    elif last == "bias":
-        scale = 0.1
-    elif name.endswith("lora_B"):
-        scale = 0.05
-    elif last in ("pos_embed", "cls_token", "reg_token", "latent"):
-        scale = 0.5
-    elif name.endswith("embed_tokens.weight"):
-        scale = 1.0
-    elif len(shape) == 1:
-        offset, scale = 1.0, 0.1
-    elif name.endswith("lm_head.weight"):
-        scale = 2.0 * fan_in ** -0.5
-    value = (offset + scale * u).astype(np.float32).reshape(shape)
-    if name.endswith("lm_head.weight") and len(shape) == 2:
-        value[31744:32000] = (3.0 * scale * u).astype(np.float32).reshape(shape)[31744:32000]
-    return torch.from_numpy(value)
-
-
-def _fill(module: torch.nn.Module, prefix: str = "") -> Dict[str, torch.Tensor]:
-    names = module.state_dict()
-    total = sum(t.numel() for t in names.values())
-    bar = tqdm(names.items(), desc="weights by formula", disable=total < 50_000_000, leave=False)
-    return {name: formula_tensor(prefix + name, tensor.shape) for name, tensor in bar}
-
-
-# Models
-
-def _lab_vit(shapes: Dict[str, list], prefix: str) -> Callable:
-    """An entry point for timm with the sizes that the shapes below `prefix` show."""
-    from timm.models.vision_transformer import VisionTransformer
-
-    def shape(name):
-        return shapes.get(prefix + name)
-
-    dim, patch = shape("patch_embed.proj.weight")[0], shape("patch_embed.proj.weight")[-1]
-    depth = 1 + max(int(name[len(prefix):].split(".")[1]) for name in shapes if name.startswith(prefix + "blocks."))
-    sizes = dict(
-        patch_size=patch, embed_dim=dim, depth=depth, num_heads=max(1, dim // LAB_HEAD_DIM),
-        mlp_ratio=(shape("blocks.0.mlp.fc1.weight")[0] + 0.5) / dim,  # + 0.5: timm truncates dim * ratio
-        class_token=shape("cls_token") is not None, reg_tokens=(shape("reg_token") or [0, 0])[1],
-        init_values=1e-5 if shape("blocks.0.ls1.scale_factor") else None, global_pool="map" if shape("attn_pool.latent") else "token",
-    )
-    if not sizes["class_token"] and sizes["global_pool"] == "token":
-        sizes["global_pool"] = "avg"
-    sizes["no_embed_class"] = sizes["class_token"]
-
-    def entry(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **options):
-        return VisionTransformer(**dict(sizes, **options))
-
-    entry.__name__ = f"golden_vit_{zlib.crc32(repr(sorted(sizes.items())).encode()):08x}"
-    return entry
-
-
-def named_shapes(tree) -> Dict[str, list]:
-    """name -> shape from a list of {"name", "shape"} or a dictionary name -> shape (or -> {"shape"})."""
-    if isinstance(tree, dict) and not any("." in key for key in tree):
-        tree = next((value for value in tree.values() if isinstance(value, (list, dict)) and named_shapes(value)), {})
-    if isinstance(tree, dict):
-        return {name: list(value["shape"] if isinstance(value, dict) else value) for name, value in tree.items()}
-    return {entry["name"]: list(entry["shape"]) for entry in tree if isinstance(entry, dict) and "shape" in entry}
-
-
-def golden_config(folder, shapes: Dict[str, list]) -> dict:
-    """config.json with vision ids that timm does not know replaced by ViTs of the shapes that state_dict.json shows."""
-    config = complete_config(json.loads((Path(folder) / "config.json").read_text()), str(Path(folder) / "config.json"))
-    timm = import_timm()
-    for i, part in enumerate(("featurizer", "fused_featurizer")[:len(config["timm_model_ids"])]):
-        if not timm.is_model(config["timm_model_ids"][i]):
-            entry = _lab_vit(shapes, f"vision_backbone.{part}.")
-            if not timm.is_model(entry.__name__):
-                timm.models.register_model(entry)
-            config["timm_model_ids"][i] = entry.__name__
-    return config
-
-
-def golden_backbone(folder, state: Dict[str, torch.Tensor] = None) -> Backbone:
-    """The golden model with its formula weights. It has no tokenizer; ids are those of Llama-2."""
-    shapes = named_shapes(json.loads((Path(folder) / "state_dict.json").read_text()))
-    config = golden_config(folder, shapes)
-    with parameters_on_meta():
-        model = OpenVLA(config, "sdpa")
-    model.load_state_dict(state if state is not None else _fill(model), strict=True, assign=True)
-    vocabulary = config["text_config"]["vocab_size"] - config["pad_to_multiple_of"]
-    ids_only = SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=EOS), pad_token_id=config["pad_token_id"], empty_token_id=EMPTY_TOKEN,
-                               action_tokenizer=ActionTokenizer(vocabulary))
-    return Backbone(model.eval(), ids_only, config.get("norm_stats") or {}, Path(folder))
-
-
 def _rows_of_keys(shapes: Dict[str, list], model: torch.nn.Module) -> Row:
     ours = {name: list(t.shape) for name, t in model.state_dict().items()}
     wrong = [n for n in ours.keys() | shapes.keys() if ours.get(n) != shapes.get(n)]
     order = list(ours) != list(shapes)
-    return Row("state dict, keys and shapes that differ", len(wrong), 0, f"{len(shapes)} keys" + (f"; {sorted(wrong)[:3]}" if wrong else "")
-               + ("; in another order" if order and not wrong else ""))
+    return Row(
+        "state dict, keys and shapes that differ",
+        len(wrong),
+        0,
+        f"{len(shapes)} keys"
+        + (f"; {sorted(wrong)[:3]}" if wrong else "")
+        + ("; in another order" if order and not wrong else ""),
+    )
 
 
 def verify_shapes(folder) -> List[Row]:
@@ -181,10 +79,18 @@ def verify_shapes(folder) -> List[Row]:
             inner = name.replace("base_model.model.", "", 1)
             weight = state.get(inner.split(".lora_")[0] + ".weight")
             rank = shape[0] if ".lora_A" in name else shape[1]
-            need = None if weight is None else [rank, *weight.shape[1:]] if ".lora_A" in name else [weight.shape[0], rank] + [1] * (weight.ndim - 2)
+            need = (
+                None
+                if weight is None
+                else [rank, *weight.shape[1:]]
+                if ".lora_A" in name
+                else [weight.shape[0], rank] + [1] * (weight.ndim - 2)
+            )
             if shape != need:
                 wrong.append(name)
-        rows.append(Row("LoRA tensors, shapes that differ", len(wrong), 0, f"{len(table)} tensors" + (f"; {wrong[:2]}" if wrong else "")))
+        rows.append(
+            Row("LoRA tensors, shapes that differ", len(wrong), 0, f"{len(table)} tensors" + (f"; {wrong[:2]}" if wrong else ""))
+        )
     return rows
 
 
@@ -221,7 +127,13 @@ def verify_model(folder) -> List[Row]:
     rows = [_rows_of_keys(named_shapes(table), backbone.openvla)]
     if isinstance(table, list) and table and "sum" in table[0]:
         sums = [(state[e["name"]].double(), e) for e in table if e["name"] in state]
-        rows.append(Row("formula weights, sum of values", max(abs(t.sum().item() - e["sum"]) / max(1.0, e["abs_sum"]) for t, e in sums), 1e-9))
+        rows.append(
+            Row(
+                "formula weights, sum of values",
+                max(abs(t.sum().item() - e["sum"]) / max(1.0, e["abs_sum"]) for t, e in sums),
+                1e-9,
+            )
+        )
         rows.append(Row("formula weights, first and last value", max(
             max(abs(t.flatten()[0].item() - e["first"]), abs(t.flatten()[-1].item() - e["last"])) for t, e in sums), 0))
     batch = golden.batch()
@@ -248,7 +160,13 @@ def _forward(backbone: Backbone, golden: _Golden, batch: Batch, folder: Path) ->
         first = model.vision_backbone.featurizer.patch_embed(batch.pixel_values[:, :3])
         rows.append(Row("patch embedding of the first backbone", difference(first, golden["featurizer_patch_embed"]), 1e-5))
     if "projector_features" in golden:
-        rows.append(Row("projector", difference(model.projector(model.vision_backbone(batch.pixel_values)), golden["projector_features"]), 1e-5))
+        rows.append(
+            Row(
+                "projector",
+                difference(model.projector(model.vision_backbone(batch.pixel_values)), golden["projector_features"]),
+                1e-5,
+            )
+        )
     backbone.zero_grad(set_to_none=True)
     states = backbone.hidden_states(batch)
     for state in states:
@@ -258,19 +176,36 @@ def _forward(backbone: Backbone, golden: _Golden, batch: Batch, folder: Path) ->
     loss = F.cross_entropy(logits[:, patches:-1].flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX)
     loss.backward()
     stacked = torch.stack([s.detach() for s in states])
-    rows.append(Row(f"hidden states, embeddings and {backbone.num_layers} layers", difference(stacked, golden["hidden_states"]), 5e-5))
+    rows.append(
+        Row(f"hidden states, embeddings and {backbone.num_layers} layers", difference(stacked, golden["hidden_states"]), 5e-5)
+    )
     if "hidden_state_grads" in golden:
         official = golden["hidden_state_grads"]
-        rows.append(Row("gradients of the hidden states", max(_largest_ratio(s.grad, g) for s, g in zip(states, official)), 1e-3, "share of the largest"))
+        rows.append(
+            Row(
+                "gradients of the hidden states",
+                max(_largest_ratio(s.grad, g) for s, g in zip(states, official)),
+                1e-3,
+                "share of the largest",
+            )
+        )
     logits = logits.detach()
     if "logits_subset" in golden:
-        rows.append(Row("logits, chosen columns", difference(logits[..., torch.from_numpy(golden["logits_cols"])], golden["logits_subset"]), 2e-4))
+        rows.append(
+            Row(
+                "logits, chosen columns",
+                difference(logits[..., torch.from_numpy(golden["logits_cols"])], golden["logits_subset"]),
+                2e-4,
+            )
+        )
     for key, value in (("logits_max", lambda: logits.amax(-1)), ("logits_logsumexp", lambda: logits.double().logsumexp(-1)),
                        ("logits_full_sample0", lambda: logits[0, torch.from_numpy(golden["logits_full_sample0_pos"])])):
         if key in golden:
             rows.append(Row(key.replace("_", " "), difference(value(), golden[key]), 2e-4))
     if "logits_argmax" in golden:
-        rows.append(Row("logits, positions with another argmax", int((logits.argmax(-1).numpy() != golden["logits_argmax"]).sum()), 0))
+        rows.append(
+            Row("logits, positions with another argmax", int((logits.argmax(-1).numpy() != golden["logits_argmax"]).sum()), 0)
+        )
     out = backbone(batch)
     rows.append(Row("loss", abs(out.loss.item() - float(golden["loss"])), 1e-4))
     rows += _finetune_metrics(backbone, golden, logits[:, patches:-1].argmax(-1), labels)
@@ -290,10 +225,19 @@ def _finetune_metrics(backbone: Backbone, golden: _Golden, predicted: torch.Tens
     mask = labels > tokenizer.action_token_begin_idx
     error = np.abs(tokenizer.decode(predicted[mask].numpy()) - tokenizer.decode(labels[mask].numpy())).mean()
     accuracy = (predicted == labels)[mask].float().mean().item()
-    return [Row("fine-tuning metrics, predicted tokens that differ", int((predicted.numpy() != golden["finetune_action_preds"]).sum()), 0),
-            Row("fine-tuning metrics, action mask", int((mask.numpy() != golden["finetune_action_mask"]).sum()), 0),
-            Row("fine-tuning metrics, accuracy and L1", max(abs(accuracy - float(golden["finetune_action_accuracy"])),
-                                                            abs(error - float(golden["finetune_l1"]))), 1e-6)]
+    return [
+        Row(
+            "fine-tuning metrics, predicted tokens that differ",
+            int((predicted.numpy() != golden["finetune_action_preds"]).sum()),
+            0,
+        ),
+        Row("fine-tuning metrics, action mask", int((mask.numpy() != golden["finetune_action_mask"]).sum()), 0),
+        Row(
+            "fine-tuning metrics, accuracy and L1",
+            max(abs(accuracy - float(golden["finetune_action_accuracy"])), abs(error - float(golden["finetune_l1"]))),
+            1e-6,
+        ),
+    ]
 
 
 def _gradient_rows(name: str, backbone: Backbone, official: Dict[str, float]) -> List[Row]:
@@ -301,7 +245,10 @@ def _gradient_rows(name: str, backbone: Backbone, official: Dict[str, float]) ->
     absent = [n for n in official if (ours.get(n) is None) != (official[n] is None)]
     largest = max(v for v in official.values() if v is not None)
     # Parameters whose gradient is zero but for rounding (the bias of k in an attention, for one) have no relative error.
-    worst = max((abs(ours[n] - v) / max(v, 1e-6 * largest) for n, v in official.items() if v is not None and ours.get(n) is not None), default=np.inf)
+    worst = max(
+        (abs(ours[n] - v) / max(v, 1e-6 * largest) for n, v in official.items() if v is not None and ours.get(n) is not None),
+        default=np.inf,
+    )
     return [Row(f"{name}, relative error of the norms", worst, 1e-3, f"{len(official)} parameters"),
             Row(f"{name}, parameters with and without one", len(absent), 0)]
 
@@ -340,7 +287,9 @@ def _hooked_gradients(backbone: Backbone, batch: Batch, folder: Path) -> List[Ro
 
 def _generation(backbone: Backbone, golden: _Golden, batch: Batch) -> List[Row]:
     rows, prompts = [], []
-    numbers = sorted(int(key.split("_")[1]) for key in golden.values if key.startswith("generate_") and key.endswith("_input_ids"))
+    numbers = sorted(
+        int(key.split("_")[1]) for key in golden.values if key.startswith("generate_") and key.endswith("_input_ids")
+    )
     for i in numbers:
         given = golden[f"generate_{i}_input_ids"]
         official = golden[f"generate_{i}_sequences"]
@@ -349,7 +298,9 @@ def _generation(backbone: Backbone, golden: _Golden, batch: Batch) -> List[Row]:
         count = official.shape[1] - ids.shape[1]
         new, _ = backbone.generate(prompt, count, stop_at_eos=True)
         prompts.append((ids[0], official[0, ids.shape[1]:], i))
-        rows.append(Row(f"generation {i}, tokens that differ", int((np.concatenate([ids, new.numpy()], axis=1) != official).sum()), 0))
+        rows.append(
+            Row(f"generation {i}, tokens that differ", int((np.concatenate([ids, new.numpy()], axis=1) != official).sum()), 0)
+        )
         with torch.no_grad():  # the scores of each step, by one pass over the official sequence
             whole = prompt_batch(torch.from_numpy(official), batch.pixel_values[i:i + 1])
             steps = backbone.logits(backbone.run_layers(backbone.embed(whole)))[0, -count - 1:-1]
@@ -358,10 +309,22 @@ def _generation(backbone: Backbone, golden: _Golden, batch: Batch) -> List[Row]:
                                                                   golden[f"generate_{i}_scores_subset"]), 2e-4))
         if f"generate_{i}_top2_gap" in golden:
             best = steps.topk(2).values
-            rows.append(Row(f"generation {i}, gap to the second best", difference(best[:, 0] - best[:, 1], golden[f"generate_{i}_top2_gap"]), 2e-4))
+            rows.append(
+                Row(
+                    f"generation {i}, gap to the second best",
+                    difference(best[:, 0] - best[:, 1], golden[f"generate_{i}_top2_gap"]),
+                    2e-4,
+                )
+            )
         for key in backbone.norm_stats:
             if f"predict_action_{i}_{key}" in golden:
-                rows.append(Row(f"predicted action {i}, {key}", difference(backbone.predict_batch(prompt, key)[0], golden[f"predict_action_{i}_{key}"]), 1e-9))
+                rows.append(
+                    Row(
+                        f"predicted action {i}, {key}",
+                        difference(backbone.predict_batch(prompt, key)[0], golden[f"predict_action_{i}_{key}"]),
+                        1e-9,
+                    )
+                )
     if len(prompts) > 1 and len({len(new) for _, new, _ in prompts}) == 1:
         longest = max(len(ids) for ids, _, _ in prompts)
         padded = torch.full((len(prompts), longest), backbone.processor.pad_token_id)
@@ -369,12 +332,24 @@ def _generation(backbone: Backbone, golden: _Golden, batch: Batch) -> List[Row]:
             padded[row, :len(ids)] = torch.from_numpy(ids)
         both = prompt_batch(padded, batch.pixel_values[[i for _, _, i in prompts]], padded != backbone.processor.pad_token_id)
         new, _ = backbone.generate(both, len(prompts[0][1]), stop_at_eos=True)
-        rows.append(Row("generation of all prompts in one batch, tokens that differ", int((new.numpy() != np.stack([n for _, n, _ in prompts])).sum()), 0))
+        rows.append(
+            Row(
+                "generation of all prompts in one batch, tokens that differ",
+                int((new.numpy() != np.stack([n for _, n, _ in prompts])).sum()),
+                0,
+            )
+        )
     return rows
 
 
 def prompt_batch(ids: torch.Tensor, pixel_values: torch.Tensor, mask: torch.Tensor = None) -> Batch:
-    return Batch(ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask, torch.full_like(ids, IGNORE_INDEX), pixel_values, [""] * len(ids))
+    return Batch(
+        ids,
+        torch.ones_like(ids, dtype=torch.bool) if mask is None else mask,
+        torch.full_like(ids, IGNORE_INDEX),
+        pixel_values,
+        [""] * len(ids),
+    )
 
 
 def _losses(name: str, backbone: Backbone, batch: Batch, official: np.ndarray) -> Row:
@@ -406,11 +381,19 @@ def _lora(folder: Path, golden: _Golden, batch: Batch) -> List[Row]:
         for name, p in ours.items():
             p.copy_(formula_tensor(name.replace(f".{ADAPTER}", "").replace(".weight", ""), p.shape))
         rows.append(Row("LoRA, loss", abs(backbone(batch).loss.item() - float(golden["lora_loss0"])), 1e-4))
-        rows.append(Row("LoRA, last hidden states", difference(backbone.hidden_states(batch)[-1], golden["lora_hidden_last"]), 5e-5))
+        rows.append(
+            Row("LoRA, last hidden states", difference(backbone.hidden_states(batch)[-1], golden["lora_hidden_last"]), 5e-5)
+        )
     rows.append(_losses("LoRA, losses of 4 steps", backbone, batch, golden["lora_losses"]))
     norms = table.get("norm_after_4_steps", {})
-    rows.append(Row("LoRA, norms after 4 steps", max((abs(ours[n].detach().double().norm().item() - v) / v for n, v in norms.items() if n in ours),
-                                                    default=0.0), 1e-3, "relative"))
+    rows.append(
+        Row(
+            "LoRA, norms after 4 steps",
+            max((abs(ours[n].detach().double().norm().item() - v) / v for n, v in norms.items() if n in ours), default=0.0),
+            1e-3,
+            "relative",
+        )
+    )
     with torch.no_grad():
         merged = golden_backbone(folder, merged_state(backbone))
         rows.append(Row("LoRA, loss after merging", abs(merged(batch).loss.item() - float(golden["lora_merged_loss"])), 1e-3))
@@ -423,8 +406,8 @@ def verify_vision7b(folder) -> List[Row]:
     ids = ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"]
     with parameters_on_meta():
         tower = VisionBackbone(ids, [224, 224], [None, None], fused=True)
-    tower.load_state_dict(_fill(tower, "vision_backbone."), strict=True, assign=True)
-    pixels = torch.from_numpy(np.float32(1.2 * _uniform("pixels7b", 6 * 224 * 224)).reshape(1, 6, 224, 224))
+    tower.load_state_dict(fill(tower, "vision_backbone."), strict=True, assign=True)
+    pixels = torch.from_numpy(np.float32(1.2 * uniform("pixels7b", 6 * 224 * 224)).reshape(1, 6, 224, 224))
     with torch.inference_mode():
         features = tower.eval()(pixels)[0].double()
     # The entries are told apart by their shapes. A few channels of a ViT are hundreds of times larger than the others, so an

@@ -53,7 +53,9 @@ def verify_text(folder, tokenizer=None) -> List[Row]:
         else:
             rows.append(unchecked(f"{name}: ids of prompts and texts of actions", "give its tokenizer with --tokenizer"))
     if tokenizer is not None and not used:
-        rows.append(Row("the tokenizer given is one of those recorded", float("inf"), 0, "its '▁' id is in none of the recordings"))
+        rows.append(
+            Row("the tokenizer given is one of those recorded", float("inf"), 0, "its '▁' id is in none of the recordings")
+        )
     return rows + verify_pixels(folder)
 
 
@@ -71,7 +73,11 @@ def _actions(official: dict) -> List[Row]:
         Row("action bins", _mismatches(digits), 0, f"{len(digits)} action vectors that differ"),
         Row("action token ids", _mismatches(ids), 0),
         Row("decoded actions", max(decoded), 0),
-        Row("decoding of ids outside the range", difference(tokenizer.decode(every["ids"]), [float(x) for x in every["actions"]]), 0),
+        Row(
+            "decoding of ids outside the range",
+            difference(tokenizer.decode(every["ids"]), [float(x) for x in every["actions"]]),
+            0,
+        ),
         Row("first action id", abs(tokenizer.action_token_begin_idx - official["action_token_begin_idx"]), 0),
     ]
 
@@ -79,7 +85,10 @@ def _actions(official: dict) -> List[Row]:
 def _prompts(official: dict) -> List[Row]:
     """Prompt texts of evaluation and training."""
     evaluation = [(action_prompt(p["instruction"]), p["eval_prompt"]) for p in official["prompts"]]
-    training = [(training_text(Sample(np.zeros((1, 1, 3), np.uint8), p["instruction"])), p["get_prompt_human_only"]) for p in official["prompts"]]
+    training = [
+        (training_text(Sample(np.zeros((1, 1, 3), np.uint8), p["instruction"])), p["get_prompt_human_only"])
+        for p in official["prompts"]
+    ]
     return [Row("evaluation prompts", sum(a != b for a, b in evaluation), 0, f"{len(evaluation)} texts"),
             Row("training prompts", sum(a != b for a, b in training), 0)]
 
@@ -88,24 +97,40 @@ def _transform(official: dict, tokenizer) -> List[Row]:
     """RLDSBatchTransform and the collator."""
     ids, labels, encoded = [], [], []
     processor = SimpleNamespace(
-        tokenizer=tokenizer if tokenizer is not None else RecordedTokenizer(official), empty_token_id=official["space_token_id"],
-        action_tokenizer=ActionTokenizer(official["vocab_size"]), image_processor=lambda images: np.zeros((len(images), 6, 2, 2), np.float32))
+        tokenizer=tokenizer if tokenizer is not None else RecordedTokenizer(official),
+        empty_token_id=official["space_token_id"],
+        action_tokenizer=ActionTokenizer(official["vocab_size"]),
+        image_processor=lambda images: np.zeros((len(images), 6, 2, 2), np.float32),
+    )
     for case in official["batch_transform"]:
         action = np.array([float(x) for x in official["actions"][case["action"] + "/float32"]["action"]], dtype=np.float32)
         encoded.append(encode(Sample(np.zeros((2, 2, 3), np.uint8), case["instruction"], action, dataset="golden"), processor))
         ids.append((encoded[-1]["input_ids"].tolist(), case["input_ids"]))
         labels.append((encoded[-1]["labels"].tolist(), case["labels"]))
     batch, collated = collate(encoded, official["pad_id"]), official["collated"]
-    wrong = sum(not np.array_equal(getattr(batch, key).numpy(), np.array(collated[key])) for key in ("input_ids", "attention_mask", "labels"))
+    wrong = sum(
+        not np.array_equal(getattr(batch, key).numpy(), np.array(collated[key]))
+        for key in ("input_ids", "attention_mask", "labels")
+    )
     dtypes = sum(str(getattr(batch, key).dtype) != value for key, value in official["collated_dtypes"].items())
     how = "" if tokenizer is not None else "prompt ids as recorded"
-    return [Row("ids of training samples", _mismatches(ids), 0, how), Row("labels of training samples", _mismatches(labels), 0),
-            Row("collated batch, tensors that differ", wrong, 0), Row("collated batch, types that differ", dtypes, 0),
-            Row("labels that carry loss", abs(int((batch.labels != IGNORE_INDEX).sum()) - 8 * len(encoded)), 0, "7 action tokens and the end per sample")]
+    return [
+        Row("ids of training samples", _mismatches(ids), 0, how),
+        Row("labels of training samples", _mismatches(labels), 0),
+        Row("collated batch, tensors that differ", wrong, 0),
+        Row("collated batch, types that differ", dtypes, 0),
+        Row(
+            "labels that carry loss",
+            abs(int((batch.labels != IGNORE_INDEX).sum()) - 8 * len(encoded)),
+            0,
+            "7 action tokens and the end per sample",
+        ),
+    ]
 
 
 def _tokenizer(official: dict, tokenizer) -> List[Row]:
-    """The tokenizer itself: ids of prompts, texts of actions, and that every pair of action ids survives decoding and encoding."""
+    """The tokenizer itself: ids of prompts, texts of actions, and whether every pair of action ids survives a round trip."""
+
     def ids(text, special=True):
         return tokenizer(text, add_special_tokens=special)["input_ids"]
 
@@ -125,7 +150,11 @@ def _tokenizer(official: dict, tokenizer) -> List[Row]:
         Row("tokenizer, ids of the texts of actions", _mismatches(again), 0),
         # transformers 4 writes "<s> In", transformers 5 "<s>In".
         Row("tokenizer, decoded samples", sum(a.replace("<s> ", "<s>") != b.replace("<s> ", "<s>") for a, b in whole), 0),
-        Row("tokenizer, pairs of action ids that do not survive", sum(e[-2:] != p for e, p in zip(encoded, pairs)), official["roundtrip_pairs_bad"]),
+        Row(
+            "tokenizer, pairs of action ids that do not survive",
+            sum(e[-2:] != p for e, p in zip(encoded, pairs)),
+            official["roundtrip_pairs_bad"],
+        ),
         Row("tokenizer, vocabulary", abs(tokenizer.vocab_size - official["vocab_size"]), 0),
     ]
 
@@ -146,8 +175,11 @@ def verify_pixels(folder) -> List[Row]:
             processor = ImageProcessor.from_config(dict(config, image_resize_strategy=strategy))
             pixels = processor([official[key]])[0].numpy()
             middle = "" if strategy == config["image_resize_strategy"] else f"_{strategy}"
-            for suffix, value in ((f"{middle}_pixel_values_stride8", pixels[:, ::8, ::8]), (f"{middle}_stride16", pixels[:, ::16, ::16]),
-                                  (f"{middle}_pixel_values_sum", pixels.astype(np.float64).sum((1, 2)))):
+            for suffix, value in (
+                (f"{middle}_pixel_values_stride8", pixels[:, ::8, ::8]),
+                (f"{middle}_stride16", pixels[:, ::16, ::16]),
+                (f"{middle}_pixel_values_sum", pixels.astype(np.float64).sum((1, 2))),
+            ):
                 if name + suffix in official:
                     seen.add(name + suffix)
                     wanted = official[name + suffix]

@@ -37,8 +37,9 @@ class LoraInfo:
 
 
 def layer_numbers(spec: str, depth: int) -> List[int]:
-    """Decoder layers named by `all`, `last:N`, `24-31` or `0,2,4` (parts may be mixed). Raises ValueError with the valid range."""
-    valid = f"the model has layers 0 to {depth - 1}; write all, last:N (N <= {depth}), a range such as 0-{depth - 1}, or a list such as 0,{depth - 1}"
+    """Decoder layers named by `all`, `last:N`, `24-31` or `0,2,4` (parts may be mixed). ValueError with the valid range."""
+    last = depth - 1
+    valid = f"the model has layers 0 to {last}; write all, last:N (N <= {depth}), a range like 0-{last}, or a list like 0,{last}"
     text = str(spec).replace(" ", "")
     if text == "all":
         return list(range(depth))
@@ -53,10 +54,10 @@ def layer_numbers(spec: str, depth: int) -> List[int]:
         found = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if not found:
             raise ValueError(f"lora.layers {spec!r}: {valid}")
-        first, last = int(found.group(1)), int(found.group(2) or found.group(1))
-        if first > last or last >= depth:
+        begin, end = int(found.group(1)), int(found.group(2) or found.group(1))
+        if begin > end or end >= depth:
             raise ValueError(f"lora.layers {spec!r}: {valid}")
-        numbers.update(range(first, last + 1))
+        numbers.update(range(begin, end + 1))
     return sorted(numbers)
 
 
@@ -70,7 +71,11 @@ def target_modules(backbone: Backbone, layers: str, modules: List[str]) -> List[
     if unknown or not leaves:
         raise ValueError(f"lora.modules {unknown or modules}: must be among attention, mlp, {', '.join(_PARENT)}")
     leaves = [leaf for leaf in _PARENT if leaf in leaves]  # the order of the model, each once
-    return [f"{LORA_PREFIX}layers.{number}.{_PARENT[leaf]}.{leaf}" for number in layer_numbers(layers, backbone.num_layers) for leaf in leaves]
+    return [
+        f"{LORA_PREFIX}layers.{number}.{_PARENT[leaf]}.{leaf}"
+        for number in layer_numbers(layers, backbone.num_layers)
+        for leaf in leaves
+    ]
 
 
 def select_linears(backbone: Backbone, layers: str, modules: List[str]) -> Dict[str, torch.nn.Module]:
@@ -78,7 +83,9 @@ def select_linears(backbone: Backbone, layers: str, modules: List[str]) -> Dict[
     return {name[len(LORA_PREFIX):]: backbone.openvla.get_submodule(name) for name in target_modules(backbone, layers, modules)}
 
 
-def attach_lora(backbone: Backbone, targets: List[str], rank: int, alpha: float, dropout: float = 0.0, init: str = "gaussian", seed: int = 0) -> None:
+def attach_lora(
+    backbone: Backbone, targets: List[str], rank: int, alpha: float, dropout: float = 0.0, init: str = "gaussian", seed: int = 0
+) -> None:
     """Freeze the model and put float32 adapters on the named modules. A is drawn from `seed` alone, B is zero.
 
     gaussian: A ~ N(0, (1/rank)^2), as peft draws it for the official fine-tuning script; kaiming: uniform in +-1/sqrt(fan_in).
@@ -109,7 +116,15 @@ def attach_lora(backbone: Backbone, targets: List[str], rank: int, alpha: float,
 
 def add_lora(backbone: Backbone, config, seed: int) -> None:
     """Adapters as the lora section of the configuration says (config.LoraConfig). Raises ValueError as target_modules."""
-    attach_lora(backbone, target_modules(backbone, config.layers, config.modules), config.rank, config.alpha, config.dropout, config.init, seed)
+    attach_lora(
+        backbone,
+        target_modules(backbone, config.layers, config.modules),
+        config.rank,
+        config.alpha,
+        config.dropout,
+        config.init,
+        seed,
+    )
 
 
 def _lora_layers(backbone: Backbone) -> Dict[str, torch.nn.Module]:
@@ -137,7 +152,7 @@ def adapters_disabled(backbone: Backbone):
 
 
 def adapter_state(backbone: Backbone) -> Dict[str, torch.Tensor]:
-    """Effective adapter weights under the names PEFT saves (base_model.model....lora_A.weight), float32, on the model's device."""
+    """Effective adapter weights under the names PEFT saves (base_model.model....lora_A.weight), on the model's device."""
     state = {}
     for name, layer in _lora_layers(backbone).items():
         state[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A[ADAPTER].weight.detach()
@@ -151,7 +166,9 @@ def load_adapter_state(backbone: Backbone, state: Dict[str, torch.Tensor], where
     With a parametrisation on A this would not be invertible; a run is resumed from trainable_state instead.
     """
     current = adapter_state(backbone)
-    problems = [f"missing {name}" for name in current if name not in state] + [f"unexpected {name}" for name in state if name not in current]
+    problems = [f"missing {name}" for name in current if name not in state] + [
+        f"unexpected {name}" for name in state if name not in current
+    ]
     problems += [f"{name} is {list(state[name].shape)}, must be {list(current[name].shape)}" for name in current
                  if name in state and state[name].shape != current[name].shape]
     if problems:
@@ -175,12 +192,16 @@ def load_trainable(backbone: Backbone, state: Dict[str, torch.Tensor]) -> None:
     current = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
     if current.keys() != state.keys():
         odd = sorted(current.keys() ^ state.keys())
-        raise CheckpointError(f"the checkpoint holds other trainable parameters than this run has ({len(odd)} differ, first {odd[0]}): resume with "
-                              "the lora, method and hsw sections that it was started with")
+        raise CheckpointError(
+            f"the checkpoint holds other trainable parameters than this run has ({len(odd)} differ, first {odd[0]}): resume with "
+            "the lora, method and hsw sections that it was started with"
+        )
     with torch.no_grad():
         for name, p in current.items():
             if p.shape != state[name].shape:
-                raise CheckpointError(f"{name} is {list(state[name].shape)} in the checkpoint, {list(p.shape)} here: resume with the same lora.rank")
+                raise CheckpointError(
+                    f"{name} is {list(state[name].shape)} in the checkpoint, {list(p.shape)} here: resume with the same lora.rank"
+                )
             p.copy_(state[name])
 
 
@@ -189,25 +210,50 @@ def save_adapter(backbone: Backbone, folder) -> None:
     info, folder = backbone.lora, Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {  # only keys that peft 0.11.1 knows: it refuses others
-        "peft_type": "LORA", "auto_mapping": None, "base_model_name_or_path": str(backbone.checkpoint or ""), "revision": None, "task_type": None,
-        "inference_mode": True, "r": info.rank, "target_modules": sorted(info.targets), "lora_alpha": info.alpha, "lora_dropout": info.dropout,
-        "fan_in_fan_out": False, "bias": "none", "use_rslora": False, "modules_to_save": None,
-        "init_lora_weights": "gaussian" if info.init == "gaussian" else True, "layers_to_transform": None, "layers_pattern": None,
-        "rank_pattern": {}, "alpha_pattern": {}, "megatron_config": None, "megatron_core": "megatron.core", "loftq_config": {},
-        "use_dora": False, "layer_replication": None,
+        "peft_type": "LORA",
+        "auto_mapping": None,
+        "base_model_name_or_path": str(backbone.checkpoint or ""),
+        "revision": None,
+        "task_type": None,
+        "inference_mode": True,
+        "r": info.rank,
+        "target_modules": sorted(info.targets),
+        "lora_alpha": info.alpha,
+        "lora_dropout": info.dropout,
+        "fan_in_fan_out": False,
+        "bias": "none",
+        "use_rslora": False,
+        "modules_to_save": None,
+        "init_lora_weights": "gaussian" if info.init == "gaussian" else True,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "megatron_config": None,
+        "megatron_core": "megatron.core",
+        "loftq_config": {},
+        "use_dora": False,
+        "layer_replication": None,
     }
     partial = folder / (WEIGHTS_FILE + ".partial")
-    save_file({name: t.cpu().contiguous() for name, t in adapter_state(backbone).items()}, str(partial), metadata={"format": "pt"})
+    save_file(
+        {name: t.cpu().contiguous() for name, t in adapter_state(backbone).items()}, str(partial), metadata={"format": "pt"}
+    )
     os.replace(partial, folder / WEIGHTS_FILE)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_adapter(backbone: Backbone, folder) -> None:
-    """Add the adapters of a folder (save_adapter's or PEFT's) to a backbone without any. Raises FileNotFoundError, CheckpointError."""
+    """Add the adapters of a folder (save_adapter's or PEFT's) to a backbone without any.
+
+    Raises FileNotFoundError, or CheckpointError for adapters that are damaged or of another model.
+    """
     folder = Path(folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"no {name} in {folder}: give the adapter folder of a checkpoint, such as runs/NAME/checkpoints/step_N/adapter")
+            raise FileNotFoundError(
+                f"no {name} in {folder}: give the adapter folder of a checkpoint, such as runs/NAME/checkpoints/step_N/adapter"
+            )
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
         state = load_file(str(folder / WEIGHTS_FILE))
@@ -215,12 +261,16 @@ def load_adapter(backbone: Backbone, folder) -> None:
         raise CheckpointError(f"the adapter in {folder} cannot be read ({error}): use another checkpoint of the run") from error
     if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("use_rslora"):
         raise CheckpointError(f"{folder / CONFIG_FILE} is not a plain LoRA adapter; only those are supported")
-    stored = {name: tensor for name, tensor in state.items() if ".base_layer." not in name}  # peft stores lm_head's base weight too
+    stored = {
+        name: tensor for name, tensor in state.items() if ".base_layer." not in name
+    }  # peft stores lm_head's base weight too
     targets = list(dict.fromkeys(re.sub(r"^base_model\.model\.|\.lora_[AB]\.weight$", "", name) for name in sorted(stored)))
     known = dict(backbone.openvla.named_modules())
     strange = [name for name in targets if name not in known]
     if strange:
-        raise CheckpointError(f"the adapter in {folder} is for modules that {backbone.name} does not have, such as {strange[0]}: wrong base model")
+        raise CheckpointError(
+            f"the adapter in {folder} is for modules that {backbone.name} does not have, such as {strange[0]}: wrong base model"
+        )
     targets = [name for name in known if name in set(targets)]
     attach_lora(backbone, targets, config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0),
                 "gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming")

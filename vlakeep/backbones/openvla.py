@@ -36,8 +36,10 @@ def make_vit(timm_id: str, image_size: int, act_layer=None) -> nn.Module:
     timm = import_timm()
     register_tiny_vits()
     if not timm.is_model(timm_id):
-        raise ValueError(f"config.json names the vision model {timm_id!r} in timm_model_ids, which timm {timm.__version__} does not know; "
-                         "check the spelling, or register it with timm.models.register_model before loading")
+        raise ValueError(
+            f"config.json names the vision model {timm_id!r} in timm_model_ids, which timm {timm.__version__} does not know; "
+            "check the spelling, or register it with timm.models.register_model before loading"
+        )
     vit = timm.create_model(timm_id, pretrained=False, num_classes=0, img_size=image_size, act_layer=act_layer)
     for parent in list(vit.modules()):
         for name, child in list(parent.named_children()):
@@ -104,7 +106,9 @@ class OpenVLA(nn.Module):
 
         self.config = config
         fused = bool(config["use_fused_vision_backbone"])
-        self.vision_backbone = VisionBackbone(config["timm_model_ids"], config["image_sizes"], config["timm_override_act_layers"], fused)
+        self.vision_backbone = VisionBackbone(
+            config["timm_model_ids"], config["image_sizes"], config["timm_override_act_layers"], fused
+        )
         text = {k: v for k, v in config["text_config"].items() if k not in ("model_type", "torch_dtype", "dtype", "architectures",
                                                                             "_name_or_path", "transformers_version")}
         llama = LlamaConfig(**text, attn_implementation=attn_implementation)
@@ -134,7 +138,9 @@ class OpenVLA(nn.Module):
         allowed_B1QK = (torch.arange(keys, device=valid_BK.device)[None] <= row_Q1) & valid_BK[:, None, None, :]
         if self.attn_implementation == "sdpa":
             return allowed_B1QK
-        return torch.zeros(allowed_B1QK.shape, dtype=dtype, device=valid_BK.device).masked_fill_(~allowed_B1QK, torch.finfo(dtype).min)
+        return torch.zeros(allowed_B1QK.shape, dtype=dtype, device=valid_BK.device).masked_fill_(
+            ~allowed_B1QK, torch.finfo(dtype).min
+        )
 
     def causal_mask(self, valid_BS: torch.Tensor, dtype: torch.dtype):
         """What decoder layers take for right-padded rows, without reading a value on the host.
@@ -179,7 +185,7 @@ class OpenVLA(nn.Module):
 
 @contextmanager
 def parameters_on_meta():
-    """Modules built inside hold parameters without memory, and real buffers, so that a 7B model costs nothing until it is loaded."""
+    """Modules built inside hold parameters without memory, and real buffers: a 7B model costs nothing until it is loaded."""
     register = nn.Module.register_parameter
 
     def on_meta(module, name, param):

@@ -1,7 +1,8 @@
 """Text and images to model input: the tokenizer, the image processor and the action tokenizer of one checkpoint folder.
 
 Sources: openvla prismatic/extern/hf/processing_prismatic.py (images), transformers' Llama tokenizer files (text).
-Files: tokenizer.json (or tokenizer.model), tokenizer_config.json, special_tokens_map.json, added_tokens.json, preprocessor_config.json.
+Files: tokenizer.json (or tokenizer.model), tokenizer_config.json, special_tokens_map.json, added_tokens.json,
+preprocessor_config.json.
 Axes: B images, V vision backbones, H W pixels (h w after resizing).
 """
 
@@ -40,7 +41,9 @@ class ImageProcessor:
             raise ValueError(f"interpolation {unknown[0]!r} in {PREPROCESSOR_FILE}: must be one of {', '.join(_RESAMPLE)}")
         # A byte has 256 values, so scaling and normalising are a table per channel, equal to the bit to doing it per pixel.
         byte_256 = np.arange(256, dtype=np.float32) / np.float32(255)
-        self._tables = [[(byte_256 - np.float32(mean)) / np.float32(std) for mean, std in zip(*pair)] for pair in zip(self.means, self.stds)]
+        self._tables = [
+            [(byte_256 - np.float32(mean)) / np.float32(std) for mean, std in zip(*pair)] for pair in zip(self.means, self.stds)
+        ]
 
     @classmethod
     def from_config(cls, config: dict) -> "ImageProcessor":
@@ -110,10 +113,14 @@ def load_tokenizer(folder):
     folder = Path(folder)
     if not (folder / "tokenizer.json").is_file():
         if not (folder / "tokenizer.model").is_file():
-            raise FileNotFoundError(f"no tokenizer.json or tokenizer.model in {folder}: copy the tokenizer files of the base model there")
+            raise FileNotFoundError(
+                f"no tokenizer.json or tokenizer.model in {folder}: copy the tokenizer files of the base model there"
+            )
         if find_spec("sentencepiece") is None:
-            raise FileNotFoundError(f"{folder} has tokenizer.model but no tokenizer.json, and sentencepiece is not installed: copy the base model's "
-                                    "tokenizer.json there, or pip install sentencepiece protobuf")
+            raise FileNotFoundError(
+                f"{folder} has tokenizer.model but no tokenizer.json, and sentencepiece is not installed: copy the base model's "
+                "tokenizer.json there, or pip install sentencepiece protobuf"
+            )
         return AutoTokenizer.from_pretrained(str(folder), padding_side="right")
     config = json.loads((folder / "tokenizer_config.json").read_text()) if (folder / "tokenizer_config.json").is_file() else {}
     names = {key: _content(config.get(key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
@@ -139,7 +146,9 @@ class Processor:
         # What the official predict_action appends to a prompt: 29871 in Llama-2, another id in other vocabularies.
         self.empty_token_id: int = tokenizer.convert_tokens_to_ids("▁")
         if self.empty_token_id is None or self.empty_token_id == tokenizer.unk_token_id:
-            raise ValueError(f"the tokenizer{f' in {folder}' if folder else ''} has no token '▁'; it is not of the Llama type that OpenVLA needs")
+            raise ValueError(
+                f"the tokenizer{f' in {folder}' if folder else ''} has no token '▁': it is not of the Llama type OpenVLA needs"
+            )
 
     @classmethod
     def from_folder(cls, path) -> "Processor":
@@ -151,7 +160,9 @@ class Processor:
         try:
             image_processor = ImageProcessor.from_config(json.loads(file.read_text()))
         except (json.JSONDecodeError, KeyError) as error:
-            raise ValueError(f"{file} is not an OpenVLA image processor configuration: {error}; copy it from the base model") from error
+            raise ValueError(
+                f"{file} is not an OpenVLA image processor configuration: {error}; copy it from the base model"
+            ) from error
         return cls(load_tokenizer(folder), image_processor, folder)
 
     def save(self, path) -> List[Path]:

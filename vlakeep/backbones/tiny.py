@@ -33,16 +33,18 @@ def register_tiny_vits() -> None:
     from timm.models import register_model
     from timm.models.vision_transformer import VisionTransformer
 
+    def entry_point(name, sizes):
+        def entry(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **options):
+            if pretrained:
+                raise ValueError("the tiny ViTs have no published weights; they come with the checkpoint")
+            return VisionTransformer(**dict(sizes, **options))
+
+        entry.__name__ = name
+        return entry
+
     for patch in (8, 16):
         for kind, extra in _KINDS.items():
-            def entry(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, _sizes=dict(_COMMON, patch_size=patch, **extra),
-                      **options):
-                if pretrained:
-                    raise ValueError("the tiny ViTs have no published weights; they come with the checkpoint")
-                return VisionTransformer(**dict(_sizes, **options))
-
-            entry.__name__ = f"vlakeep_vit_tiny_patch{patch}_{kind}"
-            register_model(entry)
+            register_model(entry_point(f"vlakeep_vit_tiny_patch{patch}_{kind}", dict(_COMMON, patch_size=patch, **extra)))
 
 
 def _split(text: str) -> List[str]:
@@ -63,7 +65,7 @@ def _merges(words: Counter) -> Tuple[List[Tuple[str, str]], set]:
             return merges, {character for word in words for character in word}
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         merges.append(best)
-        for word, parts in pieces.items():
+        for parts in pieces.values():
             i = 0
             while i < len(parts) - 1:
                 if (parts[i], parts[i + 1]) == best:
@@ -72,7 +74,15 @@ def _merges(words: Counter) -> Tuple[List[Tuple[str, str]], set]:
 
 
 def _added(index: int, content: str) -> dict:
-    return {"id": index, "content": content, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "id": index,
+        "content": content,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
 
 
 def tiny_tokenizer_json(corpus: List[str], words: List[str], vocab_size: int) -> dict:
@@ -93,8 +103,10 @@ def tiny_tokenizer_json(corpus: List[str], words: List[str], vocab_size: int) ->
         vocab.setdefault(piece, len(vocab))
     needed = len(vocab) + ACTION_TOKENS
     if needed > vocab_size:
-        raise ValueError(f"{len(counted)} words need {len(vocab)} pieces and {ACTION_TOKENS} action tokens: vocab_size must be at least {needed}, "
-                         f"not {vocab_size}")
+        raise ValueError(
+            f"{len(counted)} words need {len(vocab)} pieces and {ACTION_TOKENS} action tokens: vocab_size must be at least "
+            f"{needed}, not {vocab_size}"
+        )
     while len(vocab) < vocab_size - ACTION_TOKENS:  # unused rows, never produced by any text
         vocab[f"<unused_{len(vocab)}>"] = len(vocab)
     actions = [chr(FIRST_ACTION_CHARACTER + i) for i in range(ACTION_TOKENS)]
@@ -108,23 +120,46 @@ def tiny_tokenizer_json(corpus: List[str], words: List[str], vocab_size: int) ->
 def llama_tokenizer_json(vocab: Dict[str, int], merges: List[Tuple[str, str]], pad_id: int) -> dict:
     """tokenizer.json of a byte-pair vocabulary with the normalizer, decoder and post-processor of Llama, and <PAD> = pad_id."""
     return {
-        "version": "1.0", "truncation": None, "padding": None,
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
         "added_tokens": [_added(i, token) for i, token in enumerate(_SPECIALS)] + [_added(pad_id, "<PAD>")],
-        "normalizer": {"type": "Sequence", "normalizers": [
-            {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}],
+        },
         "pre_tokenizer": None,
         "post_processor": {
             "type": "TemplateProcessing",
             "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
-                     {"SpecialToken": {"id": "<s>", "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "pair": [
+                {"SpecialToken": {"id": "<s>", "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"SpecialToken": {"id": "<s>", "type_id": 1}},
+                {"Sequence": {"id": "B", "type_id": 1}},
+            ],
             "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
         },
-        "decoder": {"type": "Sequence", "decoders": [
-            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
-            {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
-        "model": {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                  "fuse_unk": True, "byte_fallback": True, "vocab": vocab, "merges": [f"{a} {b}" for a, b in merges]},
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": "<unk>",
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": vocab,
+            "merges": [f"{a} {b}" for a, b in merges],
+        },
     }
 
 
@@ -133,11 +168,19 @@ def preprocessor_config(image_size: int) -> dict:
     means, stds = [[0.485, 0.456, 0.406], [0.5] * 3], [[0.229, 0.224, 0.225], [0.5] * 3]
     size = [image_size, image_size]
     return {
-        "image_processor_type": "PrismaticImageProcessor", "image_resize_strategy": "resize-naive", "input_sizes": [[3] + size] * 2,
-        "interpolations": ["bicubic"] * 2, "means": means, "processor_class": "PrismaticProcessor", "stds": stds,
-        "tvf_crop_params": [{"output_size": size}] * 2, "tvf_do_letterbox": False, "tvf_letterbox_fill": None,
+        "image_processor_type": "PrismaticImageProcessor",
+        "image_resize_strategy": "resize-naive",
+        "input_sizes": [[3] + size] * 2,
+        "interpolations": ["bicubic"] * 2,
+        "means": means,
+        "processor_class": "PrismaticProcessor",
+        "stds": stds,
+        "tvf_crop_params": [{"output_size": size}] * 2,
+        "tvf_do_letterbox": False,
+        "tvf_letterbox_fill": None,
         "tvf_normalize_params": [{"inplace": False, "mean": m, "std": s} for m, s in zip(means, stds)],
-        "tvf_resize_params": [{"antialias": True, "interpolation": 3, "max_size": None, "size": size}] * 2, "use_fused_vision_backbone": True,
+        "tvf_resize_params": [{"antialias": True, "interpolation": 3, "max_size": None, "size": size}] * 2,
+        "use_fused_vision_backbone": True,
     }
 
 

@@ -95,3 +95,14 @@ class Records:
     def __exit__(self, *error) -> None:
         self.flush()
         self._file.close()
+
+
+if __name__ == "__main__":  # sanity check: python -m vlakeep.benchmarks.records
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder, Records(Path(folder) / "records.jsonl", {"weights": "none"}) as records:
+        for trial in range(10):
+            crash = "ValueError: an example" if trial == 9 else None
+            row = dict(kind="skill", ability="reach", trial=trial, seed=trial, success=trial < 6, value=None, crash=crash, steps=1)
+            records.add(**row)
+        print("9 trials and a crash:", summarise(records.rows())[("skill", "reach")])

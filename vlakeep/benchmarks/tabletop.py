@@ -158,3 +158,14 @@ def question_trials(kind: str, count: int, seed: int) -> List[QuestionTrial]:
         if found is not None and found[1] == possible[len(trials) % len(possible)]:
             trials.append(QuestionTrial(len(trials), own, Sample(render(world)[0], found[0], question=True, answer=found[1])))
     return trials
+
+
+if __name__ == "__main__":  # sanity check: python -m vlakeep.benchmarks.tabletop
+    from collections import Counter
+
+    sample_frames = mixed_frames(2_000, PROBE, questions=0.5)
+    print("frames by kind:", dict(Counter(sample_frames.kinds).most_common()))
+    for kind in QUESTION_KINDS:
+        given = Counter(answer for name, answer in zip(sample_frames.kinds, sample_frames.answers) if name == kind)
+        asked = Counter(trial.sample.answer for trial in question_trials(kind, 20, 0))
+        print(f"{kind}: answers in these frames {dict(given)}, in 20 evaluation questions {dict(asked)}")

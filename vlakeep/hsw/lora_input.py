@@ -87,3 +87,13 @@ class LoraInputSite:
         for name in self._params:
             parametrize.remove_parametrizations(self._linears[name].lora_A["default"], "weight", leave_parametrized=True)
         self._params.clear()
+
+
+if __name__ == "__main__":  # sanity check: python -m vlakeep.hsw.lora_input
+    linear = nn.Module()
+    linear.lora_A, linear.lora_B = (nn.ModuleDict({"default": nn.Linear(*size, bias=False)}) for size in ((32, 4), (4, 16)))
+    basis_DK = torch.linalg.qr(torch.randn(32, 12, generator=torch.Generator().manual_seed(0)))[0]
+    site = LoraInputSite({"linear": linear}, {"linear": (basis_DK[:, :6], basis_DK[:, 6:])})
+    for gamma in (1.0, 0.2, 0.0):
+        site.set_gains(Gains(beta=0.8, gamma=gamma))
+        print(f"gamma {gamma}: share of the update that acts on inputs in Uf {site.leak():.4f}")

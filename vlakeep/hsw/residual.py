@@ -65,3 +65,14 @@ class ResidualSite:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+if __name__ == "__main__":  # sanity check: python -m vlakeep.hsw.residual
+    basis_DK = torch.linalg.qr(torch.randn(32, 8, generator=torch.Generator().manual_seed(0)))[0]
+    layers = nn.ModuleList([nn.Linear(32, 32), nn.Linear(32, 32)])
+    site = ResidualSite(layers, {0: (basis_DK[:, :4], basis_DK[:, 4:])}, 1e-12, torch.float32)
+    for gains in (Gains(), Gains(beta=0.5, gamma=0.0)):
+        site.set_gains(gains)
+        site.meter.start(True)
+        layers[1](layers[0](torch.ones(2, 5, 32))).square().sum().backward()
+        print(f"beta {gains.beta} gamma {gains.gamma}:", {key: round(value, 4) for key, value in site.meter.read().items()})

@@ -60,3 +60,13 @@ def order_by_fragility(candidates_DK: torch.Tensor, kl_K: torch.Tensor, fragile_
     fragile = max(1, min(len(order) - 1, round(len(order) * fragile_fraction)))
     ranked_DK = candidates_DK[:, order]
     return ranked_DK[:, :fragile].contiguous(), ranked_DK[:, fragile:].contiguous(), order
+
+
+if __name__ == "__main__":  # sanity check: python -m vlakeep.icsm.sensitivity
+    generator = torch.Generator().manual_seed(0)
+    head_VD = torch.randn(50, 6, generator=generator) * torch.tensor([0.1, 3.0, 0.5, 2.0, 0.2, 1.0])  # direction 1 breaks most
+    hidden_TD = torch.randn(200, 6, generator=generator)
+    clean_TV = torch.log_softmax(hidden_TD @ head_VD.T, -1)
+    pushed = [torch.log_softmax((hidden_TD + 0.3 * push_D) @ head_VD.T, -1) for push_D in torch.eye(6)]
+    kl_K = torch.stack([(clean_TV.exp() * (clean_TV - other_TV)).sum(-1).mean() for other_TV in pushed])
+    print(f"fragility order {order_by_fragility(torch.eye(6), kl_K, 0.5)[2].tolist()}, planted [1, 3, 5, 2, 4, 0]")

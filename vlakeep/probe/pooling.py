@@ -21,3 +21,10 @@ def masked_mean(hidden_BTD: torch.Tensor, mask_BT: torch.Tensor) -> Tuple[torch.
     count_B = mask_BT.sum(1)
     pooled_BD = kept_BTD.to(precise).sum(1) / count_B.clamp(min=1)[:, None]
     return pooled_BD.to(hidden_BTD.dtype), count_B == 0
+
+
+if __name__ == "__main__":  # sanity check: python -m vlakeep.probe.pooling
+    hidden_BTD = torch.tensor([[[1.0], [3.0], [float("nan")]], [[5.0], [5.0], [5.0]]])
+    pooled_BD, empty_B = masked_mean(hidden_BTD, torch.tensor([[True, True, False], [False, False, False]]))
+    print(f"mean of 1 and 3 beside a dropped NaN: {pooled_BD[0].item()}")
+    print(f"a row without kept positions: {pooled_BD[1].item()}, flagged {empty_B.tolist()}")

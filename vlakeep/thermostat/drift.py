@@ -36,3 +36,12 @@ def paired_drift(student: Dict[int, torch.Tensor], teacher: Dict[int, torch.Tens
         / (teacher[layer].double() - mean[layer].double()).square().sum(1).mean().sqrt().clamp(min=1e-12)
         for layer in student
     ]).mean()
+
+
+if __name__ == "__main__":  # sanity check: python -m vlakeep.thermostat.drift
+    torch.manual_seed(0)
+    teacher_ND = torch.randn(500, 32)
+    stretched_ND = teacher_ND * torch.tensor([2.0] + [1.0] * 31)
+    for name, student_ND in (("unchanged", teacher_ND), ("64 of 500 items", teacher_ND[:64]), ("stretched", stretched_ND)):
+        print(f"covariance drift, {name}: {covariance_drift({0: student_ND}, {0: covariance(teacher_ND)}):.3f}")
+    print(f"paired drift, stretched: {paired_drift({0: stretched_ND}, {0: teacher_ND}, {0: teacher_ND.mean(0)}):.3f}")
