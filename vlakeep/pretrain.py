@@ -68,24 +68,69 @@ def token_matrix(samples, processor):
     return ids_NL, labels_NL
 
 
-def normalise(images_NHWC, processor):
-    """uint8 frames on any device to pixel values as the image processor makes them (no resizing at 64 px)."""
-    x = images_NHWC.permute(0, 3, 1, 2).float() / 255
-    views = []
-    for mean, std in zip(processor.image_processor.means, processor.image_processor.stds):
-        mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (mean, std))
-        views.append((x - mean) / std)
-    return torch.cat(views, dim=1)
+class Normalise:
+    """uint8 frames on a device to pixel values as the image processor makes them (no resizing at 64 px)."""
+
+    def __init__(self, processor, device):
+        self._views = [(torch.tensor(mean, device=device).view(1, 3, 1, 1), torch.tensor(std, device=device).view(1, 3, 1, 1))
+                       for mean, std in zip(processor.image_processor.means, processor.image_processor.stds)]
+
+    def __call__(self, images_NHWC: torch.Tensor) -> torch.Tensor:
+        x = images_NHWC.permute(0, 3, 1, 2).float() / 255
+        return torch.cat([(x - mean) / std for mean, std in self._views], dim=1)
+
+
+class Step:
+    """One optimizer step on rows of the data that lie on the device; on a GPU replayed as one CUDA graph.
+
+    The model is so small that launching its kernels one by one takes several times as long as running them.
+    """
+
+    def __init__(self, backbone, optimizer, make_batch, size: int, device: torch.device):
+        self._backbone, self._optimizer, self._make_batch = backbone, optimizer, make_batch
+        self._params = [p for group in optimizer.param_groups for p in group["params"]]
+        self.pick_B = torch.zeros(size, dtype=torch.int64, device=device)
+        self._graph, self.out = None, None
+        if device.type == "cuda":
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    self._run()
+            torch.cuda.current_stream().wait_stream(side)
+            try:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    self._run()
+                self._graph = graph
+            except RuntimeError as error:
+                print(f"no CUDA graph ({error}); kernels are launched one by one")
+
+    def _run(self) -> None:
+        self._optimizer.zero_grad(set_to_none=False)
+        # Without autocast's weight cache: a captured graph must cast the weights of its own replay.
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.pick_B.is_cuda, cache_enabled=False):
+            self.out = self._backbone(self._make_batch(self.pick_B))
+        self.out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._params, 1.0)
+        self._optimizer.step()
+
+    def __call__(self, pick_B: torch.Tensor, lr: float) -> None:
+        self.pick_B.copy_(pick_B)
+        for group in self._optimizer.param_groups:
+            group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else group.update(lr=lr)
+        self._graph.replay() if self._graph else self._run()
 
 
 def main(argv: List[str]) -> int:
     parser = argparse.ArgumentParser("vlakeep pretrain-tabletop", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=8.0, help="time for optimisation; data generation comes on top")
-    parser.add_argument("--frames", type=int, default=1_000_000)
+    parser.add_argument("--frames", type=int, default=800_000)
+    parser.add_argument("--questions", type=float, default=0.4, help="share of frames that carry a question")
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--patch", type=int, default=8, choices=[8, 16])
+    parser.add_argument("--patch", type=int, default=16, choices=[8, 16])
     parser.add_argument("--hidden", type=int, default=192)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--heads", type=int, default=6)
@@ -96,6 +141,8 @@ def main(argv: List[str]) -> int:
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
+    if args.device == "cuda":
+        torch.cuda.set_device(0)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
     args.out.mkdir(parents=True, exist_ok=True)
@@ -107,8 +154,7 @@ def main(argv: List[str]) -> int:
     print(f"{sum(p.numel() for p in params):,} parameters")
 
     started = time.perf_counter()
-    samples_args = dict(n=args.frames, seed=args.seed, processes=args.processes)
-    images, samples = tabletop.training_frames(**samples_args)
+    images, samples = tabletop.training_frames(args.frames, args.seed, args.processes, args.questions)
     print(f"{len(samples):,} frames in {time.perf_counter() - started:.0f} s")
     backbone.norm_stats = {"tabletop": action_statistics(np.stack([s.action for s in samples if s.action is not None]), 0)}
     images = torch.from_numpy(np.ascontiguousarray(images)).to(args.device)
@@ -118,10 +164,22 @@ def main(argv: List[str]) -> int:
 
     decay = [p for p in params if p.ndim >= 2]
     rest = [p for p in params if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=args.lr,
-                                  betas=(0.9, 0.98), fused=args.device == "cuda")
+    cuda = args.device == "cuda"
+    rate = torch.tensor(args.lr, device=args.device) if cuda else args.lr
+    groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
+    for group in groups:
+        group["lr"] = rate.clone() if cuda else rate
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), capturable=cuda)
+
+    normalise = Normalise(processor, args.device)
+
+    def make_batch(pick_B):
+        return Batch(input_ids=ids_NL[pick_B], attention_mask=ids_NL[pick_B] != processor.pad_token_id, labels=labels_NL[pick_B],
+                     pixel_values=normalise(images[pick_B]), dataset_names=["tabletop"] * args.batch, first_label=first_label)
+
     generator = torch.Generator(device=args.device).manual_seed(args.seed)
     backbone.train()
+    train = Step(backbone, optimizer, make_batch, args.batch, torch.device(args.device))
     begin, step, seconds, curve = time.perf_counter(), 0, args.minutes * 60, []
     bar = tqdm(total=round(seconds), desc="pretraining", unit="s", mininterval=5.0)
     while True:
@@ -129,17 +187,11 @@ def main(argv: List[str]) -> int:
         progress = (time.perf_counter() - begin) / seconds
         if progress >= 1:
             break
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, (step + 1) / 300) * 0.5 * (1 + math.cos(math.pi * progress)) + 1e-6
-        pick = torch.randint(len(samples), (args.batch,), generator=generator, device=args.device)
-        batch = Batch(input_ids=ids_NL[pick], attention_mask=ids_NL[pick] != processor.pad_token_id, labels=labels_NL[pick],
-                      pixel_values=normalise(images[pick], processor), dataset_names=["tabletop"] * args.batch, first_label=first_label)
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
-            out = backbone(batch)
-        optimizer.zero_grad(set_to_none=True)
-        out.loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
+        lr = args.lr * min(1.0, (step + 1) / 500) * 0.5 * (1 + math.cos(math.pi * progress)) + 1e-6
+        train(torch.randint(len(samples), (args.batch,), generator=generator, device=args.device), lr)
+        out = train.out
+        if step % 50 == 0 and cuda:
+            torch.cuda.synchronize()  # the clock decides, so the queue must not run far ahead of it
         step += 1
         if step % 100 == 0:
             curve.append([step, round(out.loss.item(), 4), round((out.correct / out.num_labelled).item(), 4)])
