@@ -119,7 +119,7 @@ def run_evaluation(config: Config, storage: Storage) -> Path:
     settings = config.evaluate
     header = {"weights": weights, "base": backbone.weights_sha256, "evaluate": {k: v for k, v in to_dict(settings).items()
                                                                                if k not in ("target", "parallel")}}
-    skills = settings.skills or tabletop.SKILLS
+    skills = settings.skills or tabletop.ALL_SKILLS
     kinds = settings.questions or tabletop.QUESTION_KINDS
     with Records(folder / "records.jsonl", header) as records:
         policy = ActionPolicy(backbone, config.backbone.unnorm_key)

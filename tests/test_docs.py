@@ -1,0 +1,184 @@
+"""The documents stay true: links, stages, flags, functions, tests, log fields and quoted messages exist; translations match."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from test_layout import DOCUMENTS, PACKAGE, REPO, SOURCES
+
+from vlakeep import cli
+from vlakeep.config import known_keys
+
+# Options that are not configuration keys: of vlakeep's stages, of the scripts, and of other programs in the examples.
+OWN = set("config help version gpus stage large_file_gb runs out title seconds tokenizer minutes frames device tarball".split())
+OTHER = {"standalone", "nproc-per-node", "local-dir"}
+TEXTS = [*DOCUMENTS, *sorted((REPO / "configs").rglob("*.yaml")), *sorted(p for p in (REPO / "scripts").iterdir() if p.is_file())]
+PAIRS = [("README.md", "README.zh-CN.md"), ("docs/RESEARCH_PIPELINE.md", "docs/RESEARCH_PIPELINE.zh-CN.md")]
+FENCE = re.compile(r"^ *```.*?^ *```$", re.M | re.S)
+METRICS = re.compile(r"<!-- metrics-fields -->(.*?)<!-- /metrics-fields -->", re.S)
+
+
+def read(name) -> str:
+    return (REPO / name).read_text(encoding="utf-8")
+
+
+def prose(path: Path) -> str:
+    """A document without code blocks and HTML comments."""
+    return re.sub(r"<!--.*?-->", "", FENCE.sub("", path.read_text(encoding="utf-8")), flags=re.S)
+
+
+def headings(text: str):
+    return re.findall(r"^(#+) +(.+?) *$", FENCE.sub("", text), flags=re.M)
+
+
+def anchors(path: Path):
+    """The ids that GitHub gives the headings."""
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for _, title in headings(path.read_text(encoding="utf-8"))}
+
+
+def rows(text: str):
+    """Cells of every table row."""
+    for line in text.splitlines():
+        if line.strip().startswith("|") and not re.fullmatch(r"[\s|:-]+", line):
+            yield [cell.strip() for cell in line.strip().strip("|").split(" | ")]
+
+
+def test_the_documents_are_there():
+    assert {"README.md", "README.zh-CN.md", "CONTRIBUTING.md", "CHANGELOG.md"} <= {p.name for p in DOCUMENTS}
+    assert {"OVERVIEW.md", "RESEARCH_PIPELINE.md", "paper_map.md", "formats.md", "log.md"} <= {p.name for p in DOCUMENTS}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_links_resolve(path):
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(path)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (path.parent / name).resolve() if name else path
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            broken.append(target)
+    assert broken == []
+
+
+def test_stages_and_flags_exist():
+    keys, wrong, stages, flags = {*known_keys(), *OWN, *OTHER}, [], 0, 0
+    for path in TEXTS:
+        text = path.read_text(encoding="utf-8")
+        code = text if path not in DOCUMENTS else "\n".join(FENCE.findall(text) + re.findall(r"`[^`\n]+`", prose(path)))
+        for name in re.findall(r"(?<![\w./-])vlakeep ([a-z][a-z-]+)", code):
+            stages += 1
+            wrong += [f"{path.name}: vlakeep {name}"] if name not in cli.STAGES else []
+        for flag in re.findall(r"(?<![\w-])--([A-Za-z][\w.-]*)", text if path.suffix != ".py" else ""):
+            flags += 1
+            wrong += [f"{path.name}: --{flag}"] if flag.rstrip(".-") not in keys else []
+    assert wrong == []
+    assert stages > 40 and flags > 100, "the patterns of this test are broken"
+
+
+def defined(path: Path):
+    """Names of a Python file: functions, classes, `Class.method`."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+            names |= {f"{node.name}.{child.name}" for child in getattr(node, "body", []) if isinstance(child, ast.FunctionDef)}
+    return names
+
+
+def test_paper_map_names_what_exists():
+    text = read("docs/paper_map.md")
+    functions = re.findall(r"`([\w/]+\.py):([\w.]+)`", text)
+    tests = re.findall(r"`tests/(test_\w+\.py)::(\w+)`", text)
+    assert len(functions) > 60 and len(tests) > 50
+    wrong = [f"{f}:{n}" for f, n in functions if not (PACKAGE / f).is_file() or n not in defined(PACKAGE / f)]
+    wrong += [f"{f}::{n}" for f, n in tests if not (REPO / "tests" / f).is_file() or n not in defined(REPO / "tests" / f)]
+    assert wrong == []
+
+
+def test_paper_map_lists_every_requirement():
+    listed = [row[0] for row in rows(read("docs/paper_map.md").split("## Requirements")[1])][1:]
+    groups = {"G": 5, "S": 6, "O": 9, "T": 6, "E": 5, "A": 3}
+    assert listed == [f"{letter}{i}" for letter, count in groups.items() for i in range(1, count + 1)]
+
+
+def function_node(file: str, name: str):
+    body = ast.parse((PACKAGE / file).read_text(encoding="utf-8")).body
+    for part in name.split("."):
+        body = next(node for node in body if getattr(node, "name", None) == part)
+        found, body = body, body.body
+    return found
+
+
+def keys_made(file: str, name: str):
+    """String keys that a function puts into dictionaries: literals, `d["key"] = `, `update(key=...)`."""
+    keys = set()
+    for node in ast.walk(function_node(file, name)):
+        if isinstance(node, ast.Dict):
+            keys |= {key.value for key in node.keys if isinstance(key, ast.Constant)}
+        elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store) and isinstance(node.slice, ast.Constant):
+            keys.add(node.slice.value)
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "update":
+            keys |= {keyword.arg for keyword in node.keywords if keyword.arg}
+    return keys
+
+
+def test_log_fields_are_those_of_the_code():
+    """docs/formats.md and both pipelines list exactly the fields that the training loop, the meters and the controller make."""
+    surgery = keys_made("hsw/meter.py", "NormMeter.read")
+    made = {"step", *keys_made("train.py", "train_step"), *keys_made("train.py", "_loop"), *surgery, "nonfinite"}
+    made |= {f"lora_input/{key}" for key in surgery} | keys_made("method.py", "IcsmHswThermostat.after_step")
+    made |= keys_made("thermostat/controller.py", "Controller._row")
+    made -= {"scaler", "method", "guard", "stream"}  # parts of a checkpoint, named in the same function
+    assert '"lora_input/"' in (PACKAGE / "method.py").read_text() and '"nonfinite"' in (PACKAGE / "rundir.py").read_text()
+    listed = [row[0].strip("`") for row in rows(METRICS.search(read("docs/formats.md"))[1])][1:]
+    assert sorted(listed) == sorted(made)
+    for name, title in (("docs/RESEARCH_PIPELINE.md", "## Log fields"), ("docs/RESEARCH_PIPELINE.zh-CN.md", "## 日志字段")):
+        table = read(name).split(title)[1].split("\n## ")[0]
+        told = [field for row in list(rows(table))[1:] for field in re.findall(r"`([^`]+)`", row[0])]
+        assert sorted(told) == sorted(listed), name
+
+
+def messages() -> str:
+    """Every text of the code, f-strings with a gap where a value stands, one per line."""
+    found = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(v.value if isinstance(v, ast.Constant) else "\0" for v in node.values))
+            elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+                found.append("".join(str(c.value) for c in ast.walk(node) if isinstance(c, ast.Constant)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(text.replace("\n", " ") for text in found)
+
+
+def test_quoted_messages_are_in_the_code():
+    known = messages()
+    tables = [read(name).split(title)[1] for name, title in zip(PAIRS[1], ("## Troubleshooting", "## 故障排查"))]
+    quoted = [[row[0].strip("`") for row in rows(table)][1:] for table in tables]
+    assert quoted[0] == quoted[1] and len(quoted[0]) > 30
+    missing = [text for text in quoted[0] if not all(part.strip() in known for part in text.split("..."))]
+    assert missing == []
+
+
+@pytest.mark.parametrize("english,chinese", PAIRS)
+def test_chinese_documents_have_the_structure_of_the_english_ones(english, chinese):
+    one, two = read(english), read(chinese)
+    assert [level for level, _ in headings(one)] == [level for level, _ in headings(two)]
+    assert len(FENCE.findall(one)) == len(FENCE.findall(two)) > 0
+    shell = re.compile(r"^```bash\n(.*?)^```$", re.M | re.S)
+    assert shell.findall(one)[1:] == shell.findall(two)[1:], "the commands differ"
+    assert len(list(rows(one))) == len(list(rows(two)))
+    assert re.search("[\u4e00-\u9fff]", two)
+
+
+def test_documents_name_no_machine():
+    wrong = [p.name for p in DOCUMENTS if re.search(r"/work/|/root/|/home/\w|localhost|\b\d+\.\d+\.\d+\.\d+\b", p.read_text())]
+    assert wrong == []
+
+
+def test_demo_results_have_their_place():
+    for name in PAIRS[0]:
+        assert re.search(r"<!-- demo-results -->.+<!-- /demo-results -->", read(name), flags=re.S), name
