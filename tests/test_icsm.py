@@ -173,12 +173,12 @@ def test_the_same_probe_and_seed_give_the_same_files(world, made):
 def test_damaged_or_foreign_artefacts_are_refused_with_the_remedy(made):
     found, config = made
     section = {**vars(config.icsm)}
-    good = (found.meta["weights_sha256"], found.meta["probe_sha256"], section, found.meta["depth"])
+    good = (found.meta["weights_sha256"], found.meta["probe_sha256"], section, found.meta["depth"], config.probe.size)
     assert artifact.check(found, *good) == []
     assert "other base weights" in artifact.check(found, "0" * 64, *good[1:])[0]
     assert "another probe" in artifact.check(found, good[0], "0" * 64, *good[2:])[0]
-    assert "decoder layers" in artifact.check(found, *good[:3], 18)[0]
-    changed = artifact.check(found, *good[:2], {**section, "rank": 12}, good[3])
+    assert "decoder layers" in artifact.check(found, *good[:3], 18, good[4])[0]
+    changed = artifact.check(found, *good[:2], {**section, "rank": 12}, *good[3:])
     assert len(changed) == 1 and "icsm.rank 24" in changed[0] and "vlakeep offline" in changed[0]
     path = found.folder / f"U{found.layers[0]}_f.pt"
     path.write_bytes(path.read_bytes()[:-20])

@@ -17,7 +17,7 @@ def law(**changes):
 
 
 def test_larger_drift_gives_smaller_gains_and_beta_never_reaches_zero():
-    gains = [law().target(d, threshold=1.0) for d in torch.linspace(0, 1000, 200).tolist()]
+    gains = [law().target(d, threshold=1.0, noise=0.1) for d in torch.linspace(0, 1000, 200).tolist()]
     betas, gammas = zip(*gains)
     assert all(a >= b for a, b in zip(betas, betas[1:])) and all(a >= b for a, b in zip(gammas, gammas[1:]))
     assert gammas[-1] < gammas[100] < gammas[1] == 1.0 or gammas[0] == 1.0
@@ -31,10 +31,11 @@ def test_gamma_falls_when_drift_rises_and_recovers_when_it_falls():
 
 
 def test_calibration_only_measures_and_sets_the_threshold_from_the_noise():
-    rows = replay(law(), [1.0, 2.0, 3.0, 2.0])
+    rows = replay(law(ema=0.5), [1.0, 2.0, 3.0, 2.0])
     assert [row["calibrating"] for row in rows] == [1.0, 1.0, 1.0, 0.0]
     assert all(row["gamma"] == row["beta"] == 1.0 for row in rows[:3])
-    assert rows[3]["threshold"] == pytest.approx(2.0 + 2.0 * 1.0)
+    # The standard deviation of the three is 1; a moving average of weight 1/2 has sqrt(1/3) of it.
+    assert rows[3]["threshold"] == pytest.approx(2.0 + 2.0 * math.sqrt(1 / 3))
 
 
 def test_rate_limit_dead_band_and_moving_average():
@@ -44,6 +45,13 @@ def test_rate_limit_dead_band_and_moving_average():
     assert held[4]["gamma"] == held[3]["gamma"]
     smoothed = replay(law(ema=0.25), [1, 1, 1, 5.0])
     assert smoothed[3]["d_ema"] == pytest.approx(2.0)
+
+
+def test_an_estimator_without_noise_gets_the_floor():
+    """Paired drift is exactly zero during calibration; the floor says what counts as one noise level."""
+    rows = replay(law(noise_floor=0.01, threshold_sigmas=2.0, half_excess=1.0), [0, 0, 0, 0.02, 0.03, 0.05])
+    assert rows[3]["threshold"] == pytest.approx(0.02) and rows[3]["gamma"] == 1.0
+    assert rows[4]["gamma"] == pytest.approx(0.5) and rows[5]["gamma"] == pytest.approx(0.25)
 
 
 def test_a_value_that_is_not_a_number_holds_the_gains_and_is_counted():

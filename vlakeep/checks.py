@@ -243,14 +243,16 @@ def check_artifact(config: Config, storage: Storage, model: dict, probe_sha256: 
     """The ICSM artefact: there, whole, made for this probe, depth and icsm section; `train` also compares the base weights."""
     from vlakeep.icsm import artifact as icsm
 
+    from vlakeep.backbones.base import model_name
+
     remedy = "vlakeep offline" + (f" --config {config_path}" if config_path else "")
     try:
-        backbone = find_checkpoint(config.backbone.checkpoint, storage.cache).resolve().name  # as Backbone.name
+        backbone = model_name(find_checkpoint(config.backbone.checkpoint, storage.cache))
         folder = storage.artifact_folder(config.icsm.name or icsm.artifact_name(backbone))
         found = icsm.load(folder)
         depth = depth_and_width(model)[0] if model else found.meta["depth"]
         weights, probe = found.meta["weights_sha256"], probe_sha256 or found.meta["probe_sha256"]
-        problems = icsm.check(found, weights, probe, to_dict(config.icsm), depth)
+        problems = icsm.check(found, weights, probe, to_dict(config.icsm), depth, config.probe.size)
         problems += [f"{folder / name} is missing" for name in found.meta["files"] if not (folder / name).is_file()]
     except (ValueError, KeyError, OSError) as error:
         problems = [str(error)]

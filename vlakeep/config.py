@@ -86,9 +86,10 @@ class IcsmConfig:
     sensitivity_items: int = 64
     # Also write token-level bases of the inputs of every adapted linear (needed by hsw.site lora_input).
     tokens: bool = True
-    # Shares of the input dimension that the token-level Uf and Up take.
-    tokens_fragile_fraction: float = 0.25
-    tokens_plastic_fraction: float = 0.25
+    # Shares of the input dimension that the token-level Uf and Up take. Much, because what tells two tasks apart lies in directions
+    # of little energy: with a quarter the old skills are lost all the same (docs/log.md has the figures).
+    tokens_fragile_fraction: float = 0.9
+    tokens_plastic_fraction: float = 0.05
     # Let the teacher continue each probe prompt by itself, so that its answer positions are in the token statistics.
     tokens_generated: bool = True
     batch_size: int = 32
@@ -103,7 +104,7 @@ class HswConfig:
     layers: Optional[List[int]] = None
     # icsm: the artefact's subspaces; random: orthonormal ones of the same shape (ablation).
     subspace: str = "icsm"
-    # Gains when the Thermostat is off, and the start of its trajectory when it is on.
+    # Gains when the Thermostat is off (with it they start at 1, and its bounds below hold).
     gamma: float = 1.0
     beta: float = 1.0
     # Stabiliser of g' <- g' * min(1, ||g|| / (||g'|| + eps)).
@@ -120,23 +121,26 @@ class ThermostatConfig:
     # Measure every K optimizer steps, on a probe batch of this size.
     every: int = 50
     batch_size: int = 64
-    # The first measurements only calibrate: gains stay at 1, the noise level of d sets the threshold.
-    calibration: int = 5
-    # Threshold = calibration mean + this many standard deviations.
+    # Measurements before the first step that only calibrate: student and teacher are still equal, so they show the noise level of d.
+    calibration: int = 8
+    # Threshold = calibration mean + this many noise levels of the averaged d.
     threshold_sigmas: float = 2.0
-    # Drift above the threshold, in units of the threshold, at which the suppression has covered half of its range.
-    half_excess: float = 0.5
+    # Drift above the threshold, in noise levels, at which the suppression has covered half of its range.
+    half_excess: float = 1.0
+    # Noise level of the paired estimator, which has none of its own: a relative displacement.
+    paired_noise: float = 0.01
     # Exponential moving average: weight of the newest measurement.
     ema: float = 0.5
     # Relative change of the averaged d below which the gains are left alone.
     dead_band: float = 0.02
     # Largest change of a gain per measurement.
     rate_limit: float = 0.25
-    # Bounds of the gains. None: 0.5 for the residual site (below it Adam blows the hidden states up), 0.0 for lora_input.
+    # Bounds of the gains. None: 0.5 to 1 for the residual site (below it Adam blows the hidden states up), 0 to 0.05 for lora_input
+    # (where every bit of gamma is both drift and less room for the new skill: what Uf lets through dominates Adam's step size).
     gamma_min: Optional[float] = None
-    gamma_max: float = 1.0
-    # beta never reaches 0.
-    beta_min: float = 0.5
+    gamma_max: Optional[float] = None
+    # beta never reaches 0. Above gamma_min, so that fragile and plastic directions are treated differently.
+    beta_min: float = 0.8
     beta_max: float = 1.0
 
 
@@ -244,7 +248,8 @@ class Config:
         one_of("train.autocast", "off", "bfloat16", "float16")
         one_of("lora.init", "gaussian", "kaiming")
         one_of("evaluate.benchmark", "tabletop")
-        need(bool(self.name) and "/" not in self.name and self.name not in (".", ".."), "name", "a single folder name")
+        need(bool(self.name) and "/" not in self.name and self.name not in (".", "..", "base"), "name",
+             "a single folder name, and not base, which names the model before training")
         for key in ("lora.rank", "lora.alpha", "data.shuffle_buffer", "icsm.rank", "icsm.batch_size", "icsm.sensitivity_items", "thermostat.every",
                     "train.steps", "train.batch_size", "train.accumulation", "train.log_every", "train.save_every",
                     "train.keep_last", "evaluate.episodes", "evaluate.questions_per_kind", "evaluate.parallel"):
@@ -266,13 +271,14 @@ class Config:
         need(0 < self.hsw.beta <= 1, "hsw.beta", "in (0, 1]: plastic directions are damped, never closed")
         need(self.hsw.eps > 0, "hsw.eps", "greater than 0")
         t = self.thermostat
-        need(t.gamma_min is None or 0 <= t.gamma_min <= t.gamma_max, "thermostat.gamma_min", "in [0, gamma_max]")
-        need(0 <= t.gamma_max <= 1, "thermostat.gamma_max", "in [0, 1]")
+        need(t.gamma_max is None or 0 <= t.gamma_max <= 1, "thermostat.gamma_max", "in [0, 1]")
+        need(t.gamma_min is None or 0 <= t.gamma_min <= (1 if t.gamma_max is None else t.gamma_max), "thermostat.gamma_min", "in [0, gamma_max]")
         need(0 < t.beta_min <= t.beta_max, "thermostat.beta_min", "in (0, beta_max]: beta never reaches 0")
         need(t.beta_max <= 1, "thermostat.beta_max", "at most 1")
         need(0 < t.ema <= 1, "thermostat.ema", "in (0, 1]")
         need(t.dead_band >= 0, "thermostat.dead_band", "0 or more")
         need(t.rate_limit > 0, "thermostat.rate_limit", "greater than 0")
+        need(t.paired_noise > 0, "thermostat.paired_noise", "greater than 0")
         need(t.half_excess > 0, "thermostat.half_excess", "greater than 0")
         need(t.threshold_sigmas >= 0, "thermostat.threshold_sigmas", "0 or more")
         need(self.train.lr > 0, "train.lr", "greater than 0")

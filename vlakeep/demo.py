@@ -1,6 +1,6 @@
 """Stage `vlakeep demo`: the main job from end to end on the small model, three arms side by side, on CPU in minutes.
 
-    make demo        or        vlakeep demo [--root DIR] [--out DIR]
+    make demo        or        vlakeep demo [--root DIR] [--key value ...]
 
 tabletop-data -> offline -> train (baseline; method as frozen; method with hsw.site=lora_input) -> evaluate -> report
 

@@ -36,7 +36,7 @@ ANSWER_TOKENS = 6
 
 def load_target(config: Config, storage: Storage, device):
     """(backbone with the target's adapter, its name, what identifies its weights). `base` has no adapter."""
-    backbone = make_backbone(config.backbone, device)
+    backbone = make_backbone(config.backbone, device, storage.cache)
     target = config.evaluate.target
     if target == "base":
         return backbone.eval(), "base", backbone.weights_sha256
@@ -49,7 +49,13 @@ def load_target(config: Config, storage: Storage, device):
         folder = checkpoint
     manifest = load_manifest(folder)
     load_adapter(backbone, folder / "adapter")
-    return backbone.eval(), Path(target).name, manifest
+    statistics = json.loads((folder / "adapter" / "dataset_statistics.json").read_text())
+    backbone.norm_stats = {**backbone.norm_stats, **statistics}
+    if backbone.unnorm_key is None and len(statistics) == 1:
+        backbone.unnorm_key = next(iter(statistics))
+    # A step of a run that was named by its folder gets its own records.
+    name = f"{folder.parents[1].name}-{folder.name}" if Path(target).name == folder.name else Path(target).name
+    return backbone.eval(), name, manifest
 
 
 def load_manifest(folder: Path) -> str:

@@ -1,10 +1,10 @@
 """The seam between training and the anti-forgetting methods, and the method itself.
 
-An arm is a Method; the loop in train.py asks it the same five things whichever it is. "What does the method add?" is the
+An arm is a Method; the loop in train.py asks it the same things whichever it is. "What does the method add?" is the
 difference between `Baseline` and `IcsmHswThermostat`.
 """
 
-from typing import Dict, Optional, Protocol
+from typing import Dict, List, Optional, Protocol
 
 import torch
 
@@ -21,6 +21,8 @@ class Method(Protocol):
     """What the training loop knows of an arm. `attach` comes after LoRA and before DDP and the optimizer are built."""
 
     def attach(self, backbone) -> None: ...
+
+    def before_training(self) -> List[Dict[str, float]]: ...
 
     def before_step(self, step: int, observe: bool) -> None: ...
 
@@ -40,6 +42,10 @@ class Baseline:
 
     def attach(self, backbone) -> None:
         """Nothing is attached."""
+
+    def before_training(self) -> List[Dict[str, float]]:
+        """Rows to log as step 0 of a fresh run (not of a resumed one)."""
+        return []
 
     def before_step(self, step: int, observe: bool) -> None:
         """Nothing to prepare; `observe` says whether this step's metrics will be logged."""
@@ -114,6 +120,18 @@ class IcsmHswThermostat:
         for site in self._sites:
             site.set_gains(self.gains)
 
+    def before_training(self) -> List[Dict[str, float]]:
+        """Calibrate the Thermostat: measure while student and teacher are the same."""
+        rows = []
+        while self._controller and not self._controller.calibrated:
+            rows.append(self._measure())
+        return rows
+
+    def _measure(self) -> Dict[str, float]:
+        row = self._controller.update(self._thermometer.measure(self._controller.measurements))
+        row["next_beta"], row["next_gamma"] = row.pop("beta"), row.pop("gamma")  # they act from the next step on
+        return {key: value for key, value in row.items() if value is not None}
+
     def before_step(self, step: int, observe: bool) -> None:
         self._observe = observe
         for site in self._sites:
@@ -129,10 +147,8 @@ class IcsmHswThermostat:
             for site, prefix in zip(self._sites, ("", "lora_input/")):
                 metrics.update({prefix + key: value for key, value in site.meter.read(loss_scale).items()})
         if self._controller and step % self._config.thermostat.every == 0:
-            row = self._controller.update(self._thermometer.measure(self._controller.measurements))
+            metrics.update(self._measure())
             self._apply()
-            metrics.update({key: row[key] for key in ("d", "d_ema", "threshold", "calibrating") if row[key] is not None})
-            metrics.update({"next_beta": row["beta"], "next_gamma": row["gamma"]})
             leaks = [site.leak() for site in self._sites if isinstance(site, LoraInputSite)]
             metrics.update({"leak": leaks[0]} if leaks else {})
         for site in self._sites:
@@ -154,12 +170,14 @@ class IcsmHswThermostat:
 
 
 def control_law(config: Config) -> Law:
-    """The Thermostat's law; gamma_min follows the site when it is not set (config.py says why)."""
+    """The Thermostat's law; bounds of gamma that are not set follow the site (config.py says why)."""
     t = config.thermostat
-    gamma_min = t.gamma_min if t.gamma_min is not None else (0.0 if config.hsw.site == "lora_input" else 0.5)
-    return Law(gamma_min=min(gamma_min, t.gamma_max), gamma_max=t.gamma_max, beta_min=t.beta_min, beta_max=t.beta_max,
+    low, high = (0.0, 0.05) if config.hsw.site == "lora_input" else (0.5, 1.0)
+    high = t.gamma_max if t.gamma_max is not None else max(high, t.gamma_min or 0.0)
+    low = t.gamma_min if t.gamma_min is not None else min(low, high)
+    return Law(gamma_min=low, gamma_max=high, beta_min=t.beta_min, beta_max=t.beta_max,
                calibration=t.calibration, threshold_sigmas=t.threshold_sigmas, half_excess=t.half_excess, ema=t.ema,
-               dead_band=t.dead_band, rate_limit=t.rate_limit)
+               dead_band=t.dead_band, rate_limit=t.rate_limit, noise_floor=t.paired_noise if t.estimator == "paired" else 0.0)
 
 
 def needs_artifact(config: Config) -> bool:

@@ -35,7 +35,7 @@ def run_offline(config: Config, storage: Storage) -> Path:
     torch.manual_seed(config.seed)
     set_threads(config.threads)
     started = time.perf_counter()
-    backbone = make_backbone(config.backbone, pick_device(config.device))
+    backbone = make_backbone(config.backbone, pick_device(config.device), storage.cache)
     backbone.eval()
     probe = ProbeSet(storage.probe_folder(config.probe.name))
     items = probe.spread(config.probe.size)

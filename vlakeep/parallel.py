@@ -6,7 +6,6 @@ Objects travel between processes as JSON and safetensors bytes (checkpoint.to_by
 """
 
 import os
-import sys
 from datetime import timedelta
 from typing import Any, Dict, List, Optional
 
@@ -34,25 +33,6 @@ def set_threads(threads: Optional[int]) -> None:
     """Fix torch's CPU threads; None leaves torch's choice."""
     if threads is not None:
         torch.set_num_threads(threads)
-
-
-def launch_command(gpus: int, argv: List[str]) -> List[str]:
-    """The command that runs `vlakeep argv...` on this many GPUs (or CPU processes); one needs no torchrun."""
-    if gpus < 1:
-        raise ValueError(f"--gpus {gpus}: must be at least 1")
-    if gpus == 1:
-        return [sys.executable, "-m", "vlakeep.cli", *argv]
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(gpus),
-        "-m",
-        "vlakeep.cli",
-        *argv,
-    ]
 
 
 class Distributed:

@@ -18,7 +18,7 @@ NOISE = 0.2
 
 
 def write_tabletop_data(config: Config, storage: Storage) -> None:
-    """Write what is not there yet; the same seed gives the same bytes."""
+    """Write the data sets and the probe, replacing what is there; the same seed gives the same bytes."""
     from vlakeep.benchmarks import tabletop
 
     for name in config.data.datasets:

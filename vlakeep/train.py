@@ -24,6 +24,7 @@ from vlakeep.backbones.base import make_backbone
 from vlakeep.backbones.lora import add_lora, load_trainable, save_adapter, trainable_state
 from vlakeep.config import Config, config_from_argv, to_dict
 from vlakeep.data.loader import make_stream
+from vlakeep.data.statistics import save_statistics
 from vlakeep.icsm import artifact as icsm_artifact
 from vlakeep.method import build_method, needs_artifact
 from vlakeep.parallel import Distributed, set_threads
@@ -93,7 +94,8 @@ def prepare_method(config: Config, storage: Storage, backbone):
     probe = ProbeSet(storage.probe_folder(config.probe.name))
     folder = storage.artifact_folder(config.icsm.name or icsm_artifact.artifact_name(backbone.name))
     artifact = icsm_artifact.load(folder)
-    problems = icsm_artifact.check(artifact, backbone.weights_sha256, probe.sha256, to_dict(config.icsm), backbone.num_layers)
+    problems = icsm_artifact.check(artifact, backbone.weights_sha256, probe.sha256, to_dict(config.icsm), backbone.num_layers,
+                                   config.probe.size)
     if problems:
         raise icsm_artifact.ArtifactError("\n".join(problems))
 
@@ -116,9 +118,11 @@ class Guard:
     def __init__(self, factor: float):
         self._factor, self._first = factor, None
 
-    def check(self, step: int, row: Dict[str, float], kept: str) -> None:
+    def check(self, step: int, row: Dict[str, float], scaler, kept: str) -> None:
         for key in ("loss", "grad_norm"):
-            if not math.isfinite(row[key]):
+            # With loss scaling an overflowing gradient is part of the procedure: that update is skipped and the scale is halved.
+            skipped = key == "grad_norm" and scaler.is_enabled() and scaler.get_scale() >= 1.0
+            if not math.isfinite(row[key]) and not skipped:
                 raise TrainingStopped(f"{key} is {row[key]} at step {step}; {kept}. Lower --train.lr, keep --train.clip 1.0, "
                                       "or use --backbone.dtype float32")
         if self._first is None:
@@ -141,13 +145,14 @@ def run_training(config: Config, storage: Storage) -> Path:
     set_threads(config.threads)
     with Distributed(config.device) as dist:
         torch.manual_seed(config.seed)
-        backbone = make_backbone(config.backbone, dist.device)
+        backbone = make_backbone(config.backbone, dist.device, storage.cache)
         add_lora(backbone, config.lora, config.seed)
         backbone.train()
         method, hashes = prepare_method(config, storage, backbone)
         method.attach(backbone)
         stream = make_stream(config.data, storage.data, backbone.processor, config.train.batch_size, config.seed, dist.rank, dist.world,
                              storage.cache)
+        backbone.norm_stats = {**backbone.norm_stats, **stream.statistics}
         hashes["base_weights"] = backbone.weights_sha256
         with RunDir.open(storage, config, dist, hashes) as run:
             _loop(config, dist, run, backbone, method, stream)
@@ -164,7 +169,10 @@ def _loop(config: Config, dist: Distributed, run: RunDir, backbone, method, stre
     guard = Guard(settings.blowup_factor)
     first = 1
     parts = {"scaler": scaler, "method": method, "guard": guard, "stream": stream}
-    if run.resume_from is not None:
+    if run.resume_from is None:
+        for row in method.before_training():
+            run.log(0, row)
+    else:
         first = _restore(run.resume_from, backbone, optimizer, parts) + 1
         run.truncate_metrics(first - 1)
     say(dist, f"{run.folder.name}: {config.method}, {sum(p.numel() for p in params):,} trainable parameters, global batch "
@@ -179,12 +187,12 @@ def _loop(config: Config, dist: Distributed, run: RunDir, backbone, method, stre
         observe = step % settings.log_every == 0 or step == settings.steps
         batches = [next(stream).to(dist.device) for _ in range(settings.accumulation)]
         metrics = train_step(model, method, optimizer, scaler, batches, settings, step, observe)
-        if observe:
+        if observe or "d" in metrics:  # a measurement is logged always: the Thermostat must be replayable
             row = dist.mean_metrics(metrics)
             row["grad_norm_clipped"] = min(row["grad_norm"], settings.clip) if settings.clip > 0 else row["grad_norm"]
             row.update(lr=optimizer.param_groups[0]["lr"], seconds=(time.perf_counter() - seconds))
             run.log(step, row)
-            guard.check(step, row, f"the checkpoint of step {saved} is kept" if saved else "no checkpoint had been saved yet")
+            guard.check(step, row, scaler, f"the checkpoint of step {saved} is kept" if saved else "no checkpoint had been saved yet")
             progress.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
         progress.update()
         # With several processes the question costs a synchronisation, so it is asked on logged steps only.
@@ -207,8 +215,14 @@ def _save(run: RunDir, step: int, keep_last: int, dist: Distributed, backbone, o
         tensors, optimizer_state = ckpt.split_optimizer(optimizer)
         state.update(step=step, optimizer=optimizer_state, ranks=ranks)
         ckpt.save_checkpoint(run.folder, step, {"trainable": trainable_state(backbone), "optimizer": tensors}, state,
-                             lambda folder: save_adapter(backbone, folder / "adapter"), keep_last)
+                             lambda folder: _write_adapter(backbone, folder / "adapter", parts["stream"].statistics), keep_last)
     dist.barrier()
+
+
+def _write_adapter(backbone, folder: Path, statistics: dict) -> None:
+    """The adapter in PEFT format, and the action statistics without which its actions mean nothing."""
+    save_adapter(backbone, folder)
+    save_statistics(folder / "dataset_statistics.json", statistics)
 
 
 def _restore(folder: Path, backbone, optimizer, parts) -> int:
@@ -216,7 +230,8 @@ def _restore(folder: Path, backbone, optimizer, parts) -> int:
     tensors, state = ckpt.load_checkpoint(folder)
     load_trainable(backbone, tensors["trainable"])
     ckpt.join_optimizer(optimizer, tensors["optimizer"], state["optimizer"])
-    mine = state["ranks"][Distributed.current().rank]
+    ranks = state["ranks"]
+    mine = ranks[Distributed.current().rank % len(ranks)]  # the data position is the same for all; a run may go on with more processes
     for name, part in parts.items():
         part.load_state_dict(mine["stream"] if name == "stream" else state[name])
     ckpt.set_rng_state(mine["rng"])

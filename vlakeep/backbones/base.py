@@ -25,6 +25,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 LORA_PREFIX = "language_model.model."
 
 
+def model_name(folder: Path) -> str:
+    """Name of a checkpoint folder; in the hub's cache (models--openvla--openvla-7b/snapshots/<commit>) that of the model."""
+    folder = Path(folder).absolute()
+    if folder.parent.name == "snapshots":
+        return folder.parents[1].name.replace("models--", "").replace("--", "-")
+    return folder.name
+
+
 class LossOutput(NamedTuple):
     """All tensors stay on the device; nothing is read by the host."""
 
@@ -94,12 +102,7 @@ class Backbone(nn.Module):
 
     @property
     def name(self) -> str:
-        if self.checkpoint is None:
-            return "unnamed"
-        folder = self.checkpoint.absolute()
-        if folder.parent.name == "snapshots":  # the hub's cache: models--openvla--openvla-7b/snapshots/<commit>
-            return folder.parents[1].name.replace("models--", "").replace("--", "-")
-        return folder.name
+        return model_name(self.checkpoint) if self.checkpoint else "unnamed"
 
     @property
     def weights_sha256(self) -> str:

@@ -138,7 +138,7 @@ def load(folder: Path) -> Artifact:
     return Artifact(folder, meta)
 
 
-def check(artifact: Artifact, weights_hash: str, probe_hash: str, icsm_section: dict, depth: int) -> List[str]:
+def check(artifact: Artifact, weights_hash: str, probe_hash: str, icsm_section: dict, depth: int, probe_size: int) -> List[str]:
     """Why this artefact does not fit the run: one line per mismatch with the remedy; empty when it fits."""
     meta, remedy = artifact.meta, "run `vlakeep offline` with this configuration"
     found = []
@@ -149,6 +149,8 @@ def check(artifact: Artifact, weights_hash: str, probe_hash: str, icsm_section: 
         found.append(f"{artifact.folder} was made from another probe ({meta['probe_sha256'][:12]}, this run names {probe_hash[:12]}): {remedy}")
     if meta["depth"] != depth:
         found.append(f"{artifact.folder} was made for {meta['depth']} decoder layers, this model has {depth}: {remedy}")
+    if meta["probe_items"] != probe_size:
+        found.append(f"{artifact.folder} was made from {meta['probe_items']} probe items, this run asks for {probe_size}: {remedy}")
     recorded = meta["config"]
     for key, value in icsm_section.items():
         if key in ("name", "batch_size"):  # neither changes the numbers' meaning

@@ -1,9 +1,10 @@
 """Thermostat: the control law from drift d to the gains (beta, gamma). Plain Python, no torch.
 
-Calibration: the first n measurements leave both gains at 1; their mean and standard deviation set the threshold,
-    threshold = mean + sigmas * std.
-Afterwards, with m the exponential moving average of d,
-    excess = max(0, m / threshold - 1)          s = excess / (excess + half_excess)      in [0, 1), monotone in d
+Calibration: the first n measurements, taken before training while student and teacher are the same, show nothing but sampling noise.
+Their mean and standard deviation give the noise level of the moving average m and the threshold,
+    noise = std * sqrt(ema / (2 - ema))         threshold = mean + sigmas * noise
+Afterwards, in units of the noise,
+    excess = max(0, (m - threshold) / noise)    s = excess / (excess + half_excess)      in [0, 1), monotone in d
     gamma  = gamma_max - (gamma_max - gamma_min) s      beta = beta_max - (beta_max - beta_min) s
 within a dead band (hold) and a rate limit per measurement. The trajectory is a function of the measured d alone, so it can be
 replayed from the log: `replay`.
@@ -28,6 +29,8 @@ class Law:
     ema: float
     dead_band: float
     rate_limit: float
+    # Least noise level: an estimator that is exact at zero drift has none of its own.
+    noise_floor: float = 0.0
 
     def __post_init__(self):
         if not 0 <= self.gamma_min <= self.gamma_max <= 1:
@@ -39,9 +42,16 @@ class Law:
         if not (self.half_excess > 0 and 0 < self.ema <= 1 and self.rate_limit > 0 and self.dead_band >= 0):
             raise ValueError("need half_excess > 0, 0 < ema <= 1, rate_limit > 0, dead_band >= 0")
 
-    def target(self, drift: float, threshold: float) -> Tuple[float, float]:
+    def noise(self, calibration: List[float]) -> float:
+        """Noise level of the moving average, from the calibration measurements."""
+        mean = sum(calibration) / len(calibration)
+        variance = sum((d - mean) ** 2 for d in calibration) / (len(calibration) - 1)
+        # A thousandth of the mean keeps a lucky calibration of nearly equal values from making the loop infinitely sharp.
+        return max(math.sqrt(variance * self.ema / (2 - self.ema)), 1e-3 * mean, self.noise_floor, 1e-12)
+
+    def target(self, drift: float, threshold: float, noise: float) -> Tuple[float, float]:
         """(beta, gamma) that the law asks for at this averaged drift."""
-        excess = max(0.0, drift / threshold - 1.0)
+        excess = max(0.0, (drift - threshold) / noise)
         s = excess / (excess + self.half_excess)
         return self.beta_max - (self.beta_max - self.beta_min) * s, self.gamma_max - (self.gamma_max - self.gamma_min) * s
 
@@ -51,9 +61,10 @@ class Controller:
     """Closed loop state; `update(d)` after each measurement, `state_dict` for checkpoints."""
 
     law: Law
-    beta: float = 1.0
-    gamma: float = 1.0
+    beta: Optional[float] = None
+    gamma: Optional[float] = None
     threshold: Optional[float] = None
+    noise: Optional[float] = None
     average: Optional[float] = None
     # Average at which the gains were last set; the dead band is measured from here.
     anchor: Optional[float] = None
@@ -71,22 +82,28 @@ class Controller:
         law = self.law
         if self.threshold is None:
             self.calibration.append(drift)
-            self.average = drift
             row = self._row(drift)
             if len(self.calibration) == law.calibration:
-                mean = sum(self.calibration) / law.calibration
-                variance = sum((d - mean) ** 2 for d in self.calibration) / (law.calibration - 1)
-                # The floor keeps the law defined when nothing at all moved during calibration.
-                self.threshold = max(mean + law.threshold_sigmas * math.sqrt(variance), 1e-12)
+                self.average = sum(self.calibration) / law.calibration
+                self.noise = law.noise(self.calibration)
+                self.threshold = self.average + law.threshold_sigmas * self.noise
             return row
         self.average = law.ema * drift + (1 - law.ema) * self.average
         if self.anchor is None or abs(self.average - self.anchor) > law.dead_band * self.anchor:
-            beta, gamma = law.target(self.average, self.threshold)
+            beta, gamma = law.target(self.average, self.threshold, self.noise)
             moved = (self._limit(self.beta, beta), self._limit(self.gamma, gamma))
             # A rate-limited step has not arrived yet: without an anchor the next measurement goes on.
             self.anchor = self.average if moved == (beta, gamma) else None
             self.beta, self.gamma = moved
         return self._row(drift)
+
+    def __post_init__(self):
+        self.beta = self.law.beta_max if self.beta is None else self.beta
+        self.gamma = self.law.gamma_max if self.gamma is None else self.gamma
+
+    @property
+    def calibrated(self) -> bool:
+        return self.threshold is not None
 
     def _limit(self, now: float, wanted: float) -> float:
         step = wanted - now
@@ -115,5 +132,5 @@ def replay(law: Law, drifts: Iterable[float]) -> List[Dict[str, float]]:
 if __name__ == "__main__":  # sanity check: python -m vlakeep.thermostat.controller
     law = Law(gamma_min=0.0, gamma_max=1.0, beta_min=0.5, beta_max=1.0, calibration=3, threshold_sigmas=2.0, half_excess=0.5,
               ema=0.5, dead_band=0.02, rate_limit=0.25)
-    for row in replay(law, [1.0, 1.1, 0.9, 1.0, 1.5, 2.5, 4.0, 4.0, 4.0, 1.0, 0.5, 0.5, 0.5]):
+    for row in replay(law, [1.0, 1.1, 0.9, 1.0, 1.5, 2.5, 4.0, 4.0, 4.0, 1.0, 1.0, 1.0, 1.0]):
         print("  ".join(f"{key} {value:.3f}" for key, value in row.items() if value is not None))
