@@ -16,7 +16,7 @@ import typing
 from pathlib import Path
 from typing import Dict, List, NamedTuple
 
-from vlakeep.errors import is_user_error
+from vlakeep.errors import explain, is_user_error
 
 
 class Stage(NamedTuple):
@@ -151,7 +151,7 @@ def main() -> int:
     except Exception as error:
         if debug or not is_user_error(error):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {explain(error)}", file=sys.stderr)
         return 2
 
 

@@ -5,18 +5,17 @@ the key, and `Config.problems()` collects every out-of-range value so that all o
 Each field is documented once, in the comment above it.
 """
 
-import difflib
+import math
 import sys
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from pathlib import Path
-from typing import List, Optional, get_type_hints
+from typing import List, Optional
 
-import draccus
 import yaml
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key and the remedy."""
+from vlakeep import schema
+from vlakeep.schema import ConfigError
 
 
 @dataclass
@@ -88,8 +87,8 @@ class IcsmConfig:
     tokens: bool = True
     # Shares of the input dimension that the token-level Uf and Up take. Much, because what tells two tasks apart lies in directions
     # of little energy: with a quarter the old skills are lost all the same (docs/log.md has the figures).
-    tokens_fragile_fraction: float = 0.9
-    tokens_plastic_fraction: float = 0.05
+    tokens_fragile_fraction: float = 0.95
+    tokens_plastic_fraction: float = 0.03
     # Let the teacher continue each probe prompt by itself, so that its answer positions are in the token statistics.
     tokens_generated: bool = True
     batch_size: int = 32
@@ -135,14 +134,14 @@ class ThermostatConfig:
     dead_band: float = 0.02
     # Largest change of a gain per measurement.
     rate_limit: float = 0.25
-    # Bounds of the gains. None: 0.5 to 1 for the residual site (below it Adam blows the hidden states up), 0 to 0.05 for lora_input
-    # (where every bit of gamma is both drift and less room for the new skill: what Uf lets through dominates Adam's step size).
+    # Bounds of the gains; beta never reaches 0. None follows the site:
+    #   residual, both   gamma 0.5 to 1, beta 0.8 to 1: below that Adam blows the hidden states up
+    #   lora_input       gamma 0, beta 0.2 to 0.5: inputs in Uf carry nearly all the energy, so that a gamma of 0.05 already lets
+    #                    through what the old skills are lost by (docs/log.md); the loop works through beta
     gamma_min: Optional[float] = None
     gamma_max: Optional[float] = None
-    # beta never reaches 0. Above gamma_min, so that fragile and plastic directions are treated differently.
-    beta_min: float = 0.8
-    beta_max: float = 1.0
-
+    beta_min: Optional[float] = None
+    beta_max: Optional[float] = None
 
 @dataclass
 class TrainConfig:
@@ -235,6 +234,17 @@ class Config:
                 value = getattr(value, part)
             need(value in choices, key, "one of " + ", ".join(choices))
 
+        for key in known_keys():
+            value = attrgetter(key)(self)
+            need(not isinstance(value, float) or math.isfinite(value), key, "a finite number")
+        need(0 <= self.seed < 2**32, "seed", "in [0, 2^32)")
+        need(self.threads is None or self.threads >= 1, "threads", "at least 1, or null for torch's choice")
+        need(0 <= self.evaluate.seed < 100_000, "evaluate.seed", "in [0, 100000)")
+        need(self.evaluate.target not in ("", ".", ".."), "evaluate.target", "base, the name of a run, or a checkpoint folder")
+        for key, off in (("icsm.layers", ""), ("hsw.layers", "; --hsw.enabled false switches the surgery off")):
+            layers = attrgetter(key)(self)
+            sound = layers is None or (layers and min(layers) >= 0 and len(set(layers)) == len(layers))
+            need(sound, key, f"null, or different layer numbers from 0 on, such as '[3, 5]'{off}")
         one_of("method", "baseline", "icsm_hsw_thermostat")
         one_of("device", "auto", "cpu", "cuda")
         one_of("backbone.dtype", "float32", "bfloat16", "float16")
@@ -250,9 +260,10 @@ class Config:
         one_of("evaluate.benchmark", "tabletop")
         need(bool(self.name) and "/" not in self.name and self.name not in (".", "..", "base"), "name",
              "a single folder name, and not base, which names the model before training")
-        for key in ("lora.rank", "lora.alpha", "data.shuffle_buffer", "icsm.rank", "icsm.batch_size", "icsm.sensitivity_items", "thermostat.every",
-                    "train.steps", "train.batch_size", "train.accumulation", "train.log_every", "train.save_every",
-                    "train.keep_last", "evaluate.episodes", "evaluate.questions_per_kind", "evaluate.parallel"):
+        for key in ("lora.rank", "lora.alpha", "data.shuffle_buffer", "icsm.rank", "icsm.batch_size", "icsm.sensitivity_items",
+                    "thermostat.every", "train.steps", "train.batch_size", "train.accumulation", "train.log_every",
+                    "train.save_every", "train.keep_last", "evaluate.episodes", "evaluate.questions_per_kind",
+                    "evaluate.retention_frames", "evaluate.parallel"):
             section, name = key.split(".")
             need(getattr(getattr(self, section), name) >= 1, key, "at least 1")
         need(self.probe.size >= 2, "probe.size", "at least 2")
@@ -271,10 +282,11 @@ class Config:
         need(0 < self.hsw.beta <= 1, "hsw.beta", "in (0, 1]: plastic directions are damped, never closed")
         need(self.hsw.eps > 0, "hsw.eps", "greater than 0")
         t = self.thermostat
-        need(t.gamma_max is None or 0 <= t.gamma_max <= 1, "thermostat.gamma_max", "in [0, 1]")
-        need(t.gamma_min is None or 0 <= t.gamma_min <= (1 if t.gamma_max is None else t.gamma_max), "thermostat.gamma_min", "in [0, gamma_max]")
-        need(0 < t.beta_min <= t.beta_max, "thermostat.beta_min", "in (0, beta_max]: beta never reaches 0")
-        need(t.beta_max <= 1, "thermostat.beta_max", "at most 1")
+        gamma_max, beta_max = (1 if high is None else high for high in (t.gamma_max, t.beta_max))
+        need(0 <= gamma_max <= 1, "thermostat.gamma_max", "in [0, 1]")
+        need(0 < beta_max <= 1, "thermostat.beta_max", "in (0, 1]")
+        need(t.gamma_min is None or 0 <= t.gamma_min <= gamma_max, "thermostat.gamma_min", "in [0, gamma_max]")
+        need(t.beta_min is None or 0 < t.beta_min <= beta_max, "thermostat.beta_min", "in (0, beta_max]: beta never reaches 0")
         need(0 < t.ema <= 1, "thermostat.ema", "in (0, 1]")
         need(t.dead_band >= 0, "thermostat.dead_band", "0 or more")
         need(t.rate_limit > 0, "thermostat.rate_limit", "greater than 0")
@@ -289,34 +301,9 @@ class Config:
         return found
 
 
-def known_keys(cls=Config, prefix="") -> List[str]:
-    """Every dotted key of the schema, e.g. `train.lr`."""
-    hints = get_type_hints(cls)
-    keys = []
-    for f in fields(cls):
-        keys.append(prefix + f.name)
-        if is_dataclass(hints[f.name]):
-            keys += known_keys(hints[f.name], prefix + f.name + ".")
-    return keys
-
-
-def _flatten(tree, prefix=""):
-    for key, value in tree.items():
-        yield prefix + str(key)
-        if isinstance(value, dict):
-            yield from _flatten(value, prefix + str(key) + ".")
-
-
-def _refuse_unknown(keys, where):
-    known = known_keys()
-    lines = []
-    for key in keys:
-        if key not in known:
-            leaf = key.split(".")[-1]
-            close = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or [k for k in known if k.split(".")[-1] == leaf][:1]
-            lines.append(f"unknown key `{key}` in {where}" + (f"; did you mean `{close[0]}`?" if close else ""))
-    if lines:
-        raise ConfigError("\n".join(lines))
+def known_keys() -> List[str]:
+    """Every dotted key of the configuration, e.g. `train.lr`."""
+    return schema.known_keys(Config)
 
 
 def load_config(path: Optional[str] = None, overrides: Optional[List[str]] = None) -> Config:
@@ -324,27 +311,7 @@ def load_config(path: Optional[str] = None, overrides: Optional[List[str]] = Non
 
     Raises ConfigError naming every unknown key, the first value of a wrong type, or all values out of range.
     """
-    args = []
-    for arg in overrides or []:  # draccus wants `--key value`; users also write `--key=value`
-        args += arg.split("=", 1) if arg.startswith("--") and "=" in arg else [arg]
-    _refuse_unknown([a[2:] for a in args if a.startswith("--") and not a[2:3].isdigit()], "the command line")
-    if path is not None:
-        if not Path(path).is_file():
-            raise ConfigError(f"no configuration file at {path}; the ones that ship are in configs/")
-        try:
-            tree = yaml.safe_load(Path(path).read_text()) or {}
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not valid YAML: {error}") from error
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{path} must hold `key: value` pairs, not {type(tree).__name__}")
-        _refuse_unknown(_flatten(tree), path)
-        args = ["--config_path", str(path)] + args
-    try:
-        config = draccus.parse(Config, args=args)
-    except draccus.utils.DecodingError as error:
-        raise ConfigError(f"wrong type: {error}" + (f" (in {path} or on the command line)" if path else "")) from error
-    except SystemExit as error:
-        raise ConfigError(f"the command line could not be read: {' '.join(args)}") from error
+    config = schema.parse(Config, path, overrides or [])
     problems = config.problems()
     if problems:
         raise ConfigError("\n".join(problems))

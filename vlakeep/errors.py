@@ -26,9 +26,23 @@ class RunDirError(ValueError):
     """A run folder that is taken, locked, or does not fit the configuration that wants to go on in it."""
 
 
+class TrainingStopped(RuntimeError):
+    """Training was stopped by a guard; the message says which, at which step, and what was kept."""
+
+
 def is_user_error(error: BaseException) -> bool:
-    """Whether the message alone helps: a wrong value, a missing or forbidden file, a full disk, a failed network call."""
-    return isinstance(error, (ValueError, OSError))
+    """Whether the message alone helps: a wrong value, a missing or forbidden file, a full disk, a failed call, a guard."""
+    return isinstance(error, (ValueError, OSError, TrainingStopped))
+
+
+def explain(error: BaseException) -> str:
+    """The message of a user's error; what the system or a library worded without a remedy gets one."""
+    text = str(error)
+    if is_disk_full(error) and not isinstance(error, DiskFull):
+        return f"a disk or a quota is full ({text}). Free some space, or choose another storage root with --root DIR"
+    if isinstance(error, PermissionError) and error.filename is not None:
+        return f"{text}. Change the permissions of that place, or choose another storage root with --root DIR"
+    return text
 
 
 def is_disk_full(error: BaseException) -> bool:

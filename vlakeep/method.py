@@ -12,6 +12,7 @@ from vlakeep.config import Config
 from vlakeep.hsw.lora_input import LoraInputSite
 from vlakeep.hsw.residual import ResidualSite
 from vlakeep.hsw.transform import Gains, random_basis
+from vlakeep.icsm.artifact import ArtifactError
 from vlakeep.icsm.collect import input_key
 from vlakeep.icsm.decompose import fix_signs
 from vlakeep.thermostat.controller import Controller, Law
@@ -99,15 +100,22 @@ class IcsmHswThermostat:
         layers = self._config.hsw.layers if self._config.hsw.layers is not None else sorted(mapping)
         unknown = [layer for layer in layers if layer not in mapping]
         if unknown:
-            raise ValueError(f"hsw.layers {unknown} belong to no protection group of {self._artifact.folder} (it maps "
-                             f"{mapping}): choose among these layers, or set icsm.layers and run `vlakeep offline` again")
+            raise ValueError(f"hsw.layers {unknown} of the {backbone.num_layers} layers (0 to {backbone.num_layers - 1}) belong to no "
+                             f"protection group of {self._artifact.folder}: choose among {sorted(mapping)} with --hsw.layers, or set "
+                             "--icsm.layers and run `vlakeep offline` again")
         loaded = {rep: self._artifact.residual_basis(rep) for rep in sorted({mapping[layer] for layer in layers})}
         return {layer: self._ablate(loaded[mapping[layer]], mapping[layer]) for layer in layers}
 
     def _input_bases(self, adapted) -> Dict[str, tuple]:
         bases = self._artifact.token_bases()
-        known = {name: bases[input_key(name)] for name in adapted if input_key(name) in bases}
-        return {name: self._ablate(pair, index) for index, (name, pair) in enumerate(known.items())}
+        missing = [name for name in adapted if input_key(name) not in bases]
+        if missing:
+            made = self._artifact.meta.get("lora")
+            raise ArtifactError(f"{self._artifact.folder} has no input subspace for {len(missing)} of the {len(adapted)} adapted "
+                                f"linears, such as {missing[0]}; it was made with lora {made}: run `vlakeep offline` with the "
+                                "--lora.layers and --lora.modules of this run")
+        ablated = {key: self._ablate(pair, index) for index, (key, pair) in enumerate(sorted(bases.items()))}
+        return {name: ablated[input_key(name)] for name in adapted if input_key(name) in ablated}
 
     def _ablate(self, pair, seed: int):
         if self._config.hsw.subspace == "icsm":
@@ -169,13 +177,22 @@ class IcsmHswThermostat:
         self._sites.clear()
 
 
+# Site -> bounds of (gamma, beta) where the configuration sets none; ThermostatConfig says why.
+BOUNDS = {"residual": ((0.5, 1.0), (0.8, 1.0)), "both": ((0.5, 1.0), (0.8, 1.0)), "lora_input": ((0.0, 0.0), (0.2, 0.5))}
+
+
 def control_law(config: Config) -> Law:
-    """The Thermostat's law; bounds of gamma that are not set follow the site (config.py says why)."""
+    """The Thermostat's law; bounds that are not set follow the site, and give way to those that are."""
     t = config.thermostat
-    low, high = (0.0, 0.05) if config.hsw.site == "lora_input" else (0.5, 1.0)
-    high = t.gamma_max if t.gamma_max is not None else max(high, t.gamma_min or 0.0)
-    low = t.gamma_min if t.gamma_min is not None else min(low, high)
-    return Law(gamma_min=low, gamma_max=high, beta_min=t.beta_min, beta_max=t.beta_max,
+
+    def bounds(low, high, default):
+        high = high if high is not None else max(default[1], low or 0.0)
+        return low if low is not None else min(default[0], high), high
+
+    gamma, beta = BOUNDS[config.hsw.site]
+    gamma_min, gamma_max = bounds(t.gamma_min, t.gamma_max, gamma)
+    beta_min, beta_max = bounds(t.beta_min, t.beta_max, beta)
+    return Law(gamma_min=gamma_min, gamma_max=gamma_max, beta_min=beta_min, beta_max=beta_max,
                calibration=t.calibration, threshold_sigmas=t.threshold_sigmas, half_excess=t.half_excess, ema=t.ema,
                dead_band=t.dead_band, rate_limit=t.rate_limit, noise_floor=t.paired_noise if t.estimator == "paired" else 0.0)
 

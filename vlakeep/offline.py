@@ -18,14 +18,14 @@ from vlakeep.backbones.base import make_backbone
 from vlakeep.backbones.lora import select_linears
 from vlakeep.config import Config, config_from_argv, to_dict
 from vlakeep.icsm import artifact
-from vlakeep.icsm.collect import pooled_states, token_moments, with_own_answers
-from vlakeep.icsm.decompose import pooled_candidates, token_bases
+from vlakeep.icsm.collect import input_key, pooled_states, token_moments, with_own_answers
+from vlakeep.icsm.decompose import check_rank, pooled_candidates, token_bases
 from vlakeep.icsm.sensitivity import order_by_fragility, sensitivities
 from vlakeep.parallel import pick_device, set_threads
 from vlakeep.probe.batches import prompt_batches
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.rundir import library_versions, source_commit
-from vlakeep.storage import Storage
+from vlakeep.storage import Storage, need_free
 
 ANSWER_TOKENS = 8  # seven action tokens and the end of sequence
 
@@ -41,7 +41,10 @@ def run_offline(config: Config, storage: Storage) -> Path:
     items = probe.spread(config.probe.size)
     layers = config.icsm.layers or artifact.default_layers(backbone.num_layers)
     mapping = artifact.layer_map(backbone.num_layers, layers)
+    check_rank(config.icsm.rank, len(items), backbone.hidden_size)
     linears = select_linears(backbone, config.lora.layers, config.lora.modules) if config.icsm.tokens else {}
+    folder = storage.artifact_folder(config.icsm.name or artifact.artifact_name(backbone.name))
+    need_free(folder, _bytes_needed(config, backbone, layers, linears, len(items)), "the ICSM artefact")
     print(f"teacher {backbone.name} ({backbone.num_layers} layers, D = {backbone.hidden_size}), probe {len(items)} items, "
           f"representative layers {layers}, r = {config.icsm.rank}")
 
@@ -51,7 +54,8 @@ def run_offline(config: Config, storage: Storage) -> Path:
     steps = -(-len(items) // config.icsm.batch_size)
     pooled = pooled_states(backbone, batches(items), layers, total=steps)
     tensors, notes = {}, {}
-    some = items[::max(1, len(items) // config.icsm.sensitivity_items)][:config.icsm.sensitivity_items]
+    usable = [items[i] for i in pooled.kept]
+    some = usable[::max(1, len(usable) // config.icsm.sensitivity_items)][:config.icsm.sensitivity_items]
     for layer in layers:
         candidates_DK, values, mean_D = pooled_candidates(pooled.states[layer], config.icsm.rank)
         step = config.icsm.epsilon * pooled.scale[layer]
@@ -84,12 +88,18 @@ def run_offline(config: Config, storage: Storage) -> Path:
     }
     teacher = {f"pooled.{layer}": pooled.states[layer] for layer in layers}
     teacher["items"] = torch.tensor([items[i] for i in pooled.kept])
-    folder = storage.artifact_folder(config.icsm.name or artifact.artifact_name(backbone.name))
     artifact.write(folder, tensors, tokens, teacher, meta)
     if pooled.empty:
         print(f"{pooled.empty} of {len(items)} probe items had an empty instruction mask and were left out")
     print(f"wrote {folder} in {time.perf_counter() - started:.1f} s")
     return folder
+
+
+def _bytes_needed(config: Config, backbone, layers, linears, items: int) -> int:
+    """Size of the artefact, all float32: bases and covariance per layer, the teacher's states, a basis per distinct input."""
+    dim, share = backbone.hidden_size, config.icsm.tokens_fragile_fraction + config.icsm.tokens_plastic_fraction
+    inputs = {input_key(name): linear.in_features for name, linear in linears.items()}
+    return int(4 * (len(layers) * dim * (config.icsm.rank + dim + items) + sum(share * d * d for d in inputs.values())))
 
 
 def _token_level(backbone, prompts, linears, config: Config, steps: int):

@@ -25,20 +25,17 @@ from vlakeep.backbones.lora import add_lora, load_trainable, save_adapter, train
 from vlakeep.config import Config, config_from_argv, to_dict
 from vlakeep.data.loader import make_stream
 from vlakeep.data.statistics import save_statistics
+from vlakeep.errors import TrainingStopped
 from vlakeep.icsm import artifact as icsm_artifact
 from vlakeep.method import build_method, needs_artifact
 from vlakeep.parallel import Distributed, set_threads
 from vlakeep.probe.batches import prompt_batches
 from vlakeep.probe.probe_set import ProbeSet
-from vlakeep.rundir import RunDir
-from vlakeep.storage import Storage
+from vlakeep.rundir import RunDir, RunLock
+from vlakeep.storage import Storage, need_free
 from vlakeep.thermostat.thermometer import Thermometer
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class TrainingStopped(RuntimeError):
-    """Training was stopped by a guard; the message says which, at which step, and what was kept."""
 
 
 def train_step(model, method, optimizer, scaler, batches, config, step: int, observe: bool) -> Dict[str, object]:
@@ -123,8 +120,11 @@ class Guard:
             # With loss scaling an overflowing gradient is part of the procedure: that update is skipped and the scale is halved.
             skipped = key == "grad_norm" and scaler.is_enabled() and scaler.get_scale() >= 1.0
             if not math.isfinite(row[key]) and not skipped:
-                raise TrainingStopped(f"{key} is {row[key]} at step {step}; {kept}. Lower --train.lr, keep --train.clip 1.0, "
-                                      "or use --backbone.dtype float32")
+                remedy = "Lower --train.lr, keep --train.clip 1.0, or use --backbone.dtype float32"
+                if step == 1:
+                    remedy = ("No update has been made yet, so the base weights are damaged (fetch them again) or too narrow (use "
+                              "--backbone.dtype float32)")
+                raise TrainingStopped(f"{key} is {row[key]} at step {step}; {kept}. {remedy}")
         if self._first is None:
             self._first = row["hidden_norm"]
         if not row["hidden_norm"] <= self._factor * self._first:
@@ -144,6 +144,7 @@ def run_training(config: Config, storage: Storage) -> Path:
     """Train, and return the run folder. Raises TrainingStopped after saving nothing but keeping the last good checkpoint."""
     set_threads(config.threads)
     with Distributed(config.device) as dist:
+        refuse_early(config, storage, dist)
         torch.manual_seed(config.seed)
         backbone = make_backbone(config.backbone, dist.device, storage.cache)
         add_lora(backbone, config.lora, config.seed)
@@ -152,12 +153,27 @@ def run_training(config: Config, storage: Storage) -> Path:
         method.attach(backbone)
         stream = make_stream(config.data, storage.data, backbone.processor, config.train.batch_size, config.seed, dist.rank, dist.world,
                              storage.cache)
+        for line in stream.describe():
+            say(dist, line)
         backbone.norm_stats = {**backbone.norm_stats, **stream.statistics}
         hashes["base_weights"] = backbone.weights_sha256
         with RunDir.open(storage, config, dist, hashes) as run:
             _loop(config, dist, run, backbone, method, stream)
             method.detach()
         return run.folder
+
+
+def refuse_early(config: Config, storage: Storage, dist: Distributed) -> None:
+    """Raise for what can be seen to be wrong without the model, before time goes into loading it."""
+    if config.train.autocast == "float16" and dist.device.type == "cpu":
+        raise ValueError("--train.autocast float16: not on a CPU; use --train.autocast off, or a GPU with --device cuda")
+    run = RunDir(storage.run_folder(config.name), dist.is_main)
+    if dist.is_main and run.folder.is_dir():
+        lock = RunLock(run.folder)
+        try:
+            run.look(config)
+        finally:
+            lock.release()
 
 
 def _loop(config: Config, dist: Distributed, run: RunDir, backbone, method, stream) -> None:
@@ -169,12 +185,18 @@ def _loop(config: Config, dist: Distributed, run: RunDir, backbone, method, stre
     guard = Guard(settings.blowup_factor)
     first = 1
     parts = {"scaler": scaler, "method": method, "guard": guard, "stream": stream}
+    if dist.is_main:  # weights, their copy in the adapter, two moments of Adam; an old checkpoint goes only after the new one
+        copies = max(1, settings.keep_last + 1 - len(ckpt.list_checkpoints(run.folder)))
+        need_free(run.folder, copies * 16 * sum(p.numel() for p in params), "the checkpoints of this run")
     if run.resume_from is None:
         for row in method.before_training():
             run.log(0, row)
     else:
         first = _restore(run.resume_from, backbone, optimizer, parts) + 1
         run.truncate_metrics(first - 1)
+    if first > settings.steps:
+        say(dist, f"{run.folder.name}: already at step {first - 1} of {settings.steps}, nothing to do; raise --train.steps to go on")
+        return
     say(dist, f"{run.folder.name}: {config.method}, {sum(p.numel() for p in params):,} trainable parameters, global batch "
               f"{settings.batch_size * settings.accumulation * dist.world}, steps {first} to {settings.steps}")
     stop = _signal_flag()

@@ -8,6 +8,7 @@ Axes: B batch, L text tokens, P patches, S sequence, D hidden, V vocabulary, T g
 
 import os
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Tuple
 
@@ -333,6 +334,16 @@ class Backbone(nn.Module):
         return self.unnormalise(actions_BA, unnorm_key)
 
 
+def _refuse_unusable(settings, device: torch.device) -> None:
+    """ValueError for what this device or environment cannot run, before any weight is read."""
+    if settings.dtype == "float16" and device.type == "cpu":
+        raise ValueError("--backbone.dtype float16: not on a CPU; use --backbone.dtype float32, or a GPU with --device cuda")
+    if settings.attn_implementation == "flash_attention_2" and (device.type == "cpu" or find_spec("flash_attn") is None):
+        why = "it needs a GPU" if device.type == "cpu" else "the package flash_attn is not installed"
+        raise ValueError(f"--backbone.attn_implementation flash_attention_2: {why}; use --backbone.attn_implementation sdpa, "
+                         "which gives the same result")
+
+
 def make_backbone(source, device="cpu", cache: Optional[Path] = None) -> Backbone:
     """The Backbone of a folder, or of the backbone section of a configuration (config.BackboneConfig), in evaluation mode.
 
@@ -344,6 +355,7 @@ def make_backbone(source, device="cpu", cache: Optional[Path] = None) -> Backbon
 
     settings = source if isinstance(source, BackboneConfig) else BackboneConfig(checkpoint=str(source))
     cache = Path(cache or os.environ.get("HF_HOME") or Path(pick_root()) / "hf_cache")
+    _refuse_unusable(settings, torch.device(device))
     folder = find_checkpoint(settings.checkpoint, cache)
     model, config = checkpoint_format.load_checkpoint(folder, DTYPES[settings.dtype], settings.attn_implementation)
     model.gradient_checkpointing = settings.gradient_checkpointing

@@ -46,7 +46,10 @@ def read_config(folder) -> dict:
 
 def complete_config(config: dict, where: str = "config") -> dict:
     """A copy with defaults filled in. Raises CheckpointError listing everything that is missing or contradictory."""
+    remedy = "fetch the checkpoint again, or give the folder of another one with --backbone.checkpoint"
     config = json.loads(json.dumps(config))
+    if not isinstance(config, dict) or not isinstance(config.get("text_config", {}), dict):
+        raise CheckpointError(f"{where} is no OpenVLA configuration: it must be an object with an object text_config; {remedy}")
     problems = []
     if config.get("model_type", "openvla") != "openvla":
         problems.append(f"model_type is {config['model_type']!r}, must be 'openvla'")
@@ -70,7 +73,7 @@ def complete_config(config: dict, where: str = "config") -> dict:
         if not 0 <= pad < vocabulary:
             problems.append(f"pad_token_id {pad} lies outside text_config.vocab_size {vocabulary}")
     if problems:
-        raise CheckpointError(f"{where} is no OpenVLA configuration: " + "; ".join(problems))
+        raise CheckpointError(f"{where} is no OpenVLA configuration: " + "; ".join(problems) + f": {remedy}")
     return config
 
 
@@ -78,7 +81,10 @@ def weight_files(folder) -> List[Path]:
     """The safetensors files of a folder. Raises FileNotFoundError naming what is missing."""
     folder = Path(folder)
     if (folder / INDEX).is_file():
-        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{folder / INDEX} is damaged ({error}): fetch the checkpoint again") from error
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise FileNotFoundError(
@@ -102,17 +108,24 @@ def _header(file: Path) -> dict:
     size = file.stat().st_size
     try:
         with open(file, "rb") as f:
-            length = struct.unpack("<Q", f.read(8))[0]
+            start = f.read(8)
+            if start == b"version ":
+                raise CheckpointError(f"{file} is a git-lfs pointer, not the weights: run `git lfs pull` in {file.parent}")
+            if len(start) < 8:
+                raise ValueError("it is truncated")
+            length = struct.unpack("<Q", start)[0]
             if length > size:
                 raise ValueError(f"its header would be {human_bytes(length)} long")
             table = json.loads(f.read(length))
         end = 8 + length + max([entry["data_offsets"][1] for name, entry in table.items() if name != "__metadata__"], default=0)
-    except (struct.error, ValueError, KeyError, TypeError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{file} ({human_bytes(size)}) is not a readable safetensors file: {error}; fetch or write it again"
         ) from error
     if end != size:
-        raise CheckpointError(f"{file} is {human_bytes(size)} long, its header says {human_bytes(end)}: it is "
+        raise CheckpointError(f"{file} is {size} bytes long, its header says {end}: it is "
                               f"{'truncated' if size < end else 'corrupt'}; fetch or write it again")
     return {
         name: dict(entry, offset=8 + length + entry["data_offsets"][0]) for name, entry in table.items() if name != "__metadata__"
@@ -167,9 +180,13 @@ def read_statistics(folder, config: dict) -> dict:
     file = Path(folder) / STATISTICS
     if file.is_file():
         try:
-            return json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            raise CheckpointError(f"{file} is not valid JSON ({error}): write it again or remove it") from error
+            statistics = json.loads(file.read_text())
+            for entry in statistics.values():
+                if not len(entry["action"]["q01"]) == len(entry["action"]["q99"]):
+                    raise ValueError("q01 and q99 differ in length")
+            return statistics
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{file} holds no action statistics ({error!r}): fetch it again or remove it") from error
     return config.get("norm_stats") or {}
 
 

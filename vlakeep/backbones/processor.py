@@ -122,14 +122,19 @@ def load_tokenizer(folder):
                 "tokenizer.json there, or pip install sentencepiece protobuf"
             )
         return AutoTokenizer.from_pretrained(str(folder), padding_side="right")
-    config = json.loads((folder / "tokenizer_config.json").read_text()) if (folder / "tokenizer_config.json").is_file() else {}
-    names = {key: _content(config.get(key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    return PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / "tokenizer.json"), padding_side="right", clean_up_tokenization_spaces=False,
-        model_max_length=config.get("model_max_length", 2048),
-        bos_token=names["bos_token"] or "<s>", eos_token=names["eos_token"] or "</s>", unk_token=names["unk_token"] or "<unk>",
-        pad_token=names["pad_token"] or "<PAD>",
-    )
+    file = folder / "tokenizer_config.json"
+    try:
+        config = json.loads(file.read_text()) if file.is_file() else {}
+        names = {key: _content(config.get(key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        file = folder / "tokenizer.json"
+        return PreTrainedTokenizerFast(
+            tokenizer_file=str(file), padding_side="right", clean_up_tokenization_spaces=False,
+            model_max_length=config.get("model_max_length", 2048),
+            bos_token=names["bos_token"] or "<s>", eos_token=names["eos_token"] or "</s>",
+            unk_token=names["unk_token"] or "<unk>", pad_token=names["pad_token"] or "<PAD>",
+        )
+    except Exception as error:  # the tokenizers library raises a bare Exception for a damaged file
+        raise ValueError(f"{file} is damaged ({error}): copy it from the base model") from error
 
 
 def _content(token) -> Optional[str]:
@@ -159,7 +164,7 @@ class Processor:
             raise FileNotFoundError(f"no {PREPROCESSOR_FILE} in {folder}: copy the processor files of the base model there")
         try:
             image_processor = ImageProcessor.from_config(json.loads(file.read_text()))
-        except (json.JSONDecodeError, KeyError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{file} is not an OpenVLA image processor configuration: {error}; copy it from the base model"
             ) from error

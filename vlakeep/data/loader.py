@@ -62,6 +62,23 @@ class BatchStream:
             image = augment(image, draw(np.random.default_rng([self._seed, 1, position])))
         return Sample(image, raw.instruction, raw.action, dataset=raw.dataset)
 
+    def describe(self) -> List[str]:
+        """A line per data set: what it holds, and what of it is changed or left out."""
+        lines = []
+        for d in self.datasets:
+            line = f"data {d.name}: {len(d)} episodes, {d.num_frames} frames"
+            if d.unlabelled:
+                line += f"; {d.unlabelled} episodes without an instruction are left out"
+            if d.clipped:
+                values = d.num_frames * d.actions_NA.shape[1]
+                line += f"; {d.clipped} of {values} action values lie outside the statistics (q01 to q99) and are clipped"
+            size = d.image(0, 0).shape[:2]
+            if size != self._size:
+                shape = ", which changes their shape" if size[0] * self._size[1] != size[1] * self._size[0] else ""
+                line += f"; pictures of {size[0]} x {size[1]} are resized to the model's {self._size[0]} x {self._size[1]}{shape}"
+            lines.append(line)
+        return lines
+
     def _make(self, keys: np.ndarray, start: int) -> Batch:
         return encode_batch([self.sample(e, t, start + i) for i, (e, t) in enumerate(keys)], self.processor)
 

@@ -17,63 +17,86 @@ from vlakeep.hsw.meter import NormMeter
 from vlakeep.hsw.transform import Gains, gain_weights, join_bases, scale_in_subspace
 
 
-class InputGains(nn.Module):
-    """A [rank, D] -> A_eff [rank, D]. Costs O(rank * D * K), whatever the batch."""
+class InputSpace:
+    """The subspaces of one input, shared by all linears that read it, and M for the gains of the moment."""
 
-    def __init__(self, basis_DK: torch.Tensor, fragile: int, meter: NormMeter):
+    def __init__(self, basis_DK: torch.Tensor, fragile: int):
+        self.basis_DK, self.fragile = basis_DK, fragile
+        self.gains = Gains()
+        self._weights_K, self._matrix_DD = None, None
+
+    def set_gains(self, gains: Gains) -> None:
+        self.gains = gains
+        dim, columns = self.basis_DK.shape
+        self._weights_K = gain_weights(gains, self.fragile, columns).to(self.basis_DK)
+        # With many columns one product with M is less work, and fewer kernels, than two thin ones.
+        dense = 2 * columns > dim
+        self._matrix_DD = scale_in_subspace(torch.eye(dim).to(self.basis_DK), self.basis_DK, self._weights_K) if dense else None
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """x M over the last axis; x itself when both gains are 1, so that they cost nothing and change no bit."""
+        if self.gains.identity:
+            return x
+        if self._matrix_DD is not None:
+            return x @ self._matrix_DD
+        return scale_in_subspace(x, self.basis_DK, self._weights_K)
+
+
+class InputGains(nn.Module):
+    """The parametrisation A [rank, D] -> A_eff = A M. Costs O(rank * D * min(D, 2 K)), whatever the batch."""
+
+    def __init__(self, space: InputSpace, meter: NormMeter):
         super().__init__()
-        self.register_buffer("basis_DK", basis_DK, persistent=False)
-        self.register_buffer("weights_K", torch.zeros_like(basis_DK[0]), persistent=False)
-        self.fragile = fragile
-        self.identity = True  # a host flag, so that gains of 1 cost nothing and change no bit
-        self._meter = [meter]  # in a list: not a submodule
+        self.space, self._meter = space, meter
 
     def forward(self, a_RD: torch.Tensor) -> torch.Tensor:
-        effective_RD = a_RD if self.identity else scale_in_subspace(a_RD, self.basis_DK, self.weights_K.to(a_RD.dtype))
-        meter = self._meter[0]
-        if meter.on and torch.is_grad_enabled() and a_RD.requires_grad:
-            if self.identity:
+        effective_RD = self.space.apply(a_RD)
+        if self._meter.on and torch.is_grad_enabled() and a_RD.requires_grad:
+            if effective_RD is a_RD:
                 effective_RD = a_RD.view_as(a_RD)  # a hook on the parameter itself would outlive the step
             effective_RD.register_hook(self._observe)
         return effective_RD
 
     def _observe(self, grad_RD):
-        edited_RD = grad_RD if self.identity else scale_in_subspace(grad_RD, self.basis_DK, self.weights_K)
-        self._meter[0].add(grad_RD, edited_RD, self.basis_DK, self.fragile)
+        self._meter.add(grad_RD, self.space.apply(grad_RD), self.space.basis_DK, self.space.fragile)
 
 
 class LoraInputSite:
     """Parametrises LoRA A of every adapted linear; `bases` maps a linear's name to its (Uf [D, Kf], Up [D, Kp])."""
 
     def __init__(self, adapted: Dict[str, nn.Module], bases: Dict[str, tuple]):
+        """Linears whose entry in `bases` is the same pair of tensors share one copy on the device."""
         self.meter = NormMeter()
         self.gains = Gains()
-        self._linears, self._params = adapted, {}
+        self._linears, self._spaces, shared = {}, {}, {}
         for name, linear in adapted.items():
             if name not in bases:
                 raise ValueError(f"the artefact holds no input subspace for the adapted linear {name}: rebuild it with "
                                  "`vlakeep offline --icsm.tokens true` and the same lora section")
-            lora_a = linear.lora_A["default"]
-            if bases[name][0].shape[0] != lora_a.weight.shape[1]:
-                raise ValueError(f"input subspace of {name} has {bases[name][0].shape[0]} dimensions, "
-                                 f"its LoRA A {lora_a.weight.shape[1]}: the artefact is of another model")
-            basis_DK, fragile = join_bases(*bases[name])
-            gains = InputGains(basis_DK.to(lora_a.weight.device), fragile, self.meter)
-            parametrize.register_parametrization(lora_a, "weight", gains)
-            self._params[name] = gains
+            weight = linear.lora_A["default"].weight
+            fragile_DK, plastic_DK = bases[name]
+            if fragile_DK.shape[0] != weight.shape[1]:
+                raise ValueError(f"input subspace of {name} has {fragile_DK.shape[0]} dimensions, "
+                                 f"its LoRA A {weight.shape[1]}: the artefact is of another model")
+            key = (id(fragile_DK), id(plastic_DK))
+            if key not in shared:
+                basis_DK, fragile = join_bases(fragile_DK, plastic_DK)
+                shared[key] = InputSpace(basis_DK.to(weight.device), fragile)
+            self._linears[name], self._spaces[name] = linear, shared[key]
+        for name, linear in self._linears.items():  # only now: a refused artefact must leave the model as it was
+            parametrize.register_parametrization(linear.lora_A["default"], "weight", InputGains(self._spaces[name], self.meter))
 
     def set_gains(self, gains: Gains) -> None:
         if gains != self.gains:
-            for p in self._params.values():
-                p.weights_K.copy_(gain_weights(gains, p.fragile, len(p.weights_K)))
-                p.identity = gains.identity
+            for space in {id(space): space for space in self._spaces.values()}.values():
+                space.set_gains(gains)
             self.gains = gains
 
     @torch.no_grad()
     def leak(self) -> float:
         """Share of the squared norm of the effective update B A_eff that acts on inputs in Uf, over all adapted linears."""
         inside, total = 0.0, 0.0
-        for name, p in self._params.items():
+        for name, p in self._spaces.items():
             a_RD = self._linears[name].lora_A["default"].weight.float()
             b_OR = self._linears[name].lora_B["default"].weight.float()
             gram_RR = b_OR.T @ b_OR  # ||B A||_F^2 = <B^T B, A A^T>
@@ -84,9 +107,9 @@ class LoraInputSite:
 
     def detach(self) -> None:
         """Leave A_eff behind as the plain LoRA weight."""
-        for name in self._params:
+        for name in self._spaces:
             parametrize.remove_parametrizations(self._linears[name].lora_A["default"], "weight", leave_parametrized=True)
-        self._params.clear()
+        self._spaces.clear()
 
 
 if __name__ == "__main__":  # sanity check: python -m vlakeep.hsw.lora_input

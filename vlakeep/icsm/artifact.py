@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save
 from vlakeep.storage import atomic_dir
 
 FORMAT = 1
+_NEEDED = ("weights_sha256", "probe_sha256", "probe_items", "depth", "layers", "layer_map", "config", "files")
 
 
 class ArtifactError(ValueError):
@@ -38,9 +39,10 @@ def layer_map(depth: int, representatives: List[int]) -> Dict[int, int]:
     """Protected layer -> representative. Each representative stands for itself and the layer below it."""
     wrong = [layer for layer in representatives if not 0 <= layer < depth]
     if wrong:
-        raise ValueError(f"icsm.layers {wrong} out of range: the model has layers 0 to {depth - 1}")
+        raise ValueError(f"icsm.layers {wrong} out of range: the model has layers 0 to {depth - 1}; choose among them with "
+                         f"--icsm.layers, such as '[{depth - 3}, {depth - 1}]'")
     if len(set(representatives)) != len(representatives):
-        raise ValueError(f"icsm.layers {representatives} names a layer twice")
+        raise ValueError(f"icsm.layers {representatives} names a layer twice; name each once with --icsm.layers")
     mapping = {}
     for layer in sorted(representatives):
         for member in (layer - 1, layer):
@@ -131,10 +133,14 @@ def load(folder: Path) -> Artifact:
         raise ArtifactError(f"no ICSM artefact at {folder}: make it with `vlakeep offline --config ...`")
     try:
         meta = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ArtifactError(f"{path} is damaged ({error}): rebuild the artefact with `vlakeep offline`") from error
-    if meta.get("format") != FORMAT:
-        raise ArtifactError(f"{path} has format {meta.get('format')}, this version reads {FORMAT}: rebuild it with `vlakeep offline`")
+    form = meta.get("format") if isinstance(meta, dict) else None
+    if form != FORMAT:
+        raise ArtifactError(f"{path} has format {form}, this version reads {FORMAT}: rebuild it with `vlakeep offline`")
+    missing = [key for key in _NEEDED if key not in meta]
+    if missing:
+        raise ArtifactError(f"{path} is damaged (it lacks {', '.join(missing)}): rebuild the artefact with `vlakeep offline`")
     return Artifact(folder, meta)
 
 

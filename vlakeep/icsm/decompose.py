@@ -15,13 +15,20 @@ def fix_signs(basis_DK: torch.Tensor) -> torch.Tensor:
     return basis_DK * torch.sign(basis_DK[largest, torch.arange(basis_DK.shape[1])])
 
 
-def pooled_candidates(states_ND: torch.Tensor, rank: int) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(candidates [D, r], singular values [min(N, D)], mean [D]) in float64. Raises ValueError when r > min(N - 1, D)."""
-    count, dim = states_ND.shape
+def check_rank(rank: int, count: int, dim: int) -> None:
+    """Raises ValueError when r > min(N - 1, D): N centred states span no more."""
     limit = min(count - 1, dim)
+    if limit < 1:
+        raise ValueError(f"{count} usable probe item(s) span no direction; make a larger probe, and look at its masks with "
+                         "`vlakeep audit-probe`")
     if rank > limit:
         raise ValueError(f"icsm.rank {rank} is larger than min(N - 1, D) = {limit} ({count} usable probe items, hidden size {dim}): "
-                         f"lower it with --icsm.rank {limit} or enlarge the probe")
+                         f"lower it with --icsm.rank {limit}, or take a larger probe (--probe.size)")
+
+
+def pooled_candidates(states_ND: torch.Tensor, rank: int) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(candidates [D, r], singular values [min(N, D)], mean [D]) in float64. Raises ValueError when r > min(N - 1, D)."""
+    check_rank(rank, *states_ND.shape)
     x_ND = states_ND.double()
     mean_D = x_ND.mean(0)
     _, values, vh = torch.linalg.svd(x_ND - mean_D, full_matrices=False)

@@ -27,7 +27,8 @@ class Thermometer:
         Raises ValueError when the probe has fewer items than `draw`.
         """
         if draw > len(items):
-            raise ValueError(f"thermostat.batch_size {draw} is larger than the {len(items)} usable probe items")
+            raise ValueError(f"thermostat.batch_size {draw} is larger than the {len(items)} usable probe items: lower it with "
+                             f"--thermostat.batch_size {len(items)}, or make a larger probe and run `vlakeep offline` again")
         self._backbone, self._layers, self._estimator, self._draw, self._seed = backbone, layers, estimator, draw, seed
         self._first = min(first_adapted, min(layers))
         device = backbone.device
