@@ -129,6 +129,7 @@ def test_log_fields_are_those_of_the_code():
     surgery = keys_made("hsw/meter.py", "NormMeter.read")
     made = {"step", *keys_made("train.py", "train_step"), *keys_made("train.py", "_loop"), *surgery, "nonfinite"}
     made |= {f"lora_input/{key}" for key in surgery} | keys_made("method.py", "IcsmHswThermostat.after_step")
+    made |= keys_made("method.py", "IcsmHswThermostat._measure")
     made |= keys_made("thermostat/controller.py", "Controller._row")
     made -= {"scaler", "method", "guard", "stream"}  # parts of a checkpoint, named in the same function
     assert '"lora_input/"' in (PACKAGE / "method.py").read_text() and '"nonfinite"' in (PACKAGE / "rundir.py").read_text()

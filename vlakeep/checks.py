@@ -173,14 +173,13 @@ def check_layers(config: Config, model: dict) -> List[Line]:
                 f"--thermostat.batch_size {config.probe.size}",
             )
         )
-    if t.enabled and t.every * t.calibration >= config.train.steps:
+    if t.enabled and t.every > config.train.steps:
         lines.append(
             Line(
                 YELLOW,
                 "--thermostat.every",
-                f"calibration takes every * calibration = {t.every * t.calibration} of {config.train.steps} steps: "
-                "the gains never move",
-                f"--thermostat.every {max(1, config.train.steps // (4 * t.calibration))}",
+                f"one measurement in {t.every} steps, but training takes {config.train.steps}: the gains never move",
+                f"--thermostat.every {max(1, config.train.steps // 20)}",
             )
         )
     if not any(line.status == RED for line in lines):

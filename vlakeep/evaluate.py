@@ -23,7 +23,7 @@ from vlakeep.benchmarks.records import Records, mean_interval, summarise
 from vlakeep.checkpoint import latest_intact, load_checkpoint
 from vlakeep.config import Config, config_from_argv, to_dict
 from vlakeep.data.prompts import encode_prompts
-from vlakeep.icsm.artifact import default_layers
+from vlakeep.icsm.artifact import default_layers, layer_map
 from vlakeep.icsm.collect import pooled_states
 from vlakeep.parallel import pick_device, set_threads
 from vlakeep.probe.batches import prompt_batches
@@ -44,12 +44,18 @@ def load_target(config: Config, storage: Storage, device):
     if not (folder / "manifest.json").is_file():
         checkpoint = latest_intact(folder) if folder.is_dir() else None
         if checkpoint is None:
-            raise FileNotFoundError(f"no intact checkpoint of the run `{target}` under {folder}: make it with "
-                                    f"`vlakeep train --config ... --name {folder.name}`")
+            known = ", ".join(sorted(path.parent.name for path in storage.runs.glob("*/checkpoints"))) or "none"
+            raise FileNotFoundError(f"no intact checkpoint of the run `{target}` under {folder} (runs with checkpoints: {known})"
+                                    f": make it with `vlakeep train --config ... --name {folder.name}`, or choose another target "
+                                    "with --evaluate.target")
         folder = checkpoint
     manifest = load_manifest(folder)
     load_adapter(backbone, folder / "adapter")
-    statistics = json.loads((folder / "adapter" / "dataset_statistics.json").read_text())
+    path = folder / "adapter" / "dataset_statistics.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}, without which the actions of this adapter mean nothing: train the run again, or "
+                                "copy the file of a run on the same data")
+    statistics = json.loads(path.read_text())
     backbone.norm_stats = {**backbone.norm_stats, **statistics}
     if backbone.unnorm_key is None and len(statistics) == 1:
         backbone.unnorm_key = next(iter(statistics))
@@ -105,6 +111,7 @@ def measure_drift(backbone, config: Config, storage: Storage) -> float:
     """||C_S - C_T||_F over the whole probe, averaged over the representative layers; 0 for the base itself."""
     probe = ProbeSet(storage.probe_folder(config.probe.name))
     layers = config.icsm.layers or default_layers(backbone.num_layers)
+    layer_map(backbone.num_layers, layers)  # raises for a layer that the model does not have
     items = probe.spread(config.probe.size)
 
     def states():
@@ -120,14 +127,20 @@ def run_evaluation(config: Config, storage: Storage) -> Path:
     """Evaluate one target and return its folder. Interrupted evaluations go on where they stopped."""
     set_threads(config.threads)
     started = time.perf_counter()
+    skills = config.evaluate.skills or tabletop.ALL_SKILLS
+    kinds = config.evaluate.questions or tabletop.QUESTION_KINDS
+    for key, names, known in (("skills", skills, tabletop.ALL_SKILLS), ("questions", kinds, tabletop.QUESTION_KINDS)):
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise ValueError(f"--evaluate.{key} {unknown}: must be among {', '.join(known)}")
     backbone, name, weights = load_target(config, storage, pick_device(config.device))
+    backbone.action_statistics(config.backbone.unnorm_key)  # raises for a key that would make every trial crash
     folder = storage.eval / name
     settings = config.evaluate
     header = {"weights": weights, "base": backbone.weights_sha256, "evaluate": {k: v for k, v in to_dict(settings).items()
                                                                                if k not in ("target", "parallel")}}
-    skills = settings.skills or tabletop.ALL_SKILLS
-    kinds = settings.questions or tabletop.QUESTION_KINDS
     with Records(folder / "records.jsonl", header) as records:
+        drift = 0.0 if name == "base" else measure_drift(backbone, config, storage)  # first, while a bad probe costs nothing yet
         policy = ActionPolicy(backbone, config.backbone.unnorm_key)
         tabletop.run_skill_episodes(policy, skills, settings.episodes, tabletop.EVALUATION + settings.seed, settings.parallel, records, desc=name)
         for kind in tqdm(kinds, desc=f"{name}: questions", leave=False):
@@ -142,7 +155,6 @@ def run_evaluation(config: Config, storage: Storage) -> Path:
                 records.add(kind="retention", ability="action_kl", trial=index, seed=settings.seed, success=None, value=float(value),
                             crash=None, steps=0)
         rows = records.rows()
-    drift = 0.0 if name == "base" else measure_drift(backbone, config, storage)
     summary = make_summary(name, rows, drift, weights)
     summary["seconds"] = time.perf_counter() - started
     with atomic_write(folder / "summary.json", "w") as file:

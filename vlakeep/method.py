@@ -100,8 +100,8 @@ class IcsmHswThermostat:
         layers = self._config.hsw.layers if self._config.hsw.layers is not None else sorted(mapping)
         unknown = [layer for layer in layers if layer not in mapping]
         if unknown:
-            raise ValueError(f"hsw.layers {unknown} of the {backbone.num_layers} layers (0 to {backbone.num_layers - 1}) belong to no "
-                             f"protection group of {self._artifact.folder}: choose among {sorted(mapping)} with --hsw.layers, or set "
+            raise ValueError(f"hsw.layers {unknown}: the model has layers 0 to {backbone.num_layers - 1}, and the protection groups "
+                             f"of {self._artifact.folder} hold {sorted(mapping)}; choose among these with --hsw.layers, or set "
                              "--icsm.layers and run `vlakeep offline` again")
         loaded = {rep: self._artifact.residual_basis(rep) for rep in sorted({mapping[layer] for layer in layers})}
         return {layer: self._ablate(loaded[mapping[layer]], mapping[layer]) for layer in layers}

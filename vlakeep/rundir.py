@@ -38,24 +38,10 @@ from vlakeep.storage import Storage, atomic_write, free_bytes, remove_leftovers
 
 LIBRARIES = ["torch", "transformers", "timm", "peft", "tokenizers", "safetensors", "numpy", "draccus"]
 # What may differ when a run goes on: it changes no number of the steps that follow.
-FREE_KEYS = {
-    "name",
-    "root",
-    "cache_dir",
-    "data_root_dir",
-    "probe_root_dir",
-    "artifact_dir",
-    "run_root_dir",
-    "tmp_dir",
-    "data.workers",
-    "train.steps",
-    "train.log_every",
-    "train.save_every",
-    "train.keep_last",
-    "train.tensorboard",
-    "train.use_wandb",
-    "train.resume",
-}
+FREE_KEYS = set(
+    "name root cache_dir data_root_dir probe_root_dir artifact_dir run_root_dir tmp_dir data.workers train.steps train.log_every "
+    "train.save_every train.keep_last train.tensorboard train.use_wandb train.resume".split()
+)
 
 
 def library_versions() -> Dict[str, Optional[str]]:
@@ -212,8 +198,15 @@ class RunDir:
             remove_leftovers(self.folder)
             if config.train.resume:
                 self.resume_from = latest_intact(self.folder)
+                broken = [path.name for _, path in list_checkpoints(self.folder)]
+                if self.resume_from is None and broken:
+                    raise RunDirError(
+                        f"{self.folder}: none of its checkpoints ({', '.join(broken)}) is intact, see above. Restore one, or "
+                        f"start over without --train.resume: take another --name, or rm -r {self.folder}"
+                    )
                 if self.resume_from is None:
                     print(f"{self.folder.name}: nothing to resume, starting at step 1", file=sys.stderr)
+            self.truncate_metrics(int(self.resume_from.name.split("_")[1]) if self.resume_from else -1)
             state = source_state()
             if state["diff"]:
                 with atomic_write(self.folder / "dirty.diff", "w") as file:
@@ -253,19 +246,23 @@ class RunDir:
             self._write_provenance()
             with atomic_write(self.folder / "config.yaml", "w") as file:
                 yaml.safe_dump(to_dict(config), file, sort_keys=False)
-            self.truncate_metrics(int(self.resume_from.name.split("_")[1]) if self.resume_from else 0)
             self._open_boards(storage, config)
         except BaseException:
-            self._lock.release()
+            if self._provenance:
+                self.close("failed", traceback.format_exc())
+            else:
+                self._lock.release()
             raise
 
     def look(self, config: Config) -> dict:
         """Provenance of the run that is here already; {} for an empty folder. Refuses what must not be overwritten."""
         config_path, path = self.folder / "config.yaml", self.folder / "provenance.json"
         try:
-            old = json.loads(path.read_text()) if path.is_file() else {}
-        except ValueError:
-            old = {}
+            old = dict(json.loads(path.read_text())) if path.is_file() else {}
+            if old:
+                old["sessions"] = [dict(session, status=session["status"]) for session in old["sessions"]]
+        except (ValueError, TypeError, KeyError):
+            old = {}  # a record of earlier sessions is not worth refusing to go on
         foreign = [entry.name for entry in self.folder.iterdir() if entry.name != "run.lock" and not entry.name.startswith(".")]
         if foreign and not config_path.is_file() and not old:
             raise RunDirError(
@@ -282,11 +279,14 @@ class RunDir:
                     f"take another --name, or delete it: rm -r {self.folder}"
                 )
             return old  # a session that ended before its first logged step left nothing worth keeping
-        if config_path.is_file() and has_results:
+        if has_results:
             try:
-                before = yaml.safe_load(config_path.read_text()) or {}
-            except yaml.YAMLError as error:
-                raise RunDirError(f"{config_path} cannot be read ({error}); restore it, or take another --name") from error
+                before = dict(yaml.safe_load(config_path.read_text()))
+            except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+                raise RunDirError(
+                    f"{config_path} is missing or damaged ({error}), so nobody knows whether the run had this configuration; "
+                    "restore the file, or take another --name"
+                ) from error
             changed = config_differences(before, to_dict(config))
             if changed:
                 raise RunDirError(
@@ -341,8 +341,12 @@ class RunDir:
             row["nonfinite"] = bad
         self._append((json.dumps(row, allow_nan=False) + "\n").encode())
         if self._tensorboard is not None:
-            for key, value in numbers.items():
-                self._tensorboard.add_scalar(key, value, int(step))
+            try:
+                for key, value in numbers.items():
+                    self._tensorboard.add_scalar(key, value, int(step))
+            except OSError as error:
+                print(f"tensorboard stops ({error}); {self.metrics_path} has the same numbers", file=sys.stderr)
+                self._tensorboard = None
         if self._wandb is not None:
             self._wandb.log(numbers, step=int(step))
 
@@ -360,7 +364,10 @@ class RunDir:
         os.ftruncate(self._metrics.fileno(), size)
         if not is_disk_full(error):
             raise error
-        raise DiskFull(f"the disk was full while writing {self.metrics_path}: {free_bytes(self.folder)} bytes free") from error
+        raise DiskFull(
+            f"the disk was full while writing {self.metrics_path}: {free_bytes(self.folder)} bytes free; its earlier lines and "
+            "the checkpoints are whole. Free some space and go on with --train.resume true"
+        ) from error
 
     def truncate_metrics(self, step: int) -> None:
         """Drop the lines after `step`, and a last line that a killed process left unfinished."""
@@ -428,8 +435,10 @@ def read_metrics(folder) -> List[dict]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
+            row = json.loads(line)
+            row["step"] = int(row["step"])
+            rows.append(row)
+        except (ValueError, TypeError, KeyError) as error:
             if number == len(lines):
                 break
             raise ValueError(f"{path} line {number} is damaged ({error}); delete that line") from error

@@ -288,6 +288,17 @@ def _disk_full(path: Path, error: BaseException) -> DiskFull:
 
 
 @contextmanager
+def naming_full_disk(path) -> Iterator[None]:
+    """Within the block a full disk, quota or file-size limit is raised as DiskFull that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if is_disk_full(error) and not isinstance(error, DiskFull):
+            raise _disk_full(Path(path), error) from error
+        raise
+
+
+@contextmanager
 def atomic_write(path, mode: str = "wb") -> Iterator:
     """An open file that becomes `path` when the block ends well; otherwise `path` stays what it was.
 

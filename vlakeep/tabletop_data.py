@@ -25,14 +25,16 @@ def write_tabletop_data(config: Config, storage: Storage) -> None:
         prefix, _, skill = name.partition("_")
         if prefix != "tabletop" or skill not in tabletop.ALL_SKILLS:
             raise ValueError(f"--data.datasets: {name} is no tabletop data set; known are {', '.join('tabletop_' + s for s in tabletop.ALL_SKILLS)}")
+    probe_folder = storage.guard_write(storage.probe_folder(config.probe.name), what="probe")
+    for name in config.data.datasets:
         folder = storage.guard_write(storage.data / name, what="data set")
+        skill = name.partition("_")[2]
         episodes = tabletop.collect_demos(skill, EPISODES, seed=config.seed, noise=NOISE)
         write_rlds(storage.data, name, episodes, image_format="png", overwrite=True)
         print(f"wrote {folder}: {len(episodes)} episodes, {sum(len(e.actions) for e in episodes)} frames")
-    folder = storage.guard_write(storage.probe_folder(config.probe.name), what="probe")
     samples, kinds = tabletop.make_probe(config.probe.size, seed=config.seed)
-    write_probe(folder, samples, kinds)
-    print(f"wrote {folder}: {len(samples)} items of {len(set(kinds))} kinds")
+    write_probe(probe_folder, samples, kinds)
+    print(f"wrote {probe_folder}: {len(samples)} items of {len(set(kinds))} kinds")
 
 
 def main(argv: List[str]) -> int:

@@ -122,8 +122,8 @@ class Guard:
             if not math.isfinite(row[key]) and not skipped:
                 remedy = "Lower --train.lr, keep --train.clip 1.0, or use --backbone.dtype float32"
                 if step == 1:
-                    remedy = ("No update has been made yet, so the base weights are damaged (fetch them again) or too narrow (use "
-                              "--backbone.dtype float32)")
+                    remedy = ("No update has been made yet, so the base weights are damaged (fetch them again) or too narrow "
+                              "(use --backbone.dtype float32)")
                 raise TrainingStopped(f"{key} is {row[key]} at step {step}; {kept}. {remedy}")
         if self._first is None:
             self._first = row["hidden_norm"]
@@ -195,7 +195,7 @@ def _loop(config: Config, dist: Distributed, run: RunDir, backbone, method, stre
         first = _restore(run.resume_from, backbone, optimizer, parts) + 1
         run.truncate_metrics(first - 1)
     if first > settings.steps:
-        say(dist, f"{run.folder.name}: already at step {first - 1} of {settings.steps}, nothing to do; raise --train.steps to go on")
+        say(dist, f"{run.folder.name}: already at step {first - 1} of {settings.steps}; to go on, raise --train.steps")
         return
     say(dist, f"{run.folder.name}: {config.method}, {sum(p.numel() for p in params):,} trainable parameters, global batch "
               f"{settings.batch_size * settings.accumulation * dist.world}, steps {first} to {settings.steps}")

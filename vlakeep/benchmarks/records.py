@@ -4,11 +4,15 @@ records.jsonl   first line {"header": ...}: what was evaluated and how; then one
                 kind, ability, trial, seed, success (true, false, null), value, crash (null or the error), steps, ...
 """
 
+import errno
+import fcntl
 import json
 import math
 import os
 from pathlib import Path
 from typing import Dict, List, Sequence, Tuple
+
+from vlakeep.storage import naming_full_disk
 
 
 def wilson(successes: int, n: int, z: float = 1.959964) -> Tuple[float, float, float]:
@@ -49,29 +53,59 @@ class Records:
     """Append-only trial file. A half-written last line (the process was killed) is cut off when the file is opened again."""
 
     def __init__(self, path, header: dict):
-        """Raises ValueError when the file belongs to another model or other settings (`header` differs)."""
+        """Raises ValueError when the file is damaged, in use, or of another model or other settings (`header` differs)."""
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._rows: List[dict] = []
-        if self.path.is_file():
-            data = self.path.read_bytes()
-            whole = data[:data.rfind(b"\n") + 1]
-            if len(whole) != len(data):
-                with open(self.path, "r+b") as file:
-                    file.truncate(len(whole))
-            lines = whole.decode().splitlines()
-            if lines and json.loads(lines[0]).get("header") != json.loads(json.dumps(header)):
-                raise ValueError(f"{self.path} holds the trials of another model or of other settings: evaluate into another folder, or "
-                                 f"remove {self.path.parent}")
-            self._rows = [json.loads(line) for line in lines[1:]]
-        self._seen = {(r["kind"], r["ability"], r["trial"]) for r in self._rows}
-        self._file = open(self.path, "a", encoding="utf-8")
-        if self.path.stat().st_size == 0:
-            self._write({"header": header})
+        self._file = open(self.path, "ab", buffering=0)
+        try:
+            self._lock()
+            self._rows = self._resume(json.loads(json.dumps(header)))
+            self._seen = {(r["kind"], r["ability"], r["trial"]) for r in self._rows}
+            if not self._rows:
+                self._file.truncate(0)
+                self._write({"header": header})
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{self.path} is in use by another evaluation of this model; wait for it, or stop it") from None
+        except OSError:
+            pass  # some network file systems know no locks
+
+    def _resume(self, header: dict) -> List[dict]:
+        """The trials that are there; an unfinished last line goes. A file without trials belongs to whoever comes."""
+        data = self.path.read_bytes()
+        whole = data[:data.rfind(b"\n") + 1]
+        self._file.truncate(len(whole))
+        lines = []
+        for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+            try:
+                lines.append(json.loads(line))
+                wanted = ("header",) if number == 1 else ("kind", "ability", "trial", "success", "value", "crash")
+                missing = [key for key in wanted if key not in lines[-1]]
+                if missing:
+                    raise ValueError(f"no {missing[0]}")
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{self.path} line {number} is damaged ({error}); delete that line, or start over: "
+                                 f"rm -r {self.path.parent}") from error
+        if len(lines) > 1 and lines[0]["header"] != header:
+            old, changed = lines[0]["header"], []
+            for key in header:
+                if old.get(key) != header[key]:
+                    changed.append({"weights": "another model", "base": "another base model"}.get(key, f"other settings ({key})"))
+            raise ValueError(f"{self.path} holds the trials of {' and '.join(changed) or 'an older version'}; put them aside or "
+                             f"delete them: rm -r {self.path.parent}")
+        return lines[1:]
 
     def _write(self, row: dict) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()  # a killed process loses no finished trial; flush() makes it safe against a power cut as well
+        with naming_full_disk(self.path):  # unbuffered: a killed process loses no finished trial
+            line = (json.dumps(row) + "\n").encode()
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, "short write")
 
     def has(self, kind: str, ability: str, trial: int) -> bool:
         return (kind, ability, trial) in self._seen
@@ -82,7 +116,7 @@ class Records:
         self._seen.add((row["kind"], row["ability"], row["trial"]))
 
     def flush(self) -> None:
-        self._file.flush()
+        """Make the trials safe against a power cut as well."""
         os.fsync(self._file.fileno())
 
     def rows(self) -> List[dict]:

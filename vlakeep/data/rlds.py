@@ -24,6 +24,7 @@ from vlakeep.data.images import decode_image
 from vlakeep.data.sample import Episode, Sample
 from vlakeep.data.statistics import action_statistics, normalise, transform_for
 from vlakeep.data.tfrecord import parse_example, read_records
+from vlakeep.storage import atomic_write
 
 _INDEX_FORMAT = 1
 _BAR_FROM_BYTES = 64 << 20  # a smaller data set is indexed within a second
@@ -62,7 +63,8 @@ def read_info(version: Path) -> Tuple[str, Dict[str, Tuple[List[Path], List[int]
     missing = [shard.name for shards, _ in splits.values() for shard in shards if not shard.is_file()]
     if missing:
         some = ", ".join(missing[:3]) + (", ..." if missing[3:] else "")
-        raise FileNotFoundError(f"{version} lacks {len(missing)} of its shards ({some}); the download or copy is incomplete")
+        raise FileNotFoundError(f"{version} lacks {len(missing)} of its shards ({some}): the download or copy is incomplete; "
+                                "copy it again, or make a tabletop set again with `vlakeep tabletop-data`")
     return name, splits
 
 
@@ -79,10 +81,8 @@ class EpisodeIndex:
     texts: List[str]
 
     def save(self, path: Path) -> None:
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-        with temporary.open("wb") as file:  # a text list goes in as JSON: arrays of objects would need pickle
+        with atomic_write(path) as file:  # a text list goes in as JSON: arrays of objects would need pickle
             np.savez(file, **{**vars(self), "texts": np.array(json.dumps(self.texts))})
-        os.replace(temporary, path)
 
     @classmethod
     def load(cls, path: Path) -> "EpisodeIndex":
@@ -122,7 +122,8 @@ def build_index(shards: List[Path], episodes: List[int], image_key: str, name: s
                 bad = np.flatnonzero(~np.isfinite(episode_actions).all(axis=1))
                 if len(bad):
                     raise ValueError(f"{shard}: record {record} (episode {len(lengths)} of {name}), frame {bad[0]}: action "
-                                     f"{episode_actions[bad[0]].tolist()} is not finite ({len(bad)} of {len(pictures)} frames)")
+                                     f"{episode_actions[bad[0]].tolist()} is not finite ({len(bad)} of {len(pictures)} frames); "
+                                     "mend or leave out this episode and make the data set again")
                 shard_E.append(number)
                 lengths.append(len(pictures))
                 offsets.append(np.array([start + a for a, _ in pictures], dtype=np.int64))

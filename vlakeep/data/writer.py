@@ -14,6 +14,7 @@ import numpy as np
 from vlakeep.data.images import encode_jpeg, encode_png
 from vlakeep.data.sample import Episode
 from vlakeep.data.tfrecord import RecordWriter, write_example
+from vlakeep.storage import naming_full_disk
 
 _STATE_WIDTH = 8  # the official LIBERO transform slices a state of 8
 _CLASS = "tensorflow_datasets.core.features."
@@ -91,7 +92,14 @@ def write_rlds(folder, name: str, episodes: Iterable[Episode], image_format: str
     partial = final.with_name(f"{version}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    shape, lengths, total, writer, number = None, [], 0, None, 0
+    with naming_full_disk(final):
+        _fill(partial, final, name, episodes, encode, image_format, version, shard_bytes)
+    return final
+
+
+def _fill(partial: Path, final: Path, name: str, episodes, encode, image_format: str, version: str, shard_bytes: int) -> None:
+    """Write everything into `partial` and rename it to `final`; a failure removes it."""
+    shape, lengths, total, writer = None, [], 0, None
     try:
         for number, episode in enumerate(episodes):
             _check(episode, number, name)
@@ -124,11 +132,12 @@ def write_rlds(folder, name: str, episodes: Iterable[Episode], image_format: str
             shutil.rmtree(final)
         partial.rename(final)
     except BaseException:
-        if writer is not None:
-            writer.__exit__()
-        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            if writer is not None:
+                writer.__exit__()  # on a full disk this fails too
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
-    return final
 
 
 def _close(writer: RecordWriter, lengths, total):

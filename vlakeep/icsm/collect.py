@@ -54,8 +54,8 @@ def pooled_states(backbone, batches: Iterable, layers: List[int], total: int = N
     kept = {layer: torch.cat(parts)[keep_N] for layer, parts in states.items()}
     for layer, x_ND in kept.items():
         if not torch.isfinite(x_ND).all():
-            raise ValueError(f"hidden states of layer {layer} are not finite on the probe: the weights are damaged (fetch the base "
-                             "model again, or take another run), or --backbone.dtype is too narrow (use float32)")
+            raise ValueError(f"hidden states of layer {layer} are not finite on the probe: the weights are damaged (fetch the "
+                             "base model again, or take another run), or --backbone.dtype is too narrow (use float32)")
     return Pooled(
         kept, int(empty_N.sum()),
         {layer: norms[layer] / max(count, 1) for layer in layers}, keep_N.nonzero()[:, 0].tolist(),

@@ -22,8 +22,8 @@ def check_rank(rank: int, count: int, dim: int) -> None:
         raise ValueError(f"{count} usable probe item(s) span no direction; make a larger probe, and look at its masks with "
                          "`vlakeep audit-probe`")
     if rank > limit:
-        raise ValueError(f"icsm.rank {rank} is larger than min(N - 1, D) = {limit} ({count} usable probe items, hidden size {dim}): "
-                         f"lower it with --icsm.rank {limit}, or take a larger probe (--probe.size)")
+        raise ValueError(f"icsm.rank {rank} is larger than min(N - 1, D) = {limit} ({count} usable probe items, hidden size {dim})"
+                         f": lower it with --icsm.rank {limit}, or take a larger probe (--probe.size)")
 
 
 def pooled_candidates(states_ND: torch.Tensor, rank: int) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

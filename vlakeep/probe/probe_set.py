@@ -10,14 +10,13 @@ Axes: N items, H W pixels.
 
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
 import numpy as np
 
 from vlakeep.data.sample import Sample
+from vlakeep.storage import atomic_dir
 
 FORMAT = 1
 _REMEDY = "make it again with `vlakeep tabletop-data`, or write your own with write_probe (vlakeep/probe/probe_set.py)"
@@ -57,18 +56,14 @@ def write_probe(folder, samples: List[Sample], kinds: List[str], states: Optiona
              for s, kind, state in zip(samples, kinds, states)]
     sha256 = content_hash(items, images)
     folder = Path(folder)
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    np.save(partial / "images.npy", images, allow_pickle=False)
-    (partial / "items.jsonl").write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items), encoding="utf-8")
-    (partial / "probe.json").write_text(json.dumps({"format": FORMAT, "count": len(items), "sha256": sha256}, indent=2) + "\n")
-    if folder.exists():
-        if any(folder.iterdir()) and not (folder / "probe.json").is_file():
-            shutil.rmtree(partial)
-            raise ValueError(f"{folder} exists and is no probe folder; it is left alone, choose another name")
-        shutil.rmtree(folder)
-    partial.rename(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / "probe.json").is_file():
+        raise ValueError(f"{folder} exists and is no probe folder; it is left alone, choose another name with --probe.name")
+    with atomic_dir(folder) as partial:
+        np.save(partial / "images.npy", images, allow_pickle=False)
+        text = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+        (partial / "items.jsonl").write_text(text, encoding="utf-8")
+        info = {"format": FORMAT, "count": len(items), "sha256": sha256}
+        (partial / "probe.json").write_text(json.dumps(info, indent=2) + "\n")
     return sha256
 
 

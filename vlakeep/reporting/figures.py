@@ -209,7 +209,7 @@ CURVES = [
         "drift",
         "Drift d and its threshold",
         "Dots are measurements, the line their moving average, the dashed line the threshold. "
-        "In the shaded steps the Thermostat only calibrates: gains stay at 1.",
+        "Where shaded, the Thermostat only calibrates.",
         [("d_ema", "-")],
         "drift d",
     ),
