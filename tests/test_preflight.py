@@ -60,7 +60,8 @@ def world(tmp_path, monkeypatch):
         }
         for layer in layers
     }
-    meta = {"weights_sha256": "w", "probe_sha256": probe, "depth": DEPTH, "layers": layers, "config": to_dict(config.icsm)}
+    meta = {"weights_sha256": "w", "probe_sha256": probe, "depth": DEPTH, "layers": layers, "config": to_dict(config.icsm),
+            "layer_map": {str(member): layer for layer in layers for member in (layer - 1, layer)}, "probe_items": config.probe.size}
     artifact.write(root / "artifacts" / "icms_tiny", tensors, None, {}, meta)
     return config, root
 
@@ -215,12 +216,12 @@ def test_artefact_of_another_configuration_or_depth(world):
 def test_sizes_against_the_probe_and_the_schedule(world):
     config, root = world
     config.probe.size, config.thermostat.batch_size, config.icsm.rank, config.train.steps = 10, 11, 10, 200
-    config.thermostat.every, config.thermostat.calibration = 50, 5
+    config.thermostat.every = 250
     lines = preflight.run_checks(config)
     found = {line.what: line for line in lines}
     assert found["--thermostat.batch_size"].status == RED
     assert "= 9" in found["--icsm.rank"].where and found["--icsm.rank"].remedy.startswith("--icsm.rank 9")
-    assert found["--thermostat.every"].status == "note" and "250 of 200 steps" in found["--thermostat.every"].where
+    assert found["--thermostat.every"].status == "note" and "one measurement in 250 steps, but training takes 200" in found["--thermostat.every"].where
 
 
 def test_run_folder_and_free_space(world, monkeypatch):

@@ -280,6 +280,16 @@ def load_checkpoint(folder) -> Tuple[Dict[str, Tensors], dict]:
     return tensors, state
 
 
+def check_base(folder, state: dict, weights_sha256: str) -> None:
+    """Raise CheckpointError when the run was trained on other base weights than these."""
+    made = state.get("base_weights", weights_sha256)
+    if made != weights_sha256:
+        raise CheckpointError(
+            f"{folder} was trained on other base weights ({made[:12]}, not {weights_sha256[:12]}): the base model was changed or "
+            "is another one; give the one of the run with --backbone.checkpoint"
+        )
+
+
 if __name__ == "__main__":  # sanity check: python -m vlakeep.checkpoint runs/NAME
     for number, found in list_checkpoints(sys.argv[1]):
         print(f"step {number}: {broken(found) or 'intact'}")

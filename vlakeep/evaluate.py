@@ -20,7 +20,7 @@ from vlakeep.backbones.base import make_backbone
 from vlakeep.backbones.lora import adapters_disabled, load_adapter
 from vlakeep.benchmarks import tabletop
 from vlakeep.benchmarks.records import Records, mean_interval, summarise
-from vlakeep.checkpoint import latest_intact, load_checkpoint
+from vlakeep.checkpoint import check_base, latest_intact, load_checkpoint
 from vlakeep.config import Config, config_from_argv, to_dict
 from vlakeep.data.prompts import encode_prompts
 from vlakeep.icsm.artifact import default_layers, layer_map
@@ -49,7 +49,7 @@ def load_target(config: Config, storage: Storage, device):
                                     f": make it with `vlakeep train --config ... --name {folder.name}`, or choose another target "
                                     "with --evaluate.target")
         folder = checkpoint
-    manifest = load_manifest(folder)
+    manifest = load_manifest(folder, backbone.weights_sha256)
     load_adapter(backbone, folder / "adapter")
     path = folder / "adapter" / "dataset_statistics.json"
     if not path.is_file():
@@ -64,9 +64,10 @@ def load_target(config: Config, storage: Storage, device):
     return backbone.eval(), name, manifest
 
 
-def load_manifest(folder: Path) -> str:
+def load_manifest(folder: Path, base_weights: str) -> str:
     """Verify a checkpoint folder and return the hash of its adapter weights."""
-    load_checkpoint(folder)  # raises when a file is damaged
+    _, state = load_checkpoint(folder)  # raises when a file is damaged
+    check_base(folder, state, base_weights)
     manifest = json.loads((folder / "manifest.json").read_text())
     return manifest["files"]["adapter/adapter_model.safetensors"]["sha256"]
 
@@ -116,7 +117,7 @@ def measure_drift(backbone, config: Config, storage: Storage) -> float:
 
     def states():
         batches = prompt_batches(probe, items, backbone.processor, config.icsm.batch_size)
-        return pooled_states(backbone, batches, layers, quiet=True).states
+        return pooled_states(backbone, batches, layers, quiet=True, where=str(probe.folder)).states
 
     with adapters_disabled(backbone):
         teacher = {layer: covariance(x) for layer, x in states().items()}

@@ -52,7 +52,7 @@ def run_offline(config: Config, storage: Storage) -> Path:
         return prompt_batches(probe, numbers, backbone.processor, config.icsm.batch_size)
 
     steps = -(-len(items) // config.icsm.batch_size)
-    pooled = pooled_states(backbone, batches(items), layers, total=steps)
+    pooled = pooled_states(backbone, batches(items), layers, total=steps, where=str(probe.folder))
     tensors, notes = {}, {}
     usable = [items[i] for i in pooled.kept]
     some = usable[::max(1, len(usable) // config.icsm.sensitivity_items)][:config.icsm.sensitivity_items]

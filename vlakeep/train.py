@@ -201,33 +201,33 @@ def _loop(config: Config, dist: Distributed, run: RunDir, backbone, method, stre
               f"{settings.batch_size * settings.accumulation * dist.world}, steps {first} to {settings.steps}")
     stop = _signal_flag()
     saved = first - 1 if first > 1 else None
-    progress = tqdm(total=settings.steps, initial=first - 1, desc=config.name, disable=not dist.is_main, mininterval=1.0)
     seconds = time.perf_counter()
-    for step in range(first, settings.steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, settings)
-        observe = step % settings.log_every == 0 or step == settings.steps
-        batches = [next(stream).to(dist.device) for _ in range(settings.accumulation)]
-        metrics = train_step(model, method, optimizer, scaler, batches, settings, step, observe)
-        if observe or "d" in metrics:  # a measurement is logged always: the Thermostat must be replayable
-            row = dist.mean_metrics(metrics)
-            row["grad_norm_clipped"] = min(row["grad_norm"], settings.clip) if settings.clip > 0 else row["grad_norm"]
-            row.update(lr=optimizer.param_groups[0]["lr"], seconds=(time.perf_counter() - seconds))
-            run.log(step, row)
-            guard.check(step, row, scaler, f"the checkpoint of step {saved} is kept" if saved else "no checkpoint had been saved yet")
-            progress.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-        progress.update()
-        # With several processes the question costs a synchronisation, so it is asked on logged steps only.
-        stopping = stop["signal"] is not None if dist.world == 1 else observe and dist.any(stop["signal"] is not None)
-        if step % settings.save_every == 0 or step == settings.steps or stopping:
-            _save(run, step, settings.keep_last, dist, backbone, optimizer, parts)
-            saved = step
-        if stopping:
-            run.interrupted()
-            progress.close()
-            say(dist, f"stopped by a signal after step {step}; go on with --train.resume true")
-            raise SystemExit(128 + (stop["signal"] or signal.SIGTERM))
-    progress.close()
+    with tqdm(total=settings.steps, initial=first - 1, desc=config.name, disable=not dist.is_main, mininterval=1.0) as progress:
+        for step in range(first, settings.steps + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, settings)
+            observe = step % settings.log_every == 0 or step == settings.steps
+            batches = [next(stream).to(dist.device) for _ in range(settings.accumulation)]
+            metrics = train_step(model, method, optimizer, scaler, batches, settings, step, observe)
+            if observe or "d" in metrics:  # a measurement is logged always: the Thermostat must be replayable
+                row = dist.mean_metrics(metrics)
+                row["grad_norm_clipped"] = min(row["grad_norm"], settings.clip) if settings.clip > 0 else row["grad_norm"]
+                row.update(lr=optimizer.param_groups[0]["lr"], seconds=(time.perf_counter() - seconds))
+                run.log(step, row)
+                kept = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint had been saved yet"
+                guard.check(step, row, scaler, kept)
+                progress.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+            progress.update()
+            # With several processes the question costs a synchronisation, so it is asked on logged steps only.
+            stopping = stop["signal"] is not None if dist.world == 1 else observe and dist.any(stop["signal"] is not None)
+            if step % settings.save_every == 0 or step == settings.steps or stopping:
+                _save(run, step, settings.keep_last, dist, backbone, optimizer, parts)
+                saved = step
+            if stopping:
+                run.interrupted()
+                progress.close()  # the line below must not end up beside the bar
+                say(dist, f"stopped by a signal after step {step}; go on with --train.resume true")
+                raise SystemExit(128 + (stop["signal"] or signal.SIGTERM))
 
 
 def _save(run: RunDir, step: int, keep_last: int, dist: Distributed, backbone, optimizer, parts) -> None:
@@ -235,7 +235,7 @@ def _save(run: RunDir, step: int, keep_last: int, dist: Distributed, backbone, o
     if dist.is_main:
         state = {name: part.state_dict() for name, part in parts.items() if name != "stream"}
         tensors, optimizer_state = ckpt.split_optimizer(optimizer)
-        state.update(step=step, optimizer=optimizer_state, ranks=ranks)
+        state.update(step=step, optimizer=optimizer_state, ranks=ranks, base_weights=backbone.weights_sha256)
         ckpt.save_checkpoint(run.folder, step, {"trainable": trainable_state(backbone), "optimizer": tensors}, state,
                              lambda folder: _write_adapter(backbone, folder / "adapter", parts["stream"].statistics), keep_last)
     dist.barrier()
@@ -250,6 +250,7 @@ def _write_adapter(backbone, folder: Path, statistics: dict) -> None:
 def _restore(folder: Path, backbone, optimizer, parts) -> int:
     """Load a checkpoint into everything that has state; returns its step."""
     tensors, state = ckpt.load_checkpoint(folder)
+    ckpt.check_base(folder, state, backbone.weights_sha256)
     load_trainable(backbone, tensors["trainable"])
     ckpt.join_optimizer(optimizer, tensors["optimizer"], state["optimizer"])
     ranks = state["ranks"]

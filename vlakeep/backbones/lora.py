@@ -47,16 +47,16 @@ def layer_numbers(spec: str, depth: int) -> List[int]:
     if found:
         count = int(found.group(1))
         if not 1 <= count <= depth:
-            raise ValueError(f"lora.layers {spec!r}: {valid}")
+            raise ValueError(f"--lora.layers {spec!r}: {valid}")
         return list(range(depth - count, depth))
     numbers = set()
     for part in text.split(","):
         found = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if not found:
-            raise ValueError(f"lora.layers {spec!r}: {valid}")
+            raise ValueError(f"--lora.layers {spec!r}: {valid}")
         begin, end = int(found.group(1)), int(found.group(2) or found.group(1))
         if begin > end or end >= depth:
-            raise ValueError(f"lora.layers {spec!r}: {valid}")
+            raise ValueError(f"--lora.layers {spec!r}: {valid}")
         numbers.update(range(begin, end + 1))
     return sorted(numbers)
 
@@ -69,7 +69,7 @@ def target_modules(backbone: Backbone, layers: str, modules: List[str]) -> List[
     leaves = [leaf for module in modules for leaf in GROUPS.get(module, [module])]
     unknown = [leaf for leaf in leaves if leaf not in _PARENT]
     if unknown or not leaves:
-        raise ValueError(f"lora.modules {unknown or modules}: must be among attention, mlp, {', '.join(_PARENT)}")
+        raise ValueError(f"--lora.modules {unknown or modules}: must be among attention, mlp, {', '.join(_PARENT)}")
     leaves = [leaf for leaf in _PARENT if leaf in leaves]  # the order of the model, each once
     return [
         f"{LORA_PREFIX}layers.{number}.{_PARENT[leaf]}.{leaf}"

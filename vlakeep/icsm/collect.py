@@ -33,8 +33,9 @@ class Pooled:
 
 
 @torch.no_grad()
-def pooled_states(backbone, batches: Iterable, layers: List[int], total: int = None, quiet: bool = False) -> Pooled:
-    """Pool instruction tokens of each item. `batches` yields (prompt Batch, instruction mask [B, L])."""
+def pooled_states(backbone, batches: Iterable, layers: List[int], total: int = None, quiet: bool = False,
+                  where: str = "the probe") -> Pooled:
+    """Pool instruction tokens of each item. `batches` yields (prompt Batch, instruction mask [B, L]); `where` is for messages."""
     states, flags, norms, count = {layer: [] for layer in layers}, [], {layer: 0.0 for layer in layers}, 0
     for batch, mask_BL in tqdm(batches, desc="pooling instructions", total=total, disable=quiet, leave=False):
         mask_BS = sequence_mask(mask_BL, backbone.num_patches).to(backbone.device)
@@ -48,13 +49,13 @@ def pooled_states(backbone, batches: Iterable, layers: List[int], total: int = N
         count += int(mask_BL.sum())
     empty_N = torch.cat(flags)
     if empty_N.all():
-        raise ValueError("every probe item has an empty instruction mask, so there is nothing to pool: look at the masks with "
-                         "`vlakeep audit-probe` and at the prompt template of the probe")
+        raise ValueError(f"{where}: every probe item has an empty instruction mask, so there is nothing to pool; look at the "
+                         "masks with `vlakeep audit-probe` and at the prompt template of the probe")
     keep_N = ~empty_N
     kept = {layer: torch.cat(parts)[keep_N] for layer, parts in states.items()}
     for layer, x_ND in kept.items():
         if not torch.isfinite(x_ND).all():
-            raise ValueError(f"hidden states of layer {layer} are not finite on the probe: the weights are damaged (fetch the "
+            raise ValueError(f"hidden states of layer {layer} are not finite on {where}: the weights are damaged (fetch the "
                              "base model again, or take another run), or --backbone.dtype is too narrow (use float32)")
     return Pooled(
         kept, int(empty_N.sum()),
