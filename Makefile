@@ -1,7 +1,8 @@
 # make demo   the whole pipeline on the small model that ships with vlakeep (set VLAKEEP_ROOT to choose where files go)
 # make test   all tests; TESTS=tests/test_storage.py runs one file, WORKERS=4 uses more processes
+# make test-openvla-env   the tests on the library versions of the official OpenVLA environment
 # make lint   ruff
-# make clean  remove .venv
+# make clean  remove the virtual environments
 #
 # All of them make their own virtual environment in .venv on first use, and again when pyproject.toml or constraints.txt change.
 # PYTHON=python3.12 chooses the interpreter; TORCH_INDEX="--index-url URL" takes torch from elsewhere, such as PyTorch's CPU-only index. An existing environment (conda openvla) needs none of this: pip install -e .
@@ -9,11 +10,14 @@
 SHELL := /bin/bash
 TESTS ?= tests
 WORKERS ?= 2
-VENV := .venv
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+NEWEST ?= (3, 12)
+EXTRAS ?= dev
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: demo test lint clean setup
+.PHONY: demo test test-openvla-env lint clean setup
 
 demo: setup
 	@$(VENV)/bin/vlakeep demo $(ARGS)
@@ -22,23 +26,28 @@ demo: setup
 test: setup
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) $(TESTS)
 
+# The same suite with the libraries that the official OpenVLA environment pins, in a virtual environment of its own.
+test-openvla-env:
+	@$(MAKE) --no-print-directory test VENV=.venv-openvla CONSTRAINTS=constraints-openvla.txt NEWEST='(3, 11)'
+
 lint: setup
-	@$(PY) -m ruff check vlakeep tests
+	@$(PY) -m ruff check vlakeep tests benchmarks
 
 clean:
-	rm -rf $(VENV) build vlakeep.egg-info
+	rm -rf .venv .venv-openvla build vlakeep.egg-info
 
+# Makes the environment in $(VENV), unless it stands already for these very files.
 setup:
 	@set -e; \
-	want=$$(cat pyproject.toml constraints.txt | cksum); \
+	want=$$(cat pyproject.toml $(CONSTRAINTS) | cksum); \
 	if [ "$$(cat $(VENV)/.ready 2>/dev/null)" = "$$want" ] && $(PY) -c "" 2>/dev/null; then exit 0; fi; \
 	python=""; \
 	for candidate in $(PYTHON) python3 python3.12 python3.11 python3.10 python; do \
-	  if $$candidate -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1; then \
+	  if $$candidate -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= $(NEWEST))' >/dev/null 2>&1; then \
 	    python=$$candidate; break; fi; \
 	done; \
 	if [ -z "$$python" ]; then \
-	  echo "error: no Python 3.10, 3.11 or 3.12 with venv found; install one (apt install python3 python3-venv), or make PYTHON=/path/to/python3" >&2; \
+	  echo "error: no Python from 3.10 to $(NEWEST) with venv found; install one (apt install python3 python3-venv), or make PYTHON=/path/to/python3" >&2; \
 	  exit 1; fi; \
 	echo "[1/3] virtual environment $(VENV) with $$($$python --version)"; \
 	rm -rf $(VENV); $$python -m venv $(VENV); \
@@ -46,5 +55,5 @@ setup:
 	$(PIP) $(TORCH_INDEX) torch 2> >(grep -v '^WARNING: Location' >&2); \
 	$(PIP) $(TORCH_INDEX) --no-deps torchvision 2> >(grep -v '^WARNING: Location' >&2); \
 	echo "[3/3] vlakeep and the other libraries"; \
-	$(PIP) --editable '.[dev]' 2> >(grep -v '^WARNING: Location' >&2); \
+	$(PIP) --editable '.[$(EXTRAS)]' 2> >(grep -v '^WARNING: Location' >&2); \
 	echo "$$want" > $(VENV)/.ready

@@ -114,7 +114,8 @@ def main(argv):
     floor, base = floor_seconds(backbone, batch, device), statistics.median(times["baseline"])
     print(f"{device}, batch {batch.size}, {batch.input_ids.shape[1] + backbone.num_patches} tokens, {args.rounds} rounds")
     print(f"arithmetic floor of the baseline step {floor * 1e3:.1f} ms, measured {base * 1e3:.1f} ms: {base / floor:.1f} times the floor")
-    print(f"Thermostat: {reading * 1e3:.1f} ms a measurement, every {config.thermostat.every} steps: {reading / config.thermostat.every * 1e3:.2f} ms a step")
+    print(f"Thermostat: {reading * 1e3:.1f} ms a measurement, every {config.thermostat.every} steps: "
+          f"{reading / config.thermostat.every * 1e3:.2f} ms a step")
     print(f"{'arm':24s} {'ms':>8s} {'ratio':>7s} {'with Thermostat':>16s}")
     for name, values in times.items():
         ratio = statistics.median(v / b for v, b in zip(values, times["baseline"]))

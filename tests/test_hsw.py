@@ -129,7 +129,7 @@ def test_lora_input_site_gives_the_formula_on_the_rows_of_the_gradient(bases):
     linear, x = LoraLinear(), torch.randn(8, 32)
     plain = lora_gradient(linear, x)
     weight = linear.lora_A["default"].weight.detach().clone()
-    site = LoraInputSite({"lin": linear}, {"lin": bases})
+    site = LoraInputSite({"lin": linear}, {"lin": {"f": bases[0], "p": bases[1]}})
     assert torch.equal(lora_gradient(linear, x), plain), "gains of 1 must change nothing"
     site.set_gains(Gains(beta=0.5, gamma=0.2))
     # With A_eff held at the old A the incoming gradient is `plain`, so that A's own gradient must be the formula.
@@ -147,7 +147,7 @@ def test_lora_input_site_gives_the_formula_on_the_rows_of_the_gradient(bases):
 
 def test_leak_is_the_share_of_the_update_in_the_fragile_inputs(bases):
     linear = LoraLinear()
-    site = LoraInputSite({"lin": linear}, {"lin": bases})
+    site = LoraInputSite({"lin": linear}, {"lin": {"f": bases[0], "p": bases[1]}})
     update = linear.lora_B["default"].weight @ linear.lora_A["default"].weight
     wanted = (update @ bases[0]).square().sum() / update.square().sum()
     assert site.leak() == pytest.approx(wanted.item(), rel=1e-4)
@@ -155,9 +155,31 @@ def test_leak_is_the_share_of_the_update_in_the_fragile_inputs(bases):
     assert site.leak() < 1e-10, "gamma = 0 removes what A holds in Uf at once"
 
 
+@pytest.mark.parametrize("dense", [True, False])
+def test_the_complement_says_the_same_as_the_fragile_basis(dense, monkeypatch):
+    monkeypatch.setattr("vlakeep.hsw.lora_input.DENSE", 1024 if dense else 0)
+    whole = random_basis(32, 32, seed=4)
+    forms = {"f": whole[:, :24], "p": whole[:, 24:28]}, {"n": whole[:, 28:], "p": whole[:, 24:28]}
+    torch.manual_seed(5)
+    start, x, found = LoraLinear().state_dict(), torch.randn(8, 32), []
+    for bases in forms:
+        linear = LoraLinear()
+        linear.load_state_dict(start)
+        site = LoraInputSite({"lin": linear}, {"lin": bases})
+        before = site.leak()
+        site.set_gains(Gains(beta=0.6, gamma=0.3))
+        site.meter.start(True)
+        gradient = lora_gradient(linear, x)
+        found.append((gradient, linear.lora_A["default"].weight.detach(), before, site.leak(), site.meter.read()))
+    (g0, a0, *leaks0, row0), (g1, a1, *leaks1, row1) = found
+    assert torch.allclose(g0, g1, rtol=1e-4, atol=1e-4) and torch.allclose(a0, a1, atol=1e-5)
+    assert leaks0 == pytest.approx(leaks1, rel=1e-3)
+    assert row0 == pytest.approx(row1, rel=1e-3)
+
+
 def test_detach_leaves_the_effective_weight(bases):
     linear = LoraLinear()
-    site = LoraInputSite({"lin": linear}, {"lin": bases})
+    site = LoraInputSite({"lin": linear}, {"lin": {"f": bases[0], "p": bases[1]}})
     site.set_gains(Gains(beta=0.5, gamma=0.0))
     effective = linear.lora_A["default"].weight.detach().clone()
     site.detach()
@@ -169,4 +191,4 @@ def test_missing_or_foreign_input_subspace_is_refused(bases):
     with pytest.raises(ValueError, match="no input subspace"):
         LoraInputSite({"lin": LoraLinear()}, {})
     with pytest.raises(ValueError, match="another model"):
-        LoraInputSite({"lin": LoraLinear(dim=24)}, {"lin": bases})
+        LoraInputSite({"lin": LoraLinear(dim=24)}, {"lin": {"f": bases[0], "p": bases[1]}})

@@ -31,10 +31,29 @@ def test_token_bases_are_the_leading_directions_uncentred():
     torch.manual_seed(0)
     x = torch.randn(500, 12) * torch.linspace(4, 0.1, 12)
     x[:, 11] += 30  # a constant offset is energy: the second moment is not centred
-    fragile, plastic, values = token_bases(x.T @ x / 500, 0.25, 0.25)
+    found = token_bases(x.T @ x / 500, 0.25, 0.25)
+    fragile, plastic, values = found["f"], found["p"], found["values"]
     assert fragile.shape == (12, 3) and plastic.shape == (12, 3) and fragile[11].abs().max() > 0.99
     both = torch.cat([fragile, plastic], 1)
     assert (both.T @ both - torch.eye(6)).abs().max() < 1e-5 and (values[:-1] >= values[1:]).all()
+
+
+def test_a_large_fragile_share_is_kept_as_its_complement():
+    torch.manual_seed(0)
+    x = torch.randn(500, 12)
+    direct, thin = token_bases(x.T @ x / 500, 0.4, 0.2), token_bases(x.T @ x / 500, 0.6, 0.25)
+    assert set(thin) == {"n", "p", "values"} and thin["n"].shape == (12, 2) and direct["f"].shape == (12, 5)
+    both = torch.cat([thin["n"], thin["p"]], 1)
+    assert (both.T @ both - torch.eye(5)).abs().max() < 1e-5
+
+
+def test_passes_stay_below_the_memory_and_keep_shared_inputs_together():
+    from vlakeep.offline import _passes
+    linears = {f"layers.{i}.{name}": torch.nn.Linear(64, 8) for i in range(3) for name in ("self_attn.q_proj", "self_attn.v_proj")}
+    groups = _passes(linears, 2 * 4 * 64**2)
+    assert [sorted(g) for g in groups] == [[f"layers.{i}.self_attn.{n}" for i in (a, b) if i < 3 for n in ("q_proj", "v_proj")]
+                                           for a, b in ((0, 1), (2, 3))]
+    assert len(_passes(linears, 1)) == 3 and len(_passes(linears, 1e9)) == 1
 
 
 def test_order_puts_the_most_fragile_first():

@@ -39,7 +39,8 @@ def test_gains_held_at_one_are_the_baseline_bitwise(world, baseline, site):
     held = run_training(make_config(METHOD, "--name", f"law-ones-{site}", "--hsw.site", site, "--thermostat.gamma_min", 1.0,
                                     "--thermostat.beta_min", 1.0), storage)
     assert final_adapter(held) == final_adapter(baseline)
-    assert all(row["d"] > 0 for row in read_metrics(held)), "calibration rows and one measurement a step"
+    drifts = [row["d"] for row in read_metrics(held)]  # calibration rows (exactly 0 when paired) and one measurement a step
+    assert min(drifts) >= 0 and drifts[-1] > 0
 
 
 @pytest.mark.parametrize("site", ["residual", "lora_input"])
@@ -126,7 +127,8 @@ def test_drift_and_gains_move_in_the_log_and_can_be_replayed(world):
     from vlakeep.method import control_law
     from vlakeep.thermostat.controller import replay
     storage, make_config = world
-    config = make_config(METHOD, "--name", "law-loop", "--hsw.site", "lora_input", "--thermostat.estimator", "paired", "--thermostat.gamma_max", 1.0,
+    config = make_config(METHOD, "--name", "law-loop", "--hsw.site", "lora_input", "--thermostat.estimator", "paired",
+                         "--thermostat.gamma_max", 1.0,
                          "--train.steps", 10, "--train.lr", 5e-3)
     rows = read_metrics(run_training(config, storage))
     assert rows[0]["calibrating"] == 1.0 and rows[-1]["calibrating"] == 0.0

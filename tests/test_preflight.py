@@ -221,7 +221,8 @@ def test_sizes_against_the_probe_and_the_schedule(world):
     found = {line.what: line for line in lines}
     assert found["--thermostat.batch_size"].status == RED
     assert "= 9" in found["--icsm.rank"].where and found["--icsm.rank"].remedy.startswith("--icsm.rank 9")
-    assert found["--thermostat.every"].status == "note" and "one measurement in 250 steps, but training takes 200" in found["--thermostat.every"].where
+    assert found["--thermostat.every"].status == "note"
+    assert "one measurement in 250 steps, but training takes 200" in found["--thermostat.every"].where
 
 
 def test_run_folder_and_free_space(world, monkeypatch):

@@ -10,7 +10,9 @@ import pytest
 from vlakeep.benchmarks.records import Records, mean_interval, summarise, wilson
 
 
-@pytest.mark.parametrize("successes,n,low,high", [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)])
+@pytest.mark.parametrize("successes,n,low,high", [
+    (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662),
+])
 def test_wilson_against_published_values(successes, n, low, high):
     mean, a, b = wilson(successes, n)
     assert mean == successes / n and a == pytest.approx(low, abs=2e-4) and b == pytest.approx(high, abs=2e-4)
@@ -36,7 +38,8 @@ def test_a_file_is_continued_and_a_half_line_cut_off(tmp_path):
         add(records, 2, None, "RuntimeError: broken")
     rows = [json.loads(line) for line in path.read_text().splitlines()][1:]
     assert len(rows) == 3
-    assert summarise(rows) == {("skill", "pick"): {"mean": 0.5, "low": pytest.approx(0.0945, abs=1e-3), "high": pytest.approx(0.9055, abs=1e-3),
+    assert summarise(rows) == {("skill", "pick"): {"mean": 0.5, "low": pytest.approx(0.0945, abs=1e-3),
+                                                     "high": pytest.approx(0.9055, abs=1e-3),
                                                    "n": 2, "crashes": 1}}
 
 
@@ -49,7 +52,8 @@ def test_records_of_another_model_are_refused(tmp_path):
 
 def test_a_killed_process_loses_no_finished_trial(tmp_path):
     code = ("import os, sys\nfrom vlakeep.benchmarks.records import Records\nrecords = Records(sys.argv[1], {})\n"
-            "for i in range(5):\n    records.add(kind='skill', ability='pick', trial=i, seed=i, success=True, value=None, crash=None, steps=1)\n"
+            "for i in range(5):\n"
+             "    records.add(kind='skill', ability='pick', trial=i, seed=i, success=True, value=None, crash=None, steps=1)\n"
             "os._exit(9)\n")
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "r.jsonl")], env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)))
     assert len(Records(tmp_path / "r.jsonl", {}).rows()) == 5

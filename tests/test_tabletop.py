@@ -110,7 +110,8 @@ def test_questions_are_balanced_exact_and_reproducible(kind):
     counts = Counter(t.sample.answer for t in trials)
     assert set(counts) == set(ANSWERS[kind]) and max(counts.values()) - min(counts.values()) <= 1
     again = tabletop.question_trials(kind, 60, 0)
-    assert all(a.sample.instruction == b.sample.instruction and np.array_equal(a.sample.image, b.sample.image) for a, b in zip(trials, again))
+    assert all(a.sample.instruction == b.sample.instruction for a, b in zip(trials, again))
+    assert all(np.array_equal(a.sample.image, b.sample.image) for a, b in zip(trials, again))
 
 
 def test_left_means_left_in_the_image():
@@ -126,7 +127,8 @@ def test_left_means_left_in_the_image():
         def column(name):
             color, shape = name.split()
             for slot in np.flatnonzero(world.present_NK[i]):
-                if (list(COLORS)[world.color_NK[i, slot]], ["circle", "square", "triangle", "cross"][world.shape_NK[i, slot]]) == (color, shape):
+                shapes = ["circle", "square", "triangle", "cross"]
+                if (list(COLORS)[world.color_NK[i, slot]], shapes[world.shape_NK[i, slot]]) == (color, shape):
                     return world.xy_NK2[i, slot, 0]
         assert (found[1] == "yes") == (column(first) < column(second))
         seen += 1
@@ -224,7 +226,10 @@ def test_no_skill_is_done_on_the_way_of_another(behaviour):
         assert done.all() if skill == behaviour else done.mean() <= 0.12, (behaviour, skill, done.mean())
 
 
-@pytest.mark.parametrize("frames", [lambda: tabletop.retention_frames(200, 1000), lambda: tabletop.mixed_frames(200, tabletop.PROBE, 0.0, keep=0.3).samples()])
+@pytest.mark.parametrize("frames", [
+    lambda: tabletop.retention_frames(200, 1000),
+    lambda: tabletop.mixed_frames(200, tabletop.PROBE, 0.0, keep=0.3).samples(),
+])
 def test_few_frames_show_whole_episodes_not_their_beginnings(frames):
     actions = np.stack([sample.action for sample in frames()])
     assert (actions[:, 6] < 0.5).mean() > 0.35 and (actions[:, 2] > 0).mean() > 0.1

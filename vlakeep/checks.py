@@ -240,9 +240,8 @@ def check_probe(config: Config, storage: Storage) -> Tuple[List[Line], Optional[
 
 def check_artifact(config: Config, storage: Storage, model: dict, probe_sha256: Optional[str], config_path: str) -> List[Line]:
     """The ICSM artefact: there, whole, made for this probe, depth and icsm section; `train` also compares the base weights."""
-    from vlakeep.icsm import artifact as icsm
-
     from vlakeep.backbones.base import model_name
+    from vlakeep.icsm import artifact as icsm
 
     remedy = "vlakeep offline" + (f" --config {config_path}" if config_path else "")
     try:

@@ -18,7 +18,6 @@ from typing import Dict, List, NamedTuple
 
 from vlakeep.errors import explain, is_user_error
 
-
 # Waiting OpenMP threads spin by default; beside any other busy process that makes a training step on two cores ten times slower. It must
 # be said before torch loads its OpenMP runtime. A value that the user has set is kept.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -44,7 +44,7 @@ def main(argv: List[str]) -> int:
     argv = argv + ["--root", str(storage.root)]
     configs: Dict[str, Config] = {arm: arm_config(arm, argv) for arm in ARMS}
     method = configs["method"]
-    for arm, config in configs.items():  # a demo shows its own run, never a mixture with an earlier one
+    for config in configs.values():  # a demo shows its own run, never a mixture with an earlier one
         for folder in (storage.run_folder(config.name), storage.eval / config.name):
             shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(storage.eval / "base", ignore_errors=True)

@@ -46,8 +46,10 @@ def explain(error: BaseException) -> str:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """ENOSPC, a quota, or a file-size limit, also when a library (safetensors) has put it into the text of its own error."""
+    """ENOSPC, a quota, or a file-size limit, also when a library (safetensors, NumPy) has put it into its own words."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    if re.fullmatch(r"\d+ requested and \d+ written", str(error)):  # numpy.save
         return True
     found = re.search(r"(?:os error |Os \{ code: )(\d+)", str(error))  # safetensors 0.8, safetensors 0.4
     return found is not None and int(found[1]) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

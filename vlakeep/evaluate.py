@@ -143,7 +143,8 @@ def run_evaluation(config: Config, storage: Storage) -> Path:
     with Records(folder / "records.jsonl", header) as records:
         drift = 0.0 if name == "base" else measure_drift(backbone, config, storage)  # first, while a bad probe costs nothing yet
         policy = ActionPolicy(backbone, config.backbone.unnorm_key)
-        tabletop.run_skill_episodes(policy, skills, settings.episodes, tabletop.EVALUATION + settings.seed, settings.parallel, records, desc=name)
+        tabletop.run_skill_episodes(policy, skills, settings.episodes, tabletop.EVALUATION + settings.seed, settings.parallel, records,
+                                    desc=name)
         for kind in tqdm(kinds, desc=f"{name}: questions", leave=False):
             trials = tabletop.question_trials(kind, settings.questions_per_kind, settings.seed)
             todo = [t for t in trials if not records.has("question", kind, t.trial)]

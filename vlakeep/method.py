@@ -114,7 +114,11 @@ class IcsmHswThermostat:
             raise ArtifactError(f"{self._artifact.folder} has no input subspace for {len(missing)} of the {len(adapted)} adapted "
                                 f"linears, such as {missing[0]}; it was made with lora {made}: run `vlakeep offline` with the "
                                 "--lora.layers and --lora.modules of this run")
-        ablated = {key: self._ablate(pair, index) for index, (key, pair) in enumerate(sorted(bases.items()))}
+        ablated = {}
+        for index, key in enumerate(sorted(bases)):  # either Uf or its complement comes with Up
+            first = "n" if "n" in bases[key] else "f"
+            pair = self._ablate((bases[key][first], bases[key]["p"]), index)
+            ablated[key] = {first: pair[0], "p": pair[1]}
         return {name: ablated[input_key(name)] for name in adapted if input_key(name) in ablated}
 
     def _ablate(self, pair, seed: int):
@@ -181,6 +185,11 @@ class IcsmHswThermostat:
 BOUNDS = {"residual": ((0.5, 1.0), (0.8, 1.0)), "both": ((0.5, 1.0), (0.8, 1.0)), "lora_input": ((0.0, 0.0), (0.2, 0.5))}
 
 
+def estimator(config: Config) -> str:
+    """The Thermostat's drift estimator, which follows the site unless it is set."""
+    return config.thermostat.estimator or ("paired" if config.hsw.enabled and config.hsw.site == "lora_input" else "covariance")
+
+
 def control_law(config: Config) -> Law:
     """The Thermostat's law; bounds that are not set follow the site, and give way to those that are."""
     t = config.thermostat
@@ -194,7 +203,7 @@ def control_law(config: Config) -> Law:
     beta_min, beta_max = bounds(t.beta_min, t.beta_max, beta)
     return Law(gamma_min=gamma_min, gamma_max=gamma_max, beta_min=beta_min, beta_max=beta_max,
                calibration=t.calibration, threshold_sigmas=t.threshold_sigmas, half_excess=t.half_excess, ema=t.ema,
-               dead_band=t.dead_band, rate_limit=t.rate_limit, noise_floor=t.paired_noise if t.estimator == "paired" else 0.0)
+               dead_band=t.dead_band, rate_limit=t.rate_limit, noise_floor=t.paired_noise if estimator(config) == "paired" else 0.0)
 
 
 def needs_artifact(config: Config) -> bool:

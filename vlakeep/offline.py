@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import List
 
 import torch
+from tqdm import tqdm
 
 import vlakeep
 from vlakeep.backbones.base import make_backbone
@@ -97,9 +98,26 @@ def run_offline(config: Config, storage: Storage) -> Path:
 
 def _bytes_needed(config: Config, backbone, layers, linears, items: int) -> int:
     """Size of the artefact, all float32: bases and covariance per layer, the teacher's states, a basis per distinct input."""
-    dim, share = backbone.hidden_size, config.icsm.tokens_fragile_fraction + config.icsm.tokens_plastic_fraction
+    dim, fragile, plastic = backbone.hidden_size, config.icsm.tokens_fragile_fraction, config.icsm.tokens_plastic_fraction
+    share = plastic + min(fragile, 1 - fragile - plastic)
     inputs = {input_key(name): linear.in_features for name, linear in linears.items()}
     return int(4 * (len(layers) * dim * (config.icsm.rank + dim + items) + sum(share * d * d for d in inputs.values())))
+
+
+def _passes(linears, limit_bytes: float) -> List[dict]:
+    """`linears` in groups whose second moments fit the limit; those that share an input stay together."""
+    by_input = {}
+    for name, linear in linears.items():
+        by_input.setdefault(input_key(name), {})[name] = linear
+    groups, used = [], 0.0
+    for members in by_input.values():
+        size = 4 * next(iter(members.values())).in_features ** 2
+        if not groups or used + size > limit_bytes:
+            groups.append({})
+            used = 0.0
+        groups[-1].update(members)
+        used += size
+    return groups
 
 
 def _token_level(backbone, prompts, linears, config: Config, steps: int):
@@ -108,11 +126,15 @@ def _token_level(backbone, prompts, linears, config: Config, steps: int):
         for batch, _ in prompts:
             yield with_own_answers(backbone, batch, ANSWER_TOKENS) if config.icsm.tokens_generated else batch
 
-    moments = token_moments(backbone, inputs(), linears, total=steps)
+    groups = _passes(linears, config.icsm.moments_gib * 2**30)
+    # The teacher answers once: with several passes its answers are kept, with one they stream.
+    answered = inputs() if len(groups) == 1 else list(tqdm(inputs(), desc="teacher's answers", total=steps, leave=False))
     bases = {}
-    for key, moment_DD in moments.items():
-        fragile_DK, plastic_DK, values = token_bases(moment_DD, config.icsm.tokens_fragile_fraction, config.icsm.tokens_plastic_fraction)
-        bases.update({f"{key}.f": fragile_DK, f"{key}.p": plastic_DK, f"{key}.values": values.float()})
+    for group in groups:
+        moments = token_moments(backbone, answered, group, total=steps)
+        for key in tqdm(sorted(moments), desc="token bases", leave=False):
+            found = token_bases(moments.pop(key), config.icsm.tokens_fragile_fraction, config.icsm.tokens_plastic_fraction)
+            bases.update({f"{key}.{kind}": tensor for kind, tensor in found.items()})
     return bases
 
 

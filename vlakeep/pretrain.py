@@ -203,7 +203,8 @@ def main(argv: List[str]) -> int:
     backbone.eval()
     save_checkpoint(backbone, args.out, dtype=torch.bfloat16)
     provenance = {
-        "command": "vlakeep pretrain-tabletop " + " ".join(argv).replace(str(args.out), "vlakeep/assets/" + args.out.name), "steps": step, "batch": args.batch, "seed": args.seed,
+        "command": "vlakeep pretrain-tabletop " + " ".join(argv).replace(str(args.out), "vlakeep/assets/" + args.out.name),
+        "steps": step, "batch": args.batch, "seed": args.seed,
         "frames": len(samples), "minutes": args.minutes, "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
         "final": curve[-1] if curve else None, "curve": curve[::10], "versions": library_versions(), "commit": source_commit(),
         "sha256": {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(args.out.glob("*")) if f.name != "PROVENANCE.json"},

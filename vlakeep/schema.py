@@ -141,10 +141,31 @@ def _wrong_type(cls, error, pairs: List[Tuple[str, str]], tree: dict, path: Opti
     return ConfigError(f"wrong type: --{key} must be {in_words(type_of(cls, key))}, not {value!r} ({where})")
 
 
+def _refuse_fractions(cls, pairs: List[Tuple[str, str]], tree: dict, path: Optional[str]) -> None:
+    """Older versions of draccus cut 1.5 down to 1 without a word."""
+    given = [(key, value, "on the command line") for key, value in pairs]
+    for key in known_keys(cls):
+        value: Any = tree
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        given.append((key, value, f"in {path}"))
+    for key, value, where in given:
+        kind = type_of(cls, key)
+        if kind not in (int, Optional[int]):
+            continue
+        try:
+            fraction = isinstance(value, (str, float)) and float(value) % 1 != 0
+        except ValueError:
+            continue  # draccus says it
+        if fraction:
+            raise ConfigError(f"wrong type: --{key} must be {in_words(kind)}, not {value!r} ({where})")
+
+
 def parse(cls, path: Optional[str], argv: List[str]):
     """An instance of `cls` from a YAML file and overrides. Raises ConfigError."""
     pairs = read_pairs(cls, argv)
     tree = read_yaml(cls, path) if path is not None else {}
+    _refuse_fractions(cls, pairs, tree, path)
     args = ["--config_path", str(path)] if path is not None else []
     for key, value in pairs:  # draccus wants two words, but would take a value that starts with "-" for an option
         args += [f"--{key}={value}"] if value.startswith("-") else [f"--{key}", value]

@@ -24,7 +24,8 @@ def write_tabletop_data(config: Config, storage: Storage) -> None:
     for name in config.data.datasets:
         prefix, _, skill = name.partition("_")
         if prefix != "tabletop" or skill not in tabletop.ALL_SKILLS:
-            raise ValueError(f"--data.datasets: {name} is no tabletop data set; known are {', '.join('tabletop_' + s for s in tabletop.ALL_SKILLS)}")
+            raise ValueError(f"--data.datasets: {name} is no tabletop data set; known are "
+                             f"{', '.join('tabletop_' + s for s in tabletop.ALL_SKILLS)}")
     probe_folder = storage.guard_write(storage.probe_folder(config.probe.name), what="probe")
     for name in config.data.datasets:
         folder = storage.guard_write(storage.data / name, what="data set")

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Dict, List
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from vlakeep import checkpoint as ckpt
@@ -27,7 +26,7 @@ from vlakeep.data.loader import make_stream
 from vlakeep.data.statistics import save_statistics
 from vlakeep.errors import TrainingStopped
 from vlakeep.icsm import artifact as icsm_artifact
-from vlakeep.method import build_method, needs_artifact
+from vlakeep.method import build_method, estimator, needs_artifact
 from vlakeep.parallel import Distributed, set_threads
 from vlakeep.probe.batches import prompt_batches
 from vlakeep.probe.probe_set import ProbeSet
@@ -103,7 +102,7 @@ def prepare_method(config: Config, storage: Storage, backbone):
             mean[layer], covariance[layer] = artifact.teacher_statistics(layer)
         return Thermometer(
             backbone, prompt_batches(probe, items, backbone.processor, config.icsm.batch_size), items, artifact.layers,
-            backbone.first_adapted_layer(), config.thermostat.estimator, config.thermostat.batch_size, config.seed,
+            backbone.first_adapted_layer(), estimator(config), config.thermostat.batch_size, config.seed,
             mean, covariance, teacher)
 
     return build_method(config, artifact, make_thermometer), {"artifact": artifact.meta["files"], "probe": probe.sha256}

@@ -13,7 +13,8 @@ from vlakeep.benchmarks.tabletop_world import MAX_STEPS, TabletopWorld
 Policy = Callable[[np.ndarray, List[str]], np.ndarray]
 
 
-def run_skill_episodes(policy: Policy, skills: List[str], episodes: int, seed: int, parallel: int, records: Records, desc: str = "") -> None:
+def run_skill_episodes(policy: Policy, skills: List[str], episodes: int, seed: int, parallel: int, records: Records,
+                       desc: str = "") -> None:
     """Trials 0..episodes-1 of each skill, start states fixed by (skill, seed + trial); finished tables leave the batch.
 
     `policy(images [N, 64, 64, 3], instructions)` gives actions [N, 7]. If it raises on a batch, the tables are asked one by one, and
@@ -47,7 +48,7 @@ def _ask(policy: Policy, images: np.ndarray, instructions: List[str]):
     """(actions [N, 7], error text or None per table)."""
     try:
         return np.array(policy(images, instructions), dtype=np.float64), [None] * len(images)
-    except Exception:  # noqa: BLE001: whatever one table's input provokes must not take the others' results along
+    except Exception:  # whatever one table's input provokes must not take the others' results along
         actions, errors = np.zeros((len(images), 7)), []
         for i in range(len(images)):
             try:

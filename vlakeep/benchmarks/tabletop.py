@@ -14,7 +14,7 @@ from vlakeep.benchmarks.rollout import random_policy, run_skill_episodes  # noqa
 from vlakeep.benchmarks.tabletop_expert import expert_actions
 from vlakeep.benchmarks.tabletop_questions import ANSWERS, QUESTION_KINDS, ask, corpus, words  # noqa: F401
 from vlakeep.benchmarks.tabletop_render import render
-from vlakeep.benchmarks.tabletop_world import ALL_SKILLS, MAX_STEPS, NEW_SKILL, SKILLS, TabletopWorld
+from vlakeep.benchmarks.tabletop_world import ALL_SKILLS, MAX_STEPS, NEW_SKILL, SKILLS, TabletopWorld  # noqa: F401
 from vlakeep.data.sample import Episode, Sample
 
 # Start of the seed range of each use; every use has RANGE table seeds, and seeds below SEEDS stay within it.
@@ -86,7 +86,7 @@ def mixed_frames(n: int, seed: int, questions: float, skills: Optional[List[str]
     while total < n:
         world = TabletopWorld(rng.choice(names, batch, p=weights / weights.sum()), seed + rng.integers(0, 10**6, batch))
         done = np.zeros(batch, dtype=bool)
-        for step in range(max(MAX_STEPS.values())):
+        for _ in range(max(MAX_STEPS.values())):
             actions = expert_actions(world)
             live = np.flatnonzero(~done & (rng.random(batch) < keep))
             if len(live):

@@ -8,7 +8,8 @@ from vlakeep.benchmarks.tabletop_world import COLOR_NAMES, COLORS, SHAPES, Table
 
 QUESTION_KINDS = ["color", "shape", "count", "exists", "left", "gripper"]
 NUMBERS = ["zero", "one", "two", "three", "four"]
-ANSWERS = {"color": COLOR_NAMES, "shape": SHAPES, "count": NUMBERS[2:], "exists": ["yes", "no"], "left": ["yes", "no"], "gripper": ["yes", "no"]}
+ANSWERS = {"color": COLOR_NAMES, "shape": SHAPES, "count": NUMBERS[2:], "exists": ["yes", "no"],
+           "left": ["yes", "no"], "gripper": ["yes", "no"]}
 MARGIN = 0.12  # least horizontal distance at which "left of" is asked
 
 

@@ -14,36 +14,56 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from vlakeep.hsw.meter import NormMeter
-from vlakeep.hsw.transform import Gains, gain_weights, join_bases, scale_in_subspace
+from vlakeep.hsw.transform import Gains, join_bases
+
+# Up to this input size one product with M [D, D] takes less time than two thin ones and the kernels around them.
+DENSE = 1024
 
 
 class InputSpace:
-    """The subspaces of one input, shared by all linears that read it, and M for the gains of the moment."""
+    """The subspaces of one input, shared by all linears that read it, and M for the gains of the moment.
 
-    def __init__(self, basis_DK: torch.Tensor, fragile: int):
-        self.basis_DK, self.fragile = basis_DK, fragile
+    When Uf takes most of the space its complement Un, the directions in neither Uf nor Up, says the same in fewer columns:
+        M = gamma I + (1 - gamma) Un Un^T + (beta - gamma) Up Up^T
+    """
+
+    def __init__(self, bases: Dict[str, torch.Tensor], device: torch.device):
+        """`bases` holds Up [D, Kp] as "p", and Uf [D, Kf] as "f" or Un [D, Kn] as "n"; raises ValueError unless orthonormal."""
+        self._complement = "n" in bases
+        basis_DK, self._first = join_bases(bases["n" if self._complement else "f"].to(device), bases["p"].to(device))
+        self._basis_DK = basis_DK
         self.gains = Gains()
-        self._weights_K, self._matrix_DD = None, None
+        self._outside, self._weights_K, self._matrix_DD = 1.0, None, None
 
     def set_gains(self, gains: Gains) -> None:
         self.gains = gains
-        dim, columns = self.basis_DK.shape
-        self._weights_K = gain_weights(gains, self.fragile, columns).to(self.basis_DK)
-        # With many columns one product with M is less work, and fewer kernels, than two thin ones.
-        dense = 2 * columns > dim
-        self._matrix_DD = scale_in_subspace(torch.eye(dim).to(self.basis_DK), self.basis_DK, self._weights_K) if dense else None
+        dim, columns = self._basis_DK.shape
+        self._outside, first = (gains.gamma, 1.0) if self._complement else (1.0, gains.gamma)
+        gains_K = torch.tensor([first] * self._first + [gains.beta] * (columns - self._first))
+        self._weights_K = (gains_K - self._outside).to(self._basis_DK)
+        self._matrix_DD = self._thin_product(torch.eye(dim).to(self._basis_DK)) if dim <= DENSE else None
+
+    def _thin_product(self, x: torch.Tensor) -> torch.Tensor:
+        return self._outside * x + ((x @ self._basis_DK) * self._weights_K) @ self._basis_DK.T
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """x M over the last axis; x itself when both gains are 1, so that they cost nothing and change no bit."""
         if self.gains.identity:
             return x
-        if self._matrix_DD is not None:
-            return x @ self._matrix_DD
-        return scale_in_subspace(x, self.basis_DK, self._weights_K)
+        return x @ self._matrix_DD if self._matrix_DD is not None else self._thin_product(x)
+
+    def observe(self, meter: NormMeter, grad_RD: torch.Tensor) -> None:
+        meter.add(grad_RD, self.apply(grad_RD), self._basis_DK, self._first, self._complement)
+
+    def fragile_part(self, x_RD: torch.Tensor) -> torch.Tensor:
+        """x Uf Uf^T."""
+        basis_DK = self._basis_DK if self._complement else self._basis_DK[:, :self._first]
+        inside = (x_RD @ basis_DK) @ basis_DK.T
+        return x_RD - inside if self._complement else inside
 
 
 class InputGains(nn.Module):
-    """The parametrisation A [rank, D] -> A_eff = A M. Costs O(rank * D * min(D, 2 K)), whatever the batch."""
+    """The parametrisation A [rank, D] -> A_eff = A M. Costs O(rank * D * 2 K), or O(rank * D * D) up to DENSE, whatever the batch."""
 
     def __init__(self, space: InputSpace, meter: NormMeter):
         super().__init__()
@@ -58,14 +78,14 @@ class InputGains(nn.Module):
         return effective_RD
 
     def _observe(self, grad_RD):
-        self._meter.add(grad_RD, self.space.apply(grad_RD), self.space.basis_DK, self.space.fragile)
+        self.space.observe(self._meter, grad_RD)
 
 
 class LoraInputSite:
-    """Parametrises LoRA A of every adapted linear; `bases` maps a linear's name to its (Uf [D, Kf], Up [D, Kp])."""
+    """Parametrises LoRA A of every adapted linear; `bases` maps a linear's name to the bases of its input, as InputSpace takes them."""
 
-    def __init__(self, adapted: Dict[str, nn.Module], bases: Dict[str, tuple]):
-        """Linears whose entry in `bases` is the same pair of tensors share one copy on the device."""
+    def __init__(self, adapted: Dict[str, nn.Module], bases: Dict[str, Dict[str, torch.Tensor]]):
+        """Linears whose entry in `bases` is the same dictionary share one copy on the device."""
         self.meter = NormMeter()
         self.gains = Gains()
         self._linears, self._spaces, shared = {}, {}, {}
@@ -74,14 +94,13 @@ class LoraInputSite:
                 raise ValueError(f"the artefact holds no input subspace for the adapted linear {name}: rebuild it with "
                                  "`vlakeep offline --icsm.tokens true` and the same lora section")
             weight = linear.lora_A["default"].weight
-            fragile_DK, plastic_DK = bases[name]
-            if fragile_DK.shape[0] != weight.shape[1]:
-                raise ValueError(f"input subspace of {name} has {fragile_DK.shape[0]} dimensions, "
-                                 f"its LoRA A {weight.shape[1]}: the artefact is of another model")
-            key = (id(fragile_DK), id(plastic_DK))
+            dim = len(bases[name]["p"])
+            if dim != weight.shape[1]:
+                raise ValueError(f"input subspace of {name} has {dim} dimensions, its LoRA A {weight.shape[1]}: the artefact is of "
+                                 "another model")
+            key = id(bases[name])
             if key not in shared:
-                basis_DK, fragile = join_bases(fragile_DK, plastic_DK)
-                shared[key] = InputSpace(basis_DK.to(weight.device), fragile)
+                shared[key] = InputSpace(bases[name], weight.device)
             self._linears[name], self._spaces[name] = linear, shared[key]
         for name, linear in self._linears.items():  # only now: a refused artefact must leave the model as it was
             parametrize.register_parametrization(linear.lora_A["default"], "weight", InputGains(self._spaces[name], self.meter))
@@ -96,12 +115,12 @@ class LoraInputSite:
     def leak(self) -> float:
         """Share of the squared norm of the effective update B A_eff that acts on inputs in Uf, over all adapted linears."""
         inside, total = 0.0, 0.0
-        for name, p in self._spaces.items():
+        for name, space in self._spaces.items():
             a_RD = self._linears[name].lora_A["default"].weight.float()
             b_OR = self._linears[name].lora_B["default"].weight.float()
             gram_RR = b_OR.T @ b_OR  # ||B A||_F^2 = <B^T B, A A^T>
-            in_f_RK = a_RD @ p.basis_DK[:, :p.fragile].float()
-            inside = inside + (gram_RR * (in_f_RK @ in_f_RK.T)).sum()
+            in_f_RD = space.fragile_part(a_RD)
+            inside = inside + (gram_RR * (in_f_RD @ in_f_RD.T)).sum()
             total = total + (gram_RR * (a_RD @ a_RD.T)).sum()
         return float(inside / total) if float(total) > 0 else 0.0
 
@@ -116,7 +135,7 @@ if __name__ == "__main__":  # sanity check: python -m vlakeep.hsw.lora_input
     linear = nn.Module()
     linear.lora_A, linear.lora_B = (nn.ModuleDict({"default": nn.Linear(*size, bias=False)}) for size in ((32, 4), (4, 16)))
     basis_DK = torch.linalg.qr(torch.randn(32, 12, generator=torch.Generator().manual_seed(0)))[0]
-    site = LoraInputSite({"linear": linear}, {"linear": (basis_DK[:, :6], basis_DK[:, 6:])})
+    site = LoraInputSite({"linear": linear}, {"linear": {"f": basis_DK[:, :6], "p": basis_DK[:, 6:]}})
     for gamma in (1.0, 0.2, 0.0):
         site.set_gains(Gains(beta=0.8, gamma=gamma))
         print(f"gamma {gamma}: share of the update that acts on inputs in Uf {site.leak():.4f}")

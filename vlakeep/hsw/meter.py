@@ -16,14 +16,15 @@ class NormMeter:
     def start(self, on: bool) -> None:
         self.on, self._sums_4 = on, None
 
-    def add(self, grad: torch.Tensor, edited: torch.Tensor, basis_DK: torch.Tensor, fragile: int) -> None:
+    def add(self, grad: torch.Tensor, edited: torch.Tensor, basis_DK: torch.Tensor, first: int, complement: bool = False) -> None:
+        """The first columns of the basis span Uf or, with `complement`, the directions in neither Uf nor Up; the rest span Up."""
         if not self.on:
             return
         coefficients_K = (grad.to(basis_DK.dtype) @ basis_DK).float().square().flatten(0, -2).sum(0)
-        row_4 = torch.stack([
-            grad.float().square().sum(), edited.float().square().sum(),
-            coefficients_K[:fragile].sum(), coefficients_K[fragile:].sum(),
-        ])
+        total, fragile, plastic = grad.float().square().sum(), coefficients_K[:first].sum(), coefficients_K[first:].sum()
+        if complement:
+            fragile = (total - fragile - plastic).clamp(min=0)
+        row_4 = torch.stack([total, edited.float().square().sum(), fragile, plastic])
         self._sums_4 = row_4 if self._sums_4 is None else self._sums_4 + row_4
 
     def read(self, loss_scale: float = 1.0) -> Dict[str, float]:

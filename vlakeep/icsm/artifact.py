@@ -1,7 +1,8 @@
 """ICSM step 4, the artefact folder `artifacts/icms_<backbone>/` (O9), and the check that it belongs to this training run.
 
     U<l>_f.pt [D, r_f]  U<l>_p.pt [D, r_p]  mu<l>.pt [D]  C_T<l>.pt [D, D]   per representative layer, r_f + r_p = r
-    tokens.safetensors   <linear>.f [D_in, K_f], <linear>.p [D_in, K_p], <linear>.values [D_in]
+    tokens.safetensors   <linear>.p [D_in, K_p], <linear>.values [D_in], and Uf as <linear>.f [D_in, K_f] or, where that is smaller,
+                         its complement as <linear>.n [D_in, D_in - K_f - K_p]
     teacher.safetensors  pooled.<l> [N, D], items [N]                         for the paired drift
     meta.json            how it was made, for which weights, probe and layers, and the hash of every file
 """
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save
 
 from vlakeep.storage import atomic_dir
 
-FORMAT = 1
+FORMAT = 2
 _NEEDED = ("weights_sha256", "probe_sha256", "probe_items", "depth", "layers", "layer_map", "config", "files")
 
 
@@ -119,11 +120,16 @@ class Artifact:
         return {layer: tensors[f"pooled.{layer}"] for layer in self.layers}, tensors["items"].tolist()
 
     def token_bases(self):
-        """Linear name -> (Uf [D_in, K_f], Up [D_in, K_p])."""
+        """Linear name -> {"p": Up [D_in, K_p]} and "f": Uf [D_in, K_f] or "n": the complement of both (decompose.token_bases)."""
         if "tokens.safetensors" not in self.meta["files"]:
             raise ArtifactError(f"{self.folder} holds no token-level bases: run `vlakeep offline --icsm.tokens true`")
         tensors = self._read("tokens.safetensors")
-        return {name[:-2]: (tensors[name], tensors[name[:-2] + ".p"]) for name in tensors if name.endswith(".f")}
+        bases = {}
+        for name, tensor in tensors.items():
+            linear, _, kind = name.rpartition(".")
+            if kind != "values":
+                bases.setdefault(linear, {})[kind] = tensor
+        return bases
 
 
 def load(folder: Path) -> Artifact:
@@ -152,14 +158,15 @@ def check(artifact: Artifact, weights_hash: str, probe_hash: str, icsm_section: 
         found.append(f"{artifact.folder} was made for other base weights ({meta['weights_sha256'][:12]}, this run loads "
                      f"{weights_hash[:12]}): {remedy}")
     if meta["probe_sha256"] != probe_hash:
-        found.append(f"{artifact.folder} was made from another probe ({meta['probe_sha256'][:12]}, this run names {probe_hash[:12]}): {remedy}")
+        found.append(f"{artifact.folder} was made from another probe ({meta['probe_sha256'][:12]}, this run names "
+                     f"{probe_hash[:12]}): {remedy}")
     if meta["depth"] != depth:
         found.append(f"{artifact.folder} was made for {meta['depth']} decoder layers, this model has {depth}: {remedy}")
     if meta["probe_items"] != probe_size:
         found.append(f"{artifact.folder} was made from {meta['probe_items']} probe items, this run asks for {probe_size}: {remedy}")
     recorded = meta["config"]
     for key, value in icsm_section.items():
-        if key in ("name", "batch_size"):  # neither changes the numbers' meaning
+        if key in ("name", "batch_size", "moments_gib"):  # neither changes the numbers' meaning
             continue
         wanted = default_layers(depth) if key == "layers" and value is None else value
         made = default_layers(meta["depth"]) if key == "layers" and recorded.get(key) is None else recorded.get(key)

@@ -1,10 +1,10 @@
 """ICSM step 2, decompose: candidate directions.
 
 pooled_instruction: SVD of the centred matrix X [N, D]; candidates Vh.T[:, :r] (O5).
-tokens: eigenvectors of an uncentred second moment [D, D]; the largest become Uf, the next Up.
+tokens: eigenvectors of an uncentred second moment [D, D]; the largest become Uf, the next Up, and the rest is Un.
 """
 
-from typing import Tuple
+from typing import Dict, Tuple
 
 import torch
 
@@ -35,15 +35,24 @@ def pooled_candidates(states_ND: torch.Tensor, rank: int) -> Tuple[torch.Tensor,
     return fix_signs(vh[:rank].T.contiguous()), values, mean_D
 
 
-def token_bases(moment_DD: torch.Tensor, fragile: float, plastic: float) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(Uf [D, Kf], Up [D, Kp], eigenvalues [D] descending) of a second moment; shares are of the input dimension D."""
+def token_bases(moment_DD: torch.Tensor, fragile: float, plastic: float) -> Dict[str, torch.Tensor]:
+    """Bases of the eigenvectors of a second moment, largest first: Uf, then Up, then Un; shares are of the input dimension D.
+
+    Returns "p" Up [D, Kp], "values" the eigenvalues [D], descending, and "f" Uf [D, Kf] or, where that has fewer columns, "n" Un
+    [D, D - Kf - Kp]. Float64, on the device of the moment: the directions of least energy lie below the resolution of float32.
+    """
     if not torch.isfinite(moment_DD).all():
         raise ValueError("token statistics hold NaN or infinity: the teacher overflows on the probe; use --backbone.dtype float32")
     dim = len(moment_DD)
-    values, vectors = torch.linalg.eigh(moment_DD.double().cpu())
-    vectors = fix_signs(vectors.flip(1))
+    values, vectors = torch.linalg.eigh(moment_DD.double())
+    values, vectors = values.flip(0).cpu(), vectors.flip(1).float().cpu()
     n_f, n_p = max(1, round(dim * fragile)), round(dim * plastic)
-    return vectors[:, :n_f].float().contiguous(), vectors[:, n_f:n_f + n_p].float().contiguous(), values.flip(0)
+    found = {"p": vectors[:, n_f:n_f + n_p], "values": values.float()}
+    if n_f <= dim - n_f - n_p:
+        found["f"] = vectors[:, :n_f]
+    else:
+        found["n"] = vectors[:, n_f + n_p:]
+    return {name: t if name == "values" else fix_signs(t).contiguous() for name, t in found.items()}
 
 
 if __name__ == "__main__":  # sanity check: python -m vlakeep.icsm.decompose
