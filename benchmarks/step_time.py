@@ -18,6 +18,7 @@ import torch
 
 from vlakeep.backbones.base import make_backbone
 from vlakeep.backbones.lora import add_lora
+from vlakeep.compat import grad_scaler
 from vlakeep.config import load_config
 from vlakeep.data.loader import make_stream
 from vlakeep.parallel import pick_device, set_threads
@@ -52,7 +53,7 @@ def build(overrides, device):
     for site in getattr(method, "_sites", []):
         site.set_gains(method._fixed)  # gains of 1 would skip the surgery that is to be timed
     optimizer = make_optimizer([p for p in backbone.parameters() if p.requires_grad], config.train)
-    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    scaler = grad_scaler(device, enabled=False)
     stream = make_stream(config.data, storage.data, backbone.processor, config.train.batch_size, config.seed, 0, 1, storage.cache)
     batch = next(stream).to(device)
 

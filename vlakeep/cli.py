@@ -44,6 +44,7 @@ STAGES: Dict[str, Stage] = {
     "train": Stage("vlakeep.train", "fine-tune LoRA adapters, plain (baseline) or with the method"),
     "evaluate": Stage("vlakeep.evaluate", "new skill, old abilities and drift of a run, one record per trial"),
     "report": Stage("vlakeep.report", "tables, figures and an HTML page that compare evaluated runs"),
+    "export": Stage("vlakeep.export", "merge a run's adapter into the base weights, in the official directory format"),
     "verify-golden": Stage("vlakeep.golden", "compare with numbers recorded from the official OpenVLA code", configured=False),
     "pretrain-tabletop": Stage("vlakeep.pretrain", "rebuild the small model that ships with vlakeep (one GPU)", configured=False),
 }

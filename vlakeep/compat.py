@@ -32,3 +32,10 @@ def import_timm():
                     pass  # defined by the failed import
             importlib.import_module("torchvision")
     return importlib.import_module("timm")
+
+
+def grad_scaler(device: torch.device, enabled: bool):
+    """Loss scaling for float16; torch 2.2 has it for CUDA only, and as another class."""
+    if hasattr(torch.amp, "GradScaler"):
+        return torch.amp.GradScaler(device.type, enabled=enabled)
+    return torch.cuda.amp.GradScaler(enabled=enabled)

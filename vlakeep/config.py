@@ -92,8 +92,8 @@ class IcsmConfig:
     # Let the teacher continue each probe prompt by itself, so that its answer positions are in the token statistics.
     tokens_generated: bool = True
     # Device memory for the second moments of the linears' inputs; where they need more, the probe is passed several times. 7B with LoRA
-    # on eight layers: 5.4 GiB, so two passes.
-    moments_gib: float = 4.0
+    # on eight layers: 5.4 GiB, so three passes.
+    moments_gib: float = 2.0
     batch_size: int = 32
 
 
@@ -192,6 +192,19 @@ class EvaluateConfig:
 
 
 @dataclass
+class ExportConfig:
+    # The run whose adapter is merged, or a checkpoint folder; None takes `name`.
+    target: Optional[str] = None
+    # The folder that is written; None gives merged-<step> in the run's folder. It must not exist, unless overwrite is true.
+    folder: Optional[str] = None
+    overwrite: bool = False
+    # stored keeps the type of each base tensor; float32, bfloat16 or float16 converts.
+    dtype: str = "stored"
+    # Frames on which adapter and merged model must give the same actions; 0 skips the check.
+    parity_frames: int = 16
+
+
+@dataclass
 class Config:
     # Name of the run; its folder is run_root_dir/name.
     name: str = "run"
@@ -221,6 +234,7 @@ class Config:
     thermostat: ThermostatConfig = field(default_factory=ThermostatConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
 
     def problems(self) -> List[str]:
         """Every value out of its range, one line each with what is allowed; empty when the configuration is sound."""
@@ -263,6 +277,8 @@ class Config:
         one_of("train.autocast", "off", "bfloat16", "float16")
         one_of("lora.init", "gaussian", "kaiming")
         one_of("evaluate.benchmark", "tabletop")
+        one_of("export.dtype", "stored", "float32", "bfloat16", "float16")
+        need(self.export.parity_frames >= 0, "export.parity_frames", "0 or more")
         need(bool(self.name) and "/" not in self.name and self.name not in (".", "..", "base"), "name",
              "a single folder name, and not base, which names the model before training")
         for key in ("lora.rank", "lora.alpha", "data.shuffle_buffer", "icsm.rank", "icsm.batch_size", "icsm.sensitivity_items",

@@ -34,28 +34,39 @@ from vlakeep.thermostat.drift import covariance, covariance_drift
 ANSWER_TOKENS = 6
 
 
+def target_checkpoint(target: str, storage: Storage) -> Path:
+    """The checkpoint folder that a run's name or a path stands for; of a run the newest intact one. Raises FileNotFoundError."""
+    folder = Path(target) if "/" in target else storage.run_folder(target)
+    if (folder / "manifest.json").is_file():
+        return folder
+    checkpoint = latest_intact(folder) if folder.is_dir() else None
+    if checkpoint is None:
+        known = ", ".join(sorted(path.parent.name for path in storage.runs.glob("*/checkpoints"))) or "none"
+        raise FileNotFoundError(f"no intact checkpoint of the run `{target}` under {folder} (runs with checkpoints: {known})"
+                                f": make it with `vlakeep train --config ... --name {folder.name}`, or choose another target "
+                                "with --evaluate.target")
+    return checkpoint
+
+
+def read_action_statistics(folder: Path) -> dict:
+    """dataset_statistics.json beside the adapter of a checkpoint. Raises FileNotFoundError."""
+    path = folder / "adapter" / "dataset_statistics.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}, without which the actions of this adapter mean nothing: train the run again, or "
+                                "copy the file of a run on the same data")
+    return json.loads(path.read_text())
+
+
 def load_target(config: Config, storage: Storage, device):
     """(backbone with the target's adapter, its name, what identifies its weights). `base` has no adapter."""
     backbone = make_backbone(config.backbone, device, storage.cache)
     target = config.evaluate.target
     if target == "base":
         return backbone.eval(), "base", backbone.weights_sha256
-    folder = Path(target) if "/" in target else storage.run_folder(target)
-    if not (folder / "manifest.json").is_file():
-        checkpoint = latest_intact(folder) if folder.is_dir() else None
-        if checkpoint is None:
-            known = ", ".join(sorted(path.parent.name for path in storage.runs.glob("*/checkpoints"))) or "none"
-            raise FileNotFoundError(f"no intact checkpoint of the run `{target}` under {folder} (runs with checkpoints: {known})"
-                                    f": make it with `vlakeep train --config ... --name {folder.name}`, or choose another target "
-                                    "with --evaluate.target")
-        folder = checkpoint
+    folder = target_checkpoint(target, storage)
     manifest = load_manifest(folder, backbone.weights_sha256)
     load_adapter(backbone, folder / "adapter")
-    path = folder / "adapter" / "dataset_statistics.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path}, without which the actions of this adapter mean nothing: train the run again, or "
-                                "copy the file of a run on the same data")
-    statistics = json.loads(path.read_text())
+    statistics = read_action_statistics(folder)
     backbone.norm_stats = {**backbone.norm_stats, **statistics}
     if backbone.unnorm_key is None and len(statistics) == 1:
         backbone.unnorm_key = next(iter(statistics))

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from vlakeep import checkpoint as ckpt
 from vlakeep.backbones.base import make_backbone
 from vlakeep.backbones.lora import add_lora, load_trainable, save_adapter, trainable_state
+from vlakeep.compat import grad_scaler
 from vlakeep.config import Config, config_from_argv, to_dict
 from vlakeep.data.loader import make_stream
 from vlakeep.data.statistics import save_statistics
@@ -180,7 +181,7 @@ def _loop(config: Config, dist: Distributed, run: RunDir, backbone, method, stre
     settings = config.train
     params = [p for p in backbone.parameters() if p.requires_grad]
     optimizer = make_optimizer(params, settings)
-    scaler = torch.amp.GradScaler(dist.device.type, enabled=settings.autocast == "float16")
+    scaler = grad_scaler(dist.device, enabled=settings.autocast == "float16")
     guard = Guard(settings.blowup_factor)
     first = 1
     parts = {"scaler": scaler, "method": method, "guard": guard, "stream": stream}

@@ -103,7 +103,7 @@ def weight_files(folder) -> List[Path]:
     )
 
 
-def _header(file: Path) -> dict:
+def tensor_table(file: Path) -> dict:
     """Tensor table of a safetensors file, after checking that the file is as long as it says."""
     size = file.stat().st_size
     try:
@@ -134,7 +134,7 @@ def _header(file: Path) -> dict:
 
 def read_tensors(files: List[Path], quiet: Optional[bool] = None) -> Iterator[Tuple[str, torch.Tensor]]:
     """(name, tensor) of all files. Raises CheckpointError for a truncated or corrupt file before the first tensor is given."""
-    total = sum(len(_header(file)) for file in files)
+    total = sum(len(tensor_table(file)) for file in files)
     with tqdm(
         total=total, desc="loading weights", unit="tensor", disable=quiet if quiet is not None else total < 300, leave=False
     ) as bar:
@@ -169,7 +169,7 @@ def load_checkpoint(folder, dtype: torch.dtype = torch.float32, attn_implementat
         model = OpenVLA(config, attn_implementation)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     files = weight_files(folder)
-    _strict(expected, {name: torch.Size(entry["shape"]) for file in files for name, entry in _header(file).items()}, folder)
+    _strict(expected, {name: torch.Size(entry["shape"]) for file in files for name, entry in tensor_table(file).items()}, folder)
     state = {name: tensor.to(dtype) for name, tensor in read_tensors(files) if name in expected}
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval(), config
@@ -238,14 +238,19 @@ def write_checkpoint(
         os.replace(partial, folder / name)
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
-        _write_json(folder / INDEX, {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map})
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map})
     for old in [folder / INDEX] * (len(shards) == 1) + list(
         folder.glob("model*.safetensors")
     ):  # of an earlier, differently sharded write
         if old.name not in names and old.is_file():
             old.unlink()
+    write_sidecars(folder, config, norm_stats)
+
+
+def write_sidecars(folder: Path, config: dict, norm_stats: dict) -> None:
+    """The small files beside the weights: generation_config.json, dataset_statistics.json if there are any, and last config.json."""
     text = config["text_config"]
-    _write_json(
+    write_json(
         folder / "generation_config.json",
         {
             "_from_model_config": True,
@@ -255,8 +260,8 @@ def write_checkpoint(
         },
     )
     if norm_stats:
-        _write_json(folder / STATISTICS, norm_stats)
-    _write_json(folder / "config.json", config)
+        write_json(folder / STATISTICS, norm_stats)
+    write_json(folder / "config.json", dict(config, norm_stats=norm_stats or config.get("norm_stats")))
 
 
 def save_checkpoint(backbone, folder, dtype: Optional[torch.dtype] = None) -> None:
@@ -267,7 +272,7 @@ def save_checkpoint(backbone, folder, dtype: Optional[torch.dtype] = None) -> No
     backbone.processor.save(folder)
 
 
-def _write_json(path: Path, value) -> None:
+def write_json(path: Path, value) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(partial, path)
@@ -275,7 +280,7 @@ def _write_json(path: Path, value) -> None:
 
 def weights_hash(folder) -> str:
     """sha256 over names, types, shapes and bytes of all tensors as stored; the same however they are split into files."""
-    tensors = sorted((name, file, entry) for file in weight_files(folder) for name, entry in _header(file).items())
+    tensors = sorted((name, file, entry) for file in weight_files(folder) for name, entry in tensor_table(file).items())
 
     def line(item):
         name, file, entry = item

@@ -1,0 +1,152 @@
+"""Stage `vlakeep export`: merge a run's adapter into the base weights, as a folder that the official OpenVLA code loads unchanged.
+
+    vlakeep export --config configs/baseline_lora.yaml --export.target baseline
+
+reads:  base checkpoint; the adapter of the run's newest intact checkpoint
+writes: run_root_dir/<run>/merged-step_N/ (or --export.folder): weights in shards, config.json, dataset_statistics.json, processor files,
+        and vlakeep_export.json, which says what was merged and how well adapter and merged model agree
+"""
+
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import List, Tuple
+
+import numpy as np
+import torch
+
+import vlakeep
+from vlakeep.backbones.base import DTYPES, Backbone, make_backbone
+from vlakeep.backbones.lora import load_adapter
+from vlakeep.backbones.merge import RECORD, merge_checkpoint
+from vlakeep.backbones.processor import Processor
+from vlakeep.config import BackboneConfig, Config, config_from_argv
+from vlakeep.data.images import resize_uint8
+from vlakeep.data.prompts import encode_prompts
+from vlakeep.data.rlds import open_datasets
+from vlakeep.data.sample import Sample
+from vlakeep.errors import CheckpointError, human_bytes
+from vlakeep.evaluate import load_manifest, read_action_statistics, target_checkpoint
+from vlakeep.parallel import pick_device, set_threads
+from vlakeep.storage import Storage, atomic_dir, find_checkpoint, need_free
+
+PARITY_BATCH = 8
+
+
+def parity_samples(config: Config, storage: Storage, size) -> Tuple[List[Sample], str]:
+    """`export.parity_frames` frames of the run's data, spread evenly, or random pictures where the data are not there."""
+    count = config.export.parity_frames
+    try:
+        datasets = open_datasets(storage.data, config.data.datasets, config.data.train_fraction, storage.cache)
+    except FileNotFoundError:
+        rng = np.random.default_rng(config.seed)
+        return [Sample(rng.integers(0, 256, (*size, 3), dtype=np.uint8), "pick up the red block") for _ in range(count)], "random pictures"
+    keys = [(d, e, t) for d in datasets for e, length in enumerate(d.lengths) for t in range(int(length))]
+    samples = []
+    for index in np.linspace(0, len(keys) - 1, count).astype(int):
+        dataset, episode, frame = keys[index]
+        raw = dataset.frame(episode, frame)
+        samples.append(Sample(resize_uint8(raw.image, size), raw.instruction))
+    for dataset in datasets:
+        dataset.close()
+    return samples, "frames of " + ", ".join(config.data.datasets)
+
+
+@torch.inference_mode()
+def action_ids(backbone: Backbone, samples: List[Sample], unnorm_key) -> np.ndarray:
+    """Greedy action token ids [N, A]."""
+    dims = backbone.action_dim(unnorm_key)
+    found = []
+    for start in range(0, len(samples), PARITY_BATCH):
+        batch = encode_prompts(samples[start:start + PARITY_BATCH], backbone.processor).to(backbone.device)
+        found.append(backbone.generate(batch, dims, stop_at_eos=False)[0].cpu().numpy())
+    return np.concatenate(found)
+
+
+def check_parity(config: Config, storage: Storage, adapter: Path, merged: Path, unnorm_key: str) -> dict:
+    """Actions of base + adapter against those of the merged folder; one model in memory at a time."""
+    device = pick_device(config.device)
+    ids, samples = [], None
+    for folder in (None, merged):
+        settings = config.backbone if folder is None else BackboneConfig(
+            checkpoint=str(folder), dtype=config.backbone.dtype, attn_implementation=config.backbone.attn_implementation)
+        backbone = make_backbone(settings, device, storage.cache)
+        if folder is None:
+            load_adapter(backbone, adapter / "adapter")
+            backbone.norm_stats = read_action_statistics(adapter)
+            samples, source = parity_samples(config, storage, tuple(backbone.processor.image_processor.input_sizes[0][-2:]))
+        ids.append(action_ids(backbone.eval(), samples, unnorm_key))
+        del backbone
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    same = ids[0] == ids[1]
+    return {"frames": len(samples), "source": source, "frames_identical": int(same.all(1).sum()), "tokens_identical": float(same.mean()),
+            "largest_bin_difference": int(np.abs(ids[0] - ids[1]).max())}
+
+
+def refuse_second_merge(base: Path, adapter_sha256: str) -> None:
+    path = base / RECORD
+    if path.is_file() and json.loads(path.read_text()).get("adapter_sha256") == adapter_sha256:
+        raise CheckpointError(f"{base} already holds this adapter ({path} says so); merging it twice would double its effect: give the "
+                              "base model that the run was trained on with --backbone.checkpoint")
+
+
+def run_export(config: Config, storage: Storage) -> Path:
+    """Merge, check and return the folder."""
+    set_threads(config.threads)
+    target = config.export.target or config.name
+    checkpoint = target_checkpoint(target, storage)
+    base = find_checkpoint(config.backbone.checkpoint, storage.cache)
+    from vlakeep.backbones.format import weight_files, weights_hash
+
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    adapter_sha256 = manifest["files"]["adapter/adapter_model.safetensors"]["sha256"]
+    refuse_second_merge(base, adapter_sha256)
+    base_sha256 = weights_hash(base)
+    load_manifest(checkpoint, base_sha256)  # raises for a damaged checkpoint, and for other base weights
+    out = Path(config.export.folder) if config.export.folder else checkpoint.parents[1] / f"merged-{checkpoint.name}"
+    out = storage.guard_write(out, what="merged model")
+    if out.exists() and not config.export.overwrite:
+        raise FileExistsError(f"{out} exists already; give another --export.folder, or replace it with --export.overwrite true")
+    need_free(out.parent, 2 * sum(file.stat().st_size for file in weight_files(base)) if config.export.dtype == "float32"
+              else sum(file.stat().st_size for file in weight_files(base)), "the merged model")
+    statistics = read_action_statistics(checkpoint)
+    with atomic_dir(out) as temporary:
+        modules = merge_checkpoint(base, checkpoint / "adapter", Path(temporary), statistics, DTYPES.get(config.export.dtype))
+        Processor.from_folder(base).save(temporary)
+        record = {"base": str(config.backbone.checkpoint), "base_sha256": base_sha256, "run": checkpoint.parents[1].name,
+                  "checkpoint": checkpoint.name, "adapter_sha256": adapter_sha256, "merged_modules": len(modules), "dtype": config.export.dtype,
+                  "vlakeep": vlakeep.__version__}
+        if config.export.parity_frames:
+            key = config.backbone.unnorm_key or next(iter(statistics))
+            record["parity"] = check_parity(config, storage, checkpoint, Path(temporary), key)
+            _judge(record["parity"], config)
+        (Path(temporary) / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    size = sum(file.stat().st_size for file in out.iterdir())
+    print(f"wrote {out} ({human_bytes(size)}, {len(modules)} adapters merged)")
+    return out
+
+
+def _judge(parity: dict, config: Config) -> None:
+    """Say how well the two agree; in float32 they must give the same actions."""
+    print(f"parity on {parity['frames']} {parity['source']}: {parity['frames_identical']} with identical actions, "
+          f"{parity['tokens_identical']:.1%} of the action tokens, largest difference {parity['largest_bin_difference']} bins")
+    rounded = config.export.dtype not in ("stored", "float32") or config.backbone.dtype != "float32"
+    if parity["frames_identical"] < parity["frames"] and not rounded:
+        raise CheckpointError("adapter and merged model give different actions although both are float32, so the merge is wrong; "
+                              "nothing was written. Please report it with the line above")
+    if parity["tokens_identical"] < 0.95:
+        print("note: rounding the sum to half precision changes more than one action token in twenty; evaluate the adapter and the merged "
+              "model both, or export with --export.dtype float32", file=sys.stderr)
+
+
+def main(argv: List[str]) -> int:
+    config = config_from_argv(argv)
+    run_export(config, Storage.from_config(config))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
