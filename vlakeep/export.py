@@ -76,14 +76,16 @@ def check_parity(config: Config, storage: Storage, adapter: Path, merged: Path, 
             load_adapter(backbone, adapter / "adapter")
             backbone.norm_stats = read_action_statistics(adapter)
             samples, source = parity_samples(config, storage, tuple(backbone.processor.image_processor.input_sizes[0][-2:]))
+        vocabulary = backbone.processor.action_tokenizer.vocab_size
         ids.append(action_ids(backbone.eval(), samples, unnorm_key))
         del backbone
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
     same = ids[0] == ids[1]
+    bins = [np.clip(vocabulary - i - 1, 0, 254) for i in ids]  # other tokens than actions fall into the last bins, as in decoding
     return {"frames": len(samples), "source": source, "frames_identical": int(same.all(1).sum()), "tokens_identical": float(same.mean()),
-            "largest_bin_difference": int(np.abs(ids[0] - ids[1]).max())}
+            "largest_bin_difference": int(np.abs(bins[0] - bins[1]).max())}
 
 
 def refuse_second_merge(base: Path, adapter_sha256: str) -> None:
@@ -117,8 +119,8 @@ def run_export(config: Config, storage: Storage) -> Path:
         modules = merge_checkpoint(base, checkpoint / "adapter", Path(temporary), statistics, DTYPES.get(config.export.dtype))
         Processor.from_folder(base).save(temporary)
         record = {"base": str(config.backbone.checkpoint), "base_sha256": base_sha256, "run": checkpoint.parents[1].name,
-                  "checkpoint": checkpoint.name, "adapter_sha256": adapter_sha256, "merged_modules": len(modules), "dtype": config.export.dtype,
-                  "vlakeep": vlakeep.__version__}
+                  "checkpoint": checkpoint.name, "adapter_sha256": adapter_sha256, "merged_modules": len(modules),
+                  "dtype": config.export.dtype, "vlakeep": vlakeep.__version__}
         if config.export.parity_frames:
             key = config.backbone.unnorm_key or next(iter(statistics))
             record["parity"] = check_parity(config, storage, checkpoint, Path(temporary), key)

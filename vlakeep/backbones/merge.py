@@ -34,8 +34,8 @@ def read_deltas(adapter: Path) -> Tuple[Dict[str, Tuple[torch.Tensor, torch.Tens
             pairs.setdefault(found[1], [None, None])["AB".index(found[2])] = tensor.float()
     half = [name for name, pair in pairs.items() if pair[0] is None or pair[1] is None]
     if half or not pairs:
-        raise CheckpointError(f"the adapter in {adapter} is not whole ({half[0] + ' lacks A or B' if half else 'it holds no LoRA weights'}): "
-                              "use another checkpoint of the run")
+        what = f"{half[0]} lacks A or B" if half else "it holds no LoRA weights"
+        raise CheckpointError(f"the adapter in {adapter} is not whole ({what}): use another checkpoint of the run")
     return {name: (a, b) for name, (a, b) in pairs.items()}, config["lora_alpha"] / config["r"]
 
 

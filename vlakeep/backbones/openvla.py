@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from vlakeep.backbones.tiny import register_tiny_vits
@@ -96,6 +97,12 @@ class Projector(nn.Module):
         return self.fc3(F.gelu(x)) if hasattr(self, "fc3") else x
 
 
+def _run_layer(layer: nn.Module, hidden_BSD: torch.Tensor, arguments: dict):
+    """One decoder layer. PEFT reads each LoRA weight twice a forward; `cached` computes a parametrised one once all the same."""
+    with parametrize.cached():
+        return layer(hidden_BSD, **arguments)
+
+
 class OpenVLA(nn.Module):
     """The whole model. `config` is config.json as a dictionary (format.py validates and fills it)."""
 
@@ -169,9 +176,9 @@ class OpenVLA(nn.Module):
             if each is not None:
                 each(hidden_BSD)
             if recompute:
-                output = checkpoint(layer, hidden_BSD, use_reentrant=False, **arguments)
+                output = checkpoint(_run_layer, layer, hidden_BSD, arguments, use_reentrant=False)
             else:
-                output = layer(hidden_BSD, **arguments)
+                output = _run_layer(layer, hidden_BSD, arguments)
             hidden_BSD = output[0] if isinstance(output, tuple) else output  # a tuple before transformers 4.55
         return hidden_BSD
 

@@ -53,6 +53,7 @@ class InputSpace:
         return x @ self._matrix_DD if self._matrix_DD is not None else self._thin_product(x)
 
     def observe(self, meter: NormMeter, grad_RD: torch.Tensor) -> None:
+        grad_RD = grad_RD.to(self._basis_DK.dtype)
         meter.add(grad_RD, self.apply(grad_RD), self._basis_DK, self._first, self._complement)
 
     def fragile_part(self, x_RD: torch.Tensor) -> torch.Tensor:
@@ -70,7 +71,8 @@ class InputGains(nn.Module):
         self.space, self._meter = space, meter
 
     def forward(self, a_RD: torch.Tensor) -> torch.Tensor:
-        effective_RD = self.space.apply(a_RD)
+        with torch.autocast(a_RD.device.type, enabled=False):  # in half precision what gamma closes would leak through by rounding
+            effective_RD = self.space.apply(a_RD)
         if self._meter.on and torch.is_grad_enabled() and a_RD.requires_grad:
             if effective_RD is a_RD:
                 effective_RD = a_RD.view_as(a_RD)  # a hook on the parameter itself would outlive the step

@@ -1,0 +1,132 @@
+"""Memory and time of every stage at the size of OpenVLA-7B, with random weights, under a limit of GPU memory.
+
+    python benchmarks/seven_b.py --tokenizer DIR [--gib 24] [--steps 20] [--root DIR]
+
+Writes a random checkpoint of the 7B shapes (15 GB), then runs offline, baseline, method (residual, then lora_input) and export on tabletop
+pictures and prompts, each stage with its peak of allocated and reserved memory. DIR holds a Llama-2 tokenizer's files.
+"""
+
+import argparse
+import gc
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from vlakeep.backbones.format import INDEX, complete_config, write_json, write_sidecars
+from vlakeep.backbones.openvla import OpenVLA, parameters_on_meta
+from vlakeep.config import load_config
+from vlakeep.export import run_export
+from vlakeep.offline import run_offline
+from vlakeep.storage import Storage
+from vlakeep.tabletop_data import write_tabletop_data
+from vlakeep.train import run_training
+
+CONFIG = {
+    "model_type": "openvla", "use_fused_vision_backbone": True, "image_sizes": [224, 224],
+    "timm_model_ids": ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"], "timm_override_act_layers": [None, None],
+    "pad_to_multiple_of": 64, "pad_token_id": 32000, "text_config": {"model_type": "llama", "vocab_size": 32064, "pad_token_id": 32000},
+}
+PREPROCESSOR = {
+    "image_processor_type": "PrismaticImageProcessor", "processor_class": "PrismaticProcessor", "use_fused_vision_backbone": True,
+    "image_resize_strategy": "resize-naive", "input_sizes": [[3, 224, 224], [3, 224, 224]], "interpolations": ["bicubic", "bicubic"],
+    "means": [[0.484375, 0.455078125, 0.40625], [0.5, 0.5, 0.5]], "stds": [[0.228515625, 0.2236328125, 0.224609375], [0.5, 0.5, 0.5]],
+}
+
+
+def write_random_checkpoint(folder: Path, tokenizer: Path, device) -> int:
+    """The 7B shapes with small random weights in bfloat16, five shards; returns the number of tensors."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = complete_config(CONFIG)
+    with parameters_on_meta():
+        model = OpenVLA(config)
+    torch.manual_seed(0)
+    shapes, weight_map, shard, room, number, total = model.state_dict(), {}, {}, 4_000_000_000, 1, 0
+    for position, (name, meta) in enumerate(shapes.items()):
+        if meta.ndim > 1:
+            std = 0.02 if "embed_tokens" in name or "pos_embed" in name else min(0.05, meta[0].numel() ** -0.5)
+            tensor = (torch.randn(meta.shape, device=device) * std).bfloat16().cpu()
+        else:
+            tensor = torch.full(meta.shape, 0.0 if name.endswith("bias") else 1.0, dtype=torch.bfloat16)
+        shard[name] = tensor
+        room -= tensor.nbytes
+        total += tensor.nbytes
+        if room < 0 or position == len(shapes) - 1:
+            file = f"model-{number:05d}.safetensors"
+            save_file(shard, str(folder / file), metadata={"format": "pt"})
+            weight_map.update({key: file for key in shard})
+            shard, room, number = {}, 4_000_000_000, number + 1
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_sidecars(folder, dict(config, torch_dtype="bfloat16"), {})
+    for file in tokenizer.iterdir():
+        shutil.copyfile(file, folder / file.name)
+    write_json(folder / "preprocessor_config.json", PREPROCESSOR)
+    return len(shapes)
+
+
+def measured(name: str, device, work, rows: list):
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    error = None
+    try:
+        result = work()
+    except Exception as caught:  # the other stages are still worth measuring
+        result, error = None, f"{type(caught).__name__}: {caught}"[:600]
+    seconds = time.perf_counter() - started
+    peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if device.type == "cuda" else (0, 0)
+    allocated, reserved = (round(value / 2**30, 2) for value in peaks)
+    rows.append({"stage": name, "seconds": round(seconds, 1), "allocated_gib": allocated, "reserved_gib": reserved, "error": error})
+    print(f"RESULT {json.dumps(rows[-1])}", flush=True)
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--gib", type=float, default=24.0)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--root", default="/tmp/seven_b")
+    parser.add_argument("--out", default=None)
+    args, rest = parser.parse_known_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.gib * 2**30 / total))
+    base = Path(args.root) / "hf_cache" / "random-7b"
+    rows = []
+    measured("write random checkpoint", device, lambda: write_random_checkpoint(base, Path(args.tokenizer), device), rows)
+    file = str(Path(__file__).parents[1] / "configs" / "openvla_libero.yaml")
+    common = ["--root", args.root, "--backbone.checkpoint", str(base), "--data.datasets", "[tabletop_corner]", "--probe.name", "tabletop",
+              "--train.steps", str(args.steps), "--train.log_every", "1", "--thermostat.every", "5",
+              "--train.save_every", str(args.steps), *rest]
+    config = load_config(file, common)
+    storage = Storage.from_config(config)
+    write_tabletop_data(config, storage)
+    measured("offline", device, lambda: run_offline(config, storage), rows)
+    arms = {"baseline": ["--method", "baseline"], "method_residual": ["--hsw.site", "residual"], "method_lora_input": []}
+    for name, extra in arms.items():
+        arm = load_config(file, common + extra + ["--name", name])
+        run = measured(f"train {name}", device, lambda arm=arm: run_training(arm, storage), rows)
+        if run is not None:
+            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            steps = [row for row in lines if "loss" in row]
+            pace = (steps[-1]["seconds"] - steps[3]["seconds"]) / (len(steps) - 4)
+            rows[-1].update(seconds_per_step=round(pace, 3), loss=[round(steps[0]["loss"], 3), round(steps[-1]["loss"], 3)])
+            print(f"RESULT {json.dumps(rows[-1])}", flush=True)
+    arm = load_config(file, common + ["--name", "method_lora_input"])
+    measured("export", device, lambda: run_export(arm, storage), rows)
+    if args.out:
+        Path(args.out).write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
