@@ -12,7 +12,7 @@ from vlakeep.config import known_keys, load_config
 REPO = Path(__file__).resolve().parents[1]
 PACKAGE = REPO / "vlakeep"
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if "assets" not in p.parts)
-PLUMBING = {"config", "schema", "storage", "parallel", "checkpoint", "rundir", "compat", "errors"}
+PLUMBING = {"config", "schema", "storage", "parallel", "checkpoint", "rundir", "compat", "errors", "official_code", "target"}
 ROOMS = {"data", "backbones", "probe", "icsm", "hsw", "thermostat", "benchmarks", "reporting", "baselines"}
 # What rooms may use of each other. Pooling has one definition, for the offline statistics and for the Thermostat's sensor.
 SHARED = {"vlakeep.data.sample", "vlakeep.data.prompts", "vlakeep.backbones.base", "vlakeep.probe.pooling"}

@@ -46,6 +46,7 @@ STAGES: Dict[str, Stage] = {
     "report": Stage("vlakeep.report", "tables, figures and an HTML page that compare evaluated runs"),
     "export": Stage("vlakeep.export", "merge a run's adapter into the base weights, in the official directory format"),
     "verify-golden": Stage("vlakeep.golden", "compare with numbers recorded from the official OpenVLA code", configured=False),
+    "verify-openvla": Stage("vlakeep.verify_openvla", "compare vlakeep's model with the official code of your checkout", configured=False),
     "pretrain-tabletop": Stage("vlakeep.pretrain", "rebuild the small model that ships with vlakeep (one GPU)", configured=False),
 }
 

@@ -22,6 +22,10 @@ from vlakeep.schema import ConfigError
 class BackboneConfig:
     # A folder in the official Hugging Face format, or `tabletop-base` for the small model that ships with vlakeep.
     checkpoint: str = "tabletop-base"
+    # native: vlakeep's own implementation; official: the classes of the OpenVLA checkout in openvla_dir (official environment needed).
+    source: str = "native"
+    # Folder of a checkout of the official OpenVLA repository; only --backbone.source official reads it, nothing is changed there.
+    openvla_dir: Optional[str] = None
     # Key into dataset_statistics.json / config.norm_stats; None takes the only key or the training data set's.
     unnorm_key: Optional[str] = None
     # Data type of the frozen weights: float32, bfloat16 or float16 (V100 has no bfloat16).
@@ -39,8 +43,11 @@ class LoraConfig:
     dropout: float = 0.0
     # Decoder layers that get adapters: all, last:N, or a list such as 24-31 or 0,2,4.
     layers: str = "all"
-    # attention (q k v o), mlp (gate up down), or linear names.
+    # attention (q k v o), mlp (gate up down), or linear names; all-linear takes what peft 0.11.1 takes for the official script: every
+    # linear of vision, projector and LLM (then `layers` must be all), lm_head and both patch embeddings too.
     modules: List[str] = field(default_factory=lambda: ["attention", "mlp"])
+    # float32, or model: the type of the frozen weights, as the official script has it (bfloat16 loses small updates).
+    dtype: str = "float32"
     # gaussian: A ~ N(0, 1/rank), as the official fine-tuning script; kaiming: PEFT's default. B starts at zero in both.
     init: str = "gaussian"
 
@@ -266,6 +273,9 @@ class Config:
             need(sound, key, f"null, or different layer numbers from 0 on, such as '[3, 5]'{off}")
         one_of("method", "baseline", "icsm_hsw_thermostat")
         one_of("device", "auto", "cpu", "cuda")
+        one_of("backbone.source", "native", "official")
+        need(self.backbone.source == "native" or self.backbone.openvla_dir, "backbone.openvla_dir",
+             "the folder of an OpenVLA checkout with --backbone.source official")
         one_of("backbone.dtype", "float32", "bfloat16", "float16")
         one_of("backbone.attn_implementation", "sdpa", "eager", "flash_attention_2")
         one_of("hsw.site", "residual", "lora_input", "both")
@@ -275,6 +285,12 @@ class Config:
         one_of("train.optimizer", "adamw", "sgd")
         one_of("train.schedule", "constant", "cosine")
         one_of("train.autocast", "off", "bfloat16", "float16")
+        one_of("lora.dtype", "float32", "model")
+        if "all-linear" in self.lora.modules:
+            need(self.lora.modules == ["all-linear"], "lora.modules", "all-linear alone, or a list without it")
+            need(str(self.lora.layers) == "all", "lora.layers", "all with --lora.modules '[all-linear]'")
+            need(self.method == "baseline", "lora.modules", "attention, mlp or linear names with a method: its subspaces are those "
+                 "of decoder layers, and all-linear adapts vision and lm_head too")
         one_of("lora.init", "gaussian", "kaiming")
         one_of("evaluate.benchmark", "tabletop")
         one_of("export.dtype", "stored", "float32", "bfloat16", "float16")

@@ -20,7 +20,6 @@ from vlakeep.backbones.base import make_backbone
 from vlakeep.backbones.lora import adapters_disabled, load_adapter
 from vlakeep.benchmarks import tabletop
 from vlakeep.benchmarks.records import Records, mean_interval, summarise
-from vlakeep.checkpoint import check_base, latest_intact, load_checkpoint
 from vlakeep.config import Config, config_from_argv, to_dict
 from vlakeep.data.prompts import encode_prompts
 from vlakeep.icsm.artifact import default_layers, layer_map
@@ -29,32 +28,10 @@ from vlakeep.parallel import pick_device, set_threads
 from vlakeep.probe.batches import prompt_batches
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.storage import Storage, atomic_write
+from vlakeep.target import load_manifest, read_action_statistics, target_checkpoint
 from vlakeep.thermostat.drift import covariance, covariance_drift
 
 ANSWER_TOKENS = 6
-
-
-def target_checkpoint(target: str, storage: Storage) -> Path:
-    """The checkpoint folder that a run's name or a path stands for; of a run the newest intact one. Raises FileNotFoundError."""
-    folder = Path(target) if "/" in target else storage.run_folder(target)
-    if (folder / "manifest.json").is_file():
-        return folder
-    checkpoint = latest_intact(folder) if folder.is_dir() else None
-    if checkpoint is None:
-        known = ", ".join(sorted(path.parent.name for path in storage.runs.glob("*/checkpoints"))) or "none"
-        raise FileNotFoundError(f"no intact checkpoint of the run `{target}` under {folder} (runs with checkpoints: {known})"
-                                f": make it with `vlakeep train --config ... --name {folder.name}`, or choose another target "
-                                "with --evaluate.target")
-    return checkpoint
-
-
-def read_action_statistics(folder: Path) -> dict:
-    """dataset_statistics.json beside the adapter of a checkpoint. Raises FileNotFoundError."""
-    path = folder / "adapter" / "dataset_statistics.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path}, without which the actions of this adapter mean nothing: train the run again, or "
-                                "copy the file of a run on the same data")
-    return json.loads(path.read_text())
 
 
 def load_target(config: Config, storage: Storage, device):
@@ -73,14 +50,6 @@ def load_target(config: Config, storage: Storage, device):
     # A step of a run that was named by its folder gets its own records.
     name = f"{folder.parents[1].name}-{folder.name}" if Path(target).name == folder.name else Path(target).name
     return backbone.eval(), name, manifest
-
-
-def load_manifest(folder: Path, base_weights: str) -> str:
-    """Verify a checkpoint folder and return the hash of its adapter weights."""
-    _, state = load_checkpoint(folder)  # raises when a file is damaged
-    check_base(folder, state, base_weights)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    return manifest["files"]["adapter/adapter_model.safetensors"]["sha256"]
 
 
 class ActionPolicy:

@@ -18,6 +18,7 @@ import torch
 
 import vlakeep
 from vlakeep.backbones.base import DTYPES, Backbone, make_backbone
+from vlakeep.backbones.format import weight_files, weights_hash
 from vlakeep.backbones.lora import load_adapter
 from vlakeep.backbones.merge import RECORD, merge_checkpoint
 from vlakeep.backbones.processor import Processor
@@ -27,9 +28,9 @@ from vlakeep.data.prompts import encode_prompts
 from vlakeep.data.rlds import open_datasets
 from vlakeep.data.sample import Sample
 from vlakeep.errors import CheckpointError, human_bytes
-from vlakeep.evaluate import load_manifest, read_action_statistics, target_checkpoint
 from vlakeep.parallel import pick_device, set_threads
 from vlakeep.storage import Storage, atomic_dir, find_checkpoint, need_free
+from vlakeep.target import load_manifest, read_action_statistics, target_checkpoint
 
 PARITY_BATCH = 8
 
@@ -101,8 +102,6 @@ def run_export(config: Config, storage: Storage) -> Path:
     target = config.export.target or config.name
     checkpoint = target_checkpoint(target, storage)
     base = find_checkpoint(config.backbone.checkpoint, storage.cache)
-    from vlakeep.backbones.format import weight_files, weights_hash
-
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     adapter_sha256 = manifest["files"]["adapter/adapter_model.safetensors"]["sha256"]
     refuse_second_merge(base, adapter_sha256)

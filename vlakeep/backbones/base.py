@@ -130,7 +130,7 @@ class Backbone(nn.Module):
 
     @property
     def num_patches(self) -> int:
-        return self.openvla.vision_backbone.num_patches
+        return self.openvla.num_patches
 
     @property
     def device(self) -> torch.device:
@@ -356,6 +356,10 @@ def make_backbone(source, device="cpu", cache: Optional[Path] = None) -> Backbon
     settings = source if isinstance(source, BackboneConfig) else BackboneConfig(checkpoint=str(source))
     cache = Path(cache or os.environ.get("HF_HOME") or Path(pick_root()) / "hf_cache")
     _refuse_unusable(settings, torch.device(device))
+    if settings.source == "official":
+        from vlakeep.backbones.official import make_official_backbone
+
+        return make_official_backbone(settings, device, cache)
     folder = find_checkpoint(settings.checkpoint, cache)
     model, config = checkpoint_format.load_checkpoint(folder, DTYPES[settings.dtype], settings.attn_implementation)
     model.gradient_checkpointing = settings.gradient_checkpointing

@@ -162,6 +162,15 @@ def _strict(expected: Dict[str, torch.Size], found: Dict[str, torch.Size], where
         raise CheckpointError(f"the weights in {where} do not fit its config.json; " + "; ".join(problems))
 
 
+def check_weights(folder, config: dict) -> None:
+    """Raise CheckpointError unless the weight files hold exactly the tensors of the architecture in `config`; reads headers only."""
+    with parameters_on_meta():
+        model = OpenVLA(config)
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    found = {name: torch.Size(entry["shape"]) for file in weight_files(folder) for name, entry in tensor_table(file).items()}
+    _strict(expected, found, folder)
+
+
 def load_checkpoint(folder, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa") -> Tuple[OpenVLA, dict]:
     """(model in evaluation mode on the CPU, config). Raises CheckpointError or FileNotFoundError; nothing is loaded half."""
     config = read_config(folder)

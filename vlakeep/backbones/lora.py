@@ -66,6 +66,8 @@ def target_modules(backbone: Backbone, layers: str, modules: List[str]) -> List[
 
     Raises ValueError for layers outside the model, unknown modules, or none.
     """
+    if list(modules) == ["all-linear"]:
+        return all_linear(backbone)
     leaves = [leaf for module in modules for leaf in GROUPS.get(module, [module])]
     unknown = [leaf for leaf in leaves if leaf not in _PARENT]
     if unknown or not leaves:
@@ -78,15 +80,28 @@ def target_modules(backbone: Backbone, layers: str, modules: List[str]) -> List[
     ]
 
 
+def all_linear(backbone: Backbone) -> List[str]:
+    """What target_modules="all-linear" means in peft 0.11.1: every module whose last name part is that of some linear.
+
+    So the convolutions named `proj` come along, and lm_head is not left out. Source: peft 0.11.1 tuners/tuners_utils.py:719-730.
+    """
+    modules = dict(backbone.openvla.named_modules())
+    leaves = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    return [name for name, module in modules.items() if isinstance(module, kinds) and name.rpartition(".")[2] in leaves]
+
+
 def select_linears(backbone: Backbone, layers: str, modules: List[str]) -> Dict[str, torch.nn.Module]:
     """The linears that add_lora would adapt, named like `layers.3.self_attn.q_proj`."""
-    return {name[len(LORA_PREFIX):]: backbone.openvla.get_submodule(name) for name in target_modules(backbone, layers, modules)}
+    names = [name for name in target_modules(backbone, layers, modules) if name.startswith(LORA_PREFIX)]
+    return {name[len(LORA_PREFIX):]: backbone.openvla.get_submodule(name) for name in names}
 
 
 def attach_lora(
-    backbone: Backbone, targets: List[str], rank: int, alpha: float, dropout: float = 0.0, init: str = "gaussian", seed: int = 0
+    backbone: Backbone, targets: List[str], rank: int, alpha: float, dropout: float = 0.0, init: str = "gaussian", seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Freeze the model and put float32 adapters on the named modules. A is drawn from `seed` alone, B is zero.
+    """Freeze the model and put adapters of this type on the named modules. A is drawn from `seed` alone, B is zero.
 
     gaussian: A ~ N(0, (1/rank)^2), as peft draws it for the official fine-tuning script; kaiming: uniform in +-1/sqrt(fan_in).
     """
@@ -103,7 +118,7 @@ def attach_lora(
     generator = torch.Generator().manual_seed(seed)
     for layer in _lora_layers(backbone).values():
         a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-        a.float(), b.float()  # bfloat16 adapters, as in the official script, lose small updates
+        a.to(dtype), b.to(dtype)
         with torch.no_grad():
             if init == "gaussian":
                 value = torch.randn(a.weight.shape, generator=generator) / rank
@@ -124,6 +139,7 @@ def add_lora(backbone: Backbone, config, seed: int) -> None:
         config.dropout,
         config.init,
         seed,
+        backbone.dtype if config.dtype == "model" else torch.float32,
     )
 
 

@@ -68,10 +68,6 @@ class VisionBackbone(nn.Module):
             self.fused_featurizer = make_vit(timm_ids[1], image_sizes[1], act_layers[1])
             self.embed_dim += self.fused_featurizer.embed_dim
 
-    @property
-    def num_patches(self) -> int:
-        return self.featurizer.patch_embed.num_patches
-
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[B, 3V, H, W] -> [B, P, Dv]."""
         pixel_values = pixel_values.to(self.featurizer.patch_embed.proj.weight.dtype)
@@ -95,6 +91,13 @@ class Projector(nn.Module):
     def forward(self, features_BPV: torch.Tensor) -> torch.Tensor:
         x = self.fc2(F.gelu(self.fc1(features_BPV)))
         return self.fc3(F.gelu(x)) if hasattr(self, "fc3") else x
+
+
+def layer_interface(language_model) -> tuple:
+    """(name of the cache argument, whether rotary embeddings are made outside the layers): both changed within transformers 4."""
+    parameters = inspect.signature(type(language_model.model.layers[0]).forward).parameters
+    cache = "past_key_values" if "past_key_values" in parameters else "past_key_value"
+    return cache, "position_embeddings" in parameters and hasattr(language_model.model, "rotary_emb")
 
 
 def _run_layer(layer: nn.Module, hidden_BSD: torch.Tensor, arguments: dict):
@@ -123,10 +126,11 @@ class OpenVLA(nn.Module):
         self.language_model = LlamaForCausalLM(llama)
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = False
-        layer_parameters = inspect.signature(type(self.language_model.model.layers[0]).forward).parameters
-        # transformers 4 names the cache past_key_value and applies the rotary embedding inside each layer.
-        self._cache_name = "past_key_values" if "past_key_values" in layer_parameters else "past_key_value"
-        self._rotary_outside = "position_embeddings" in layer_parameters and hasattr(self.language_model.model, "rotary_emb")
+        self._cache_name, self._rotary_outside = layer_interface(self.language_model)
+
+    @property
+    def num_patches(self) -> int:
+        return self.vision_backbone.featurizer.patch_embed.num_patches
 
     def embed(self, input_ids_BL: torch.Tensor, pixel_values) -> torch.Tensor:
         """Multimodal embeddings [B, P + L, D]: BOS, patches, rest. pixel_values None gives text alone (P = 0)."""
