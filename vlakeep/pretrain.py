@@ -39,10 +39,10 @@ def model_config(patch: int, hidden: int, layers: int, heads: int, mlp: int, voc
     """config.json of the tiny model, keys as the official one."""
     return {
         "architectures": ["OpenVLAForActionPrediction"], "model_type": "openvla", "arch_specifier": "no-align+fused-gelu-mlp",
-        "vision_backbone_id": "vlakeep-tabletop", "use_fused_vision_backbone": True, "image_resize_strategy": "resize-naive",
+        "vision_backbone_id": "dinosiglip-vit-so-224px", "use_fused_vision_backbone": True, "image_resize_strategy": "resize-naive",
         "timm_model_ids": [f"vlakeep_vit_tiny_patch{patch}_dinov2", f"vlakeep_vit_tiny_patch{patch}_siglip"],
         "timm_override_act_layers": [None, None], "image_sizes": [64, 64],
-        "llm_backbone_id": "vlakeep-tabletop", "hf_llm_id": "vlakeep-tabletop", "llm_max_length": 128,
+        "llm_backbone_id": "llama2-7b-pure", "hf_llm_id": "meta-llama/Llama-2-7b-hf", "llm_max_length": 128,
         "text_config": {"model_type": "llama", "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers,
                         "num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": vocab,
                         "max_position_embeddings": 256, "torch_dtype": "float32"},
