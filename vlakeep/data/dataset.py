@@ -10,6 +10,7 @@ import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Callable, Dict, List, Optional, Tuple
 
 import numpy as np
@@ -22,7 +23,7 @@ _INDEX_FORMAT = 2
 _CORE = ("start_E", "text_N", "actions_NA", "texts")
 
 
-def optional(module: str, extra: str, what: str):
+def optional(module: str, extra: str, what: str) -> ModuleType:
     """The module of an extra; ModuleNotFoundError with the pip command when it is missing."""
     try:
         return importlib.import_module(module)
@@ -131,6 +132,8 @@ class DemoDataset:
     """
 
     kind = ""  # the format in one word
+    files: Tuple[str, ...] = ()  # patterns of the files that hold the data
+    needs: Tuple[str, ...] = ()  # packages of the extra that is called like the format
     rotated = False  # whether the format's pictures stand on their heads, so that they have to be turned
 
     def __init__(self, folder: Path, name: str, index: EpisodeIndex, split_range: Tuple[int, int], fraction: float,
@@ -156,6 +159,12 @@ class DemoDataset:
         self.actions_NA, _ = normalise(standard_NA, self.statistics)
         used = np.concatenate([np.arange(a, a + n) for a, n in zip(self._first, self.lengths)])
         self.clipped = normalise(standard_NA[used], self.statistics)[1]  # action values of usable frames outside the statistics
+
+    @classmethod
+    def check_extra(cls, folder) -> None:
+        """ModuleNotFoundError, with the pip command, when a package that the format needs cannot be imported."""
+        for module in cls.needs:
+            optional(module, cls.kind, f"reading the data set {folder}")
 
     def __len__(self) -> int:
         return len(self.lengths)

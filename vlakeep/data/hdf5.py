@@ -25,6 +25,7 @@ from tqdm import tqdm
 from vlakeep.data.dataset import USUAL, Conventions, DemoDataset, EpisodeIndex, IndexBuilder, cached_index, optional
 from vlakeep.data.images import decode_image, encode_jpeg
 
+FILES = ("*.hdf5", "*.h5")
 _CAMERA = "agentview_rgb"
 _BAR_FROM_FILES = 20
 _AGAIN = "copy, download or make the file again"
@@ -32,7 +33,7 @@ _AGAIN = "copy, download or make the file again"
 
 def demo_files(folder) -> List[Path]:
     """The HDF5 files of a folder, by name."""
-    return sorted(path for pattern in ("*.hdf5", "*.h5") for path in Path(folder).glob(pattern) if path.is_file())
+    return sorted(path for pattern in FILES for path in Path(folder).glob(pattern) if path.is_file())
 
 
 def language_of(path: Path, problem_info=None) -> str:
@@ -59,18 +60,18 @@ def _open(path: Path):
         raise ValueError(f"{path} cannot be opened as HDF5 ({error}); {_AGAIN}") from error
 
 
-def _member(group, key: str, where: str):
+def _member(group, key: str, where: str, remedy: str = _AGAIN):
     """group[key], with the keys that are there in the error."""
     try:
         return group[key]
     except KeyError as error:
-        raise ValueError(f"{where}: no {key!r} among {', '.join(sorted(group)) or 'nothing'}") from error
+        raise ValueError(f"{where}: no {key!r} among {', '.join(sorted(group)) or 'nothing'}; {remedy}") from error
 
 
 def _read_demo(demo, camera: str, where: str) -> np.ndarray:
     """actions [T, A] of a demonstration whose pictures fit them."""
     actions = _member(demo, "actions", where)
-    images = _member(_member(demo, "obs", where), camera, f"{where}/obs (the cameras end in _rgb; --data.camera chooses one)")
+    images = _member(_member(demo, "obs", where), camera, f"{where}/obs", "choose a camera, they end in _rgb, with --data.camera")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(f"{where}/obs/{camera}: {images.dtype} {list(images.shape)} are no pictures (uint8 [T, H, W, 3])")
     told = int(demo.attrs.get("num_samples", len(images)))
@@ -117,6 +118,8 @@ class Hdf5Dataset(DemoDataset):
     """
 
     kind = "hdf5"
+    files = FILES
+    needs = ("h5py",)
     rotated = True
 
     def __init__(self, folder, split: str = "train", fraction: float = 1.0, cache_dir=None, conventions: Conventions = USUAL):
@@ -128,8 +131,8 @@ class Hdf5Dataset(DemoDataset):
             raise FileNotFoundError(f"{folder} holds no *.hdf5 or *.h5 file")
         if split != "train":
             raise ValueError(f"{folder}: HDF5 sets have one split, 'train', not {split!r}")
-        optional("h5py", "hdf5", f"reading {self._paths[0]}")
-        self._camera, name = conventions.camera or _CAMERA, folder.resolve().name
+        self.check_extra(folder)
+        self._camera, name = conventions.camera or _CAMERA, folder.absolute().name
         index = cached_index("hdf5", name, [str(folder.resolve()), self._camera], self._paths, cache_dir,
                              lambda: build_index(self._paths, self._camera, name))
         super().__init__(folder, name, index, (0, len(index.start_E) - 1), fraction, conventions)

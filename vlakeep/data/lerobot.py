@@ -300,14 +300,15 @@ class LeRobotDataset(DemoDataset):
     """
 
     kind = "lerobot"
+    files = ("*.parquet",)
+    needs = ("pyarrow", "av")
 
     def __init__(self, folder, split: str = "train", fraction: float = 1.0, cache_dir=None, conventions: Conventions = USUAL):
         folder = Path(folder)
         if not (folder / INFO).is_file():
             raise FileNotFoundError(f"{folder} holds no {INFO}")
-        for module in ("pyarrow", "av"):
-            optional(module, "lerobot", f"reading the LeRobot data set {folder}")
-        self._info, name = read_info(folder, conventions.camera), folder.resolve().name
+        self.check_extra(folder)
+        self._info, name = read_info(folder, conventions.camera), folder.absolute().name
         files = [path for top in ("meta", "data", "videos") for path in sorted((folder / top).rglob("*")) if path.is_file()]
         index = cached_index("lerobot", name, [str(folder.resolve()), self._info.camera], files, cache_dir,
                              lambda: build_index(self._info, name))

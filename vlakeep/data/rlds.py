@@ -109,6 +109,7 @@ class RldsDataset(DemoDataset):
     """
 
     kind = "rlds"
+    files = ("*.tfrecord*",)
 
     def __init__(self, folder, split: str = "train", fraction: float = 1.0, cache_dir=None, conventions: Conventions = USUAL):
         version = find_version(folder)

@@ -50,8 +50,8 @@ def standardise(actions_NA: np.ndarray, name: str, gripper: Optional[str] = None
     transform = GRIPPERS[gripper] if gripper else transform_for(name)
     if gripper is None and transform is libero_transform and low >= 0:
         raise ValueError(f"data set {name!r}: the gripper values lie in [{low:g}, {high:g}], while LIBERO's go from -1 (open) "
-                         "to +1 (close). If 1 is open and 0 is close here, as some converters write, give --data.gripper standard; "
-                         "if they are LIBERO's after all, --data.gripper libero")
+                         "to +1 (close). If 1 is open and 0 is close here, as some converters write, give --data.gripper "
+                         "standard; if they are LIBERO's after all, --data.gripper libero")
     if gripper == "standard" and (low < -0.05 or high > 1.05):
         raise ValueError(f"data set {name!r}: the gripper values lie in [{low:g}, {high:g}] and not in [0, 1] as --data.gripper "
                          "standard says; leave it out, or give --data.gripper libero for -1 (open) to +1 (close)")

@@ -66,7 +66,7 @@ class VideoReader:
             # To the key frame before; from there on every frame is decoded until the one that is wanted.
             container.seek(int((seconds + self._tolerance) / stream.time_base), stream=stream, backward=True)
             for picture in container.decode(stream):
-                last = float(picture.pts * stream.time_base)
+                last = float((picture.pts or 0) * stream.time_base)
                 if last >= seconds - self._tolerance:
                     break
             if last is not None and abs(last - seconds) <= self._tolerance:
