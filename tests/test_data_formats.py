@@ -34,6 +34,7 @@ NAME, FPS = "libero_pushes", 10
 LEROBOT = [("v2.1", "png"), ("v2.1", "jpeg"), ("v2.1", "rgb"), ("v2.1", "av1"),
            ("v3.0", "png"), ("v3.0", "jpeg"), ("v3.0", "rgb"), ("v3.0", "av1")]
 LOSSY = {"av1"}
+NO_AV1 = "libsvtav1" not in av.codecs_available  # older wheels of PyAV read AV1 and cannot write it
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +134,8 @@ def written(tmp_path_factory, episodes):
     write_rlds(root / "rlds-jpeg", NAME, episodes, "jpeg")
     write_hdf5(root / "hdf5" / NAME, episodes)
     for version, pictures in LEROBOT:
+        if pictures == "av1" and NO_AV1:
+            continue
         write_lerobot(root / f"{version}-{pictures}" / NAME, episodes, version, pictures)
     return root
 
@@ -146,6 +149,8 @@ ALL = ["hdf5"] + [f"{version}-{pictures}" for version, pictures in LEROBOT]
 
 @pytest.mark.parametrize("what", ALL)
 def test_same_episodes_give_the_same_samples(written, episodes, what):
+    if what.endswith("av1") and NO_AV1:
+        pytest.skip("this PyAV cannot write AV1")
     jpeg = what == "hdf5" or what.endswith("jpeg")  # HDF5 holds raw pictures, which the official conversion stores as JPEG
     wanted, got = (open_dataset(written / name / NAME) for name in ("rlds-jpeg" if jpeg else "rlds-png", what))
     assert isinstance(got, Hdf5Dataset if what == "hdf5" else LeRobotDataset) and got.name == wanted.name == NAME
@@ -228,7 +233,7 @@ def test_sets_that_lerobot_wrote(version, pictures, tmp_path):
 
 
 def test_loading_by_the_configuration(written, processor, tmp_path):  # noqa: F811
-    for what in ("rlds-png", "hdf5", "v2.1-png", "v3.0-av1"):
+    for what in ("rlds-png", "hdf5", "v2.1-png", "v3.0-rgb"):
         config = DataConfig(datasets=[NAME], train_fraction=0.7, shuffle_buffer=5)
         for _ in range(2):  # the second time from the cached index
             made = make_stream(config, written / what, processor, 2, 7, cache_dir=tmp_path / what)

@@ -62,8 +62,8 @@ class DataConfig:
     camera: Optional[str] = None
     # What the last action value means: libero (-1 open to +1 close) or standard (1 open, 0 close); None goes by the name.
     gripper: Optional[str] = None
-    # Turn the pictures by 180 degrees. None does what the format needs: HDF5 holds them upside down, the others upright. Some
-    # converters to LeRobot do not turn LIBERO's pictures: look at one.
+    # Turn the pictures by 180 degrees. None does what the format usually needs: HDF5 holds them upside down, the others upright.
+    # Some converters of LIBERO differ, which the files do not say: look at a picture.
     rotate: Optional[bool] = None
 
 
