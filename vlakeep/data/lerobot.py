@@ -66,7 +66,7 @@ def _choose_camera(features: dict, wanted: Optional[str], where: str) -> str:
     cameras = [key for key, value in features.items() if value.get("dtype") in ("image", "video")]
     names = {key: key.split(".")[-1] for key in cameras}
     if wanted is not None:
-        found = [key for key in cameras if wanted in (key, names[key])]
+        found = [key for key in cameras if key == wanted] or [key for key in cameras if names[key] == wanted]
     elif len(cameras) == 1:
         found = cameras
     else:
@@ -98,14 +98,14 @@ def read_info(folder, camera: Optional[str] = None) -> Info:
         raise ValueError(f"{path} cannot be read ({error!r}); {_AGAIN}") from error
 
 
-def _parquet(path: Path, columns=None):
-    """A table of a parquet file. ValueError for a damaged file or missing columns."""
+def _parquet(path: Path, columns=None, unread=()):
+    """A table of a parquet file. ValueError for a damaged file or a missing column; `unread` ones only have to be there."""
     pq, pa = optional("pyarrow.parquet", "lerobot", f"reading {path}"), optional("pyarrow", "lerobot", f"reading {path}")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: the download or copy is incomplete; {_AGAIN}")
     try:
         file = pq.ParquetFile(path)
-        missing = [name for name in columns or () if name not in file.schema_arrow.names]
+        missing = [name for name in [*(columns or ()), *unread] if name not in file.schema_arrow.names]
         if missing:
             raise ValueError(f"{path}: no column {', '.join(missing)} among {', '.join(file.schema_arrow.names)}")
         return file.read(columns=columns)
@@ -212,13 +212,12 @@ def build_index(info: Info, name: str) -> EpisodeIndex:
         _check_videos(info, places)
     builder, rows, times = IndexBuilder(name), [], []
     columns = [info.action_key, "episode_index", "frame_index", "timestamp", "task_index"]
-    columns += [] if info.video else [info.camera]  # asked for so that a missing one is found here
+    unread = [] if info.video else [info.camera]
     table, opened = None, None
     for place in tqdm(places, desc=f"index {name}", unit="episode", disable=len(places) < _BAR_FROM_FILES):
         path = info.data_file(*place.data)
         if path != opened:
-            _require(path, columns)
-            table, opened = _parquet(path, columns[:5]), path
+            table, opened = _parquet(path, columns, unread), path
             episodes = table["episode_index"].to_numpy()
             actions = _actions(table[info.action_key], info.action_shape, str(path))
         at = np.flatnonzero(episodes == place.episode)
@@ -240,14 +239,6 @@ def build_index(info: Info, name: str) -> EpisodeIndex:
         "video_E2": np.array([place.video for place in places], dtype=np.int64),
         "start_seconds_E": np.array([place.start for place in places], dtype=np.float64),
         "seconds_N": np.concatenate(times or [[]])})
-
-
-def _require(path: Path, columns) -> None:
-    _parquet(path, columns[:0])  # the file is there and opens
-    names = optional("pyarrow.parquet", "lerobot", f"reading {path}").read_schema(path).names
-    missing = [name for name in columns if name not in names]
-    if missing:
-        raise ValueError(f"{path}: no column {', '.join(missing)} among {', '.join(names)}")
 
 
 class _ParquetPictures:
