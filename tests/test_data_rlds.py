@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from vlakeep.data import images, statistics, tfrecord
+from vlakeep.data.formats import open_datasets
 from vlakeep.data.golden import verify_augment_golden, verify_images_golden, verify_rlds_golden
-from vlakeep.data.rlds import RldsDataset, open_datasets
+from vlakeep.data.rlds import RldsDataset
 from vlakeep.data.sample import Episode
 from vlakeep.data.writer import write_rlds
 

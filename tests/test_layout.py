@@ -18,6 +18,7 @@ ROOMS = {"data", "backbones", "probe", "icsm", "hsw", "thermostat", "benchmarks"
 SHARED = {"vlakeep.data.sample", "vlakeep.data.prompts", "vlakeep.backbones.base", "vlakeep.probe.pooling"}
 # Stages that may import others: the dispatcher, and the demo, which runs them in order. `checks` belongs to preflight.
 MAY_IMPORT_STAGES = {"cli": None, "demo": None, "preflight": {"checks"}}
+OPTIONAL = {"timm", "torchvision", "wandb", "tensorboard", "tensorflow", "h5py", "pyarrow", "av"}
 DOCUMENTS = sorted([*REPO.glob("*.md"), *(REPO / "docs").glob("*.md")])
 
 
@@ -82,7 +83,7 @@ def test_imports_go_one_way(path):
 
 
 def test_optional_and_heavy_imports_stay_inside_functions():
-    """timm goes through compat (torchvision may be unusable); wandb, tensorboard and matplotlib load only when used."""
+    """timm goes through compat (torchvision may be unusable); wandb, tensorboard, matplotlib and the extras load when used."""
     for path in SOURCES:
         for node in ast.parse(path.read_text()).body:
             names = (
@@ -93,7 +94,7 @@ def test_optional_and_heavy_imports_stay_inside_functions():
                 else []
             )
             tops = {(name or "").split(".")[0] for name in names}
-            assert not tops & {"timm", "torchvision", "wandb", "tensorboard", "tensorflow"}, f"{path}: {tops}"
+            assert not tops & OPTIONAL, f"{path}: {tops}"
 
 
 def test_no_pickle():
@@ -166,7 +167,9 @@ def test_dependencies_have_lower_bounds_only_and_constraints_pin():
     text = (REPO / "pyproject.toml").read_text()
     block = re.search(r"\ndependencies = \[(.*?)\]", text, flags=re.S)[1]
     wanted = re.findall(r'"([^"]+)"', block)
-    assert len(wanted) >= 15 and all(re.fullmatch(r"[A-Za-z0-9-]+>=[\d.]+", line) for line in wanted), wanted
+    extras = re.search(r"\n\[project.optional-dependencies\](.*?)\n\[", text, flags=re.S)[1]
+    optional = re.findall(r'"([^"]+)"', extras)
+    assert len(wanted) >= 15 and all(re.fullmatch(r"[A-Za-z0-9-]+>=[\d.]+", line) for line in wanted + optional), text
     pins = [line for line in (REPO / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
     assert all("==" in line for line in pins)
     from vlakeep.preflight import LOWER_BOUNDS

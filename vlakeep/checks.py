@@ -194,34 +194,38 @@ def check_layers(config: Config, model: dict) -> List[Line]:
 
 
 def check_data(config: Config, storage: Storage) -> List[Line]:
-    lines = []
-    for name in config.data.datasets:
-        folder = storage.data / name
-        make = (
-            "vlakeep tabletop-data"
-            if name.startswith("tabletop")
-            else f"put the TFDS folder there, or choose with --data.datasets and --data_root_dir (now {storage.data})"
-        )
-        shards = [path for path in folder.rglob("*.tfrecord*") if path.is_file()] if folder.is_dir() else []
-        if not folder.is_dir():
-            lines.append(Line(RED, f"data set {name}", f"{folder} does not exist", make))
-        elif not shards or not any(folder.rglob("dataset_info.json")):
-            lines.append(
-                Line(
-                    RED, f"data set {name}", f"{folder} has no {'*.tfrecord* files' if not shards else 'dataset_info.json'}", make
-                )
-            )
-        elif min(path.stat().st_size for path in shards) == 0:
-            lines.append(Line(RED, f"data set {name}", f"{min(shards, key=lambda p: p.stat().st_size)} is empty", make))
-        else:
-            lines.append(
-                Line(
-                    GREEN,
-                    f"data set {name}",
-                    f"{folder}: {len(shards)} file(s), {human_bytes(sum(p.stat().st_size for p in shards))}",
-                )
-            )
-    return lines
+    return [_check_data_set(storage.data / name, name, storage) for name in config.data.datasets]
+
+
+def _check_data_set(folder: Path, name: str, storage: Storage) -> Line:
+    """Format, files and the packages that reading them takes; the content is checked when the data set is opened."""
+    from vlakeep.data.formats import FORMATS, find_format
+
+    what = f"data set {name}"
+    make = (
+        "vlakeep tabletop-data"
+        if name.startswith("tabletop")
+        else f"put the data set there, or choose with --data.datasets and --data_root_dir (now {storage.data})"
+    )
+    if not folder.is_dir():
+        return Line(RED, what, f"{folder} does not exist", make)
+    try:
+        format_ = FORMATS[find_format(folder)]
+        format_.check_extra(folder)
+    except FileNotFoundError as error:
+        shards = any(folder.rglob("*.tfrecord*"))
+        return Line(RED, what, f"{folder} has no dataset_info.json" if shards else str(error), make)
+    except ValueError as error:
+        return Line(RED, what, str(error), "keep one format to a folder")
+    except ModuleNotFoundError as error:
+        return Line(RED, what, str(error), f"pip install {error.name}")
+    files = [path for pattern in format_.files for path in folder.rglob(pattern) if path.is_file()]
+    if not files:
+        return Line(RED, what, f"{folder} has no {' or '.join(format_.files)} files", make)
+    sizes = {path: path.stat().st_size for path in files}
+    if min(sizes.values()) == 0:
+        return Line(RED, what, f"{min(sizes, key=sizes.get)} is empty", make)
+    return Line(GREEN, what, f"{folder}: {format_.kind}, {len(files)} file(s), {human_bytes(sum(sizes.values()))}")
 
 
 def check_probe(config: Config, storage: Storage) -> Tuple[List[Line], Optional[str]]:

@@ -54,7 +54,8 @@ class LoraConfig:
 
 @dataclass
 class DataConfig:
-    # Data sets below data_root_dir, each a TFDS folder (RLDS); every frame of their episodes is one training sample.
+    # Data sets below data_root_dir, each a folder in the format RLDS (TFDS), LIBERO's HDF5 or LeRobot; the content tells which.
+    # Every frame of their episodes is one training sample.
     datasets: List[str] = field(default_factory=lambda: ["tabletop_corner"])
     # Fraction of the episodes used for training, from the start of the split; the official pipeline uses 0.95.
     train_fraction: float = 1.0
@@ -64,6 +65,13 @@ class DataConfig:
     workers: int = 0
     # The official pipeline's augmentation: random crop to 90 % of the area, brightness, contrast, saturation, hue.
     image_aug: bool = False
+    # Name of the camera in the data sets; None takes image (RLDS), agentview_rgb (HDF5), the only or a usual one (LeRobot).
+    camera: Optional[str] = None
+    # What the last action value means: libero (-1 open to +1 close) or standard (1 open, 0 close); None goes by the name.
+    gripper: Optional[str] = None
+    # Turn the pictures by 180 degrees. None does what the format usually needs: HDF5 holds them upside down, the others upright.
+    # Some converters of LIBERO differ, which the files do not say: look at a picture.
+    rotate: Optional[bool] = None
 
 
 @dataclass
@@ -309,6 +317,7 @@ class Config:
         need(0 <= self.lora.dropout < 1, "lora.dropout", "in [0, 1)")
         need(0 < self.data.train_fraction <= 1, "data.train_fraction", "in (0, 1]")
         need(self.data.workers >= 0, "data.workers", "0 or more")
+        need(self.data.gripper in (None, "libero", "standard"), "data.gripper", "libero, standard or null")
         need(0 < self.icsm.fragile_fraction < 1, "icsm.fragile_fraction", "in (0, 1)")
         need(self.icsm.moments_gib > 0, "icsm.moments_gib", "greater than 0")
         need(self.icsm.epsilon > 0, "icsm.epsilon", "greater than 0")

@@ -31,8 +31,10 @@ class TrainingStopped(RuntimeError):
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Whether the message alone helps: a wrong value, a missing or forbidden file, a full disk, a failed call, a guard."""
-    return isinstance(error, (ValueError, OSError, TrainingStopped))
+    """Whether the message alone helps: a wrong value, a missing or forbidden file, a full disk, a failed call, a guard, an extra
+    that is not installed."""
+    return isinstance(error, (ValueError, OSError, TrainingStopped)) or (
+        isinstance(error, ModuleNotFoundError) and "pip install" in str(error))
 
 
 def explain(error: BaseException) -> str:

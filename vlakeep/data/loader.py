@@ -15,10 +15,11 @@ from typing import Callable, Dict, List, Optional
 import numpy as np
 
 from vlakeep.data.augment import augment, draw
+from vlakeep.data.dataset import Conventions, DemoDataset
+from vlakeep.data.formats import open_datasets
 from vlakeep.data.images import resize_uint8
 from vlakeep.data.order import SampleOrder
 from vlakeep.data.prompts import encode_batch
-from vlakeep.data.rlds import RldsDataset, open_datasets
 from vlakeep.data.sample import Batch, Sample
 
 _STATE_FORMAT = 1
@@ -31,7 +32,7 @@ class BatchStream:
     `clipped` counts, per data set, the action values of its usable frames that lie outside [q01, q99] and are clipped.
     """
 
-    def __init__(self, datasets: List[RldsDataset], processor, batch_size: int, seed: int, rank: int = 0, world: int = 1,
+    def __init__(self, datasets: List[DemoDataset], processor, batch_size: int, seed: int, rank: int = 0, world: int = 1,
                  shuffle_buffer: int = 100_000, workers: int = 0, image_aug: bool = False):
         if batch_size < 1 or workers < 0 or not 0 <= rank < world:
             raise ValueError(f"batch_size {batch_size} must be >= 1, workers {workers} >= 0, rank {rank} < world {world}")
@@ -66,7 +67,7 @@ class BatchStream:
         """A line per data set: what it holds, and what of it is changed or left out."""
         lines = []
         for d in self.datasets:
-            line = f"data {d.name}: {len(d)} episodes, {d.num_frames} frames"
+            line = f"data {d.name} ({d.kind}): {len(d)} episodes, {d.num_frames} frames"
             if d.unlabelled:
                 line += f"; {d.unlabelled} episodes without an instruction are left out"
             if d.clipped:
@@ -119,7 +120,8 @@ class BatchStream:
         """Continue after the batches of `state`. ValueError when data, seed or batch size are not those of the saved run."""
         mine = self.state_dict()
         names = {"format": "the format of the saved position", "batch_size": "--train.batch_size", "seed": "--seed",
-                 "data": "the data sets, --data.train_fraction, --data.shuffle_buffer or --data.image_aug"}
+                 "data": "the data sets or their format, --data.train_fraction, --data.camera, --data.gripper, --data.rotate, "
+                         "--data.shuffle_buffer or --data.image_aug"}
         changed = [f"{text} ({state.get(key)!r} saved, {mine[key]!r} now)"
                    for key, text in names.items() if state.get(key) != mine[key]]
         if changed:
@@ -141,6 +143,7 @@ class BatchStream:
 def make_stream(data, data_root_dir, processor, batch_size: int, seed: int, rank: int = 0, world: int = 1,
                 cache_dir=None) -> BatchStream:
     """The stream of the configuration section `data` (DataConfig): data sets below data_root_dir, indexes kept in cache_dir."""
-    datasets = open_datasets(data_root_dir, data.datasets, data.train_fraction, cache_dir)
+    conventions = Conventions(data.camera, data.gripper, data.rotate)
+    datasets = open_datasets(data_root_dir, data.datasets, data.train_fraction, cache_dir, conventions)
     return BatchStream(datasets, processor, batch_size, seed, rank, world, data.shuffle_buffer, data.workers,
                        getattr(data, "image_aug", False))

@@ -4,29 +4,23 @@
 
 Opening reads every shard once, checks its checksums and keeps an index: lengths, languages, actions and the byte range of each
 picture. The index is cached; after that a frame costs one `pread`. Memory is the index, about 50 bytes a frame.
-As officially: statistics over all splits and all episodes, training on the first part of `train`, episodes without language left
-out.
-Axes: E episodes, N frames, A action dimensions.
+As officially, statistics are taken over all splits.
+Axes: E episodes, N frames.
 """
 
-import hashlib
 import json
 import os
 import threading
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Tuple
 
 import numpy as np
 from tqdm import tqdm
 
+from vlakeep.data.dataset import USUAL, Conventions, DemoDataset, EpisodeIndex, IndexBuilder, cached_index
 from vlakeep.data.images import decode_image
-from vlakeep.data.sample import Episode, Sample
-from vlakeep.data.statistics import action_statistics, normalise, transform_for
 from vlakeep.data.tfrecord import parse_example, read_records
-from vlakeep.storage import atomic_write
 
-_INDEX_FORMAT = 1
 _BAR_FROM_BYTES = 64 << 20  # a smaller data set is indexed within a second
 _ACTION, _LANGUAGE, _IMAGES = "steps/action", "steps/language_instruction", "steps/observation/"
 
@@ -68,29 +62,6 @@ def read_info(version: Path) -> Tuple[str, Dict[str, Tuple[List[Path], List[int]
     return name, splits
 
 
-@dataclass
-class EpisodeIndex:
-    """Everything about the episodes of all splits except the pictures, in file order."""
-
-    shard_E: np.ndarray  # int32: number of the episode's shard in `shards`
-    start_E: np.ndarray  # int64 [E + 1]: first frame of each episode
-    offset_N: np.ndarray  # int64: byte offset of the frame's encoded picture in its shard
-    length_N: np.ndarray  # int32: its bytes
-    text_N: np.ndarray  # int32: number of the frame's instruction in `texts`
-    actions_NA: np.ndarray  # float32, as stored
-    texts: List[str]
-
-    def save(self, path: Path) -> None:
-        with atomic_write(path) as file:  # a text list goes in as JSON: arrays of objects would need pickle
-            np.savez(file, **{**vars(self), "texts": np.array(json.dumps(self.texts))})
-
-    @classmethod
-    def load(cls, path: Path) -> "EpisodeIndex":
-        with np.load(path, allow_pickle=False) as data:
-            arrays = {key: data[key] for key in data.files}
-        return cls(**{**arrays, "texts": json.loads(str(arrays["texts"]))})
-
-
 def _read_episode(payload: bytes, image_key: str) -> Tuple[np.ndarray, List[str], List[Tuple[int, int]]]:
     features = parse_example(payload)
     for name in (_ACTION, _LANGUAGE, _IMAGES + image_key):
@@ -106,178 +77,76 @@ def _read_episode(payload: bytes, image_key: str) -> Tuple[np.ndarray, List[str]
 
 def build_index(shards: List[Path], episodes: List[int], image_key: str, name: str) -> EpisodeIndex:
     """Read and check every shard. Errors name file, record and byte offset (RecordError, ValueError)."""
-    shard_E, lengths, offsets, sizes, text_numbers, actions, texts = [], [], [], [], [], [], {}
+    builder, shard_E, offsets, sizes = IndexBuilder(name), [], [], []
     total = sum(shard.stat().st_size for shard in shards)
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"index {name}", disable=total < _BAR_FROM_BYTES) as bar:
         for number, (shard, expected) in enumerate(zip(shards, episodes)):
             record = -1
             for record, (start, payload) in enumerate(read_records(shard)):
                 try:
-                    episode_actions, episode_texts, pictures = _read_episode(payload, image_key)
-                    if actions and episode_actions.shape[1] != actions[0].shape[1]:
-                        raise ValueError(f"{episode_actions.shape[1]} action dimensions, the first episode has "
-                                         f"{actions[0].shape[1]}")
+                    actions, texts, pictures = _read_episode(payload, image_key)
                 except ValueError as error:
                     raise ValueError(f"{shard}: record {record} at byte {start}: {error}") from error
-                bad = np.flatnonzero(~np.isfinite(episode_actions).all(axis=1))
-                if len(bad):
-                    raise ValueError(f"{shard}: record {record} (episode {len(lengths)} of {name}), frame {bad[0]}: action "
-                                     f"{episode_actions[bad[0]].tolist()} is not finite ({len(bad)} of {len(pictures)} frames); "
-                                     "mend or leave out this episode and make the data set again")
+                builder.add(actions, texts, f"{shard}: record {record}")
                 shard_E.append(number)
-                lengths.append(len(pictures))
                 offsets.append(np.array([start + a for a, _ in pictures], dtype=np.int64))
                 sizes.append(np.array([b - a for a, b in pictures], dtype=np.int32))
-                text_numbers.append(np.array([texts.setdefault(text, len(texts)) for text in episode_texts], dtype=np.int32))
-                actions.append(episode_actions)
                 bar.update(len(payload))
             if record + 1 != expected:
                 raise ValueError(f"{shard} holds {record + 1} episodes and dataset_info.json says {expected}; copy or make the "
                                  "data set again")
-    if not lengths:
-        raise ValueError(f"data set {name} has no episodes; `vlakeep tabletop-data` makes the tabletop sets")
-    return EpisodeIndex(
-        np.array(shard_E, dtype=np.int32), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), np.concatenate(offsets),
-        np.concatenate(sizes), np.concatenate(text_numbers), np.concatenate(actions).astype(np.float32), list(texts))
+    # shard of each episode, byte offset of each frame's encoded picture in it, and its bytes
+    return builder.index({"shard_E": np.array(shard_E, dtype=np.int32), "offset_N": np.concatenate(offsets or [[]]),
+                          "length_N": np.concatenate(sizes or [[]])})
 
 
-def _cached_index(version: Path, shards, episodes, image_key: str, name: str, cache_dir) -> EpisodeIndex:
-    if cache_dir is None:
-        return build_index(shards, episodes, image_key, name)
-    files = [(s.name, s.stat().st_size, s.stat().st_mtime_ns) for s in shards]
-    identity = json.dumps([_INDEX_FORMAT, str(version.resolve()), image_key, episodes, files])
-    key = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    path = Path(cache_dir) / f"rlds_index_{name}_{key}.npz"
-    if path.is_file():
-        try:
-            return EpisodeIndex.load(path)
-        except Exception:  # a damaged cache is a cache miss, whatever way NumPy finds to say so
-            pass
-    index = build_index(shards, episodes, image_key, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    index.save(path)
-    return index
+class RldsDataset(DemoDataset):
+    """The labelled episodes of one split of a TFDS folder.
 
-
-class RldsDataset:
-    """The labelled episodes of one split, addressed as (episode, frame).
-
-    folder: <name> or <name>/<version>. fraction: share of the split's episodes, from its start, rounded as TFDS rounds
-    `train[:95%]`. cache_dir: where the index is kept; None keeps none.
+    folder: <name> or <name>/<version>. fraction: share of the split's episodes, from its start. cache_dir: where the index is
+    kept; None keeps none. conventions.camera: the image feature below steps/observation, `image` by default.
     Raises FileNotFoundError, ValueError or RecordError, each naming the file and the remedy.
     """
 
-    def __init__(self, folder, split: str = "train", fraction: float = 1.0, cache_dir=None, image_key: str = "image"):
+    kind = "rlds"
+    files = ("*.tfrecord*",)
+
+    def __init__(self, folder, split: str = "train", fraction: float = 1.0, cache_dir=None, conventions: Conventions = USUAL):
         version = find_version(folder)
-        self.folder = version
-        self.name, splits = read_info(version)
+        name, splits = read_info(version)
         if split not in splits:
             raise ValueError(f"{version} has no split {split!r}, only {', '.join(splits)}")
-        self._shards = [shard for shards, _ in splits.values() for shard in shards]
-        episodes = [count for _, lengths in splits.values() for count in lengths]
-        self.index = _cached_index(version, self._shards, episodes, image_key, self.name, cache_dir)
         self._files: Dict[int, int] = {}
         self._lock = threading.Lock()
+        self._shards = [shard for shards, _ in splits.values() for shard in shards]
+        episodes = [count for _, lengths in splits.values() for count in lengths]
+        camera = conventions.camera or "image"
+        index = cached_index("rlds", name, [str(version.resolve()), camera, episodes], self._shards, cache_dir,
+                             lambda: build_index(self._shards, episodes, camera, name))
+        before = sum(sum(lengths) for _, lengths in list(splits.values())[:list(splits).index(split)])
+        super().__init__(version, name, index, (before, sum(splits[split][1])), fraction, conventions)
 
-        before = 0
-        for other, (_, lengths) in splits.items():
-            if other == split:
-                break
-            before += sum(lengths)
-        count = sum(splits[split][1])
-        self.split_episodes = int(round(round(fraction * 100, 9) * count / 100))
-        first = np.array([self.index.start_E[before + e] for e in range(self.split_episodes)], dtype=np.int64)
-        last = np.array([self.index.start_E[before + e + 1] for e in range(self.split_episodes)], dtype=np.int64)
-        empty = self.index.texts.index("") if "" in self.index.texts else -1
-        labelled = np.array([(self.index.text_N[a:b] != empty).any() for a, b in zip(first, last)], dtype=bool)
-        if not labelled.any():
-            raise ValueError(f"{version}: none of the {count} episodes of split {split!r} is left with fraction {fraction} and a "
-                             "language instruction; raise --data.train_fraction, or make a tabletop set again with "
-                             "`vlakeep tabletop-data`")
-        self._first = first[labelled]
-        self._numbers = before + np.flatnonzero(labelled)
-        self.lengths = (last - first)[labelled]  # int64: frames of each usable episode
-        self.unlabelled = int((~labelled).sum())
-
-        standard_NA = transform_for(self.name)(self.index.actions_NA)
-        self.statistics = action_statistics(standard_NA, len(self.index.shard_E))
-        self.actions_NA, _ = normalise(standard_NA, self.statistics)
-        used = np.concatenate([np.arange(a, a + n) for a, n in zip(self._first, self.lengths)])
-        self.clipped = normalise(standard_NA[used], self.statistics)[1]  # action values of usable frames outside the statistics
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    @property
-    def num_frames(self) -> int:
-        return int(self.lengths.sum())
-
-    @property
-    def languages(self) -> List[str]:
-        """Instruction of each usable episode (of its first frame; frames keep their own)."""
-        return [self.index.texts[self.index.text_N[start]] for start in self._first]
-
-    def _row(self, episode: int, frame: int) -> int:
-        if not 0 <= episode < len(self.lengths) or not 0 <= frame < self.lengths[episode]:
-            raise IndexError(f"{self.name}: no frame {frame} of episode {episode} (it has {len(self.lengths)} episodes)")
-        return int(self._first[episode] + frame)
-
-    def actions(self, episode: int) -> np.ndarray:
-        """float32 [T, A], normalised."""
-        start = self._row(episode, 0)
-        return self.actions_NA[start:start + self.lengths[episode]]
-
-    def instruction(self, episode: int, frame: int) -> str:
-        return self.index.texts[self.index.text_N[self._row(episode, frame)]]
+    def _bytes(self, number: int, row: int, where: str) -> bytes:
+        places = self.index.places
+        shard, wanted, offset = int(places["shard_E"][number]), int(places["length_N"][row]), int(places["offset_N"][row])
+        with self._lock:
+            if shard not in self._files:
+                self._files[shard] = os.open(self._shards[shard], os.O_RDONLY)
+        data = os.pread(self._files[shard], wanted, offset)
+        if len(data) != wanted:
+            raise ValueError(f"{self._shards[shard]}: {len(data)} of {wanted} bytes at byte {offset} ({where}); the file has "
+                             "changed since it was indexed")
+        return data
 
     def image_bytes(self, episode: int, frame: int) -> bytes:
         """The encoded picture of one frame, by one positioned read; safe from several threads."""
         row = self._row(episode, frame)
-        shard = int(self.index.shard_E[self._numbers[episode]])
-        with self._lock:
-            if shard not in self._files:
-                self._files[shard] = os.open(self._shards[shard], os.O_RDONLY)
-        wanted, offset = int(self.index.length_N[row]), int(self.index.offset_N[row])
-        data = os.pread(self._files[shard], wanted, offset)
-        if len(data) != wanted:
-            raise ValueError(f"{self._shards[shard]}: {len(data)} of {wanted} bytes at byte {offset} (episode {episode}, frame "
-                             f"{frame}); the file has changed since it was indexed")
-        return data
+        return self._bytes(int(self._numbers[episode]), row, f"episode {episode}, frame {frame}")
 
-    def image(self, episode: int, frame: int) -> np.ndarray:
-        """uint8 [H, W, 3], decoded as officially, not resized."""
-        return decode_image(self.image_bytes(episode, frame), f"{self.name} episode {episode} frame {frame}")
-
-    def frame(self, episode: int, frame: int) -> Sample:
-        """The frame's picture at stored size, its instruction and its normalised action."""
-        row = self._row(episode, frame)
-        text = self.index.texts[self.index.text_N[row]]
-        return Sample(self.image(episode, frame), text, self.actions_NA[row], dataset=self.name)
-
-    def episode(self, episode: int) -> Episode:
-        """A whole episode with its actions as stored."""
-        start, length = self._row(episode, 0), int(self.lengths[episode])
-        return Episode(np.stack([self.image(episode, t) for t in range(length)]), self.index.actions_NA[start:start + length],
-                       self.instruction(episode, 0))
-
-    def fingerprint(self) -> str:
-        """sha256 of what the order and content of the samples depend on, pictures excepted."""
-        digest = hashlib.sha256(json.dumps([self.name, self.lengths.tolist(), self.languages]).encode())
-        digest.update(np.ascontiguousarray(self.index.actions_NA).tobytes())
-        return digest.hexdigest()
+    def _picture(self, number: int, row: int, frame: int, where: str) -> np.ndarray:
+        return decode_image(self._bytes(number, row, where), where)  # as officially
 
     def close(self) -> None:
-        for descriptor in self._files.values():
+        for descriptor in getattr(self, "_files", {}).values():
             os.close(descriptor)
-        self._files.clear()
-
-    def __del__(self):
-        if hasattr(self, "_files"):
-            self.close()
-
-
-def open_datasets(root, names: List[str], fraction: float = 1.0, cache_dir: Optional[str] = None) -> List[RldsDataset]:
-    """The data sets `names` below `root`, in that order."""
-    if not names:
-        raise ValueError("no data set is named; give --data.datasets, e.g. '[tabletop_corner]' after `vlakeep tabletop-data`")
-    return [RldsDataset(Path(root) / name, "train", fraction, cache_dir) for name in names]
+        self._files = {}

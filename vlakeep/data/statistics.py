@@ -8,7 +8,7 @@ Axes: N frames of a data set, A action dimensions (the last is the gripper).
 import json
 import os
 from pathlib import Path
-from typing import Callable, Dict, Tuple
+from typing import Callable, Dict, Optional, Tuple
 
 import numpy as np
 
@@ -25,6 +25,8 @@ def identity_transform(actions_NA: np.ndarray) -> np.ndarray:
 
 # Prefix of a data set's name -> what makes its actions standard.
 TRANSFORMS = {"libero": libero_transform, "tabletop": identity_transform}
+# What `data.gripper` may say instead of the name.
+GRIPPERS = {"libero": libero_transform, "standard": identity_transform}
 
 
 def transform_for(name: str) -> Callable[[np.ndarray], np.ndarray]:
@@ -33,8 +35,27 @@ def transform_for(name: str) -> Callable[[np.ndarray], np.ndarray]:
         if name.startswith(prefix):
             return transform
     raise ValueError(f"no standardisation is known for data set {name!r}: what its gripper values mean must be said, not "
-                     f"guessed. Known are names that start with {', '.join(sorted(TRANSFORMS))}; add yours to TRANSFORMS in "
+                     f"guessed. Known are names that start with {', '.join(sorted(TRANSFORMS))}; say it with --data.gripper "
+                     "(libero: -1 open to +1 close; standard: 1 open, 0 close), or add yours to TRANSFORMS in "
                      "vlakeep/data/statistics.py")
+
+
+def standardise(actions_NA: np.ndarray, name: str, gripper: Optional[str] = None) -> np.ndarray:
+    """float32 [N, A] with the gripper at 1 = open, 0 = close. gripper: what the values mean; None follows the name.
+
+    LIBERO data that someone has converted may have a standard gripper already (converters to LeRobot differ in that); a second
+    conversion would turn every grasp into a release, so values that contradict the convention are a ValueError.
+    """
+    low, high = float(actions_NA[:, -1].min()), float(actions_NA[:, -1].max())
+    transform = GRIPPERS[gripper] if gripper else transform_for(name)
+    if gripper is None and transform is libero_transform and low >= 0:
+        raise ValueError(f"data set {name!r}: the gripper values lie in [{low:g}, {high:g}], while LIBERO's go from -1 (open) "
+                         "to +1 (close). If 1 is open and 0 is close here, as some converters write, give --data.gripper "
+                         "standard; if they are LIBERO's after all, --data.gripper libero")
+    if gripper == "standard" and (low < -0.05 or high > 1.05):
+        raise ValueError(f"data set {name!r}: the gripper values lie in [{low:g}, {high:g}] and not in [0, 1] as --data.gripper "
+                         "standard says; leave it out, or give --data.gripper libero for -1 (open) to +1 (close)")
+    return transform(actions_NA)
 
 
 def action_statistics(actions_NA: np.ndarray, num_trajectories: int) -> Dict:

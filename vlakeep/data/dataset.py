@@ -1,0 +1,234 @@
+"""What all data sets of demonstrations share, whatever their files: index, split, statistics, normalised actions, samples.
+
+A format adds how its files are indexed and how one picture is read: rlds.py, hdf5.py, lerobot.py. formats.py picks the format.
+As officially: statistics over all episodes, training on the first part of the split, episodes without language left out.
+Axes: E episodes, N frames, A action dimensions.
+"""
+
+import hashlib
+import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Callable, Dict, List, Optional, Tuple
+
+import numpy as np
+
+from vlakeep.data.sample import Episode, Sample
+from vlakeep.data.statistics import action_statistics, normalise, standardise
+from vlakeep.storage import atomic_write
+
+_INDEX_FORMAT = 2
+_CORE = ("start_E", "text_N", "actions_NA", "texts")
+
+
+def optional(module: str, extra: str, what: str) -> ModuleType:
+    """The module of an extra; ModuleNotFoundError with the pip command when it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0]
+        raise ModuleNotFoundError(
+            f"{what} needs the package {package}, which cannot be imported ({error}): pip install {package}, or all that this "
+            f"format needs with pip install -e '.[{extra}]' in the vlakeep checkout", name=package) from error
+
+
+@dataclass
+class EpisodeIndex:
+    """Everything about the episodes of a data set except the pictures, in their order."""
+
+    start_E: np.ndarray  # int64 [E + 1]: first frame of each episode
+    text_N: np.ndarray  # int32: number of the frame's instruction in `texts`
+    actions_NA: np.ndarray  # float32, as stored
+    texts: List[str]
+    places: Dict[str, np.ndarray]  # where the pictures are; the keys are the format's own
+
+    def save(self, path: Path) -> None:
+        with atomic_write(path) as file:  # a text list goes in as JSON: arrays of objects would need pickle
+            core = {"start_E": self.start_E, "text_N": self.text_N, "actions_NA": self.actions_NA}
+            np.savez(file, **core, texts=np.array(json.dumps(self.texts)), **self.places)
+
+    @classmethod
+    def load(cls, path: Path) -> "EpisodeIndex":
+        with np.load(path, allow_pickle=False) as data:
+            arrays = {key: data[key] for key in data.files}
+        core = {key: arrays.pop(key) for key in _CORE}
+        return cls(**{**core, "texts": json.loads(str(core["texts"]))}, places=arrays)
+
+
+class IndexBuilder:
+    """Collects episodes in order and checks what every format must hold; `where` in the errors is the format's."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self._texts: Dict[str, int] = {}
+        self._text_numbers, self._actions, self.lengths = [], [], []
+
+    def add(self, actions, texts: List[str], where: str) -> None:
+        """actions [T, A] as stored, texts: one per frame. ValueError for other shapes, another A, or what is not finite."""
+        actions = np.asarray(actions)
+        if actions.ndim != 2 or not actions.size or len(texts) != len(actions) or actions.dtype.kind not in "fiu":
+            raise ValueError(f"{where}: actions {actions.dtype} {list(actions.shape)} and {len(texts)} instructions are not "
+                             "numbers [T, A] with one instruction per frame")
+        actions = actions.astype(np.float32)
+        if self._actions and actions.shape[1] != self._actions[0].shape[1]:
+            raise ValueError(f"{where}: {actions.shape[1]} action dimensions, the first episode has {self._actions[0].shape[1]}")
+        bad = np.flatnonzero(~np.isfinite(actions).all(axis=1))
+        if len(bad):
+            raise ValueError(f"{where} (episode {len(self.lengths)} of {self.name}), frame {bad[0]}: action "
+                             f"{actions[bad[0]].tolist()} is not finite ({len(bad)} of {len(actions)} frames); "
+                             "mend or leave out this episode and make the data set again")
+        self.lengths.append(len(actions))
+        self._actions.append(actions)
+        self._text_numbers.append(np.array([self._texts.setdefault(text, len(self._texts)) for text in texts], dtype=np.int32))
+
+    def index(self, places: Dict[str, np.ndarray]) -> EpisodeIndex:
+        if not self.lengths:
+            raise ValueError(f"data set {self.name} has no episodes; `vlakeep tabletop-data` makes the tabletop sets")
+        start_E = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
+        return EpisodeIndex(start_E, np.concatenate(self._text_numbers), np.concatenate(self._actions), list(self._texts), places)
+
+
+def cached_index(kind: str, name: str, identity, files: List[Path], cache_dir, build: Callable[[], EpisodeIndex]) -> EpisodeIndex:
+    """The index kept in cache_dir for exactly these files (name, size, time) and `identity`; built when there is none."""
+    if cache_dir is None:
+        return build()
+    marks = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    key = hashlib.sha256(json.dumps([_INDEX_FORMAT, kind, identity, marks]).encode()).hexdigest()[:16]
+    path = Path(cache_dir) / f"{kind}_index_{name}_{key}.npz"
+    if path.is_file():
+        try:
+            return EpisodeIndex.load(path)
+        except Exception:  # a damaged cache is a cache miss, whatever way NumPy finds to say so
+            pass
+    index = build()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    index.save(path)
+    return index
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """What the files do not say of themselves; the fields of the same names in the `data` section. None is the format's usual."""
+
+    camera: Optional[str] = None
+    gripper: Optional[str] = None
+    rotate: Optional[bool] = None
+
+    def __bool__(self) -> bool:
+        return any(value is not None for value in vars(self).values())
+
+
+USUAL = Conventions()
+
+
+class DemoDataset:
+    """The labelled episodes of one split, addressed as (episode, frame).
+
+    A subclass calls this constructor with its index and reads pictures in `_picture`. split_range: first episode and number of
+    episodes of the split. fraction: share of them, from the start, rounded as TFDS rounds `train[:95%]`.
+    Raises ValueError, naming the folder and the remedy.
+    """
+
+    kind = ""  # the format in one word
+    files: Tuple[str, ...] = ()  # patterns of the files that hold the data
+    needs: Tuple[str, ...] = ()  # packages of the extra that is called like the format
+    rotated = False  # whether the format's pictures stand on their heads, so that they have to be turned
+
+    def __init__(self, folder: Path, name: str, index: EpisodeIndex, split_range: Tuple[int, int], fraction: float,
+                 conventions: Conventions):
+        self.folder, self.name, self.index, self.conventions = folder, name, index, conventions
+        before, count = split_range
+        self.split_episodes = int(round(round(fraction * 100, 9) * count / 100))
+        first = index.start_E[before:before + self.split_episodes]
+        last = index.start_E[before + 1:before + 1 + self.split_episodes]
+        empty = index.texts.index("") if "" in index.texts else -1
+        labelled = np.array([(index.text_N[a:b] != empty).any() for a, b in zip(first, last)], dtype=bool)
+        if not labelled.any():
+            raise ValueError(f"{folder}: none of the {count} episodes of the split is left with fraction {fraction} and a "
+                             "language instruction; raise --data.train_fraction, or make a tabletop set again with "
+                             "`vlakeep tabletop-data`")
+        self._first = first[labelled]
+        self._numbers = before + np.flatnonzero(labelled)
+        self.lengths = (last - first)[labelled]  # int64: frames of each usable episode
+        self.unlabelled = int((~labelled).sum())
+
+        standard_NA = standardise(index.actions_NA, name, conventions.gripper)
+        self.statistics = action_statistics(standard_NA, len(index.start_E) - 1)
+        self.actions_NA, _ = normalise(standard_NA, self.statistics)
+        used = np.concatenate([np.arange(a, a + n) for a, n in zip(self._first, self.lengths)])
+        self.clipped = normalise(standard_NA[used], self.statistics)[1]  # action values of usable frames outside the statistics
+
+    @classmethod
+    def check_extra(cls, folder) -> None:
+        """ModuleNotFoundError, with the pip command, when a package that the format needs cannot be imported."""
+        for module in cls.needs:
+            optional(module, cls.kind, f"reading the data set {folder}")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_frames(self) -> int:
+        return int(self.lengths.sum())
+
+    @property
+    def languages(self) -> List[str]:
+        """Instruction of each usable episode (of its first frame; frames keep their own)."""
+        return [self.index.texts[self.index.text_N[start]] for start in self._first]
+
+    def _row(self, episode: int, frame: int) -> int:
+        if not 0 <= episode < len(self.lengths) or not 0 <= frame < self.lengths[episode]:
+            raise IndexError(f"{self.name}: no frame {frame} of episode {episode} (it has {len(self.lengths)} episodes)")
+        return int(self._first[episode] + frame)
+
+    def actions(self, episode: int) -> np.ndarray:
+        """float32 [T, A], normalised."""
+        start = self._row(episode, 0)
+        return self.actions_NA[start:start + self.lengths[episode]]
+
+    def instruction(self, episode: int, frame: int) -> str:
+        return self.index.texts[self.index.text_N[self._row(episode, frame)]]
+
+    def _picture(self, number: int, row: int, frame: int, where: str) -> np.ndarray:
+        """uint8 [H, W, 3] as stored. number: episode of the index; row: frame of the index. Called from several threads."""
+        raise NotImplementedError
+
+    def _upright(self, image_HWC: np.ndarray) -> np.ndarray:
+        rotate = self.rotated if self.conventions.rotate is None else self.conventions.rotate
+        return np.ascontiguousarray(image_HWC[::-1, ::-1]) if rotate else image_HWC
+
+    def image(self, episode: int, frame: int) -> np.ndarray:
+        """uint8 [H, W, 3]: upright, not resized."""
+        row = self._row(episode, frame)
+        where = f"{self.name} episode {episode} frame {frame}"
+        return self._upright(self._picture(int(self._numbers[episode]), row, int(frame), where))
+
+    def frame(self, episode: int, frame: int) -> Sample:
+        """The frame's picture at stored size, its instruction and its normalised action."""
+        row = self._row(episode, frame)
+        text = self.index.texts[self.index.text_N[row]]
+        return Sample(self.image(episode, frame), text, self.actions_NA[row], dataset=self.name)
+
+    def episode(self, episode: int) -> Episode:
+        """A whole episode with its actions as stored."""
+        start, length = self._row(episode, 0), int(self.lengths[episode])
+        return Episode(np.stack([self.image(episode, t) for t in range(length)]), self.index.actions_NA[start:start + length],
+                       self.instruction(episode, 0))
+
+    def fingerprint(self) -> str:
+        """sha256 of what the order and content of the samples depend on, pictures excepted.
+
+        RLDS with its usual conventions adds nothing of its own, so that runs saved before there were other formats resume.
+        """
+        own = [] if self.kind == "rlds" and not self.conventions else [[self.kind, vars(self.conventions)]]
+        digest = hashlib.sha256(json.dumps([self.name, self.lengths.tolist(), self.languages, *own]).encode())
+        digest.update(np.ascontiguousarray(self.index.actions_NA).tobytes())
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Close the files."""
+
+    def __del__(self):
+        self.close()

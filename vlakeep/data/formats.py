@@ -1,0 +1,58 @@
+"""Which format a data set folder has, and the data set opened in it: RLDS, LIBERO's HDF5 or LeRobot.
+
+    data_root_dir/<name>/[<version>/]dataset_info.json    RLDS, a TFDS folder
+    data_root_dir/<name>/*_demo.hdf5                      LIBERO's HDF5, one file per task
+    data_root_dir/<name>/meta/info.json                   LeRobot v2.0, v2.1 or v3.0
+"""
+
+from pathlib import Path
+from typing import Dict, List, Optional
+
+from vlakeep.data.dataset import USUAL, Conventions, DemoDataset
+from vlakeep.data.hdf5 import Hdf5Dataset, demo_files
+from vlakeep.data.lerobot import INFO, LeRobotDataset
+from vlakeep.data.rlds import RldsDataset
+
+FORMATS: Dict[str, type] = {"rlds": RldsDataset, "hdf5": Hdf5Dataset, "lerobot": LeRobotDataset}
+
+
+def find_format(folder) -> str:
+    """`rlds`, `hdf5` or `lerobot`. FileNotFoundError says what was looked for, ValueError when there is more than one."""
+    folder = Path(folder)
+    found = {
+        "rlds": (folder / "dataset_info.json").is_file() or any(folder.glob("*/dataset_info.json")),
+        "hdf5": bool(demo_files(folder)),
+        "lerobot": (folder / INFO).is_file(),
+    }
+    kinds = [kind for kind, there in found.items() if there]
+    if len(kinds) > 1:
+        raise ValueError(f"{folder} holds files of several formats ({', '.join(kinds)}); keep one format to a folder")
+    if not kinds:
+        names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        there = (f"it holds {', '.join(names[:5])}{', ...' if names[5:] else ''}" if names
+                 else "it is empty" if folder.is_dir() else "it does not exist")
+        raise FileNotFoundError(
+            f"no data set at {folder} ({there}). Looked for: dataset_info.json, there or in a version folder such as 1.0.0 "
+            f"(RLDS); *.hdf5 or *.h5 (LIBERO's HDF5); {INFO} (LeRobot). `vlakeep tabletop-data` makes the tabletop sets; others "
+            "go below --data_root_dir, named as in --data.datasets")
+    return kinds[0]
+
+
+def open_dataset(folder, fraction: float = 1.0, cache_dir=None, conventions: Conventions = USUAL) -> DemoDataset:
+    """The training split of the data set in `folder`, whatever its format."""
+    return FORMATS[find_format(folder)](folder, "train", fraction, cache_dir, conventions)
+
+
+def open_datasets(root, names: List[str], fraction: float = 1.0, cache_dir: Optional[str] = None,
+                  conventions: Conventions = USUAL) -> List[DemoDataset]:
+    """The data sets `names` below `root`, in that order."""
+    if not names:
+        raise ValueError("no data set is named; give --data.datasets, e.g. '[tabletop_corner]' after `vlakeep tabletop-data`")
+    opened: List[DemoDataset] = []
+    for name in names:
+        opened.append(open_dataset(Path(root) / name, fraction, cache_dir, conventions))
+        for other in opened[:-1]:
+            if other.name == opened[-1].name and other.statistics != opened[-1].statistics:
+                raise ValueError(f"{other.folder} and {opened[-1].folder} are different data sets of one name, {other.name!r}, "
+                                 "and statistics are kept by name; rename one of them")
+    return opened

@@ -1,0 +1,339 @@
+"""LeRobot data sets, v2.0 and v2.1 (a parquet and a video file per episode) and v3.0 (many episodes per file).
+
+    data_root_dir/<name>/meta/info.json, data/chunk-*/..., videos/...
+    v2: meta/tasks.jsonl, meta/episodes.jsonl;   v3: meta/tasks.parquet, meta/episodes/chunk-*/file-*.parquet
+
+Read with pyarrow and PyAV (extra `lerobot`) and not with the lerobot package: no version of it reads both formats, and its pins
+exclude the libraries that OpenVLA and this package are tested with (docs/formats.md has the versions). Layouts: lerobot 0.3.3 and
+0.4.4, datasets/utils.py; frames are found by their time stamps as in datasets/video_utils.py (decode_video_frames).
+Axes: E episodes, N frames, A action dimensions.
+"""
+
+import json
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict, List, Optional, Tuple
+
+import numpy as np
+from tqdm import tqdm
+
+from vlakeep.data.dataset import USUAL, Conventions, DemoDataset, EpisodeIndex, IndexBuilder, cached_index, optional
+from vlakeep.data.images import decode_image
+from vlakeep.data.video import VideoReader, video_frames
+
+INFO = "meta/info.json"
+VERSIONS = ("v2.0", "v2.1", "v3.0")
+_ACTIONS = ("action", "actions")
+# What converters of LIBERO and of robosuite call the camera that OpenVLA looks through.
+_CAMERAS = ("image", "agentview_rgb", "agentview", "front", "top")
+_AGAIN = "copy, download or make the data set again"
+_BAR_FROM_FILES = 50
+_PICTURE_BYTES = 256 << 20  # encoded pictures of the row groups read last
+
+
+@dataclass(frozen=True)
+class Info:
+    """meta/info.json, as far as reading needs it."""
+
+    folder: Path
+    version: str
+    fps: float
+    action_key: str
+    action_shape: List[int]
+    camera: str
+    video: bool
+    data_path: str
+    video_path: str
+    chunk_size: int
+    splits: Dict[str, str]
+
+    @property
+    def v3(self) -> bool:
+        return self.version.startswith("v3")
+
+    def data_file(self, chunk: int, file: int) -> Path:
+        """v2: file is the number of the episode."""
+        return self.folder / self.data_path.format(episode_chunk=chunk, episode_index=file, chunk_index=chunk, file_index=file)
+
+    def video_file(self, chunk: int, file: int) -> Path:
+        return self.folder / self.video_path.format(episode_chunk=chunk, episode_index=file, chunk_index=chunk, file_index=file,
+                                                    video_key=self.camera)
+
+
+def _choose_camera(features: dict, wanted: Optional[str], where: str) -> str:
+    cameras = [key for key, value in features.items() if value.get("dtype") in ("image", "video")]
+    names = {key: key.split(".")[-1] for key in cameras}
+    if wanted is not None:
+        found = [key for key in cameras if key == wanted] or [key for key in cameras if names[key] == wanted]
+    elif len(cameras) == 1:
+        found = cameras
+    else:
+        found = next((hits for hits in ([key for key in cameras if names[key] == usual] for usual in _CAMERAS) if hits), [])
+    if len(found) != 1:
+        told = f"--data.camera {wanted} names none or several" if wanted else "which one to use is not clear"
+        raise ValueError(f"{where}: of the cameras {', '.join(cameras) or '(none)'}, {told}; choose with --data.camera")
+    return found[0]
+
+
+def read_info(folder, camera: Optional[str] = None) -> Info:
+    """ValueError for another version, or when action or camera cannot be told from info.json."""
+    folder = Path(folder)
+    path = folder / INFO
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+        version, features, fps = info["codebase_version"], info["features"], float(info["fps"])
+        if version not in VERSIONS:
+            raise ValueError(f"{path}: the format is {version!r}; known are {', '.join(VERSIONS)}. lerobot's own converters "
+                             "(lerobot/datasets) bring older sets to v2.1 and newer")
+        action_keys = [key for key in _ACTIONS if key in features]
+        if not action_keys:
+            raise ValueError(f"{path}: no feature {' or '.join(_ACTIONS)} among {', '.join(features)}")
+        key = _choose_camera(features, camera, str(path))
+        return Info(folder, version, fps, action_keys[0], list(features[action_keys[0]]["shape"]), key,
+                    features[key]["dtype"] == "video", info["data_path"], info.get("video_path") or "",
+                    int(info.get("chunks_size", 1000)), dict(info.get("splits") or {}))
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read ({error!r}); {_AGAIN}") from error
+
+
+def _parquet(path: Path, columns=None, unread=()):
+    """A table of a parquet file. ValueError for a damaged file or a missing column; `unread` ones only have to be there."""
+    pq, pa = optional("pyarrow.parquet", "lerobot", f"reading {path}"), optional("pyarrow", "lerobot", f"reading {path}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: the download or copy is incomplete; {_AGAIN}")
+    try:
+        file = pq.ParquetFile(path)
+        missing = [name for name in [*(columns or ()), *unread] if name not in file.schema_arrow.names]
+        if missing:
+            raise ValueError(f"{path}: no column {', '.join(missing)} among {', '.join(file.schema_arrow.names)}")
+        return file.read(columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read as parquet ({error}); {_AGAIN}") from error
+
+
+def _json_lines(path: Path) -> List[dict]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: the download or copy is incomplete; {_AGAIN}")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: {error}; {_AGAIN}") from error
+    return rows
+
+
+def read_tasks(info: Info) -> Dict[int, str]:
+    """Instruction by task_index."""
+    if not info.v3:
+        path = info.folder / "meta/tasks.jsonl"
+        return {int(row["task_index"]): row["task"] for row in _json_lines(path)}
+    table = _parquet(info.folder / "meta/tasks.parquet", None)
+    # lerobot writes the texts as the index of a pandas table, whose column is called task or has a made-up name
+    texts = [name for name in table.column_names if name in ("task", "__index_level_0__")]
+    if not texts or "task_index" not in table.column_names:
+        raise ValueError(f"{info.folder}/meta/tasks.parquet: no texts and task_index among {', '.join(table.column_names)}")
+    return dict(zip((int(i) for i in table["task_index"].to_pylist()), table[texts[0]].to_pylist()))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where an episode is, by the meta files. v2: file is the number of the episode, start is 0 seconds."""
+
+    episode: int
+    length: int
+    data: Tuple[int, int]  # chunk, file
+    video: Tuple[int, int]
+    start: float  # seconds in the video file at which the episode starts
+
+
+def read_places(info: Info) -> List[_Place]:
+    """All episodes by number. ValueError for missing fields."""
+    places = []
+    try:
+        if not info.v3:
+            for row in _json_lines(info.folder / "meta/episodes.jsonl"):
+                at = (row["episode_index"] // info.chunk_size, row["episode_index"])
+                places.append(_Place(row["episode_index"], row["length"], at, at, 0.0))
+        else:
+            files = sorted((info.folder / "meta/episodes").glob("*/*.parquet"))
+            if not files:
+                raise FileNotFoundError(f"{info.folder}/meta/episodes holds no */*.parquet; {_AGAIN}")
+            video = f"videos/{info.camera}/"
+            columns = ["episode_index", "length", "data/chunk_index", "data/file_index"]
+            columns += [video + "chunk_index", video + "file_index", video + "from_timestamp"] if info.video else []
+            for path in files:
+                for row in _parquet(path, columns).to_pylist():
+                    at = (row["data/chunk_index"], row["data/file_index"])
+                    there = (row[video + "chunk_index"], row[video + "file_index"]) if info.video else at
+                    start = row[video + "from_timestamp"] if info.video else 0.0
+                    places.append(_Place(row["episode_index"], row["length"], at, there, start))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{info.folder}/meta: the list of episodes lacks {error}; {_AGAIN}") from error
+    return sorted(places, key=lambda place: place.episode)
+
+
+def _actions(column, shape: List[int], where: str) -> np.ndarray:
+    """float32 [rows, A] of a list column. ValueError names the first row of another width than info.json says."""
+    pa, pc = (optional(module, "lerobot", f"reading {where}") for module in ("pyarrow", "pyarrow.compute"))
+    values = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+    if not (pa.types.is_list(values.type) or pa.types.is_fixed_size_list(values.type) or pa.types.is_large_list(values.type)):
+        raise ValueError(f"{where}: actions are {values.type} and not lists of numbers")
+    widths = np.array([-1 if n is None else n for n in pc.list_value_length(values).to_pylist()])
+    wrong = np.flatnonzero(widths != int(np.prod(shape)))
+    if len(wrong):
+        raise ValueError(f"{where}, row {wrong[0]}: {max(widths[wrong[0]], 0)} action values, and info.json says shape {shape} "
+                         f"({len(wrong)} of {len(widths)} rows)")
+    return np.asarray(values.flatten().to_numpy(zero_copy_only=False), dtype=np.float32).reshape(len(widths), -1)
+
+
+def _check_videos(info: Info, places: List[_Place]) -> None:
+    """Every video file is there, opens, and holds as many frames as its episodes need."""
+    needed: Dict[Path, int] = OrderedDict()
+    for place in places:
+        path = info.video_file(*place.video)
+        needed[path] = max(needed.get(path, 0), round(place.start * info.fps) + place.length)
+    missing = [path for path in needed if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{info.folder} lacks {len(missing)} of its {len(needed)} video files ({missing[0]}"
+                                f"{', ...' if missing[1:] else ''}): the download or copy is incomplete; {_AGAIN}")
+    for path in tqdm(needed, desc="check videos", unit="file", disable=len(needed) < _BAR_FROM_FILES):
+        frames = video_frames(path)
+        if frames and frames < needed[path]:
+            raise ValueError(f"{path} holds {frames} frames and its episodes need {needed[path]}; {_AGAIN}")
+
+
+def build_index(info: Info, name: str) -> EpisodeIndex:
+    """Read every parquet file without its pictures and check it against meta. Errors name file, episode and row."""
+    places, tasks = read_places(info), read_tasks(info)
+    if info.video:
+        _check_videos(info, places)
+    builder, rows, times = IndexBuilder(name), [], []
+    columns = [info.action_key, "episode_index", "frame_index", "timestamp", "task_index"]
+    unread = [] if info.video else [info.camera]
+    table, opened = None, None
+    for place in tqdm(places, desc=f"index {name}", unit="episode", disable=len(places) < _BAR_FROM_FILES):
+        path = info.data_file(*place.data)
+        if path != opened:
+            table, opened = _parquet(path, columns, unread), path
+            episodes = table["episode_index"].to_numpy()
+            actions = _actions(table[info.action_key], info.action_shape, str(path))
+        at = np.flatnonzero(episodes == place.episode)
+        where = f"{path}: episode {place.episode}"
+        if len(at) != place.length or not len(at) or at[-1] - at[0] + 1 != len(at):
+            raise ValueError(f"{where} has {len(at)} rows and meta says {place.length}, one after the other; {_AGAIN}")
+        part = table.slice(int(at[0]), len(at))
+        if not np.array_equal(part["frame_index"].to_numpy(), np.arange(len(at))):
+            raise ValueError(f"{where}: frame_index does not count from 0 to {len(at) - 1}; {_AGAIN}")
+        numbers = part["task_index"].to_pylist()
+        unknown = sorted({n for n in numbers if n not in tasks}, key=str)
+        if unknown:
+            raise ValueError(f"{where}: task_index {unknown[0]} is not among the {len(tasks)} tasks of meta; {_AGAIN}")
+        builder.add(actions[at], [tasks[n] or "" for n in numbers], where)
+        rows.append(int(at[0]))
+        times.append(np.asarray(part["timestamp"].to_numpy(), dtype=np.float64))
+    return builder.index({
+        "data_E2": np.array([place.data for place in places], dtype=np.int64), "row_E": np.array(rows, dtype=np.int64),
+        "video_E2": np.array([place.video for place in places], dtype=np.int64),
+        "start_seconds_E": np.array([place.start for place in places], dtype=np.float64),
+        "seconds_N": np.concatenate(times or [[]])})
+
+
+class _ParquetPictures:
+    """Encoded pictures of parquet rows. A row group is the smallest piece that can be read, so the last ones are kept."""
+
+    def __init__(self, column: str):
+        self._column, self._lock = column, threading.Lock()
+        self._starts: Dict[Path, np.ndarray] = {}
+        self._groups: "OrderedDict[Tuple[Path, int], list]" = OrderedDict()
+        self._bytes = 0
+
+    def read(self, path: Path, row: int) -> dict:
+        """{"bytes": encoded picture or None, "path": file name or None}."""
+        pq, pa = (optional(module, "lerobot", f"reading {path}") for module in ("pyarrow.parquet", "pyarrow"))
+        try:
+            with self._lock:
+                if path not in self._starts:
+                    meta = pq.read_metadata(path)
+                    sizes = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
+                    self._starts[path] = np.concatenate([[0], np.cumsum(sizes)])
+            starts = self._starts[path]
+            group = int(np.searchsorted(starts, row, side="right")) - 1
+            with self._lock:
+                cells = self._groups.get((path, group))
+                if cells is not None:
+                    self._groups.move_to_end((path, group))
+            if cells is None:
+                cells = pq.ParquetFile(path).read_row_group(group, columns=[self._column])[self._column]
+                self._keep((path, group), cells)
+            return cells[row - int(starts[group])].as_py() or {}
+        except (pa.ArrowException, OSError, IndexError) as error:
+            raise ValueError(f"{path}, row {row}: the picture cannot be read ({error}); the file has changed since it was "
+                             f"indexed or is damaged, so {_AGAIN}") from error
+
+    def _keep(self, key, cells) -> None:
+        with self._lock:
+            if key not in self._groups:
+                self._groups[key] = cells
+                self._bytes += cells.nbytes
+            while self._bytes > _PICTURE_BYTES and len(self._groups) > 1:
+                self._bytes -= self._groups.popitem(last=False)[1].nbytes
+
+
+class LeRobotDataset(DemoDataset):
+    """One split of a LeRobot data set; its name is the folder's.
+
+    conventions.camera: the image or video feature, whole or its last part; without it the only one, or the one with a usual name.
+    Pictures are taken as they are stored (upright, as in the official RLDS sets), unless conventions.rotate is set.
+    Raises FileNotFoundError, ModuleNotFoundError or ValueError, each naming the file and the remedy.
+    """
+
+    kind = "lerobot"
+    files = ("*.parquet",)
+    needs = ("pyarrow", "av")
+
+    def __init__(self, folder, split: str = "train", fraction: float = 1.0, cache_dir=None, conventions: Conventions = USUAL):
+        folder = Path(folder)
+        if not (folder / INFO).is_file():
+            raise FileNotFoundError(f"{folder} holds no {INFO}")
+        self.check_extra(folder)
+        self._info, name = read_info(folder, conventions.camera), folder.absolute().name
+        files = [path for top in ("meta", "data", "videos") for path in sorted((folder / top).rglob("*")) if path.is_file()]
+        index = cached_index("lerobot", name, [str(folder.resolve()), self._info.camera], files, cache_dir,
+                             lambda: build_index(self._info, name))
+        self._videos, self._pictures = VideoReader(self._info.fps), _ParquetPictures(self._info.camera)
+        super().__init__(folder, name, index, self._split(split, len(index.start_E) - 1), fraction, conventions)
+
+    def _split(self, split: str, count: int) -> Tuple[int, int]:
+        splits = self._info.splits or {"train": f"0:{count}"}
+        if split not in splits:
+            raise ValueError(f"{self._info.folder} has no split {split!r}, only {', '.join(splits)}")
+        try:
+            start, end = (int(n) for n in splits[split].split(":"))
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{self._info.folder}/{INFO}: split {split!r} is {splits[split]!r} and not 'first:end'") from error
+        if not 0 <= start < end <= count:
+            raise ValueError(f"{self._info.folder}/{INFO}: split {split!r} is {start}:{end} of {count} episodes; {_AGAIN}")
+        return start, end - start
+
+    def _picture(self, number: int, row: int, frame: int, where: str) -> np.ndarray:
+        places = self.index.places
+        if self._info.video:
+            path = self._info.video_file(*places["video_E2"][number])
+            return self._videos.frame(path, float(places["start_seconds_E"][number] + places["seconds_N"][row]), where)
+        cell = self._pictures.read(self._info.data_file(*places["data_E2"][number]), int(places["row_E"][number]) + frame)
+        data = cell.get("bytes")
+        if data is None and cell.get("path"):
+            path = self._info.folder / cell["path"]
+            if not path.is_file():
+                raise FileNotFoundError(f"{where}: {path} is missing; {_AGAIN}")
+            data = path.read_bytes()
+        if data is None:
+            raise ValueError(f"{where}: the row of {self._info.camera} holds no picture; {_AGAIN}")
+        return decode_image(data, where)
+
+    def close(self) -> None:
+        if hasattr(self, "_videos"):
+            self._videos.close()

@@ -1,0 +1,84 @@
+"""Single frames of video files, found by their time stamp, with PyAV (the decoders of FFmpeg; extra `lerobot`).
+
+Containers cannot be shared between threads, so each thread keeps the files that it used last open.
+"""
+
+import threading
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+
+from vlakeep.data.dataset import optional
+
+_OPEN_FILES = 8  # per thread
+_AGAIN = "copy, download or make the file again"
+
+
+def _open(path: Path):
+    av = optional("av", "lerobot", f"reading {path}")
+    try:
+        container = av.open(str(path))
+        if not container.streams.video:
+            raise ValueError("no video stream")
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be opened as a video ({error}); {_AGAIN}") from error
+    container.streams.video[0].codec_context.thread_count = 1  # data.workers is the number of threads
+    return container
+
+
+def video_frames(path: Path) -> int:
+    """Frames of a video file as its header says, 0 when it does not. ValueError for a file that does not open."""
+    with _open(path) as container:
+        return int(container.streams.video[0].frames)
+
+
+class VideoReader:
+    """fps: frames per second; a frame is found when its time stamp is at most a quarter of a frame off."""
+
+    def __init__(self, fps: float):
+        self._tolerance = 0.25 / fps
+        self._local = threading.local()
+        self._lock, self._all = threading.Lock(), []
+
+    def _container(self, path: Path):
+        files = self._local.__dict__.setdefault("files", OrderedDict())
+        if path not in files:
+            files[path] = _open(path)
+            with self._lock:
+                self._all.append(files[path])
+            if len(files) > _OPEN_FILES:
+                _, old = files.popitem(last=False)
+                with self._lock:
+                    self._all.remove(old)
+                old.close()
+        files.move_to_end(path)
+        return files[path]
+
+    def frame(self, path: Path, seconds: float, where: str) -> np.ndarray:
+        """uint8 [H, W, 3]: the frame at `seconds`. ValueError when there is none, or it cannot be decoded."""
+        av = optional("av", "lerobot", f"reading {path}")
+        if not path.is_file():
+            raise FileNotFoundError(f"{where}: {path} is missing; {_AGAIN}")
+        container = self._container(path)
+        stream, last = container.streams.video[0], None
+        try:
+            # To the key frame before; from there on every frame is decoded until the one that is wanted.
+            container.seek(int((seconds + self._tolerance) / stream.time_base), stream=stream, backward=True)
+            for picture in container.decode(stream):
+                last = float((picture.pts or 0) * stream.time_base)
+                if last >= seconds - self._tolerance:
+                    break
+            if last is not None and abs(last - seconds) <= self._tolerance:
+                return picture.to_ndarray(format="rgb24")
+        except (av.error.FFmpegError, OSError) as error:
+            raise ValueError(f"{where}: {path} at {seconds:.3f} s cannot be decoded ({error}); {_AGAIN}") from error
+        nearest = "no frame can be decoded" if last is None else f"the nearest is at {last:.3f} s"
+        raise ValueError(f"{where}: {path} has no frame at {seconds:.3f} s, {nearest}; {_AGAIN}")
+
+    def close(self) -> None:
+        with self._lock:
+            for container in self._all:
+                container.close()
+            self._all = []
+        self._local = threading.local()
