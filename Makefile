@@ -13,7 +13,7 @@ WORKERS ?= 2
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 NEWEST ?= (3, 12)
-EXTRAS ?= dev
+EXTRAS ?= dev,hdf5,lerobot
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 

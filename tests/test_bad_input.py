@@ -333,7 +333,7 @@ def test_what_is_done_to_the_data_is_said(command, small, world):
     writer.write_rlds(storage.data, "tabletop_bad_wide", wide)
     status, out, _ = command(*small("train", BASELINE, "--data.datasets", "[tabletop_bad_wide]", "--name", "bad-wide"))
     assert status == 0
-    has(out, "data tabletop_bad_wide: 2 episodes", "1 episodes without an instruction are left out",
+    has(out, "data tabletop_bad_wide (rlds): 2 episodes", "1 episodes without an instruction are left out",
         "1 of ", "action values lie outside the statistics (q01 to q99) and are clipped",
         "pictures of 128 x 192 are resized to the model's 64 x 64, which changes their shape")
 
@@ -389,7 +389,7 @@ def test_the_probe_folder_is_looked_at_before_the_data_are_made(refused, small, 
 
 @pytest.mark.parametrize("overrides, words", [
     (["--backbone.dtype", "float16"], ["--backbone.dtype float16: not on a CPU", "--backbone.dtype float32"]),
-    (["--train.autocast", "float16"], ["--train.autocast float16: not on a CPU", "--train.autocast off"]),
+    (["--train.autocast", "float16"], ["--train.autocast float16: not on a CPU", "--train.autocast none"]),
     (["--backbone.attn_implementation", "flash_attention_2"], ["flash_attention_2: it needs a GPU", "sdpa"]),
     (["--device", "cuda"], ["--device cuda: no GPU in sight", "--device cpu"]),
 ])

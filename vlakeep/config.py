@@ -57,6 +57,8 @@ class DataConfig:
     # Data sets below data_root_dir, each a folder in the format RLDS (TFDS), LIBERO's HDF5 or LeRobot; the content tells which.
     # Every frame of their episodes is one training sample.
     datasets: List[str] = field(default_factory=lambda: ["tabletop_corner"])
+    # native: vlakeep's readers, in an order that the seed fixes; official: the RLDS pipeline of the checkout in backbone.openvla_dir.
+    source: str = "native"
     # Fraction of the episodes used for training, from the start of the split; the official pipeline uses 0.95.
     train_fraction: float = 1.0
     # Frames that the bounded shuffle buffer holds (as indices, not pixels).
@@ -177,8 +179,8 @@ class TrainConfig:
     schedule: str = "constant"
     # Gradient norm limit; 0 turns clipping off, as in the official recipe, which collapses at small batch.
     clip: float = 1.0
-    # off, bfloat16 or float16 (with loss scaling).
-    autocast: str = "off"
+    # none, bfloat16 or float16 (with loss scaling).
+    autocast: str = "none"
     log_every: int = 1
     save_every: int = 500
     keep_last: int = 2
@@ -281,6 +283,9 @@ class Config:
             need(sound, key, f"null, or different layer numbers from 0 on, such as '[3, 5]'{off}")
         one_of("method", "baseline", "icsm_hsw_thermostat")
         one_of("device", "auto", "cpu", "cuda")
+        one_of("data.source", "native", "official")
+        need(self.data.source == "native" or self.backbone.openvla_dir, "backbone.openvla_dir",
+             "the folder of an OpenVLA checkout with --data.source official")
         one_of("backbone.source", "native", "official")
         need(self.backbone.source == "native" or self.backbone.openvla_dir, "backbone.openvla_dir",
              "the folder of an OpenVLA checkout with --backbone.source official")
@@ -292,7 +297,7 @@ class Config:
         one_of("thermostat.estimator", None, "covariance", "paired")
         one_of("train.optimizer", "adamw", "sgd")
         one_of("train.schedule", "constant", "cosine")
-        one_of("train.autocast", "off", "bfloat16", "float16")
+        one_of("train.autocast", "none", "bfloat16", "float16")
         one_of("lora.dtype", "float32", "model")
         if "all-linear" in self.lora.modules:
             need(self.lora.modules == ["all-linear"], "lora.modules", "all-linear alone, or a list without it")

@@ -23,9 +23,10 @@ from vlakeep.backbones.lora import load_adapter
 from vlakeep.backbones.merge import RECORD, merge_checkpoint
 from vlakeep.backbones.processor import Processor
 from vlakeep.config import BackboneConfig, Config, config_from_argv
+from vlakeep.data.dataset import Conventions
+from vlakeep.data.formats import open_datasets
 from vlakeep.data.images import resize_uint8
 from vlakeep.data.prompts import encode_prompts
-from vlakeep.data.rlds import open_datasets
 from vlakeep.data.sample import Sample
 from vlakeep.errors import CheckpointError, human_bytes
 from vlakeep.parallel import pick_device, set_threads
@@ -39,7 +40,9 @@ def parity_samples(config: Config, storage: Storage, size) -> Tuple[List[Sample]
     """`export.parity_frames` frames of the run's data, spread evenly, or random pictures where the data are not there."""
     count = config.export.parity_frames
     try:
-        datasets = open_datasets(storage.data, config.data.datasets, config.data.train_fraction, storage.cache)
+        data = config.data
+        datasets = open_datasets(storage.data, data.datasets, data.train_fraction, storage.cache,
+                                 Conventions(data.camera, data.gripper, data.rotate))
     except FileNotFoundError:
         rng = np.random.default_rng(config.seed)
         return [Sample(rng.integers(0, 256, (*size, 3), dtype=np.uint8), "pick up the red block") for _ in range(count)], "random pictures"

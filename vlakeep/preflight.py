@@ -174,7 +174,7 @@ def check_gpus(config: Config, gpus: int = 1) -> List[Line]:
     if config.backbone.dtype == "float16" and not on_gpu:
         lines.append(Line(RED, "--backbone.dtype float16", "the CPU does not work in float16", "--backbone.dtype float32"))
     if config.train.autocast == "float16" and not on_gpu:
-        lines.append(Line(RED, "--train.autocast float16", "the CPU does not train in float16", "--train.autocast off"))
+        lines.append(Line(RED, "--train.autocast float16", "the CPU does not train in float16", "--train.autocast none"))
     return lines
 
 

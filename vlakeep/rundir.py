@@ -111,11 +111,12 @@ def hardware() -> Dict[str, Any]:
 
 
 def config_differences(old: dict, new: dict) -> List[str]:
-    """`key: old -> new` of every key that differs, those of FREE_KEYS and of the evaluate section left out."""
-    flat_old, flat_new = dict(_flat(old)), dict(_flat(new))
+    """`key: old -> new` of every key that differs, those of FREE_KEYS and of the evaluate and export sections left out."""
+    flat_old, flat_new, defaults = dict(_flat(old)), dict(_flat(new)), dict(_flat(to_dict(Config())))
     lines = []
     for key in sorted({**flat_old, **flat_new}):
-        if key in FREE_KEYS or key.startswith("evaluate."):
+        unknown_then = key not in flat_old and flat_new[key] == defaults.get(key)  # the run's version did not have the key yet
+        if unknown_then or key in FREE_KEYS or key.startswith(("evaluate.", "export.")):
             continue
         was, now = flat_old.get(key, "(not set)"), flat_new.get(key, "(not set)")
         if was != now:

@@ -65,7 +65,7 @@ def train_step(model, method, optimizer, scaler, batches, config, step: int, obs
 
 
 def autocast(config, device):
-    return nullcontext() if config.autocast == "off" else torch.autocast(device.type, AUTOCAST[config.autocast])
+    return nullcontext() if config.autocast == "none" else torch.autocast(device.type, AUTOCAST[config.autocast])
 
 
 def learning_rate(step: int, config) -> float:
@@ -152,7 +152,7 @@ def run_training(config: Config, storage: Storage) -> Path:
         method, hashes = prepare_method(config, storage, backbone)
         method.attach(backbone)
         stream = make_stream(config.data, storage.data, backbone.processor, config.train.batch_size, config.seed, dist.rank, dist.world,
-                             storage.cache)
+                             storage.cache, config.backbone.openvla_dir)
         for line in stream.describe():
             say(dist, line)
         backbone.norm_stats = {**backbone.norm_stats, **stream.statistics}
@@ -166,7 +166,7 @@ def run_training(config: Config, storage: Storage) -> Path:
 def refuse_early(config: Config, storage: Storage, dist: Distributed) -> None:
     """Raise for what can be seen to be wrong without the model, before time goes into loading it."""
     if config.train.autocast == "float16" and dist.device.type == "cpu":
-        raise ValueError("--train.autocast float16: not on a CPU; use --train.autocast off, or a GPU with --device cuda")
+        raise ValueError("--train.autocast float16: not on a CPU; use --train.autocast none, or a GPU with --device cuda")
     run = RunDir(storage.run_folder(config.name), dist.is_main)
     if dist.is_main and run.folder.is_dir():
         lock = RunLock(run.folder)

@@ -141,8 +141,12 @@ class BatchStream:
 
 
 def make_stream(data, data_root_dir, processor, batch_size: int, seed: int, rank: int = 0, world: int = 1,
-                cache_dir=None) -> BatchStream:
+                cache_dir=None, openvla_dir=None) -> BatchStream:
     """The stream of the configuration section `data` (DataConfig): data sets below data_root_dir, indexes kept in cache_dir."""
+    if data.source == "official":
+        from vlakeep.data.official import OfficialStream
+
+        return OfficialStream(data, data_root_dir, processor, batch_size, openvla_dir)
     conventions = Conventions(data.camera, data.gripper, data.rotate)
     datasets = open_datasets(data_root_dir, data.datasets, data.train_fraction, cache_dir, conventions)
     return BatchStream(datasets, processor, batch_size, seed, rank, world, data.shuffle_buffer, data.workers,
