@@ -47,6 +47,7 @@ def rows(text: str):
 def test_the_documents_are_there():
     assert {"README.md", "README.zh-CN.md", "CONTRIBUTING.md", "CHANGELOG.md"} <= {p.name for p in DOCUMENTS}
     assert {"OVERVIEW.md", "RESEARCH_PIPELINE.md", "paper_map.md", "formats.md", "log.md"} <= {p.name for p in DOCUMENTS}
+    assert {"source_confirmation.md", "evidence.md"} <= {p.name for p in DOCUMENTS}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
@@ -97,6 +98,28 @@ def test_paper_map_names_what_exists():
     assert wrong == []
 
 
+@pytest.mark.parametrize("name", ["docs/source_confirmation.md", "docs/evidence.md"])
+def test_evidence_names_what_exists(name):
+    functions = re.findall(r"`([\w/]+\.py):([A-Za-z_][\w.]*)`", read(name))
+    assert len(set(functions)) > 40
+    assert [f"{f}:{n}" for f, n in functions if function_node(f, n) is None] == []
+
+
+def signature(file: str, name: str) -> str:
+    found = function_node(file, name)
+    if isinstance(found, ast.ClassDef):
+        return f"({ast.unparse(function_node(file, name + '.__init__').args)})"
+    return f"({ast.unparse(found.args)})" + (f" -> {ast.unparse(found.returns)}" if found.returns else "")
+
+
+def test_evidence_quotes_signatures_as_they_are():
+    table = re.search(r"<!-- signatures -->(.*?)<!-- /signatures -->", read("docs/evidence.md"), flags=re.S)[1]
+    quoted = re.findall(r"^\| `([\w/]+\.py):([\w.]+)` \| `(.+)` \|$", table, flags=re.M)
+    assert len(quoted) > 40
+    changed = [f"{f}:{n} is now {signature(f, n)}" for f, n, told in quoted if signature(f, n) != told]
+    assert changed == []
+
+
 def test_paper_map_lists_every_requirement():
     listed = [row[0] for row in rows(read("docs/paper_map.md").split("## Requirements")[1])][1:]
     groups = {"G": 5, "S": 6, "O": 9, "T": 6, "E": 5, "A": 3}
@@ -104,10 +127,10 @@ def test_paper_map_lists_every_requirement():
 
 
 def function_node(file: str, name: str):
-    body = ast.parse((PACKAGE / file).read_text(encoding="utf-8")).body
+    """The function or class `name` (`Class.method` for a method) of a file below vlakeep/; None when there is none."""
+    found = ast.parse((PACKAGE / file).read_text(encoding="utf-8")) if (PACKAGE / file).is_file() else None
     for part in name.split("."):
-        body = next(node for node in body if getattr(node, "name", None) == part)
-        found, body = body, body.body
+        found = next((child for child in getattr(found, "body", []) if getattr(child, "name", None) == part), None)
     return found
 
 

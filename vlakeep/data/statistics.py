@@ -1,7 +1,7 @@
 """Action statistics, normalisation and the per-data-set standardisation of the official RLDS pipeline.
 
-Sources: openvla prismatic/vla/datasets/rlds/utils/data_utils.py:30-110 (BOUNDS_Q99, statistics, dataset_statistics.json),
-rlds/oxe/transforms.py:827 (LIBERO), modeling_prismatic.py:506-536 (un-normalisation).
+Sources: openvla prismatic/vla/datasets/rlds/utils/data_utils.py:61-101 (BOUNDS_Q99), 185-293 (statistics and
+their file), rlds/oxe/transforms.py:827 (LIBERO), modeling_prismatic.py:506-536 (un-normalisation).
 Axes: N frames of a data set, A action dimensions (the last is the gripper).
 """
 
