@@ -1,6 +1,7 @@
 # make demo   the whole pipeline on the small model that ships with vlakeep (set VLAKEEP_ROOT to choose where files go)
 # make test   all tests; TESTS=tests/test_storage.py runs one file, WORKERS=4 uses more processes
 # make lint   ruff
+# make libero the LIBERO simulator into .venv (about 2 GB), and a check that it renders
 # make clean  remove .venv
 #
 # All of them make their own virtual environment in .venv on first use, and again when pyproject.toml or constraints.txt change.
@@ -13,7 +14,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint clean setup
+.PHONY: demo test lint libero clean setup
 
 demo: setup
 	@$(VENV)/bin/vlakeep demo $(ARGS)
@@ -24,6 +25,11 @@ test: setup
 
 lint: setup
 	@$(PY) -m ruff check vlakeep tests
+
+# The simulator's own pins (robosuite 1.4.0) agree with constraints.txt. What renders in software is a system library; the check names it.
+libero: setup
+	@$(PIP) --editable '.[libero]' 2> >(grep -v '^WARNING: Location' >&2)
+	@$(VENV)/bin/vlakeep libero-check $(ARGS)
 
 clean:
 	rm -rf $(VENV) build vlakeep.egg-info

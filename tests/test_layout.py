@@ -14,8 +14,9 @@ PACKAGE = REPO / "vlakeep"
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if "assets" not in p.parts)
 PLUMBING = {"config", "schema", "storage", "parallel", "checkpoint", "rundir", "compat", "errors"}
 ROOMS = {"data", "backbones", "probe", "icsm", "hsw", "thermostat", "benchmarks", "reporting", "baselines"}
-# What rooms may use of each other. Pooling has one definition, for the offline statistics and for the Thermostat's sensor.
-SHARED = {"vlakeep.data.sample", "vlakeep.data.prompts", "vlakeep.backbones.base", "vlakeep.probe.pooling"}
+# What rooms may use of each other. Pooling has one definition, for the offline statistics and for the Thermostat's sensor; pictures
+# have one, for training and for the simulator.
+SHARED = {"vlakeep.data.sample", "vlakeep.data.prompts", "vlakeep.data.images", "vlakeep.backbones.base", "vlakeep.probe.pooling"}
 # Stages that may import others: the dispatcher, and the demo, which runs them in order. `checks` belongs to preflight.
 MAY_IMPORT_STAGES = {"cli": None, "demo": None, "preflight": {"checks"}}
 DOCUMENTS = sorted([*REPO.glob("*.md"), *(REPO / "docs").glob("*.md")])

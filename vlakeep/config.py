@@ -173,17 +173,29 @@ class TrainConfig:
 class EvaluateConfig:
     # What is evaluated: base, or a run below run_root_dir, or a checkpoint folder.
     target: str = "base"
+    # tabletop, or a LIBERO suite: libero_spatial, libero_object, libero_goal, libero_10, libero_90.
     benchmark: str = "tabletop"
-    # Skills and question kinds; empty takes all of the benchmark.
+    # Skills (of a LIBERO suite: numbers of its tasks) and question kinds; empty takes all of the benchmark.
     skills: List[str] = field(default_factory=list)
     questions: List[str] = field(default_factory=list)
+    # Per skill, per task. A LIBERO task has 50 fixed initial states, which are taken in order.
     episodes: int = 50
     questions_per_kind: int = 100
     # Frames of off-task prompts for the teacher-relative KL of action tokens.
     retention_frames: int = 200
-    seed: int = 1000
-    # Environments that run side by side in one policy batch.
+    # Start states; None takes 1000 on the tabletop and the official 0 in LIBERO.
+    seed: Optional[int] = None
+    # Tabletop: environments that run side by side in one policy batch.
     parallel: int = 400
+    # LIBERO: simulator processes with one environment each. Results do not depend on how many there are.
+    workers: int = 1
+    # LIBERO: episodes in a policy batch, which is always filled up to this many: the last bits of a model's output depend on the
+    # shape of its batch, and an episode must not depend on how many others happen to run beside it.
+    batch: int = 8
+    # LIBERO: cut the central 90 % of the picture, as for models trained with crops; None follows data.image_aug.
+    center_crop: Optional[bool] = None
+    # LIBERO: how many episodes of each task are kept as videos (the first ones).
+    videos: int = 0
 
 
 @dataclass
@@ -239,7 +251,7 @@ class Config:
             need(not isinstance(value, float) or math.isfinite(value), key, "a finite number")
         need(0 <= self.seed < 2**32, "seed", "in [0, 2^32)")
         need(self.threads is None or self.threads >= 1, "threads", "at least 1, or null for torch's choice")
-        need(0 <= self.evaluate.seed < 100_000, "evaluate.seed", "in [0, 100000)")
+        need(self.evaluate.seed is None or 0 <= self.evaluate.seed < 100_000, "evaluate.seed", "null, or in [0, 100000)")
         need(self.evaluate.target not in ("", ".", ".."), "evaluate.target", "base, the name of a run, or a checkpoint folder")
         for key, off in (("icsm.layers", ""), ("hsw.layers", "; --hsw.enabled false switches the surgery off")):
             layers = attrgetter(key)(self)
@@ -257,13 +269,14 @@ class Config:
         one_of("train.schedule", "constant", "cosine")
         one_of("train.autocast", "off", "bfloat16", "float16")
         one_of("lora.init", "gaussian", "kaiming")
-        one_of("evaluate.benchmark", "tabletop")
+        one_of("evaluate.benchmark", "tabletop", "libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+        need(self.evaluate.videos >= 0, "evaluate.videos", "0 or more")
         need(bool(self.name) and "/" not in self.name and self.name not in (".", "..", "base"), "name",
              "a single folder name, and not base, which names the model before training")
         for key in ("lora.rank", "lora.alpha", "data.shuffle_buffer", "icsm.rank", "icsm.batch_size", "icsm.sensitivity_items",
                     "thermostat.every", "train.steps", "train.batch_size", "train.accumulation", "train.log_every",
                     "train.save_every", "train.keep_last", "evaluate.episodes", "evaluate.questions_per_kind",
-                    "evaluate.retention_frames", "evaluate.parallel"):
+                    "evaluate.retention_frames", "evaluate.parallel", "evaluate.workers", "evaluate.batch"):
             section, name = key.split(".")
             need(getattr(getattr(self, section), name) >= 1, key, "at least 1")
         need(self.probe.size >= 2, "probe.size", "at least 2")

@@ -12,14 +12,14 @@ the camera that the policy sees. tests/test_libero.py compares all of it with th
 import contextlib
 import io
 import os
-from typing import List, Optional, Sequence, Tuple
+from typing import List, Sequence, Tuple
 
 import numpy as np
 
 from vlakeep.benchmarks.libero_setup import import_libero
 from vlakeep.data.images import center_crop, libero_image
 
-# Control steps that the official script allows; 193 is the longest demonstration of libero_spatial, and so on.
+# Control steps that the official script allows, the settling ones not counted.
 MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
 SUITES = tuple(MAX_STEPS)
 INIT_STATES = 50  # fixed initial states of each task
@@ -80,6 +80,22 @@ def _one_evaluation_per_substep(sim):
         del sim.forward, sim.step
 
 
+@contextlib.contextmanager
+def _blind(sim):
+    """Within the context cameras give black pictures: nobody looks at those of a reset and of all settling steps but the last.
+
+    The simulator samples its cameras at the first 2 ms of a control step, so they cannot be asked for afterwards.
+    """
+    def black(width, height, **options):
+        return np.zeros((height, width, 3), np.uint8)
+
+    sim.render = black
+    try:
+        yield
+    finally:
+        del sim.render
+
+
 class LiberoEnv:
     """One task of a suite. `language` is the task's name in words, as the official script takes it (the bddl file's differs)."""
 
@@ -109,10 +125,15 @@ class LiberoEnv:
     def start(self, init: int) -> dict:
         """The simulator's observation after reset, initial state `init` and the settling steps of the official episode `init`."""
         self.official_reset(init)
-        self.control.set_init_state(self.init_states_KS[init])
-        for _ in range(SETTLE):
-            observation, _, _ = self.step(IDLE)
-        return observation
+        with _blind(self.control.sim):
+            self.control.set_init_state(self.init_states_KS[init])
+        return self._settle()
+
+    def _settle(self) -> dict:
+        with _blind(self.control.sim):
+            for _ in range(SETTLE - 1):
+                self.step(IDLE)
+        return self.step(IDLE)[0]
 
     def official_reset(self, number: int) -> None:
         """Reset `number` (from 0) of a run that was seeded once and hard-reset before every episode."""
@@ -123,22 +144,22 @@ class LiberoEnv:
             if k + 1 == len(self._generator):
                 self._generator.append(np.random.get_state())
 
-    def fresh_reset(self, seed: int) -> dict:
-        """A scene of its own, a function of `seed` alone; none of the fixed initial states."""
+    def fresh_start(self, seed: int) -> dict:
+        """The observation after a reset to a scene of its own, a function of `seed` alone, and the settling steps."""
         np.random.seed(seed)
-        return self._reset(self._samplers)
+        self._reset(self._samplers)
+        return self._settle()
 
-    def _reset(self, samplers) -> dict:
+    def _reset(self, samplers) -> None:
         from robosuite.utils.errors import RandomizationError
 
         self.env.object_property_initializers = samplers
         for robot in self.env.robots:  # a hard reset makes a new gripper; this is the only thing it remembers
             robot.gripper.current_action = np.zeros(robot.gripper.dof)
         for _ in range(ATTEMPTS):
-            try:
-                return self.env.reset()
-            except RandomizationError:
-                continue
+            with contextlib.suppress(RandomizationError), _blind(self.control.sim):
+                self.env.reset()
+                return
         raise ValueError(f"{self.suite} task {self.task}: no collision-free placement in {ATTEMPTS} attempts")
 
     def step(self, action: Sequence[float]) -> Tuple[dict, float, bool]:
@@ -153,29 +174,3 @@ class LiberoEnv:
 
     def close(self) -> None:
         self.control.close()
-
-
-class Play:
-    """One official episode in an environment: pictures out, model actions in."""
-
-    def __init__(self, env: LiberoEnv, init: int, crop: bool, frames: Optional[list] = None):
-        self.env, self.crop, self.frames = env, crop, frames
-        self.steps, self.success = 0, False
-        self._see(env.start(init))
-
-    def _see(self, observation) -> None:
-        raw = observation[f"{CAMERA}_image"]
-        if self.frames is not None:
-            self.frames.append(np.ascontiguousarray(raw[::-1, ::-1]))
-        self.image = policy_image(raw, self.crop)
-
-    @property
-    def over(self) -> bool:
-        return self.success or self.steps >= self.env.limit
-
-    def act(self, action: Sequence[float]) -> None:
-        """One model action (un-normalised, gripper 1 = open)."""
-        observation, _, self.success = self.env.step(to_simulator(action))
-        self.steps += 1
-        if not self.over or self.frames is not None:
-            self._see(observation)

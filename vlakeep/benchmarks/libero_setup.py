@@ -77,8 +77,8 @@ def require_libero() -> None:
 def import_libero() -> Libero:
     """Import the simulator without a prompt and without its banners. Raises as `require_libero`, or ValueError when it fails."""
     require_libero()
-    for name, value in environment().items():
-        os.environ.setdefault(name, value)
+    for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM"):
+        os.environ.setdefault(name, environment()[name])
     stdin, sys.stdin = sys.stdin, io.StringIO()  # other distributions ask where their data shall go; end of file ends that
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
