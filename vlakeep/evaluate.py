@@ -25,7 +25,7 @@ from vlakeep.benchmarks import libero, tabletop
 from vlakeep.benchmarks.records import Records, mean_interval, summarise
 from vlakeep.checkpoint import check_base, latest_intact, load_checkpoint
 from vlakeep.config import Config, EvaluateConfig, config_from_argv, to_dict
-from vlakeep.data.prompts import encode_prompts, prompt_ids
+from vlakeep.data.prompts import action_prompt, encode_prompts, prompt_ids
 from vlakeep.icsm.artifact import default_layers, layer_map
 from vlakeep.icsm.collect import pooled_states
 from vlakeep.parallel import pick_device, set_threads
@@ -180,7 +180,8 @@ def drift_of(name: str, backbone, config: Config, storage: Storage, required: bo
 
 
 def check_tabletop(settings) -> None:
-    for key, names, known in (("skills", settings.skills, tabletop.ALL_SKILLS), ("questions", settings.questions, tabletop.QUESTION_KINDS)):
+    asked = (("skills", settings.skills, tabletop.ALL_SKILLS), ("questions", settings.questions, tabletop.QUESTION_KINDS))
+    for key, names, known in asked:
         unknown = [name for name in names if name not in known]
         if unknown:
             raise ValueError(f"--evaluate.{key} {unknown}: must be among {', '.join(known)}")
@@ -189,7 +190,8 @@ def check_tabletop(settings) -> None:
 def run_tabletop(backbone, key, settings, records: Records, name: str) -> None:
     """Episodes of every skill, questions of every kind, and the KL on frames of the old skills."""
     policy, skills = ActionPolicy(backbone, key), settings.skills or tabletop.ALL_SKILLS
-    tabletop.run_skill_episodes(policy, skills, settings.episodes, tabletop.EVALUATION + settings.seed, settings.parallel, records, desc=name)
+    first = tabletop.EVALUATION + settings.seed
+    tabletop.run_skill_episodes(policy, skills, settings.episodes, first, settings.parallel, records, desc=name)
     for kind in tqdm(settings.questions or tabletop.QUESTION_KINDS, desc=f"{name}: questions", leave=False):
         trials = tabletop.question_trials(kind, settings.questions_per_kind, settings.seed)
         todo = [t for t in trials if not records.has("question", kind, t.trial)]
@@ -208,9 +210,11 @@ def run_libero(backbone, key, settings, records: Records, folder: Path, name: st
     def policy(images, instructions):
         return backbone.predict_actions(images, instructions, key, on_early_stop="nan")
 
+    def length(instruction):
+        return len(prompt_ids(action_prompt(instruction), backbone.processor.tokenizer))
+
     tasks = libero.pick_tasks(settings.benchmark, settings.skills)
-    longest = libero.longest_instruction(settings.benchmark, tasks, lambda text: len(prompt_ids(text, backbone.processor.tokenizer)))
-    act = libero.FixedBatch(policy, settings.batch, longest)
+    act = libero.FixedBatch(policy, settings.batch, libero.longest_instruction(settings.benchmark, tasks, length))
     restarts = libero.run_suite(act, settings, settings.center_crop, records, folder / "videos", desc=name)
     if restarts:
         print(f"{name}: {restarts} simulator processes died and were replaced", file=sys.stderr)

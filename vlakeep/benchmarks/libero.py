@@ -9,7 +9,7 @@ from typing import Callable, Dict, List, Optional, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from vlakeep.benchmarks.libero_env import INIT_STATES, SUITES, load_suite  # noqa: F401 (part of the room's interface)
+from vlakeep.benchmarks.libero_env import INIT_STATES, MAX_STEPS, SUITES, LiberoEnv, load_suite  # noqa: F401 (the room's interface)
 from vlakeep.benchmarks.libero_play import evaluate_episode, require_video
 from vlakeep.benchmarks.libero_setup import require_libero
 from vlakeep.benchmarks.libero_workers import Job, Seen, Workers
@@ -32,11 +32,11 @@ class FixedBatch:
             part = list(seen[start:start + self._rows])
             try:
                 answers += self._ask(part)
-            except Exception:  # noqa: BLE001: what one picture provokes must not take the other episodes along
+            except Exception:  # what one picture provokes must not take the other episodes along
                 for one in part:
                     try:
                         answers += self._ask([one])
-                    except Exception as error:  # noqa: BLE001
+                    except Exception as error:
                         answers.append(f"{type(error).__name__}: {error}")
         return [a if isinstance(a, str) or np.isfinite(a).all() else _NOT_FINITE for a in answers]
 
@@ -55,8 +55,8 @@ def pick_tasks(suite: str, chosen: Sequence[str]) -> List[int]:
 
 
 def pick_key(suite: str, given: Optional[str], known: Dict, own: Optional[str]) -> str:
-    """The key of the action statistics: the given one, else the suite, else SUITE_no_noops (as the official script), else the only
-    data set that the run was trained on. ValueError when there is none of these."""
+    """The key of the action statistics: the given one, else the suite, else SUITE_no_noops (as the official script), else `own`,
+    the only data set that the run was trained on. ValueError when the model has none of these."""
     for key in (given, suite, f"{suite}_no_noops", own):
         if key is not None and key in known:
             return key
@@ -65,7 +65,7 @@ def pick_key(suite: str, given: Optional[str], known: Dict, own: Optional[str]) 
 
 
 def check(settings) -> None:
-    """Everything that an evaluation of a suite needs and that can be checked before a model is loaded; `settings` is config.evaluate."""
+    """Raise for whatever an evaluation lacks that is known before a model is loaded; `settings` is config.evaluate."""
     require_libero()
     if settings.videos:
         require_video()
@@ -80,15 +80,17 @@ def longest_instruction(suite: str, tasks: Sequence[int], length: Callable[[str]
 
 
 def run_suite(act: Callable, settings, crop: bool, records: Records, videos: Path, desc: str = "") -> int:
-    """Play every episode of config.evaluate that `records` lacks and add its line; returns how many simulators had to be replaced.
+    """Play every episode that `records` lacks and add its line; returns how many simulators had to be replaced.
 
-    act(jobs, [Seen]) gives an action or an error text per job, as FixedBatch does.
+    act(jobs, [Seen]) gives an action or an error text per job, as FixedBatch does; `settings` is config.evaluate.
     """
     suite, seed = settings.benchmark, SEED if settings.seed is None else settings.seed
     tasks, names = pick_tasks(suite, settings.skills), load_suite(suite).get_task_names()
-    jobs = [Job(suite, task, k, seed, crop, str(videos / f"task{task:02d}_{k:02d}.mp4") if k < settings.videos else None)
+    jobs = [Job(suite, task, k, seed, MAX_STEPS[suite], crop,
+                str(videos / f"task{task:02d}_{k:02d}.mp4") if k < settings.videos else None)
             for task in tasks for k in range(settings.episodes) if not records.has("skill", suite, trial(task, k))]
-    with Workers(evaluate_episode, settings.workers) as workers, tqdm(total=len(jobs), desc=f"{desc}: {suite}", mininterval=1.0) as bar:
+    bar = tqdm(total=len(jobs), desc=f"{desc}: {suite}", mininterval=1.0)
+    with bar, Workers(LiberoEnv, evaluate_episode, settings.workers) as workers:
         for job, result, crash in workers.run(jobs, act):
             records.add(kind="skill", ability=suite, trial=trial(job.task, job.number), seed=seed,
                         success=result["success"] if result else None, value=None, crash=crash,

@@ -2,11 +2,12 @@
 
 Source of the protocol: openvla experiments/robot/libero/run_libero_eval.py:101-240, libero_utils.py, robot_utils.py:75-102.
 The official loop makes an environment per task, seeds NumPy's global generator with 0 once, and then hard-resets it before every
-episode. Which cabinet or stove position episode k sees therefore depends on the draws of the k resets before it. Here the state of the
-generator before each reset is kept, so episode k can be played at any time, in any process, as it is in an uninterrupted official run.
+episode. Which cabinet or stove position episode k sees therefore depends on the draws of the k resets before it. Here the state
+of the generator before each reset is kept, so episode k can be played at any time, in any process, as it is in an uninterrupted
+official run.
 
-Three things make it fast: no hard resets (2 s with rendering), the dynamics evaluated once and not three times per 2 ms, and only
-the camera that the policy sees. tests/test_libero.py compares all of it with the plain loop.
+Three things make it fast: no hard resets (2 s with rendering), the dynamics evaluated once and not three times per 2 ms, and no
+picture that nobody looks at. tests/test_libero.py compares all of it with the plain loop.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ ATTEMPTS = 100  # placements that may fail in a row; the simulator itself would 
 
 
 def to_simulator(action_A: Sequence[float]) -> List[float]:
-    """The model's action as the simulator takes it: gripper 1 = open, 0 = close becomes -1 = open, +1 = close (robot_utils.py:75)."""
+    """The model's action in the simulator's terms: gripper 1 = open, 0 = close becomes -1 = open, +1 = close."""
     action = np.array(action_A, dtype=np.float64)
     action[-1] = -np.sign(2.0 * action[-1] - 1.0)
     return action.tolist()
@@ -55,8 +56,8 @@ def load_suite(name: str):
 def _one_evaluation_per_substep(sim):
     """Within the context robosuite's forward, forward, step of every 2 ms evaluate the dynamics once.
 
-    mj_step1 (kinematics, collision, bias) runs where the controller first asks for it, mj_step2 (actuation, constraints, integration)
-    when the torques are set. The two are mj_step; what robosuite adds are repetitions that leave the state as it is.
+    mj_step1 (kinematics, collision, bias) runs where the controller first asks for it, mj_step2 (actuation, constraints,
+    integration) when the torques are set. The two are mj_step; what robosuite adds are repetitions that leave the state as it is.
     """
     import mujoco
 
@@ -106,7 +107,6 @@ class LiberoEnv:
             raise ValueError(f"{suite} has tasks 0 to {found.n_tasks - 1}, not {task}")
         info, libero = found.get_task(task), import_libero()
         self.suite, self.task, self.seed, self.name, self.language = suite, task, seed, info.name, info.language
-        self.limit = MAX_STEPS[suite]
         with contextlib.redirect_stdout(io.StringIO()):
             self.init_states_KS = found.get_task_init_states(task)
             self.control = libero.environment(

@@ -15,7 +15,7 @@ def evaluate_episode(env: LiberoEnv, job: Job):
     """Generator: yields what the policy sees, is sent its action (un-normalised, gripper 1 = open), returns success and steps."""
     frames: List[np.ndarray] = []
     observation, success, steps = env.start(job.number), False, 0
-    while not success and steps < env.limit:
+    while not success and steps < job.limit:
         raw_HWC = observation[f"{CAMERA}_image"]
         if job.video:
             frames.append(np.ascontiguousarray(raw_HWC[::-1, ::-1]))

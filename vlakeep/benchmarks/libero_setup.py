@@ -1,7 +1,6 @@
 """The LIBERO simulator as a guest: how it renders without a display, how it is imported quietly, what to do when it is missing.
 
-Nothing here imports the simulator before `import_libero` is called, and `environment` must have been applied by then: mujoco reads
-MUJOCO_GL once, at its import.
+Nothing here imports the simulator before `import_libero` is called. mujoco reads MUJOCO_GL once, at its import.
 """
 
 import contextlib
@@ -85,11 +84,11 @@ def import_libero() -> Libero:
             from libero.libero import benchmark, get_libero_path
             from libero.libero.envs.env_wrapper import ControlEnv
     except EOFError:
-        raise ValueError("the installed LIBERO asks for its folders at the first import: run `python -c 'import libero.libero'` once "
-                         f"and answer, or use the distribution that does not ask: {INSTALL}") from None
+        raise ValueError("the installed LIBERO asks for its folders at the first import: run `python -c 'import libero.libero'` "
+                         f"once and answer, or use the distribution that does not ask: {INSTALL}") from None
     except (ImportError, AttributeError) as error:  # PyOpenGL raises AttributeError when the library behind it is missing
-        raise ValueError(f"the LIBERO simulator does not load ({type(error).__name__}: {error}). If it is about OSMesa, run {OSMESA}; "
-                         f"if a package is missing, run {INSTALL}") from error
+        raise ValueError(f"the LIBERO simulator does not load ({type(error).__name__}: {error}). If it is about OSMesa, run "
+                         f"{OSMESA}; if a package is missing, run {INSTALL}") from error
     finally:
         sys.stdin = stdin
     return Libero(benchmark.get_benchmark_dict(), get_libero_path, ControlEnv)

@@ -1,14 +1,14 @@
 """Simulator processes: one environment each, many of them in front of one policy; a dead one is replaced.
 
-Every worker is spawned (a forked one inherits a graphics context that it cannot use) and plays one job at a time. What a worker does with
-a job is a generator function `play(env, job)`, such as evaluate_episode of libero_play.py: it yields pictures that need an action, and
-returns the result.
+Every worker is spawned (a forked one inherits a graphics context that it cannot use) and plays one job at a time. What it does
+with a job is a generator function `play(env, job)`, such as evaluate_episode of libero_play.py: it yields pictures that need an
+action, and returns the result.
 """
 
 import multiprocessing
 import signal
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
@@ -16,8 +16,8 @@ import numpy as np
 
 from vlakeep.benchmarks.libero_setup import environment, variables
 
-SILENCE = 900.0  # seconds without a word after which a worker counts as hung; the first import after an installation takes over a minute
-FAILURES = 4  # deaths in a row, per worker and without a single picture between them, after which it is not the episodes' fault
+SILENCE = 900.0  # seconds after which a worker counts as hung; the first import after an installation takes over a minute
+FAILURES = 4  # deaths in a row, per worker and without a single picture between them, that are not the episodes' fault
 TRIES = 2  # an episode that takes its worker down is played once more
 
 
@@ -28,6 +28,7 @@ class Job(NamedTuple):
     task: int
     number: int  # initial state, or number of the demonstration
     seed: int
+    limit: int = 0  # control steps that the policy has
     crop: bool = False
     video: Optional[str] = None  # mp4 file to write
 
@@ -39,18 +40,16 @@ class Seen(NamedTuple):
     instruction: str
 
 
-def _serve(connection, play: Callable, options: dict) -> None:
+def _serve(connection, open_env: Callable, play: Callable) -> None:
     """Life of a worker: jobs in; pictures, results and errors out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent closes the workers in order
-    from vlakeep.benchmarks.libero_env import LiberoEnv
-
     env, key = None, None
     try:
         while (job := connection.recv()) is not None:
             if key != (job.suite, job.task, job.seed):
                 if env is not None:
                     env.close()
-                key, env = (job.suite, job.task, job.seed), LiberoEnv(job.suite, job.task, job.seed, **options)
+                key, env = (job.suite, job.task, job.seed), open_env(job.suite, job.task, job.seed)
             game = play(env, job)
             try:
                 connection.send(("seen", next(game)))
@@ -62,7 +61,7 @@ def _serve(connection, play: Callable, options: dict) -> None:
                 connection.send(("done", end.value))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent is gone
-    except Exception as error:  # noqa: BLE001: the parent decides what an error of the simulator means
+    except Exception as error:  # the parent decides what an error of the simulator means
         connection.send(("error", f"{type(error).__name__}: {error}"))
 
 
@@ -79,11 +78,11 @@ class _Worker:
 
 @dataclass
 class Workers:
-    """`count` workers that play jobs; use as a context manager. `options` go to LiberoEnv."""
+    """`count` workers that play jobs in environments that open_env(suite, task, seed) makes; use as a context manager."""
 
+    open_env: Callable
     play: Callable
     count: int
-    options: Dict = field(default_factory=dict)
     silence: float = SILENCE
     restarts: int = 0
 
@@ -99,7 +98,7 @@ class Workers:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         with variables(environment()):
-            process = context.Process(target=_serve, args=(theirs, self.play, self.options), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, self.open_env, self.play), daemon=True)
             process.start()
         theirs.close()
         return _Worker(process, ours)
@@ -119,8 +118,8 @@ class Workers:
     def run(self, jobs: List[Job], act: Callable) -> Iterator[Tuple[Job, object, Optional[str]]]:
         """Play all jobs; yields (job, result, None) or (job, None, error), in the order in which they end.
 
-        act(jobs, [Seen]) -> per job an action [A], or the text of an error that ends its episode. It is asked as soon as half of the
-        workers that are in the middle of an episode wait for it: the others simulate meanwhile.
+        act(jobs, [Seen]) -> per job an action [A], or the text of an error that ends its episode. It is asked as soon as half
+        of the busy workers wait for it: the others simulate meanwhile.
         """
         todo, tries, failures = list(jobs), {}, 0
         while todo or any(worker.job for worker in self._workers):
@@ -151,7 +150,7 @@ class Workers:
                     self._send(worker, None if isinstance(action, str) else action)
 
     def _fill(self, todo: List[Job], tries: Dict[Job, int]) -> None:
-        """Give every idle worker a job, of the task that it has open if there is one; start workers while there are jobs for them."""
+        """Give every idle worker a job, if possible of the task that it has open; start workers while there are jobs for them."""
         idle = [worker for worker in self._workers if worker.job is None]
         while todo and (idle or len(self._workers) < self.count):
             if not idle:
