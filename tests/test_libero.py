@@ -1,4 +1,4 @@
-"""LIBERO with the real simulator: the official loop, to the bit, and an evaluation from end to end. Skipped where it is not installed."""
+"""LIBERO with the real simulator: the official loop, to the bit, and an evaluation from end to end. Skipped without it."""
 
 import importlib.util
 import json
@@ -13,7 +13,9 @@ if importlib.util.find_spec("libero") is None or importlib.util.find_spec("robos
 
 from vlakeep.benchmarks import libero, libero_setup
 from vlakeep.benchmarks.libero_env import IDLE, LiberoEnv, load_suite, policy_image, to_simulator
+from vlakeep.benchmarks.libero_expert import Expert, NotCovered, goals
 from vlakeep.benchmarks.libero_play import evaluate_episode
+from vlakeep.benchmarks.libero_record import play_expert, replay, without_no_ops
 from vlakeep.benchmarks.libero_workers import Job, Workers
 from vlakeep.data.images import center_crop, decode_image, encode_jpeg, resize_uint8
 
@@ -76,6 +78,35 @@ def test_episodes_are_those_of_the_official_loop_to_the_bit():
         assert np.array_equal(env.state(), state)
     with pytest.raises(ValueError, match="tasks 0 to 9"):
         LiberoEnv("libero_spatial", 10)
+    env.close()
+
+
+def test_an_expert_policy_succeeds_through_the_evaluation_and_its_demonstration_replays():
+    """The expert's actions, handed over as a model would give them, in the first official episode; a demonstration's states."""
+    env = LiberoEnv("libero_object", 6)
+    script, known, observation = Expert(env), [], env.start(0)
+    for action in script.act(goals("libero_object", 6)):
+        known.append(action)
+        if env.step(action)[2]:
+            break
+    game = evaluate_episode(env, Job("libero_object", 6, 0, 0, limit=280))
+    seen = next(game)
+    assert np.array_equal(seen.image, policy_image(observation["agentview_image"], crop=False))
+    assert seen.instruction == env.language
+    with pytest.raises(StopIteration) as end:
+        for action in known:
+            game.send(np.r_[action[:6], 1.0 if action[6] < 0 else 0.0])
+    assert end.value.value == {"success": True, "steps": len(known)}
+    env.close()
+
+    env = LiberoEnv("libero_object", 6, render=False)
+    actions = without_no_ops(play_expert(env, 1000, 280))
+    one, two = replay(env, 1000, actions), replay(env, 1000, actions)
+    assert len(one.actions) == len(one.proprio) == len(one.states) - 1 and one.proprio.shape[1] == 8
+    assert all(np.array_equal(a, b) for a, b in zip(one, two)) and set(np.unique(one.actions[:, 6])) == {-1.0, 1.0}
+    assert replay(env, 1000, actions[:20]) is None
+    with pytest.raises(NotCovered, match="libero_goal task 0"):
+        goals("libero_goal", 0)
     env.close()
 
 

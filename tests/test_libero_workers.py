@@ -1,4 +1,4 @@
-"""Simulator processes without a simulator: order, retries, crashes, hangs; and the batches of one shape in front of the policy."""
+"""Simulator processes without a simulator: order, retries, crashes, hangs; and batches of one shape for the policy."""
 
 import functools
 import os

@@ -18,9 +18,8 @@ from typing import Dict, List, NamedTuple
 
 from vlakeep.errors import explain, is_user_error
 
-
-# Waiting OpenMP threads spin by default; beside any other busy process that makes a training step on two cores ten times slower. It must
-# be said before torch loads its OpenMP runtime. A value that the user has set is kept.
+# Waiting OpenMP threads spin by default; beside any other busy process that makes a training step on two cores ten times
+# slower. It must be said before torch loads its OpenMP runtime. A value that the user has set is kept.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
@@ -45,6 +44,7 @@ STAGES: Dict[str, Stage] = {
     "train": Stage("vlakeep.train", "fine-tune LoRA adapters, plain (baseline) or with the method"),
     "evaluate": Stage("vlakeep.evaluate", "new skill, old abilities and drift of a run, one record per trial"),
     "libero-check": Stage("vlakeep.libero_check", "does the LIBERO simulator run here, and as the official data were rendered"),
+    "libero-demos": Stage("vlakeep.libero_demos", "demonstrations of LIBERO tasks by a scripted expert, as an RLDS data set"),
     "report": Stage("vlakeep.report", "tables, figures and an HTML page that compare evaluated runs"),
     "verify-golden": Stage("vlakeep.golden", "compare with numbers recorded from the official OpenVLA code", configured=False),
     "pretrain-tabletop": Stage("vlakeep.pretrain", "rebuild the small model that ships with vlakeep (one GPU)", configured=False),

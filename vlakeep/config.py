@@ -85,8 +85,8 @@ class IcsmConfig:
     sensitivity_items: int = 64
     # Also write token-level bases of the inputs of every adapted linear (needed by hsw.site lora_input).
     tokens: bool = True
-    # Shares of the input dimension that the token-level Uf and Up take. Much, because what tells two tasks apart lies in directions
-    # of little energy: with a quarter the old skills are lost all the same (docs/log.md has the figures).
+    # Shares of the input dimension that the token-level Uf and Up take. Much, because what tells two tasks apart lies in
+    # directions of little energy: with a quarter the old skills are lost all the same (docs/log.md has the figures).
     tokens_fragile_fraction: float = 0.95
     tokens_plastic_fraction: float = 0.03
     # Let the teacher continue each probe prompt by itself, so that its answer positions are in the token statistics.
@@ -120,7 +120,8 @@ class ThermostatConfig:
     # Measure every K optimizer steps, on a probe batch of this size.
     every: int = 50
     batch_size: int = 64
-    # Measurements before the first step that only calibrate: student and teacher are still equal, so they show the noise level of d.
+    # Measurements before the first step that only calibrate: student and teacher are still equal, so they show the noise
+    # level of d.
     calibration: int = 8
     # Threshold = calibration mean + this many noise levels of the averaged d.
     threshold_sigmas: float = 2.0

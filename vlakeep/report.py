@@ -3,8 +3,8 @@
     vlakeep report --config configs/method_icsm_hsw_thermostat.yaml --runs base,baseline,method,method_lora_input --out DIR
 
 --runs names the arms; `arm=run` takes a run of another name (method=my_run). The arms base and baseline are the references of all
-differences. --evaluate.benchmark says which of their evaluations is meant, as for `vlakeep evaluate`. --out is a folder, ROOT/report
-when left out; --title and --seconds (time of the whole experiment) are optional.
+differences. --evaluate.benchmark says which of their evaluations is meant, as for `vlakeep evaluate`. --out is a folder,
+ROOT/report when left out; --title and --seconds (time of the whole experiment) are optional.
 
 reads:  ROOT/eval/<run>/summary.json and records.jsonl; run_root_dir/<run>/metrics.jsonl, provenance.json and config.yaml
 writes: index.html, summary.json, provenance.json, tables/*.md and *.csv, figures/*.png and *.svg

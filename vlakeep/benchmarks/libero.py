@@ -87,7 +87,7 @@ def run_suite(act: Callable, settings, crop: bool, records: Records, videos: Pat
     suite, seed = settings.benchmark, SEED if settings.seed is None else settings.seed
     tasks, names = pick_tasks(suite, settings.skills), load_suite(suite).get_task_names()
     jobs = [Job(suite, task, k, seed, MAX_STEPS[suite], crop,
-                str(videos / f"task{task:02d}_{k:02d}.mp4") if k < settings.videos else None)
+                target=str(videos / f"task{task:02d}_{k:02d}.mp4") if k < settings.videos else None)
             for task in tasks for k in range(settings.episodes) if not records.has("skill", suite, trial(task, k))]
     bar = tqdm(total=len(jobs), desc=f"{desc}: {suite}", mininterval=1.0)
     with bar, Workers(LiberoEnv, evaluate_episode, settings.workers) as workers:

@@ -52,6 +52,11 @@ def load_suite(name: str):
         return import_libero().suites[name]()
 
 
+def bddl_file(info) -> str:
+    """Path of a task's scene and goal; `info` is what the suite's get_task gives."""
+    return os.path.join(import_libero().path("bddl_files"), info.problem_folder, info.bddl_file)
+
+
 @contextlib.contextmanager
 def _one_evaluation_per_substep(sim):
     """Within the context robosuite's forward, forward, step of every 2 ms evaluate the dynamics once.
@@ -105,14 +110,13 @@ class LiberoEnv:
         found = load_suite(suite)
         if not 0 <= task < found.n_tasks:
             raise ValueError(f"{suite} has tasks 0 to {found.n_tasks - 1}, not {task}")
-        info, libero = found.get_task(task), import_libero()
+        info = found.get_task(task)
         self.suite, self.task, self.seed, self.name, self.language = suite, task, seed, info.name, info.language
         with contextlib.redirect_stdout(io.StringIO()):
             self.init_states_KS = found.get_task_init_states(task)
-            self.control = libero.environment(
-                bddl_file_name=os.path.join(libero.path("bddl_files"), info.problem_folder, info.bddl_file),
-                camera_heights=resolution, camera_widths=resolution, camera_names=list(cameras), hard_reset=False,
-                has_offscreen_renderer=render, use_camera_obs=render)
+            self.control = import_libero().environment(
+                bddl_file_name=bddl_file(info), camera_heights=resolution, camera_widths=resolution,
+                camera_names=list(cameras), hard_reset=False, has_offscreen_renderer=render, use_camera_obs=render)
         self._samplers = list(self.env.object_property_initializers)
         np.random.seed(seed)
         self._generator = [np.random.get_state()]  # [k] is NumPy's state before reset k of an uninterrupted run
@@ -153,6 +157,7 @@ class LiberoEnv:
     def _reset(self, samplers) -> None:
         from robosuite.utils.errors import RandomizationError
 
+        self._put_fixtures_back()
         self.env.object_property_initializers = samplers
         for robot in self.env.robots:  # a hard reset makes a new gripper; this is the only thing it remembers
             robot.gripper.current_action = np.zeros(robot.gripper.dof)
@@ -161,6 +166,14 @@ class LiberoEnv:
                 self.env.reset()
                 return
         raise ValueError(f"{self.suite} task {self.task}: no collision-free placement in {ATTEMPTS} attempts")
+
+    def _put_fixtures_back(self) -> None:
+        """Cabinets and the like to where the model file has them, as a hard reset does: what is inside is placed from there."""
+        model = self.control.sim.model
+        for fixture in self.env.fixtures_dict.values():
+            body, element = model.body_name2id(fixture.root_body), fixture.get_obj()
+            model.body_pos[body] = np.array(element.get("pos", "0 0 0").split(), dtype=float)
+            model.body_quat[body] = np.array(element.get("quat", "1 0 0 0").split(), dtype=float)
 
     def step(self, action: Sequence[float]) -> Tuple[dict, float, bool]:
         """(observation, reward, success) of one 50 ms control step, action in the simulator's units."""

@@ -17,13 +17,13 @@ def evaluate_episode(env: LiberoEnv, job: Job):
     observation, success, steps = env.start(job.number), False, 0
     while not success and steps < job.limit:
         raw_HWC = observation[f"{CAMERA}_image"]
-        if job.video:
+        if job.target:
             frames.append(np.ascontiguousarray(raw_HWC[::-1, ::-1]))
         action = yield Seen(policy_image(raw_HWC, job.crop), env.language)
         observation, _, success = env.step(to_simulator(action))
         steps += 1
-    if job.video:
-        write_video(Path(job.video), [*frames, np.ascontiguousarray(observation[f"{CAMERA}_image"][::-1, ::-1])])
+    if job.target:
+        write_video(Path(job.target), [*frames, np.ascontiguousarray(observation[f"{CAMERA}_image"][::-1, ::-1])])
     return {"success": success, "steps": steps}
 
 

@@ -30,7 +30,8 @@ class Job(NamedTuple):
     seed: int
     limit: int = 0  # control steps that the policy has
     crop: bool = False
-    video: Optional[str] = None  # mp4 file to write
+    source: Optional[str] = None  # file to read: a stored demonstration
+    target: Optional[str] = None  # file to write: a video, or pictures
 
 
 class Seen(NamedTuple):
