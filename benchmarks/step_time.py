@@ -4,9 +4,9 @@
     vlakeep offline --config configs/method_icsm_hsw_thermostat.yaml
     python benchmarks/step_time.py [--rounds 30] [--device cuda] [--key value ...]
 
-Each round times one step of every arm; the table gives medians and the median of the per-round ratios to the baseline. The
-Thermostat's measurement is timed by itself and added as measurement / K. The floor is the arithmetic of the baseline step at
-the machine's measured matrix-product rate.
+Each round times one step of every arm; the table gives medians and the median of the per-round ratios to the baseline. The Thermostat's
+measurement is timed by itself and added as measurement / K. The floor is the arithmetic of the baseline step at the machine's measured
+matrix-product rate.
 """
 
 import argparse
@@ -98,8 +98,7 @@ def main(argv):
         for name, (step, _, config, _, _) in arms.items():
             synchronise(device)
             begin = time.perf_counter()
-            # Step numbers that are no multiple of K, so that no measurement falls into a timed step; not observed, as between
-            # logs.
+            # Step numbers that are no multiple of K, so that no measurement falls into a timed step; not observed, as between logs.
             step(number * config.thermostat.every + 1, False)
             synchronise(device)
             if number >= 0:

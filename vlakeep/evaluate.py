@@ -35,6 +35,7 @@ from vlakeep.storage import Storage, atomic_write
 from vlakeep.thermostat.drift import covariance, covariance_drift
 
 ANSWER_TOKENS = 6
+TABLETOP_SEED = 1000
 # Fields of the evaluate section that change no trial, and those that one kind of benchmark does not read.
 NO_MATTER = ("target", "parallel", "workers", "videos")
 LIBERO_ONLY, TABLETOP_ONLY = ("batch", "center_crop"), ("questions", "questions_per_kind", "retention_frames")
@@ -165,7 +166,7 @@ def resolved(config: Config) -> EvaluateConfig:
     """The evaluate section with the values that follow from others."""
     settings = config.evaluate
     in_libero = settings.benchmark in libero.SUITES
-    return replace(settings, seed=(libero.SEED if in_libero else tabletop.SEED) if settings.seed is None else settings.seed,
+    return replace(settings, seed=(libero.SEED if in_libero else TABLETOP_SEED) if settings.seed is None else settings.seed,
                    center_crop=config.data.image_aug if settings.center_crop is None else settings.center_crop)
 
 

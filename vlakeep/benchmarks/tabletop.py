@@ -19,7 +19,6 @@ from vlakeep.data.sample import Episode, Sample
 
 # Start of the seed range of each use; every use has RANGE table seeds, and seeds below SEEDS stay within it.
 RANGE, SEEDS = 2 * 10**13, 10**5
-SEED = 1000  # of an evaluation for which none is given
 PRETRAINING, DEMONSTRATIONS, PROBE, EVALUATION, RETENTION = (RANGE * k for k in range(1, 6))
 # Weights of the skills in pretraining: long skills need more frames, short ones are learnt from few.
 WEIGHTS = {"reach": 1.0, "side": 0.7, "pick": 1.5, "tap": 1.5, "drop": 0.5, "place": 3.0}
