@@ -75,8 +75,7 @@ def main():
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--workers", default="1,2")
     options = parser.parse_args()
-    os.environ.update(libero_setup.environment())
-    libero_setup.import_libero()
+    libero_setup.import_libero()  # the plain loop renders with as many threads as the library takes
     jobs = [Job(options.suite, task, k, 0, options.steps, crop=True)
             for task in range(options.tasks) for k in range(options.episodes)]
     steps = len(jobs) * options.steps

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from vlakeep import preflight
 from vlakeep.benchmarks import libero, libero_setup
 from vlakeep.benchmarks.libero import FixedBatch
 from vlakeep.benchmarks.libero_env import to_simulator
@@ -162,5 +163,8 @@ def test_a_missing_simulator_names_the_command(monkeypatch):
     monkeypatch.setattr(libero_setup.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="make libero"):
         libero_setup.require_libero()
+    line, = preflight.check_libero()
+    assert (line.status, line.where) == ("FAIL", "the LIBERO simulator is not installed")
+    assert line.remedy.startswith("make libero")
     assert libero_setup.warnings_about({"mujoco": "2.3.7"}) == []
     assert "darker" in libero_setup.warnings_about({"mujoco": "3.17.0"})[0]
