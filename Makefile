@@ -2,6 +2,7 @@
 # make test   all tests; TESTS=tests/test_storage.py runs one file, WORKERS=4 uses more processes
 # make test-openvla-env   the tests on the library versions of the official OpenVLA environment
 # make lint   ruff
+# make libero the LIBERO simulator into .venv (about 2 GB), and a check that it renders
 # make clean  remove the virtual environments
 #
 # All of them make their own virtual environment in .venv on first use, and again when pyproject.toml or constraints.txt change.
@@ -17,7 +18,7 @@ EXTRAS ?= dev,hdf5,lerobot
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: demo test test-openvla-env lint clean setup
+.PHONY: demo test test-openvla-env lint libero clean setup
 
 demo: setup
 	@$(VENV)/bin/vlakeep demo $(ARGS)
@@ -32,6 +33,11 @@ test-openvla-env:
 
 lint: setup
 	@$(PY) -m ruff check vlakeep tests benchmarks
+
+# The simulator's own pins (robosuite 1.4.0) agree with constraints.txt. What renders in software is a system library; the check names it.
+libero: setup
+	@$(PIP) --editable '.[libero]' 2> >(grep -v '^WARNING: Location' >&2)
+	@$(VENV)/bin/vlakeep libero-check $(ARGS)
 
 clean:
 	rm -rf .venv .venv-openvla build vlakeep.egg-info

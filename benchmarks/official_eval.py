@@ -17,7 +17,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-
 from official_trace import write_golden_checkpoint
 
 from vlakeep.backbones.base import make_backbone
@@ -76,9 +75,11 @@ def main() -> int:
         write_golden_checkpoint(args.golden, args.tokenizer, checkpoint)
         shutil.copytree(args.golden / "rlds" / "tfds", root / "datasets")
         config = load_config(None, [
-            "--root", str(root), "--name", "golden", "--backbone.checkpoint", str(checkpoint), "--data.datasets", f"[{DATASET}]",
-            "--lora.modules", "[all-linear]", "--lora.rank", "8", "--lora.alpha", "8", "--train.steps", str(args.steps), "--train.batch_size",
-            "8", "--train.lr", "2e-3", "--train.warmup", "0", "--train.tensorboard", "false", "--export.target", "golden", "--device", "cpu"])
+            "--root", str(root), "--name", "golden", "--backbone.checkpoint", str(checkpoint),
+            "--data.datasets", f"[{DATASET}]",
+            "--lora.modules", "[all-linear]", "--lora.rank", "8", "--lora.alpha", "8", "--train.steps", str(args.steps),
+            "--train.batch_size", "8", "--train.lr", "2e-3", "--train.warmup", "0", "--train.tensorboard", "false",
+            "--export.target", "golden", "--device", "cpu"])
         storage = Storage.from_config(config)
         run_training(config, storage)
         merged = run_export(config, storage)
@@ -86,7 +87,8 @@ def main() -> int:
         raw = [dataset.frame(episode, 0) for episode in range(len(dataset))]
         golden = np.load(args.golden / "eval" / "image_golden.npz")["get_libero_image_224"]
         frames = [golden] * 3 + [np.asarray(frame.image) for frame in raw]
-        tasks = ["pick up the black bowl and place it on the plate", "turn on the stove", "open the middle drawer"] + [f.instruction for f in raw]
+        tasks = ["pick up the black bowl and place it on the plate", "turn on the stove", "open the middle drawer"]
+        tasks += [frame.instruction for frame in raw]
         backbone = make_backbone(config.backbone, "cpu", storage.cache)
         folder = target_checkpoint("golden", storage)
         load_adapter(backbone, folder / "adapter")

@@ -14,8 +14,9 @@ PACKAGE = REPO / "vlakeep"
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if "assets" not in p.parts)
 PLUMBING = {"config", "schema", "storage", "parallel", "checkpoint", "rundir", "compat", "errors", "official_code", "target"}
 ROOMS = {"data", "backbones", "probe", "icsm", "hsw", "thermostat", "benchmarks", "reporting", "baselines"}
-# What rooms may use of each other. Pooling has one definition, for the offline statistics and for the Thermostat's sensor.
-SHARED = {"vlakeep.data.sample", "vlakeep.data.prompts", "vlakeep.backbones.base", "vlakeep.probe.pooling"}
+# What rooms may use of each other. Pooling has one definition, for the offline statistics and for the Thermostat's sensor; pictures
+# have one, for training and for the simulator.
+SHARED = {"vlakeep.data.sample", "vlakeep.data.prompts", "vlakeep.data.images", "vlakeep.backbones.base", "vlakeep.probe.pooling"}
 # Stages that may import others: the dispatcher, and the demo, which runs them in order. `checks` belongs to preflight.
 MAY_IMPORT_STAGES = {"cli": None, "demo": None, "preflight": {"checks"}}
 OPTIONAL = {"timm", "torchvision", "wandb", "tensorboard", "tensorflow", "h5py", "pyarrow", "av"}
@@ -139,7 +140,8 @@ def test_readme_exists():
 def test_documented_commands_exist():
     targets = set(re.findall(r"^([a-z]+):", (REPO / "Makefile").read_text(), flags=re.M))
     keys, wrong, seen = set(known_keys()), [], 0
-    own = set("config help version stage gpus large_file_gb runs out title seconds tokenizer minutes frames device".split())
+    own = set("config help version stage gpus large_file_gb runs out title seconds tokenizer minutes frames device suite demos tasks "
+              "workers resolution first openvla_dir checkpoint dtype".split())
     for document, line in commands():
         words = [w for w in line.split() if not re.fullmatch(r"[A-Z_]+=\S*", w)]
         if not words:

@@ -102,8 +102,8 @@ class IcsmConfig:
     sensitivity_items: int = 64
     # Also write token-level bases of the inputs of every adapted linear (needed by hsw.site lora_input).
     tokens: bool = True
-    # Shares of the input dimension that the token-level Uf and Up take. Much, because what tells two tasks apart lies in directions
-    # of little energy: with a quarter the old skills are lost all the same (docs/log.md has the figures).
+    # Shares of the input dimension that the token-level Uf and Up take. Much, because what tells two tasks apart lies in
+    # directions of little energy: with a quarter the old skills are lost all the same (docs/log.md has the figures).
     tokens_fragile_fraction: float = 0.95
     tokens_plastic_fraction: float = 0.03
     # Let the teacher continue each probe prompt by itself, so that its answer positions are in the token statistics.
@@ -142,7 +142,8 @@ class ThermostatConfig:
     # Measure every K optimizer steps, on a probe batch of this size.
     every: int = 50
     batch_size: int = 64
-    # Measurements before the first step that only calibrate: student and teacher are still equal, so they show the noise level of d.
+    # Measurements before the first step that only calibrate: student and teacher are still equal, so they show the noise
+    # level of d.
     calibration: int = 8
     # Threshold = calibration mean + this many noise levels of the averaged d.
     threshold_sigmas: float = 2.0
@@ -195,17 +196,29 @@ class TrainConfig:
 class EvaluateConfig:
     # What is evaluated: base, or a run below run_root_dir, or a checkpoint folder.
     target: str = "base"
+    # tabletop, or a LIBERO suite: libero_spatial, libero_object, libero_goal, libero_10, libero_90.
     benchmark: str = "tabletop"
-    # Skills and question kinds; empty takes all of the benchmark.
+    # Skills (of a LIBERO suite: numbers of its tasks) and question kinds; empty takes all of the benchmark.
     skills: List[str] = field(default_factory=list)
     questions: List[str] = field(default_factory=list)
+    # Per skill, per task. A LIBERO task has 50 fixed initial states, which are taken in order.
     episodes: int = 50
     questions_per_kind: int = 100
     # Frames of off-task prompts for the teacher-relative KL of action tokens.
     retention_frames: int = 200
-    seed: int = 1000
-    # Environments that run side by side in one policy batch.
+    # Start states; None takes 1000 on the tabletop and the official 0 in LIBERO.
+    seed: Optional[int] = None
+    # Tabletop: environments that run side by side in one policy batch.
     parallel: int = 400
+    # LIBERO: simulator processes with one environment each. Results do not depend on how many there are.
+    workers: int = 1
+    # LIBERO: episodes in a policy batch, which is always filled up to this many: the last bits of a model's output depend on the
+    # shape of its batch, and an episode must not depend on how many others happen to run beside it.
+    batch: int = 8
+    # LIBERO: cut the central 90 % of the picture, as for models trained with crops; None follows data.image_aug.
+    center_crop: Optional[bool] = None
+    # LIBERO: how many episodes of each task are kept as videos (the first ones).
+    videos: int = 0
 
 
 @dataclass
@@ -275,7 +288,7 @@ class Config:
             need(not isinstance(value, float) or math.isfinite(value), key, "a finite number")
         need(0 <= self.seed < 2**32, "seed", "in [0, 2^32)")
         need(self.threads is None or self.threads >= 1, "threads", "at least 1, or null for torch's choice")
-        need(0 <= self.evaluate.seed < 100_000, "evaluate.seed", "in [0, 100000)")
+        need(self.evaluate.seed is None or 0 <= self.evaluate.seed < 100_000, "evaluate.seed", "null, or in [0, 100000)")
         need(self.evaluate.target not in ("", ".", ".."), "evaluate.target", "base, the name of a run, or a checkpoint folder")
         for key, off in (("icsm.layers", ""), ("hsw.layers", "; --hsw.enabled false switches the surgery off")):
             layers = attrgetter(key)(self)
@@ -305,15 +318,16 @@ class Config:
             need(self.method == "baseline", "lora.modules", "attention, mlp or linear names with a method: its subspaces are those "
                  "of decoder layers, and all-linear adapts vision and lm_head too")
         one_of("lora.init", "gaussian", "kaiming")
-        one_of("evaluate.benchmark", "tabletop")
+        one_of("evaluate.benchmark", "tabletop", "libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
         one_of("export.dtype", "stored", "float32", "bfloat16", "float16")
         need(self.export.parity_frames >= 0, "export.parity_frames", "0 or more")
+        need(self.evaluate.videos >= 0, "evaluate.videos", "0 or more")
         need(bool(self.name) and "/" not in self.name and self.name not in (".", "..", "base"), "name",
              "a single folder name, and not base, which names the model before training")
         for key in ("lora.rank", "lora.alpha", "data.shuffle_buffer", "icsm.rank", "icsm.batch_size", "icsm.sensitivity_items",
                     "thermostat.every", "train.steps", "train.batch_size", "train.accumulation", "train.log_every",
                     "train.save_every", "train.keep_last", "evaluate.episodes", "evaluate.questions_per_kind",
-                    "evaluate.retention_frames", "evaluate.parallel"):
+                    "evaluate.retention_frames", "evaluate.parallel", "evaluate.workers", "evaluate.batch"):
             section, name = key.split(".")
             need(getattr(getattr(self, section), name) >= 1, key, "at least 1")
         need(self.probe.size >= 2, "probe.size", "at least 2")

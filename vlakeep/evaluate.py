@@ -1,14 +1,17 @@
 """Stage `vlakeep evaluate`: new skill, old skills, visual questions, teacher-relative retention and drift of one model.
 
     vlakeep evaluate --config configs/baseline_lora.yaml --evaluate.target baseline
+    vlakeep evaluate --config configs/baseline_lora.yaml --evaluate.benchmark libero_object --evaluate.workers 8
 
 reads:  base checkpoint; for a run, the adapter of its newest intact checkpoint; probe_root_dir/<probe.name> for the drift
-writes: ROOT/eval/<target>/records.jsonl (one line per trial, resumable) and summary.json
+writes: ROOT/eval/<target>/records.jsonl (one line per trial, resumable) and summary.json; for a LIBERO suite the same below
+        ROOT/eval/<suite>/<target>/, and videos/ with --evaluate.videos
 """
 
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Dict, List
 
@@ -18,10 +21,10 @@ from tqdm import tqdm
 
 from vlakeep.backbones.base import make_backbone
 from vlakeep.backbones.lora import adapters_disabled, load_adapter
-from vlakeep.benchmarks import tabletop
+from vlakeep.benchmarks import libero, tabletop
 from vlakeep.benchmarks.records import Records, mean_interval, summarise
-from vlakeep.config import Config, config_from_argv, to_dict
-from vlakeep.data.prompts import encode_prompts
+from vlakeep.config import Config, EvaluateConfig, config_from_argv, to_dict
+from vlakeep.data.prompts import action_prompt, encode_prompts, prompt_ids
 from vlakeep.icsm.artifact import default_layers, layer_map
 from vlakeep.icsm.collect import pooled_states
 from vlakeep.parallel import pick_device, set_threads
@@ -32,6 +35,10 @@ from vlakeep.target import load_manifest, read_action_statistics, target_checkpo
 from vlakeep.thermostat.drift import covariance, covariance_drift
 
 ANSWER_TOKENS = 6
+TABLETOP_SEED = 1000
+# Fields of the evaluate section that change no trial, and those that one kind of benchmark does not read.
+NO_MATTER = ("target", "parallel", "workers", "videos")
+LIBERO_ONLY, TABLETOP_ONLY = ("batch", "center_crop"), ("questions", "questions_per_kind", "retention_frames")
 
 
 def load_target(config: Config, storage: Storage, device):
@@ -108,36 +115,26 @@ def run_evaluation(config: Config, storage: Storage) -> Path:
     """Evaluate one target and return its folder. Interrupted evaluations go on where they stopped."""
     set_threads(config.threads)
     started = time.perf_counter()
-    skills = config.evaluate.skills or tabletop.ALL_SKILLS
-    kinds = config.evaluate.questions or tabletop.QUESTION_KINDS
-    for key, names, known in (("skills", skills, tabletop.ALL_SKILLS), ("questions", kinds, tabletop.QUESTION_KINDS)):
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise ValueError(f"--evaluate.{key} {unknown}: must be among {', '.join(known)}")
+    settings = resolved(config)
+    in_libero = settings.benchmark in libero.SUITES
+    (libero.check if in_libero else check_tabletop)(settings)
     backbone, name, weights = load_target(config, storage, pick_device(config.device))
-    backbone.action_statistics(config.backbone.unnorm_key)  # raises for a key that would make every trial crash
-    folder = storage.eval / name
-    settings = config.evaluate
-    header = {"weights": weights, "base": backbone.weights_sha256, "evaluate": {k: v for k, v in to_dict(settings).items()
-                                                                               if k not in ("target", "parallel")}}
+    key = config.backbone.unnorm_key
+    if in_libero:
+        key = libero.pick_key(settings.benchmark, key, backbone.norm_stats, backbone.unnorm_key)
+    backbone.action_statistics(key)  # raises for a key that would make every trial crash
+    folder = storage.eval / settings.benchmark / name if in_libero else storage.eval / name
+    unread = NO_MATTER + (TABLETOP_ONLY if in_libero else LIBERO_ONLY)
+    header = {"weights": weights, "base": backbone.weights_sha256,
+              "evaluate": {k: v for k, v in to_dict(settings).items() if k not in unread}}
     with Records(folder / "records.jsonl", header) as records:
-        drift = 0.0 if name == "base" else measure_drift(backbone, config, storage)  # first, while a bad probe costs nothing yet
-        policy = ActionPolicy(backbone, config.backbone.unnorm_key)
-        tabletop.run_skill_episodes(policy, skills, settings.episodes, tabletop.EVALUATION + settings.seed, settings.parallel, records,
-                                    desc=name)
-        for kind in tqdm(kinds, desc=f"{name}: questions", leave=False):
-            trials = tabletop.question_trials(kind, settings.questions_per_kind, settings.seed)
-            todo = [t for t in trials if not records.has("question", kind, t.trial)]
-            for trial, said in zip(todo, answer_questions(backbone, [t.sample for t in todo])):
-                records.add(kind="question", ability=kind, trial=trial.trial, seed=trial.seed, success=said == trial.sample.answer,
-                            value=None, crash=None, steps=0, answer=said, expected=trial.sample.answer)
-        if name != "base" and not records.has("retention", "action_kl", settings.retention_frames - 1):
-            frames = tabletop.retention_frames(settings.retention_frames, settings.seed)
-            for index, value in enumerate(action_token_kl(backbone, frames)):
-                records.add(kind="retention", ability="action_kl", trial=index, seed=settings.seed, success=None, value=float(value),
-                            crash=None, steps=0)
+        drift = drift_of(name, backbone, config, storage, required=not in_libero)  # first, while a bad probe costs nothing yet
+        if in_libero:
+            run_libero(backbone, key, settings, records, folder, name)
+        else:
+            run_tabletop(backbone, key, settings, records, name)
         rows = records.rows()
-    summary = make_summary(name, rows, drift, weights)
+    summary = make_summary(name, rows, drift, weights, settings.benchmark)
     summary["seconds"] = time.perf_counter() - started
     with atomic_write(folder / "summary.json", "w") as file:
         json.dump(summary, file, indent=1)
@@ -145,28 +142,92 @@ def run_evaluation(config: Config, storage: Storage) -> Path:
     return folder
 
 
-def make_summary(name: str, rows: List[dict], drift: float, weights: str) -> Dict:
-    """The summary.json of docs/formats.md from the trial records."""
+def resolved(config: Config) -> EvaluateConfig:
+    """The evaluate section with the values that follow from others."""
+    settings = config.evaluate
+    in_libero = settings.benchmark in libero.SUITES
+    return replace(settings, seed=(libero.SEED if in_libero else TABLETOP_SEED) if settings.seed is None else settings.seed,
+                   center_crop=config.data.image_aug if settings.center_crop is None else settings.center_crop)
+
+
+def drift_of(name: str, backbone, config: Config, storage: Storage, required: bool):
+    """The drift, 0 for the base itself; None without a probe where that is no error."""
+    if name == "base":
+        return 0.0
+    if not required and not storage.probe_folder(config.probe.name).is_dir():
+        print(f"no probe `{config.probe.name}`: the drift is not measured", file=sys.stderr)
+        return None
+    return measure_drift(backbone, config, storage)
+
+
+def check_tabletop(settings) -> None:
+    asked = (("skills", settings.skills, tabletop.ALL_SKILLS), ("questions", settings.questions, tabletop.QUESTION_KINDS))
+    for key, names, known in asked:
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise ValueError(f"--evaluate.{key} {unknown}: must be among {', '.join(known)}")
+
+
+def run_tabletop(backbone, key, settings, records: Records, name: str) -> None:
+    """Episodes of every skill, questions of every kind, and the KL on frames of the old skills."""
+    policy, skills = ActionPolicy(backbone, key), settings.skills or tabletop.ALL_SKILLS
+    first = tabletop.EVALUATION + settings.seed
+    tabletop.run_skill_episodes(policy, skills, settings.episodes, first, settings.parallel, records, desc=name)
+    for kind in tqdm(settings.questions or tabletop.QUESTION_KINDS, desc=f"{name}: questions", leave=False):
+        trials = tabletop.question_trials(kind, settings.questions_per_kind, settings.seed)
+        todo = [t for t in trials if not records.has("question", kind, t.trial)]
+        for trial, said in zip(todo, answer_questions(backbone, [t.sample for t in todo])):
+            records.add(kind="question", ability=kind, trial=trial.trial, seed=trial.seed, success=said == trial.sample.answer,
+                        value=None, crash=None, steps=0, answer=said, expected=trial.sample.answer)
+    if name != "base" and not records.has("retention", "action_kl", settings.retention_frames - 1):
+        frames = tabletop.retention_frames(settings.retention_frames, settings.seed)
+        for index, value in enumerate(action_token_kl(backbone, frames)):
+            records.add(kind="retention", ability="action_kl", trial=index, seed=settings.seed, success=None, value=float(value),
+                        crash=None, steps=0)
+
+
+def run_libero(backbone, key, settings, records: Records, folder: Path, name: str) -> None:
+    """Episodes of the suite's tasks in the simulator."""
+    def policy(images, instructions):
+        return backbone.predict_actions(images, instructions, key, on_early_stop="nan")
+
+    def length(instruction):
+        return len(prompt_ids(action_prompt(instruction), backbone.processor.tokenizer))
+
+    tasks = libero.pick_tasks(settings.benchmark, settings.skills)
+    act = libero.FixedBatch(policy, settings.batch, libero.longest_instruction(settings.benchmark, tasks, length))
+    restarts = libero.run_suite(act, settings, settings.center_crop, records, folder / "videos", desc=name)
+    if restarts:
+        print(f"{name}: {restarts} simulator processes died and were replaced", file=sys.stderr)
+
+
+def make_summary(name: str, rows: List[dict], drift, weights: str, benchmark: str = "tabletop") -> Dict:
+    """The summary.json of docs/formats.md from the trial records. A LIBERO suite is one skill, with its tasks listed below it."""
     groups = summarise(rows)
+    learnt = benchmark if benchmark in libero.SUITES else tabletop.NEW_SKILL
     abilities = {ability: dict(value, group=kind) for (kind, ability), value in groups.items()
-                 if kind in ("skill", "question") and ability != tabletop.NEW_SKILL}
-    new = groups.get(("skill", tabletop.NEW_SKILL))
+                 if kind in ("skill", "question") and ability != learnt}
+    new = groups.get(("skill", learnt))
     kl = [row["value"] for row in rows if row["kind"] == "retention"]
-    return {"target": name, "weights": weights, "new_skill": dict(new, name=tabletop.NEW_SKILL) if new else None, "abilities": abilities,
-            "retention_kl": mean_interval(kl) if kl else {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 0}, "drift": drift}
+    summary = {"target": name, "weights": weights, "new_skill": dict(new, name=learnt) if new else None, "abilities": abilities,
+               "retention_kl": mean_interval(kl) if kl else {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 0}, "drift": drift}
+    return dict(summary, tasks=libero.by_task(rows)) if benchmark in libero.SUITES else summary
 
 
 def print_summary(summary: Dict) -> None:
-    def line(label, value):
+    def line(label, value, end=""):
         crashes = f", {value['crashes']} crashed" if value.get("crashes") else ""
-        print(f"  {label:24s} {value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]{crashes}")
+        print(f"  {label:24s} {value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]{crashes}{end}")
 
     print(f"{summary['target']} ({summary['seconds']:.0f} s)")
     if summary["new_skill"]:
-        line(f"new skill {summary['new_skill']['name']}", summary["new_skill"])
+        line(("suite " if "tasks" in summary else "new skill ") + summary["new_skill"]["name"], summary["new_skill"])
+    for task, value in summary.get("tasks", {}).items():
+        line(f"({value['n']} episodes)", value, end=f"  {task}")
     for ability, value in summary["abilities"].items():
         line(ability, value)
-    print(f"  {'action-token KL':24s} {summary['retention_kl']['mean']:.4f}   drift {summary['drift']:.3f}")
+    drift = "not measured" if summary["drift"] is None else f"{summary['drift']:.3f}"
+    print(f"  {'action-token KL':24s} {summary['retention_kl']['mean']:.4f}   drift {drift}")
 
 
 def main(argv: List[str]) -> int:

@@ -24,6 +24,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from vlakeep import checks
+from vlakeep.benchmarks import libero_setup
+from vlakeep.benchmarks.libero_env import SUITES
 from vlakeep.checks import GREEN, RED, YELLOW, Line
 from vlakeep.config import Config, ConfigError, config_from_argv
 from vlakeep.errors import human_bytes
@@ -200,11 +202,25 @@ def run_checks(
     if stage == "offline" or (stage == "train" and uses_icsm):
         found, probe_sha256 = checks.check_probe(config, storage)
         lines += found
+    if stage == "evaluate" and config.evaluate.benchmark in SUITES:
+        lines += check_libero()
     if stage == "train":
         lines += checks.check_data(config, storage)
         lines += checks.check_artifact(config, storage, model, probe_sha256, config_path) if uses_icsm else []
         lines += checks.check_run(config, storage, model)
     return lines
+
+
+def check_libero() -> List[Line]:
+    """Lines about the simulator: whether it is installed and can render, and how its pictures differ from the official ones."""
+    try:
+        libero_setup.require_libero()
+    except OSError as error:
+        found, _, remedy = str(error).partition(". Run ")
+        return [Line(RED, "LIBERO simulator", found, remedy)]
+    versions = libero_setup.versions()
+    lines = [Line(GREEN, "LIBERO simulator", ", ".join(f"{name} {version}" for name, version in versions.items()))]
+    return lines + [Line(YELLOW, "LIBERO pictures", warning) for warning in libero_setup.warnings_about(versions)]
 
 
 def show(lines: List[Line], title: str) -> int:

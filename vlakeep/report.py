@@ -3,7 +3,8 @@
     vlakeep report --config configs/method_icsm_hsw_thermostat.yaml --runs base,baseline,method,method_lora_input --out DIR
 
 --runs names the arms; `arm=run` takes a run of another name (method=my_run). The arms base and baseline are the references of all
-differences. --out is a folder, ROOT/report when left out; --title and --seconds (time of the whole experiment) are optional.
+differences. --evaluate.benchmark says which of their evaluations is meant, as for `vlakeep evaluate`. --out is a folder,
+ROOT/report when left out; --title and --seconds (time of the whole experiment) are optional.
 
 reads:  ROOT/eval/<run>/summary.json and records.jsonl; run_root_dir/<run>/metrics.jsonl, provenance.json and config.yaml
 writes: index.html, summary.json, provenance.json, tables/*.md and *.csv, figures/*.png and *.svg
@@ -102,8 +103,9 @@ def total_seconds(comparison: Comparison) -> float:
     return sum((arm.train_seconds or 0.0) + ((arm.summary or {}).get("seconds") or 0.0) for arm in comparison.arms.values())
 
 
-def arms_from_runs(runs: str, storage: Storage) -> Dict[str, Dict[str, Optional[Path]]]:
+def arms_from_runs(runs: str, storage: Storage, benchmark: str = "tabletop") -> Dict[str, Dict[str, Optional[Path]]]:
     """`base,baseline,method=my_run` -> folders of each arm. Raises ConfigError for an empty or doubled name."""
+    evaluations = storage.eval if benchmark == "tabletop" else storage.eval / benchmark
     arms: Dict[str, Dict[str, Optional[Path]]] = {}
     for part in runs.split(","):
         arm, _, run = (piece.strip() for piece in part.partition("="))
@@ -113,7 +115,7 @@ def arms_from_runs(runs: str, storage: Storage) -> Dict[str, Dict[str, Optional[
                 "write e.g. --runs base,baseline,method=my_run"
             )
         run = run or arm
-        arms[arm] = {"eval": storage.eval / run, "run": None if run == "base" else storage.runs / run}
+        arms[arm] = {"eval": evaluations / run, "run": None if run == "base" else storage.runs / run}
     return arms
 
 
@@ -144,7 +146,7 @@ def main(argv: List[str]) -> int:
         seconds = float(own["seconds"]) if "seconds" in own else None
     except ValueError:
         raise ConfigError(f"--seconds {own['seconds']}: must be a number") from None
-    arms = arms_from_runs(own.get("runs", "base,baseline,method"), storage)
+    arms = arms_from_runs(own.get("runs", "base,baseline,method"), storage, config.evaluate.benchmark)
     path = build_report(storage.root, arms, Path(own.get("out", storage.report)), own.get("title", "vlakeep report"), seconds)
     print(f"{path} ({time.perf_counter() - started:.0f} s)")
     return 0

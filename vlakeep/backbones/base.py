@@ -306,7 +306,8 @@ class Backbone(nn.Module):
     ) -> np.ndarray:
         """Actions [B, A] float64 for uint8 images [B, H, W, 3] (or a list) and instructions, as the official predict_action.
 
-        A row that ends early is an error (EarlyStop), or with on_early_stop="center" takes the middle of every missing dimension.
+        A row that ends early is an error (EarlyStop); with on_early_stop="center" it takes the middle of every missing dimension,
+        with "nan" it is not a number throughout, so that the other rows keep their result.
         """
         from vlakeep.data.prompts import encode_prompts
 
@@ -315,8 +316,8 @@ class Backbone(nn.Module):
 
     def predict_batch(self, batch: Batch, unnorm_key: Optional[str] = None, on_early_stop: str = "raise") -> np.ndarray:
         """predict_actions on encoded action prompts."""
-        if on_early_stop not in ("raise", "center"):
-            raise ValueError(f"on_early_stop {on_early_stop!r}: must be raise or center")
+        if on_early_stop not in ("raise", "center", "nan"):
+            raise ValueError(f"on_early_stop {on_early_stop!r}: must be raise, center or nan")
         size = len(self.action_statistics(unnorm_key)["q01"])
         ids_BA, ended_B = self.generate(batch, size, stop_at_eos=True)
         ids_BA = ids_BA.cpu().numpy()
@@ -330,7 +331,8 @@ class Backbone(nn.Module):
                     f"row {row} ended after {int((~after_BA[row]).sum())} of {size} action tokens: the model does not speak "
                     "actions for this prompt; fine-tune it on action data first, or pass on_early_stop='center'"
                 )
-            actions_BA = np.where(after_BA, 0.0, actions_BA)
+            gone_BA = after_BA if on_early_stop == "center" else after_BA.any(1, keepdims=True)
+            actions_BA = np.where(gone_BA, 0.0 if on_early_stop == "center" else np.nan, actions_BA)
         return self.unnormalise(actions_BA, unnorm_key)
 
 

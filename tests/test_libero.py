@@ -1,0 +1,172 @@
+"""LIBERO with the real simulator: the official loop, to the bit, and an evaluation from end to end. Skipped without it."""
+
+import importlib.util
+import json
+import os
+import zlib
+
+import numpy as np
+import pytest
+
+if importlib.util.find_spec("libero") is None or importlib.util.find_spec("robosuite") is None:
+    pytest.skip("the LIBERO simulator is not installed (make libero)", allow_module_level=True)
+
+from vlakeep.benchmarks import libero, libero_setup
+from vlakeep.benchmarks.libero_env import IDLE, LiberoEnv, load_suite, policy_image, to_simulator
+from vlakeep.benchmarks.libero_expert import Expert, NotCovered, goals
+from vlakeep.benchmarks.libero_play import evaluate_episode
+from vlakeep.benchmarks.libero_record import play_expert, replay, without_no_ops
+from vlakeep.benchmarks.libero_workers import Job, Workers
+from vlakeep.data.images import center_crop, decode_image, encode_jpeg, resize_uint8
+
+STEPS = 5
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    with libero_setup.variables(libero_setup.environment()):
+        yield
+
+
+def actions(number):
+    """A fixed sequence of model actions, gripper opening and closing."""
+    rng = np.random.default_rng(number)
+    return np.concatenate([rng.uniform(-1, 1, (STEPS, 6)), rng.integers(0, 2, (STEPS, 1))], axis=1)
+
+
+def official_loop(suite, task, episodes):
+    """The plain loop, written after the official protocol: (pictures, rewards, final state) per episode."""
+    libero_setup.import_libero()
+    from libero.libero import get_libero_path
+    from libero.libero.envs import OffScreenRenderEnv
+
+    found = load_suite(suite)
+    info, states = found.get_task(task), found.get_task_init_states(task)
+    file = os.path.join(get_libero_path("bddl_files"), info.problem_folder, info.bddl_file)
+    env = OffScreenRenderEnv(bddl_file_name=file, camera_heights=256, camera_widths=256)
+    env.seed(0)
+    results = []
+    for number in range(episodes):
+        env.reset()
+        observation = env.set_init_state(states[number])
+        for _ in range(10):
+            observation, _, _, _ = env.step([0, 0, 0, 0, 0, 0, -1])
+        pictures, rewards = [], []
+        for action in actions(number):
+            image = np.ascontiguousarray(observation["agentview_image"][::-1, ::-1])
+            pictures.append(center_crop(resize_uint8(decode_image(encode_jpeg(image, 95)), (224, 224))))
+            action[6] = -np.sign(2 * action[6] - 1)
+            observation, reward, _, _ = env.step(action.tolist())
+            rewards.append(reward)
+        results.append((pictures, rewards, env.get_sim_state()))
+    env.close()
+    return results, info.language
+
+
+def test_episodes_are_those_of_the_official_loop_to_the_bit():
+    """A task with a drawer, whose placement takes random numbers at every reset; our episodes in another order."""
+    expected, language = official_loop("libero_spatial", 4, 2)
+    env = LiberoEnv("libero_spatial", 4)
+    assert env.language == language == "pick up the black bowl in the top drawer of the wooden cabinet and place it on the plate"
+    for number in (1, 0):
+        observation = env.start(number)
+        pictures, rewards, state = expected[number]
+        for step, action in enumerate(actions(number)):
+            assert np.array_equal(policy_image(observation["agentview_image"], crop=True), pictures[step]), (number, step)
+            observation, reward, _ = env.step(to_simulator(action))
+            assert reward == rewards[step]
+        assert np.array_equal(env.state(), state)
+    with pytest.raises(ValueError, match="tasks 0 to 9"):
+        LiberoEnv("libero_spatial", 10)
+    env.close()
+
+
+def test_an_expert_policy_succeeds_through_the_evaluation_and_its_demonstration_replays():
+    """The expert's actions, handed over as a model would give them, in the first official episode; a demonstration's states."""
+    env = LiberoEnv("libero_object", 6)
+    script, known, observation = Expert(env), [], env.start(0)
+    for action in script.act(goals("libero_object", 6)):
+        known.append(action)
+        if env.step(action)[2]:
+            break
+    game = evaluate_episode(env, Job("libero_object", 6, 0, 0, limit=280))
+    seen = next(game)
+    assert np.array_equal(seen.image, policy_image(observation["agentview_image"], crop=False))
+    assert seen.instruction == env.language
+    with pytest.raises(StopIteration) as end:
+        for action in known:
+            game.send(np.r_[action[:6], 1.0 if action[6] < 0 else 0.0])
+    assert end.value.value == {"success": True, "steps": len(known)}
+    env.close()
+
+    env = LiberoEnv("libero_object", 6, render=False)
+    actions = without_no_ops(play_expert(env, 1000, 280))
+    one, two = replay(env, 1000, actions), replay(env, 1000, actions)
+    assert len(one.actions) == len(one.proprio) == len(one.states) - 1 and one.proprio.shape[1] == 8
+    assert all(np.array_equal(a, b) for a, b in zip(one, two)) and set(np.unique(one.actions[:, 6])) == {-1.0, 1.0}
+    assert replay(env, 1000, actions[:20]) is None
+    with pytest.raises(NotCovered, match="libero_goal task 0"):
+        goals("libero_goal", 0)
+    env.close()
+
+
+def test_fresh_scenes_follow_from_their_seed_alone():
+    env = LiberoEnv("libero_object", 0, render=False)
+    first = {}
+    for seed in (1000, 1001, 1000):
+        env.fresh_start(seed)
+        state = env.state()
+        env.step([1.0] * 7)
+        assert np.array_equal(first.setdefault(seed, state), state)
+    assert not np.array_equal(first[1000], first[1001])
+    assert env.step(IDLE)[1:] == (0.0, False)
+    env.close()
+
+
+def test_the_number_of_workers_changes_no_picture():
+    """What the policy sees, step by step, from one process and from two."""
+    jobs = [Job("libero_object", task, number, 0, limit=3) for task in (0, 1) for number in (0, 1)]
+    found = []
+    for count in (1, 2):
+        pictures = {}
+
+        def act(jobs, seen, pictures=pictures):
+            for job, one in zip(jobs, seen):
+                pictures.setdefault(job, []).append(zlib.crc32(one.image.tobytes()))
+            return [actions(zlib.crc32(one.image.tobytes()))[0] for one in seen]
+
+        with Workers(LiberoEnv, evaluate_episode, count) as workers:
+            assert {job for job, result, _ in workers.run(jobs, act) if result == {"success": False, "steps": 3}} == set(jobs)
+        found.append(pictures)
+    assert found[0] == found[1] and all(len(set(hashes)) == 3 for hashes in found[0].values())
+
+
+def test_one_command_evaluates_a_suite_resumes_and_is_read_by_the_report(tmp_path, monkeypatch, capsys):
+    from vlakeep import cli
+    from vlakeep.backbones.base import Backbone
+
+    def act(backbone, images, instructions, key, on_early_stop):
+        assert images.shape == (3, 224, 224, 3) and key == "tabletop"
+        return np.tile([0.0, 0, 0, 0, 0, 0, 1.0], (3, 1))
+
+    monkeypatch.setattr(Backbone, "predict_actions", act)
+    monkeypatch.setitem(libero.MAX_STEPS, "libero_object", 3)
+    place = ["--root", str(tmp_path), "--evaluate.benchmark", "libero_object"]
+    command = ["evaluate", *place, "--threads", "1", "--device", "cpu", "--evaluate.skills", "[0]", "--evaluate.episodes", "1",
+               "--evaluate.batch", "2", "--evaluate.videos", "1", "--backbone.unnorm_key", "tabletop"]
+    assert cli.run(command) == 0
+    folder = tmp_path / "eval" / "libero_object" / "base"
+    rows = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    assert rows[0]["header"]["evaluate"] == {"benchmark": "libero_object", "skills": ["0"], "episodes": 1, "seed": 0, "batch": 2,
+                                             "center_crop": False}
+    assert rows[1:] == [{"kind": "skill", "ability": "libero_object", "trial": 0, "seed": 0, "success": False, "value": None,
+                         "crash": None, "steps": 3, "task": "pick_up_the_alphabet_soup_and_place_it_in_the_basket", "init": 0}]
+    assert (folder / "videos" / "task00_00.mp4").stat().st_size > 1000
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["new_skill"]["name"] == "libero_object" and summary["new_skill"]["n"] == 1 and len(summary["tasks"]) == 1
+    assert "suite libero_object" in capsys.readouterr().out
+    monkeypatch.setattr(Workers, "_start", None)  # the second time nothing is left to simulate
+    assert cli.run(command) == 0
+    assert json.loads((folder / "summary.json").read_text())["new_skill"] == summary["new_skill"]
+    assert cli.run(["report", *place, "--runs", "base", "--out", str(tmp_path / "report")]) == 0
+    assert "New skill: libero_object" in (tmp_path / "report" / "tables" / "comparison.md").read_text()

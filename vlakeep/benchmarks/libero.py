@@ -1,0 +1,110 @@
+"""The LIBERO benchmark as stages see it: episodes of a suite, many simulators in front of one policy.
+
+An episode is a function of (task, initial state, seed) and of the policy: neither the number of workers nor the order changes it.
+"""
+
+from pathlib import Path
+from typing import Callable, Dict, List, Optional, Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from vlakeep.benchmarks.libero_env import INIT_STATES, MAX_STEPS, SUITES, LiberoEnv, load_suite  # noqa: F401 (the room's interface)
+from vlakeep.benchmarks.libero_play import evaluate_episode, require_video
+from vlakeep.benchmarks.libero_setup import require_libero
+from vlakeep.benchmarks.libero_workers import Job, Seen, Workers
+from vlakeep.benchmarks.records import Records, summarise
+
+SEED = 0  # the official script seeds its environments with it
+_NOT_FINITE = "ValueError: the policy gave an action that is not finite, or ended its answer before all action tokens were out"
+
+
+class FixedBatch:
+    """A policy that is always asked for `rows` + 1 pictures, the last with the longest instruction: every call has one shape."""
+
+    def __init__(self, policy: Callable, rows: int, longest: str):
+        self._policy, self._rows, self._longest = policy, rows, longest
+
+    def __call__(self, jobs: Sequence[Job], seen: Sequence[Seen]) -> List:
+        """Per job its action, or the text of an error."""
+        answers: List = []
+        for start in range(0, len(seen), self._rows):
+            part = list(seen[start:start + self._rows])
+            try:
+                answers += self._ask(part)
+            except Exception:  # what one picture provokes must not take the other episodes along
+                for one in part:
+                    try:
+                        answers += self._ask([one])
+                    except Exception as error:
+                        answers.append(f"{type(error).__name__}: {error}")
+        return [a if isinstance(a, str) or np.isfinite(a).all() else _NOT_FINITE for a in answers]
+
+    def _ask(self, part: List[Seen]) -> List[np.ndarray]:
+        fill = self._rows + 1 - len(part)
+        images = np.stack([s.image for s in part] + [np.zeros_like(part[0].image)] * fill)
+        return list(self._policy(images, [s.instruction for s in part] + [self._longest] * fill)[:len(part)])
+
+
+def pick_tasks(suite: str, chosen: Sequence[str]) -> List[int]:
+    """Task numbers; all of the suite for an empty list. ValueError for what is no number of a task."""
+    count = load_suite(suite).n_tasks
+    if not all(text.isdigit() and int(text) < count for text in chosen):
+        raise ValueError(f"--evaluate.skills {list(chosen)}: {suite} has the tasks 0 to {count - 1}")
+    return sorted({int(text) for text in chosen}) if chosen else list(range(count))
+
+
+def pick_key(suite: str, given: Optional[str], known: Dict, own: Optional[str]) -> str:
+    """The key of the action statistics: the given one, else the suite, else SUITE_no_noops (as the official script), else `own`,
+    the only data set that the run was trained on. ValueError when the model has none of these."""
+    for key in (given, suite, f"{suite}_no_noops", own):
+        if key is not None and key in known:
+            return key
+    raise ValueError(f"the model has no action statistics of {given or f'{suite} or {suite}_no_noops'} (it has "
+                     f"{', '.join(known) or 'none'}): name one with --backbone.unnorm_key")
+
+
+def check(settings) -> None:
+    """Raise for whatever an evaluation lacks that is known before a model is loaded; `settings` is config.evaluate."""
+    require_libero()
+    if settings.videos:
+        require_video()
+    if settings.episodes > INIT_STATES:
+        raise ValueError(f"--evaluate.episodes {settings.episodes}: a LIBERO task has {INIT_STATES} initial states")
+    pick_tasks(settings.benchmark, settings.skills)
+
+
+def longest_instruction(suite: str, tasks: Sequence[int], length: Callable[[str], int] = len) -> str:
+    found = load_suite(suite)
+    return max((found.get_task(task).language for task in tasks), key=length)
+
+
+def run_suite(act: Callable, settings, crop: bool, records: Records, videos: Path, desc: str = "") -> int:
+    """Play every episode that `records` lacks and add its line; returns how many simulators had to be replaced.
+
+    act(jobs, [Seen]) gives an action or an error text per job, as FixedBatch does; `settings` is config.evaluate.
+    """
+    suite, seed = settings.benchmark, SEED if settings.seed is None else settings.seed
+    tasks, names = pick_tasks(suite, settings.skills), load_suite(suite).get_task_names()
+    jobs = [Job(suite, task, k, seed, MAX_STEPS[suite], crop,
+                target=str(videos / f"task{task:02d}_{k:02d}.mp4") if k < settings.videos else None)
+            for task in tasks for k in range(settings.episodes) if not records.has("skill", suite, trial(task, k))]
+    bar = tqdm(total=len(jobs), desc=f"{desc}: {suite}", mininterval=1.0)
+    with bar, Workers(LiberoEnv, evaluate_episode, settings.workers) as workers:
+        for job, result, crash in workers.run(jobs, act):
+            records.add(kind="skill", ability=suite, trial=trial(job.task, job.number), seed=seed,
+                        success=result["success"] if result else None, value=None, crash=crash,
+                        steps=result["steps"] if result else 0, task=names[job.task], init=job.number)
+            bar.update()
+        return workers.restarts
+
+
+def trial(task: int, init: int) -> int:
+    """Number of an episode within its suite."""
+    return task * INIT_STATES + init
+
+
+def by_task(rows: Sequence[dict]) -> Dict[str, dict]:
+    """Task -> success rate with its Wilson interval, in the suite's order, from the records of one suite."""
+    named = [dict(row, ability=row["task"]) for row in sorted(rows, key=lambda row: row["trial"]) if row["kind"] == "skill"]
+    return {task: value for (_, task), value in summarise(named).items()}

@@ -1,0 +1,174 @@
+"""A scripted expert for LIBERO's pick-and-place tasks, from ground truth, through the same 7-D actions that a policy gives.
+
+An action is a world-frame displacement of the hand / 0.05 m [3], a rotation vector / 0.5 rad [3], and the gripper, -1 open or
++1 closed. Every skill is a generator of actions that reads the simulator's present state; the caller steps the simulator
+between two.
+"""
+
+from typing import Callable, Iterator, List, Optional, Tuple
+
+import numpy as np
+
+from vlakeep.benchmarks.libero_env import bddl_file, load_suite
+from vlakeep.benchmarks.libero_grasp import Grasp, Release, plan_grasp
+from vlakeep.benchmarks.libero_scene import Scene, clearance, hand_points, rotation_vector
+
+OPEN, CLOSED = -1.0, 1.0
+GAIN, GAIN_TURN = 3.0, 2.0  # proportional control; the simulator's own controller is slower than a step
+ATTEMPTS = 4
+PATIENCE = 10
+Actions = Iterator[np.ndarray]
+
+
+class NotCovered(ValueError):
+    """The task has a goal that the expert has no skill for."""
+
+
+Goal = Tuple[str, ...]  # ("on" or "in", thing, target)
+
+
+def goals(suite: str, task: int) -> List[Goal]:
+    """The task's goals in order. Raises NotCovered for one without a skill, such as an open drawer."""
+    from libero.libero.envs.bddl_utils import robosuite_parse_problem
+
+    info = load_suite(suite).get_task(task)
+    found = [tuple(goal) for goal in robosuite_parse_problem(bddl_file(info))["goal_state"]]
+    for goal in found:
+        if len(goal) != 3 or goal[0] not in ("in", "on"):
+            raise NotCovered(f"{suite} task {task}, {info.language!r}: the expert has no skill for `{' '.join(goal)}`")
+    return found
+
+
+class Expert:
+    """The hand's script; `rotation` is what the hand is kept at."""
+
+    def __init__(self, env):
+        self.scene = Scene(env)
+        self.rotation = self.scene.hand_rotation()
+        self.attempt = 0
+
+    def act(self, goals: List[Goal]) -> Actions:
+        """One goal after the other, then a moment in which the last one may still come true."""
+        for goal in goals:
+            yield from self.bring(goal)
+        yield from self.hold(self.scene.hand(), OPEN, PATIENCE)
+
+    # Motion
+
+    def towards(self, target_3: np.ndarray, gripper: float, slow: float = 1.0) -> np.ndarray:
+        """The action [7] of one step."""
+        shift = np.clip(GAIN * (target_3 - self.scene.hand()) / 0.05, -slow, slow)
+        twist = np.clip(GAIN_TURN * rotation_vector(self.rotation @ self.scene.hand_rotation().T) / 0.5, -0.5, 0.5)
+        return np.clip(np.r_[shift, twist, gripper], -1, 1)
+
+    def go(self, target, gripper: float, within: float = 0.006, steps: int = 60, slow: float = 1.0) -> Actions:
+        """To a place [3] or to what a function gives at each step, until it is that near and turned, or the steps are used up."""
+        at: Callable = target if callable(target) else lambda: target
+        for _ in range(steps):
+            place = at()
+            twisted = np.linalg.norm(rotation_vector(self.rotation @ self.scene.hand_rotation().T))
+            if np.linalg.norm(place - self.scene.hand()) < within and twisted < 0.06:
+                return
+            yield self.towards(place, gripper, slow)
+
+    def rise(self, height: float, gripper: float, within: float, steps: int) -> Actions:
+        yield from self.go(self.scene.hand() + [0, 0, height], gripper, within, steps)
+
+    def hold(self, place_3: np.ndarray, gripper: float, steps: int) -> Actions:
+        for _ in range(steps):
+            yield self.towards(place_3, gripper)
+
+    # Skills
+
+    def _plan(self, name: str, release: Optional[Release]) -> Grasp:
+        grasp = plan_grasp(self.scene, name, self.attempt, release)
+        self.rotation = grasp.rotation
+        return grasp
+
+    def grasp(self, name: str, release: Optional[Release]) -> Iterator:
+        """Approach from above and close. Returns the Grasp."""
+        grasp = self._plan(name, release)
+        hand, safe = self.scene.hand(), grasp.top + 0.06
+        height = max(safe, min(hand[2], safe + 0.15))
+        if hand[2] < height - 0.02:
+            yield from self.go(np.r_[hand[:2], height], OPEN, within=0.03)
+        yield from self.go(np.r_[grasp.xy, height], OPEN, within=0.02)
+        grasp = self._plan(name, release)  # again: at first things may still have been settling
+        yield from self.go(np.r_[grasp.xy, grasp.top + 0.03], OPEN, within=0.010)
+        yield from self.go(np.r_[grasp.xy, grasp.z], OPEN, within=0.004, steps=40, slow=0.6)
+        for step in range(14):
+            before = self.scene.finger_gap()
+            yield self.towards(np.r_[grasp.xy, grasp.z], CLOSED)
+            if step > 4 and abs(self.scene.finger_gap() - before) < 2e-4:
+                break
+        return grasp
+
+    def carry(self, name: str, xy: Callable, let_go: float, height: float) -> Actions:
+        """Bring the thing above xy() and set it down: travel at `height` or higher, let go with the hand at `let_go`."""
+        scene = self.scene
+
+        def above(z):
+            return lambda: np.r_[xy() + scene.hand()[:2] - scene.position(name)[:2], z]
+
+        height = self._clear_height(name, above(height)()[:2], height)
+        yield from self.go(np.r_[scene.hand()[:2], height], CLOSED, within=0.03)
+        yield from self.go(above(height), CLOSED, within=0.015, steps=70)
+        if height - let_go > 0.07:
+            yield from self.go(above(let_go + 0.04), CLOSED, within=0.02, steps=40)
+        yield from self.go(above(let_go), CLOSED, within=0.008, steps=40, slow=0.6)
+        place = scene.hand()
+        yield from self.hold(place, OPEN, 8)
+        yield from self.go(place + [0, 0, 0.10], OPEN, within=0.03, steps=12)
+        yield from self.hold(scene.hand(), OPEN, 10)
+
+    def _clear_height(self, name: str, end_2: np.ndarray, height: float) -> float:
+        """The lowest height, in steps of 4 cm, at which hand and thing pass everything on the straight way to `end_2`."""
+        hand, angle, obstacles = self.scene.hand(), self.scene.finger_angle(), self.scene.obstacles(name)
+        carried = (self.scene.corners(name) - hand)[::4]
+        for _ in range(6):
+            way = [np.r_[hand[:2] + u * (end_2 - hand[:2]), height] for u in np.linspace(0, 1, 9)]
+            if min(clearance(np.concatenate([hand_points(p, angle), carried + p]), obstacles) for p in way) > 0.012:
+                break
+            height += 0.04
+        return height
+
+    def bring(self, goal: Goal) -> Actions:
+        """Put a thing on or in something; up to four grasps, each another one."""
+        _, name, target = goal
+        scene, self.attempt = self.scene, 0
+        owner = scene.owner(target)
+        top = scene.corners(owner)[:, 2].max() if owner in scene.env.obj_body_id else 0.0
+        surface = scene.position(target)[2] if scene.is_site(target) else top
+        release = None if "basket" in target else Release(scene.position(target)[:2], surface, owner)
+        for _ in range(ATTEMPTS):
+            before = scene.position(name)[2]
+            grasp = yield from self.grasp(name, release)
+            yield from self.rise(0.05, CLOSED, within=0.012, steps=12)
+            if scene.position(name)[2] < before + 0.02:  # nothing lifted
+                self.attempt += 1
+                yield from self.rise(0.07, OPEN, within=0.02, steps=15)
+                continue
+            let_go, height = self._release_heights(target, owner, top, surface, grasp.above)
+            distance, lost = np.linalg.norm(scene.position(name) - scene.hand()), False
+            for action in self.carry(name, lambda: scene.position(target)[:2], let_go, height):
+                yield action
+                if action[6] == CLOSED and np.linalg.norm(scene.position(name) - scene.hand()) > distance + 0.05:
+                    lost = True  # it slipped out
+                    break
+            if scene.holds(goal):
+                return
+            self.attempt += 1
+            if lost:
+                yield from self.rise(0.05, OPEN, within=0.02, steps=12)
+
+    def _release_heights(self, target: str, owner: str, top: float, surface: float, above: float) -> Tuple[float, float]:
+        """(height of the hand when it lets go, height for the way) for a thing whose lower end is `above` below the hand."""
+        if "basket" in target:
+            return max(top - 0.015, self.scene.position(owner)[2] + 0.02 + above), top + above + 0.05
+        base = surface
+        if not self.scene.is_site(target) or ("stove" in target and "cook_region" not in target) or "top_side" in target:
+            base = top
+        if "bowl" in target:
+            base = top - 0.02
+        let_go = base + above + 0.008
+        return let_go, max(let_go + 0.08, self.scene.hand()[2] + 0.06)

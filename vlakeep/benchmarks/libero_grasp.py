@@ -1,0 +1,108 @@
+"""Where to take hold of a thing: bowls and mugs at the rim, boxes and cans across their narrow side.
+
+Candidates are weighed by the room that the hand has, at the grasp and where it will let go, by the reach of the arm and by
+how far the hand must turn.
+"""
+
+from typing import NamedTuple, Optional, Tuple
+
+import numpy as np
+
+from vlakeep.benchmarks.libero_scene import Scene, clearance, direction, hand_points, narrow_side, same_line, turn
+
+RIMMED = ("bowl", "ramekin", "mug")
+ENOUGH = 0.012  # more room than this is no better
+TIGHT = 0.003
+WIDEST = 0.072  # what fits between the fingers
+ANGLES = 24  # rim positions that are looked at
+
+
+class Release(NamedTuple):
+    """Where the thing will be put down: its centre [2], the height of the surface, and what that belongs to."""
+
+    xy: np.ndarray
+    height: float
+    owner: Optional[str]
+
+
+class Grasp(NamedTuple):
+    """Grip site at (xy, z) with this rotation of the hand; `top` of the thing, `above` its lower end by z."""
+
+    xy: np.ndarray
+    z: float
+    rotation: np.ndarray
+    top: float
+    above: float
+
+
+def plan_grasp(scene: Scene, name: str, attempt: int = 0, release: Optional[Release] = None) -> Grasp:
+    """The best grasp of a thing as it lies now; attempt 1, 2, ... give other ones. ValueError when it has no collision boxes."""
+    rimmed = any(word in name for word in RIMMED)
+    angle, xy, z, low, top = (_at_the_rim if rimmed else _across)(scene, name, attempt, release)
+    yaw = same_line(angle - scene.finger_angle())
+    return Grasp(xy, z, turn(yaw) @ scene.upright(), top, z - low)
+
+
+def _room(points: float) -> float:
+    """Cost of a clearance: little is bad, nearly none much worse."""
+    return -100 * min(points, ENOUGH)
+
+
+def _at_the_rim(scene: Scene, name: str, attempt: int, release: Optional[Release]) -> Tuple:
+    corners = scene.corners(name)
+    low, top = corners[:, 2].min(), corners[:, 2].max()
+    centre = (corners[:, :2].max(0) + corners[:, :2].min(0)) / 2
+    upper = corners[corners[:, 2] > top - 0.012]
+    radius = np.median(np.linalg.norm(upper[:, :2] - centre, axis=1))
+    if top - low > 0.06:  # tilted: the highest corners are one side of the rim only
+        radius = np.ptp(corners[:, :2], axis=0).mean() / 2
+    now, hand = scene.finger_angle(), scene.hand()[:2]
+    here, there = scene.obstacles(name), scene.obstacles(name, release.owner if release else None)
+    options = []
+    for angle in now + np.arange(ANGLES) * 2 * np.pi / ANGLES:
+        xy = centre + (radius - 0.004) * direction(angle)
+        near = corners[np.linalg.norm(corners[:, :2] - xy, axis=1) < 0.02]
+        rim = near[:, 2].max() if len(near) else top
+        z = max(rim - 0.022, low + 0.018)
+        free, far = clearance(hand_points(np.r_[xy, z], angle), here), scene.overreach(xy)
+        if release is not None:
+            target = release.xy + xy - centre
+            free = min(free, clearance(hand_points(np.r_[target, release.height + z - low + 0.01], angle), there))
+            far = max(far, scene.overreach(target))
+        cost = (_room(free) + (6 if free < TIGHT else 0) + 8 * max(0, top - rim) + 0.25 * abs(same_line(angle - now))
+                + 0.5 * np.linalg.norm(xy - hand) + 12 * far)
+        options.append((cost, angle, xy, z))
+    options.sort(key=lambda option: option[0])
+    if attempt:  # another one means another side, not the neighbouring angle
+        options = _apart(options, 0.7)
+    _, angle, xy, z = options[attempt % len(options)]
+    return angle, xy, z, low, top
+
+
+def _apart(options, least: float):
+    """Options whose angles are at least `least` from those of all better ones."""
+    kept = []
+    for option in options:
+        if all(abs((option[1] - other[1] + np.pi) % (2 * np.pi) - np.pi) > least for other in kept):
+            kept.append(option)
+    return kept
+
+
+def _across(scene: Scene, name: str, attempt: int, release: Optional[Release]) -> Tuple:
+    corners = scene.corners(name)
+    low, top = corners[:, 2].min(), corners[:, 2].max()
+    z = max(min(top - 0.030, (low + top) / 2 + 0.02), low + 0.012)
+    if top - low < 0.05:
+        z = max(low + 0.010, (low + top) / 2 - 0.004)
+    elif top - low > 0.08:
+        z -= 0.02 * (attempt % 3)
+    slice_N2 = scene.corners(name, (z - 0.012, z + 0.012))[:, :2]
+    narrow, width, centre = narrow_side(slice_N2)
+    now, obstacles, options = scene.finger_angle(), scene.obstacles(name), []
+    for angle in [now, narrow, narrow + np.pi / 2, *(now + k * np.pi / 8 for k in range(1, 8))]:
+        opening = np.ptp(slice_N2 @ direction(angle))
+        if opening <= WIDEST:
+            oblique = 60 * max(0, opening - 1.05 * width)  # faces parallel to the pads hold better
+            free = clearance(hand_points(np.r_[centre, z], angle), obstacles)
+            options.append((_room(free) + oblique + 0.25 * abs(same_line(angle - now)), angle))
+    return min(options)[1] if options else narrow, centre, z, low, top
