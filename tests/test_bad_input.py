@@ -115,7 +115,7 @@ def has(message, *words):
     (["--train.lr", "inf"], ["--train.lr inf: must be a finite number"]),
     (["--threads", "0"], ["--threads 0: must be at least 1"]),
     (["--seed", "-5"], ["--seed -5: must be in [0, 2^32)"]),
-    (["--evaluate.seed", "-5"], ["--evaluate.seed -5: must be in [0, 100000)"]),
+    (["--evaluate.seed", "-5"], ["--evaluate.seed -5: must be null, or in [0, 100000)"]),
     (["--evaluate.retention_frames", "0"], ["--evaluate.retention_frames 0: must be at least 1"]),
     (["--evaluate.target", ".."], ["--evaluate.target '..': must be base, the name of a run"]),
     (["--icsm.layers", "[]"], ["--icsm.layers []: must be null, or different layer numbers"]),

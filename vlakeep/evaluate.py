@@ -13,17 +13,21 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Optional
 
 import numpy as np
 import torch
+import yaml
 from tqdm import tqdm
 
 from vlakeep.backbones.base import make_backbone
 from vlakeep.backbones.lora import adapters_disabled, load_adapter
+from vlakeep.backbones.safeguards import ActionWatch, orientation_alarm
 from vlakeep.benchmarks import libero, tabletop
 from vlakeep.benchmarks.records import Records, mean_interval, summarise
 from vlakeep.config import Config, EvaluateConfig, config_from_argv, to_dict
+from vlakeep.data.dataset import Conventions
+from vlakeep.data.formats import open_datasets
 from vlakeep.data.prompts import action_prompt, encode_prompts, prompt_ids
 from vlakeep.icsm.artifact import default_layers, layer_map
 from vlakeep.icsm.collect import pooled_states
@@ -36,6 +40,7 @@ from vlakeep.thermostat.drift import covariance, covariance_drift
 
 ANSWER_TOKENS = 6
 TABLETOP_SEED = 1000
+FIRST_PICTURES = 20  # of a LIBERO evaluation, compared with the training data's
 # Fields of the evaluate section that change no trial, and those that one kind of benchmark does not read.
 NO_MATTER = ("target", "parallel", "workers", "videos")
 LIBERO_ONLY, TABLETOP_ONLY = ("batch", "center_crop"), ("questions", "questions_per_kind", "retention_frames")
@@ -64,9 +69,12 @@ class ActionPolicy:
 
     def __init__(self, backbone, unnorm_key):
         self._backbone, self._key = backbone, unnorm_key
+        self.watch = ActionWatch(backbone.action_statistics(unnorm_key))
 
     def __call__(self, images, instructions):
-        return self._backbone.predict_actions(images, instructions, self._key)
+        actions_NA = self._backbone.predict_actions(images, instructions, self._key)
+        self.watch.add(actions_NA)
+        return actions_NA
 
 
 @torch.inference_mode()
@@ -130,11 +138,12 @@ def run_evaluation(config: Config, storage: Storage) -> Path:
     with Records(folder / "records.jsonl", header) as records:
         drift = drift_of(name, backbone, config, storage, required=not in_libero)  # first, while a bad probe costs nothing yet
         if in_libero:
-            run_libero(backbone, key, settings, records, folder, name)
+            alarms = crop_alarm(config, storage, settings) + run_libero(backbone, key, config, settings, storage, records, folder, name)
         else:
-            run_tabletop(backbone, key, settings, records, name)
+            alarms = run_tabletop(backbone, key, settings, records, name)
         rows = records.rows()
     summary = make_summary(name, rows, drift, weights, settings.benchmark)
+    summary["alarms"] = alarms
     summary["seconds"] = time.perf_counter() - started
     with atomic_write(folder / "summary.json", "w") as file:
         json.dump(summary, file, indent=1)
@@ -168,8 +177,36 @@ def check_tabletop(settings) -> None:
             raise ValueError(f"--evaluate.{key} {unknown}: must be among {', '.join(known)}")
 
 
-def run_tabletop(backbone, key, settings, records: Records, name: str) -> None:
-    """Episodes of every skill, questions of every kind, and the KL on frames of the old skills."""
+def crop_alarm(config: Config, storage: Storage, settings) -> List[str]:
+    """One line when the evaluation crops and the training did not, or the other way round; reads the run's own configuration."""
+    path = storage.runs / config.evaluate.target / "config.yaml"
+    if not path.is_file():
+        return []
+    trained = bool((yaml.safe_load(path.read_text()).get("data") or {}).get("image_aug"))
+    if trained == settings.center_crop:
+        return []
+    cuts = "cuts" if settings.center_crop else "does not cut"
+    return [f"the run was trained {'with' if trained else 'without'} random crops, and this evaluation {cuts} the centre: "
+            f"--evaluate.center_crop {'true' if trained else 'false'} fits it"]
+
+
+def training_picture(config: Config, storage: Storage) -> Optional[np.ndarray]:
+    """Mean first picture [H, W, 3] of up to 20 training episodes; None without the data."""
+    data = config.data
+    try:
+        datasets = open_datasets(storage.data, data.datasets, data.train_fraction, storage.cache,
+                                 Conventions(data.camera, data.gripper, data.rotate))
+    except (FileNotFoundError, ValueError):
+        return None
+    pictures = [np.asarray(d.image(e, 0), dtype=float) for d in datasets for e in range(0, len(d), max(1, len(d) // 20))]
+    sizes = [picture.shape for picture in pictures]
+    for dataset in datasets:
+        dataset.close()
+    return np.mean([p for p in pictures if p.shape == sizes[0]], axis=0)
+
+
+def run_tabletop(backbone, key, settings, records: Records, name: str) -> List[str]:
+    """Episodes of every skill, questions of every kind, and the KL on frames of the old skills. Returns alarms."""
     policy, skills = ActionPolicy(backbone, key), settings.skills or tabletop.ALL_SKILLS
     first = tabletop.EVALUATION + settings.seed
     tabletop.run_skill_episodes(policy, skills, settings.episodes, first, settings.parallel, records, desc=name)
@@ -184,10 +221,13 @@ def run_tabletop(backbone, key, settings, records: Records, name: str) -> None:
         for index, value in enumerate(action_token_kl(backbone, frames)):
             records.add(kind="retention", ability="action_kl", trial=index, seed=settings.seed, success=None, value=float(value),
                         crash=None, steps=0)
+    return policy.watch.alarms()
 
 
-def run_libero(backbone, key, settings, records: Records, folder: Path, name: str) -> None:
-    """Episodes of the suite's tasks in the simulator."""
+def run_libero(backbone, key, config: Config, settings, storage: Storage, records: Records, folder: Path, name: str) -> List[str]:
+    """Episodes of the suite's tasks in the simulator. Returns alarms."""
+    watch, first = ActionWatch(backbone.action_statistics(key)), []
+
     def policy(images, instructions):
         return backbone.predict_actions(images, instructions, key, on_early_stop="nan")
 
@@ -195,10 +235,20 @@ def run_libero(backbone, key, settings, records: Records, folder: Path, name: st
         return len(prompt_ids(action_prompt(instruction), backbone.processor.tokenizer))
 
     tasks = libero.pick_tasks(settings.benchmark, settings.skills)
-    act = libero.FixedBatch(policy, settings.batch, libero.longest_instruction(settings.benchmark, tasks, length))
+    ask = libero.FixedBatch(policy, settings.batch, libero.longest_instruction(settings.benchmark, tasks, length))
+
+    def act(jobs, seen):
+        answers = ask(jobs, seen)
+        watch.add([answer for answer in answers if not isinstance(answer, str)])
+        if len(first) < FIRST_PICTURES:
+            first.extend(np.asarray(one.image, dtype=float) for one in seen)
+        return answers
+
     restarts = libero.run_suite(act, settings, settings.center_crop, records, folder / "videos", desc=name)
     if restarts:
         print(f"{name}: {restarts} simulator processes died and were replaced", file=sys.stderr)
+    trained = training_picture(config, storage) if name != "base" and first else None
+    return watch.alarms() + ([] if trained is None else orientation_alarm(trained, np.mean(first, axis=0)))
 
 
 def make_summary(name: str, rows: List[dict], drift, weights: str, benchmark: str = "tabletop") -> Dict:
@@ -226,6 +276,8 @@ def print_summary(summary: Dict) -> None:
         line(f"({value['n']} episodes)", value, end=f"  {task}")
     for ability, value in summary["abilities"].items():
         line(ability, value)
+    for alarm in summary["alarms"]:
+        print(f"  ALARM: {alarm}")
     drift = "not measured" if summary["drift"] is None else f"{summary['drift']:.3f}"
     print(f"  {'action-token KL':24s} {summary['retention_kl']['mean']:.4f}   drift {drift}")
 

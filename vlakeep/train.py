@@ -21,6 +21,7 @@ from tqdm import tqdm
 from vlakeep import checkpoint as ckpt
 from vlakeep.backbones.base import make_backbone
 from vlakeep.backbones.lora import add_lora, load_trainable, save_adapter, trainable_state
+from vlakeep.backbones.safeguards import check_vision
 from vlakeep.compat import grad_scaler
 from vlakeep.config import Config, config_from_argv, to_dict
 from vlakeep.data.loader import make_stream
@@ -147,6 +148,7 @@ def run_training(config: Config, storage: Storage) -> Path:
         refuse_early(config, storage, dist)
         torch.manual_seed(config.seed)
         backbone = make_backbone(config.backbone, dist.device, storage.cache)
+        check_vision(backbone)
         add_lora(backbone, config.lora, config.seed)
         backbone.train()
         method, hashes = prepare_method(config, storage, backbone)

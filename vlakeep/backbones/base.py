@@ -358,11 +358,12 @@ def make_backbone(source, device="cpu", cache: Optional[Path] = None) -> Backbon
     settings = source if isinstance(source, BackboneConfig) else BackboneConfig(checkpoint=str(source))
     cache = Path(cache or os.environ.get("HF_HOME") or Path(pick_root()) / "hf_cache")
     _refuse_unusable(settings, torch.device(device))
+    if "v01" in model_name(folder := find_checkpoint(settings.checkpoint, cache)):
+        raise ValueError(f"{folder}: v01 models were trained with the Vicuna prompt, which vlakeep does not build; take openvla-7b")
     if settings.source == "official":
         from vlakeep.backbones.official import make_official_backbone
 
         return make_official_backbone(settings, device, cache)
-    folder = find_checkpoint(settings.checkpoint, cache)
     model, config = checkpoint_format.load_checkpoint(folder, DTYPES[settings.dtype], settings.attn_implementation)
     model.gradient_checkpointing = settings.gradient_checkpointing
     processor = Processor.from_folder(folder)

@@ -215,6 +215,7 @@ def findings(comparison: Comparison, arm: Arm) -> List[Finding]:
         if baseline is not None and arm is not baseline and baseline.summary is not None:
             found += _against_baseline(comparison, arm, baseline)
     found += training_health(arm)
+    found += [Finding("warn", f"Alarm: {alarm}.") for alarm in (arm.summary or {}).get("alarms", [])]
     found += [Finding("warn", note[0].upper() + note[1:] + ".") for note in arm.notes]
     return found
 
