@@ -37,12 +37,12 @@ PREPROCESSOR = {
 }
 
 
-def write_random_checkpoint(folder: Path, tokenizer: Path, device) -> int:
-    """The 7B shapes with small random weights in bfloat16, five shards; returns the number of tensors."""
+def write_random_checkpoint(folder: Path, tokenizer: Path, device, layers: int) -> int:
+    """The 7B shapes (or fewer of the 32 decoder layers) with small random weights in bfloat16, in shards; returns the number of tensors."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = complete_config(CONFIG)
+    config = complete_config({**CONFIG, "text_config": {**CONFIG["text_config"], "num_hidden_layers": layers}})
     with parameters_on_meta():
         model = OpenVLA(config)
     torch.manual_seed(0)
@@ -95,6 +95,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--root", default="/tmp/seven_b")
     parser.add_argument("--out", default=None)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--write_only", action="store_true", help="stop after the checkpoint, for verify-openvla")
     args, rest = parser.parse_known_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
@@ -102,7 +104,9 @@ def main() -> int:
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.gib * 2**30 / total))
     base = Path(args.root) / "hf_cache" / "random-7b"
     rows = []
-    measured("write random checkpoint", device, lambda: write_random_checkpoint(base, Path(args.tokenizer), device), rows)
+    measured("write random checkpoint", device, lambda: write_random_checkpoint(base, Path(args.tokenizer), device, args.layers), rows)
+    if args.write_only:
+        return 0
     file = str(Path(__file__).parents[1] / "configs" / "openvla_libero.yaml")
     common = ["--root", args.root, "--backbone.checkpoint", str(base), "--data.datasets", "[tabletop_corner]", "--probe.name", "tabletop",
               "--train.steps", str(args.steps), "--train.log_every", "1", "--thermostat.every", "5",

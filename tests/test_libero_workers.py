@@ -68,12 +68,12 @@ def test_results_do_not_depend_on_the_number_of_workers():
 
 def test_a_dead_worker_is_replaced_and_its_episode_retried_once(tmp_path):
     jobs = [Job("s", task, 0, 0, limit=3) for task in range(5)]
-    with Workers(functools.partial(Counter, folder=tmp_path), count, 2, silence=3.0) as pool:
+    with Workers(functools.partial(Counter, folder=tmp_path), count, 2, silence=8.0) as pool:
         results = {job.task: (result, error) for job, result, error in pool.run(jobs, act)}
     assert results[0][1] is None and results[1][1] is None and results[1][0]["total"] == 16 * 3 + 6
     assert results[2] == (None, "the simulator process died (exit status 9)")
     assert results[3] == (None, "RuntimeError: the arm fell off")
-    assert results[4] == (None, "the simulator was silent for 3 s")
+    assert results[4] == (None, "the simulator was silent for 8 s")
     assert pool.restarts == 1 + 2 + 2 + 2
 
 
