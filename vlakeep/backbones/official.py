@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from vlakeep.backbones import format as checkpoint_format
 from vlakeep.backbones.base import DTYPES, Backbone, LossOutput, captured_outputs
-from vlakeep.backbones.openvla import OpenVLA, layer_interface
+from vlakeep.backbones.openvla import OpenVLA, layer_interface, parameters_on_meta
 from vlakeep.backbones.processor import Processor
 from vlakeep.backbones.tiny import register_tiny_vits
 from vlakeep.data.sample import IGNORE_INDEX, Batch
@@ -66,7 +66,7 @@ class OfficialBackbone(Backbone):
 
 
 def official_model(code, config: dict, dtype: torch.dtype, attn_implementation: str, state: Optional[dict] = None) -> nn.Module:
-    """The official class with these weights (name -> tensor), strictly; None leaves its own initialisation."""
+    """The official class with these weights (name -> tensor, taken over, strictly); None leaves it without weights (meta tensors)."""
     register_tiny_vits()
     settings = {key: value for key, value in config.items() if key not in ("model_type", "torch_dtype", "architectures")}
     official_config = code.OpenVLAConfig(**settings)
@@ -74,11 +74,12 @@ def official_model(code, config: dict, dtype: torch.dtype, attn_implementation: 
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        model = code.OpenVLAForActionPrediction(official_config)
+        with parameters_on_meta():  # initialising billions of weights that are replaced at once would take minutes
+            model = code.OpenVLAForActionPrediction(official_config)
     finally:
         torch.set_default_dtype(before)
     if state is not None:
-        model.load_state_dict(state, strict=True)
+        model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
 
 
