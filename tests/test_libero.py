@@ -105,8 +105,8 @@ def test_an_expert_policy_succeeds_through_the_evaluation_and_its_demonstration_
     assert len(one.actions) == len(one.proprio) == len(one.states) - 1 and one.proprio.shape[1] == 8
     assert all(np.array_equal(a, b) for a, b in zip(one, two)) and set(np.unique(one.actions[:, 6])) == {-1.0, 1.0}
     assert replay(env, 1000, actions[:20]) is None
-    with pytest.raises(NotCovered, match="libero_goal task 0"):
-        goals("libero_goal", 0)
+    with pytest.raises(NotCovered, match="libero_10 task 9"):
+        goals("libero_10", 9)
     env.close()
 
 
