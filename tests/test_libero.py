@@ -15,7 +15,9 @@ from vlakeep.benchmarks import libero, libero_setup
 from vlakeep.benchmarks.libero_env import IDLE, LiberoEnv, load_suite, policy_image, to_simulator
 from vlakeep.benchmarks.libero_expert import Expert, NotCovered, goals
 from vlakeep.benchmarks.libero_play import evaluate_episode
+from vlakeep.benchmarks.libero_questions import look, noun_of
 from vlakeep.benchmarks.libero_record import play_expert, replay, without_no_ops
+from vlakeep.benchmarks.libero_scene import Scene
 from vlakeep.benchmarks.libero_workers import Job, Workers
 from vlakeep.data.images import center_crop, decode_image, encode_jpeg, resize_uint8
 
@@ -108,6 +110,27 @@ def test_an_expert_policy_succeeds_through_the_evaluation_and_its_demonstration_
     with pytest.raises(NotCovered, match="libero_10 task 9"):
         goals("libero_10", 9)
     env.close()
+
+
+def test_questions_are_answered_as_the_turned_picture_shows_it():
+    """Left and right from the table's own coordinates: the camera looks along -x, and in the turned picture +y is on the left."""
+    env = LiberoEnv("libero_object", 0)
+    picture, language, asked = next_result(look(env, Job("libero_object", 0, 100_000, 0, limit=1)))
+    assert picture.shape == (224, 224, 3) and language == env.language
+    scene = Scene(env)
+    by_noun = {noun_of(name): scene.position(name) for name in env.env.obj_body_id}
+    assert {answer for _, answer in asked["left"]} == {"yes", "no"} and ("is there a basket?", "yes") in asked["exists"]
+    for question, answer in asked["left"]:
+        one, other = question.removeprefix("is the ").removesuffix("?").split(" left of the ")
+        assert (by_noun[one][1] > by_noun[other][1]) == (answer == "yes"), question
+    assert all(noun not in env.language for noun in (q.removeprefix("is there a ")[:-1] for q, a in asked["exists"] if a == "no"))
+    env.close()
+
+
+def next_result(generator):
+    with pytest.raises(StopIteration) as end:
+        next(generator)
+    return end.value.value
 
 
 def test_fresh_scenes_follow_from_their_seed_alone():

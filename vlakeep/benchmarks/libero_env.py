@@ -87,7 +87,7 @@ def _one_evaluation_per_substep(sim):
 
 
 @contextlib.contextmanager
-def _blind(sim):
+def blind(sim):
     """Within the context cameras give black pictures: nobody looks at those of a reset and of all settling steps but the last.
 
     The simulator samples its cameras at the first 2 ms of a control step, so they cannot be asked for afterwards.
@@ -129,12 +129,12 @@ class LiberoEnv:
     def start(self, init: int) -> dict:
         """The simulator's observation after reset, initial state `init` and the settling steps of the official episode `init`."""
         self.official_reset(init)
-        with _blind(self.control.sim):
+        with blind(self.control.sim):
             self.control.set_init_state(self.init_states_KS[init])
         return self._settle()
 
     def _settle(self) -> dict:
-        with _blind(self.control.sim):
+        with blind(self.control.sim):
             for _ in range(SETTLE - 1):
                 self.step(IDLE)
         return self.step(IDLE)[0]
@@ -162,7 +162,7 @@ class LiberoEnv:
         for robot in self.env.robots:  # a hard reset makes a new gripper; this is the only thing it remembers
             robot.gripper.current_action = np.zeros(robot.gripper.dof)
         for _ in range(ATTEMPTS):
-            with contextlib.suppress(RandomizationError), _blind(self.control.sim):
+            with contextlib.suppress(RandomizationError), blind(self.control.sim):
                 self.env.reset()
                 return
         raise ValueError(f"{self.suite} task {self.task}: no collision-free placement in {ATTEMPTS} attempts")

@@ -31,7 +31,7 @@ def is_drawer(scene, region: str) -> bool:
 
 def open_drawer(expert, region: str):
     """Take the handle with a level hand, fingers above and below it, and pull along the joint."""
-    scene, home = expert.scene, expert.rotation
+    scene, home = expert.scene, (expert.scene.hand(), expert.scene.upright())
     handle, out_3 = _handle(scene, region)
     expert.rotation = _level_hand(scene, -out_3)
     yield from expert.go(handle() + 0.16 * out_3 + [0, 0, 0.10], OPEN, within=0.02, steps=70)
@@ -45,8 +45,10 @@ def open_drawer(expert, region: str):
     place = scene.hand()
     yield from expert.hold(place, OPEN, 5)
     yield from expert.go(place + 0.08 * out_3, OPEN, within=0.02, steps=20)
-    expert.rotation = home
-    yield from expert.go(scene.hand() + 0.02 * out_3 + [0, 0, 0.20], OPEN, within=0.03, steps=50)
+    # Back the way it came: from other places the arm returns to a vertical hand with a joint at its limit.
+    yield from expert.go(scene.hand() + [0, 0, 0.10], OPEN, within=0.03, steps=20)
+    expert.rotation = home[1]
+    yield from expert.go(home[0], OPEN, within=0.03, steps=60)
 
 
 def close_drawer(expert, region: str):
@@ -72,7 +74,7 @@ def _handle(scene, region: str):
 
 
 def _level_hand(scene, forward_3: np.ndarray) -> np.ndarray:
-    """Rotation of a hand that points along a horizontal direction with its fingers above each other, the nearer one of the two."""
+    """Rotation of a hand that points along a horizontal direction, fingers above each other; the nearer one of the two."""
     local_fingers = scene.hand_rotation().T @ np.r_[direction(scene.finger_angle()), 0]
     options = []
     for sign in (-1, 1):
@@ -86,7 +88,8 @@ def _level_hand(scene, forward_3: np.ndarray) -> np.ndarray:
 def turn_knob(expert, name: str):
     """Take the stove's knob across its ridge and turn it on."""
     scene = expert.scene
-    joint = next(j for j in range(scene.model.njnt) if scene.model.joint(j).name.startswith(name) and scene.model.jnt_type[j] == HINGE)
+    hinges = [j for j in range(scene.model.njnt) if scene.model.jnt_type[j] == HINGE]
+    joint = next(j for j in hinges if scene.model.joint(j).name.startswith(name))
     at = scene.data.xanchor[joint].copy()
     ridge = at + [0, 0, 0.030]
     expert.rotation = turn(same_line(np.pi / 2 - scene.finger_angle())) @ scene.upright()
