@@ -31,9 +31,9 @@ Goal = Tuple[str, ...]  # ("on" or "in", thing, target), ("open" or "close", dra
 
 def goals(suite: str, task: int) -> List[Goal]:
     """The task's goals in the order in which they are pursued. Raises NotCovered for one without a skill."""
-    from libero.libero.envs.bddl_utils import robosuite_parse_problem
-
     info = load_suite(suite).get_task(task)
+    from libero.libero.envs.bddl_utils import robosuite_parse_problem  # after load_suite, which imports the package quietly
+
     found = [tuple(goal) for goal in robosuite_parse_problem(bddl_file(info))["goal_state"]]
     for goal in found:
         drawer = goal[0] in ("open", "close") and "cabinet" in goal[1]
