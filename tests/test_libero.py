@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import zlib
 
 import numpy as np
@@ -167,6 +168,9 @@ def test_the_number_of_workers_changes_no_picture():
 def test_one_command_evaluates_a_suite_resumes_and_is_read_by_the_report(tmp_path, monkeypatch, capsys):
     from vlakeep import cli
     from vlakeep.backbones.base import Backbone
+    from vlakeep.benchmarks.tabletop import question_trials
+    from vlakeep.data.sample import Sample
+    from vlakeep.probe.probe_set import write_probe
 
     def act(backbone, images, instructions, key, on_early_stop):
         assert images.shape == (3, 224, 224, 3) and key == "tabletop"
@@ -174,9 +178,23 @@ def test_one_command_evaluates_a_suite_resumes_and_is_read_by_the_report(tmp_pat
 
     monkeypatch.setattr(Backbone, "predict_actions", act)
     monkeypatch.setitem(libero.MAX_STEPS, "libero_object", 3)
+    folder = tmp_path / "probe" / "asked"
+    trials = question_trials("color", 4, 0)
+    write_probe(folder, [Sample(trials[0].sample.image, "reach")] + [t.sample for t in trials], ["instruction"] + ["color"] * 4)
+    answers = [{"item": i + 1, "kind": "color", "answer": t.sample.answer} for i, t in enumerate(trials)]
+    (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
     place = ["--root", str(tmp_path), "--evaluate.benchmark", "libero_object"]
     command = ["evaluate", *place, "--threads", "1", "--device", "cpu", "--evaluate.skills", "[0]", "--evaluate.episodes", "1",
                "--evaluate.batch", "2", "--evaluate.videos", "1", "--backbone.unnorm_key", "tabletop"]
+    asking = ["--evaluate.probe", "asked"]
+    assert cli.run([*command, *asking]) == 0
+    asked = json.loads((tmp_path / "eval" / "libero_object" / "base" / "summary.json").read_text())["abilities"]["color"]
+    assert (asked["n"], asked["mean"], asked["group"]) == (4, 1.0, "question")
+    with pytest.raises(ValueError, match="other settings"):
+        cli.run(command)
+    shutil.rmtree(tmp_path / "eval")
+    with pytest.raises(ValueError, match="which the method protects"):
+        cli.run([*command, *asking, "--probe.name", "asked"])
     assert cli.run(command) == 0
     folder = tmp_path / "eval" / "libero_object" / "base"
     rows = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]

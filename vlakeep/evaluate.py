@@ -37,8 +37,8 @@ from vlakeep.thermostat.drift import covariance, covariance_drift
 ANSWER_TOKENS = 6
 TABLETOP_SEED = 1000
 # Fields of the evaluate section that change no trial, and those that one kind of benchmark does not read.
-NO_MATTER = ("target", "parallel", "workers", "videos")
-LIBERO_ONLY = ("batch", "center_crop", "probe")
+NO_MATTER = ("target", "parallel", "workers", "videos", "probe")  # a probe is named by its hash
+LIBERO_ONLY = ("batch", "center_crop")
 
 
 def load_target(config: Config, storage: Storage, device):
