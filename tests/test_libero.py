@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import zlib
 
 import numpy as np
@@ -15,7 +16,9 @@ from vlakeep.benchmarks import libero, libero_setup
 from vlakeep.benchmarks.libero_env import IDLE, LiberoEnv, load_suite, policy_image, to_simulator
 from vlakeep.benchmarks.libero_expert import Expert, NotCovered, goals
 from vlakeep.benchmarks.libero_play import evaluate_episode
+from vlakeep.benchmarks.libero_questions import look, noun_of
 from vlakeep.benchmarks.libero_record import play_expert, replay, without_no_ops
+from vlakeep.benchmarks.libero_scene import Scene
 from vlakeep.benchmarks.libero_workers import Job, Workers
 from vlakeep.data.images import center_crop, decode_image, encode_jpeg, resize_uint8
 
@@ -105,9 +108,30 @@ def test_an_expert_policy_succeeds_through_the_evaluation_and_its_demonstration_
     assert len(one.actions) == len(one.proprio) == len(one.states) - 1 and one.proprio.shape[1] == 8
     assert all(np.array_equal(a, b) for a, b in zip(one, two)) and set(np.unique(one.actions[:, 6])) == {-1.0, 1.0}
     assert replay(env, 1000, actions[:20]) is None
-    with pytest.raises(NotCovered, match="libero_goal task 0"):
-        goals("libero_goal", 0)
+    with pytest.raises(NotCovered, match="libero_10 task 9"):
+        goals("libero_10", 9)
     env.close()
+
+
+def test_questions_are_answered_as_the_turned_picture_shows_it():
+    """Left and right from the table's own coordinates: the camera looks along -x, and in the turned picture +y is on the left."""
+    env = LiberoEnv("libero_object", 0)
+    picture, language, asked = next_result(look(env, Job("libero_object", 0, 100_000, 0, limit=1)))
+    assert picture.shape == (224, 224, 3) and language == env.language
+    scene = Scene(env)
+    by_noun = {noun_of(name): scene.position(name) for name in env.env.obj_body_id}
+    assert {answer for _, answer in asked["left"]} == {"yes", "no"} and ("is there a basket?", "yes") in asked["exists"]
+    for question, answer in asked["left"]:
+        one, other = question.removeprefix("is the ").removesuffix("?").split(" left of the ")
+        assert (by_noun[one][1] > by_noun[other][1]) == (answer == "yes"), question
+    assert all(noun not in env.language for noun in (q.removeprefix("is there a ")[:-1] for q, a in asked["exists"] if a == "no"))
+    env.close()
+
+
+def next_result(generator):
+    with pytest.raises(StopIteration) as end:
+        next(generator)
+    return end.value.value
 
 
 def test_fresh_scenes_follow_from_their_seed_alone():
@@ -144,6 +168,9 @@ def test_the_number_of_workers_changes_no_picture():
 def test_one_command_evaluates_a_suite_resumes_and_is_read_by_the_report(tmp_path, monkeypatch, capsys):
     from vlakeep import cli
     from vlakeep.backbones.base import Backbone
+    from vlakeep.benchmarks.tabletop import question_trials
+    from vlakeep.data.sample import Sample
+    from vlakeep.probe.probe_set import write_probe
 
     def act(backbone, images, instructions, key, on_early_stop):
         assert images.shape == (3, 224, 224, 3) and key == "tabletop"
@@ -151,9 +178,23 @@ def test_one_command_evaluates_a_suite_resumes_and_is_read_by_the_report(tmp_pat
 
     monkeypatch.setattr(Backbone, "predict_actions", act)
     monkeypatch.setitem(libero.MAX_STEPS, "libero_object", 3)
+    folder = tmp_path / "probe" / "asked"
+    trials = question_trials("color", 4, 0)
+    write_probe(folder, [Sample(trials[0].sample.image, "reach")] + [t.sample for t in trials], ["instruction"] + ["color"] * 4)
+    answers = [{"item": i + 1, "kind": "color", "answer": t.sample.answer} for i, t in enumerate(trials)]
+    (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
     place = ["--root", str(tmp_path), "--evaluate.benchmark", "libero_object"]
     command = ["evaluate", *place, "--threads", "1", "--device", "cpu", "--evaluate.skills", "[0]", "--evaluate.episodes", "1",
                "--evaluate.batch", "2", "--evaluate.videos", "1", "--backbone.unnorm_key", "tabletop"]
+    asking = ["--evaluate.probe", "asked"]
+    assert cli.run([*command, *asking]) == 0
+    asked = json.loads((tmp_path / "eval" / "libero_object" / "base" / "summary.json").read_text())["abilities"]["color"]
+    assert (asked["n"], asked["mean"], asked["group"]) == (4, 1.0, "question")
+    with pytest.raises(ValueError, match="other settings"):
+        cli.run(command)
+    shutil.rmtree(tmp_path / "eval")
+    with pytest.raises(ValueError, match="which the method protects"):
+        cli.run([*command, *asking, "--probe.name", "asked"])
     assert cli.run(command) == 0
     folder = tmp_path / "eval" / "libero_object" / "base"
     rows = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]

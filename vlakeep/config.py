@@ -210,6 +210,9 @@ class EvaluateConfig:
     seed: Optional[int] = None
     # Tabletop: environments that run side by side in one policy batch.
     parallel: int = 400
+    # LIBERO: a probe of `vlakeep libero-vqa` whose questions are asked and on whose instructions the KL is taken; another than
+    # probe.name, which says what the method protects.
+    probe: Optional[str] = None
     # LIBERO: simulator processes with one environment each. Results do not depend on how many there are.
     workers: int = 1
     # LIBERO: episodes in a policy batch, which is always filled up to this many: the last bits of a model's output depend on the

@@ -42,8 +42,8 @@ ANSWER_TOKENS = 6
 TABLETOP_SEED = 1000
 FIRST_PICTURES = 20  # of a LIBERO evaluation, compared with the training data's
 # Fields of the evaluate section that change no trial, and those that one kind of benchmark does not read.
-NO_MATTER = ("target", "parallel", "workers", "videos")
-LIBERO_ONLY, TABLETOP_ONLY = ("batch", "center_crop"), ("questions", "questions_per_kind", "retention_frames")
+NO_MATTER = ("target", "parallel", "workers", "videos", "probe")  # a probe is named by its hash
+LIBERO_ONLY = ("batch", "center_crop")
 
 
 def load_target(config: Config, storage: Storage, device):
@@ -130,15 +130,20 @@ def run_evaluation(config: Config, storage: Storage) -> Path:
     key = config.backbone.unnorm_key
     if in_libero:
         key = libero.pick_key(settings.benchmark, key, backbone.norm_stats, backbone.unnorm_key)
+        backbone.unnorm_key = key
     backbone.action_statistics(key)  # raises for a key that would make every trial crash
     folder = storage.eval / settings.benchmark / name if in_libero else storage.eval / name
-    unread = NO_MATTER + (TABLETOP_ONLY if in_libero else LIBERO_ONLY)
+    probe = open_questions(config, storage) if in_libero and settings.probe else None
+    unread = NO_MATTER + (() if probe else ("questions", "questions_per_kind", "retention_frames") if in_libero else LIBERO_ONLY)
     header = {"weights": weights, "base": backbone.weights_sha256,
-              "evaluate": {k: v for k, v in to_dict(settings).items() if k not in unread}}
+              "evaluate": {k: v for k, v in to_dict(settings).items() if k not in unread},
+              **({"probe": probe.sha256} if probe else {})}
     with Records(folder / "records.jsonl", header) as records:
         drift = drift_of(name, backbone, config, storage, required=not in_libero)  # first, while a bad probe costs nothing yet
         if in_libero:
             alarms = crop_alarm(config, storage, settings) + run_libero(backbone, key, config, settings, storage, records, folder, name)
+            if probe:
+                run_probe(backbone, probe, settings, records, name)
         else:
             alarms = run_tabletop(backbone, key, settings, records, name)
         rows = records.rows()
@@ -249,6 +254,36 @@ def run_libero(backbone, key, config: Config, settings, storage: Storage, record
         print(f"{name}: {restarts} simulator processes died and were replaced", file=sys.stderr)
     trained = training_picture(config, storage) if name != "base" and first else None
     return watch.alarms() + ([] if trained is None else orientation_alarm(trained, np.mean(first, axis=0)))
+
+
+def open_questions(config: Config, storage: Storage) -> ProbeSet:
+    """The probe of evaluate.probe, whose `answers` map item numbers to answers. ValueError when it is the protected one."""
+    folder = storage.probe_folder(config.evaluate.probe)
+    if folder.resolve() == storage.probe_folder(config.probe.name).resolve():
+        raise ValueError(f"--evaluate.probe {config.evaluate.probe}: that is also probe.name, which the method protects; make "
+                         "another one with `vlakeep libero-vqa --first 200000 --probe.name NAME`")
+    if not (folder / "answers.jsonl").is_file():
+        raise FileNotFoundError(f"no answers.jsonl in {folder}: --evaluate.probe takes a probe made by `vlakeep libero-vqa`")
+    probe = ProbeSet(folder)
+    rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    probe.answers = {row["item"]: row["answer"] for row in rows}
+    return probe
+
+
+def run_probe(backbone, probe: ProbeSet, settings, records: Records, name: str) -> None:
+    """Questions of every kind and the KL on instructions, on the pictures of a probe. A trial's `seed` is its item number."""
+    kinds = probe.kinds(range(len(probe)))
+    for kind in settings.questions or sorted(set(kinds) - {"instruction"}):
+        items = [i for i, own in enumerate(kinds) if own == kind][:settings.questions_per_kind]
+        todo = [(trial, item) for trial, item in enumerate(items) if not records.has("question", kind, trial)]
+        for (trial, item), said in zip(todo, answer_questions(backbone, probe.samples([item for _, item in todo]))):
+            records.add(kind="question", ability=kind, trial=trial, seed=item, success=said == probe.answers[item], value=None,
+                        crash=None, steps=0, answer=said, expected=probe.answers[item])
+    items = [i for i, kind in enumerate(kinds) if kind == "instruction"][:settings.retention_frames]
+    if name != "base" and items and not records.has("retention", "action_kl", len(items) - 1):
+        for trial, (item, value) in enumerate(zip(items, action_token_kl(backbone, probe.samples(items)))):
+            records.add(kind="retention", ability="action_kl", trial=trial, seed=item, success=None, value=float(value),
+                        crash=None, steps=0)
 
 
 def make_summary(name: str, rows: List[dict], drift, weights: str, benchmark: str = "tabletop") -> Dict:

@@ -2,7 +2,7 @@
 
     vlakeep libero-demos --suite libero_object --demos 20 --workers 8 [--tasks 0,1,4] [--resolution 256] [--first 1000]
 
-The expert covers pick-and-place goals; tasks with drawers, knobs and pushes are named and left out. Demonstration k of a task
+Tasks that the expert has no skill for are named and left out. Demonstration k of a task
 starts from a reset with seed --first + k; where the expert fails, later seeds take the place. The same options give the same
 bytes, whatever the number of workers. Stored states are not simulated again: a second call with another --resolution only
 renders.
@@ -21,10 +21,11 @@ from typing import Dict, Iterator, List, Tuple
 import numpy as np
 from tqdm import tqdm
 
-from vlakeep.benchmarks.libero_env import MAX_STEPS, SUITES, LiberoEnv, load_suite
+from vlakeep.benchmarks.libero import stage_options
+from vlakeep.benchmarks.libero_env import MAX_STEPS, LiberoEnv, load_suite
 from vlakeep.benchmarks.libero_expert import NotCovered, goals
 from vlakeep.benchmarks.libero_record import Demo, record, render
-from vlakeep.benchmarks.libero_setup import require_libero, versions
+from vlakeep.benchmarks.libero_setup import versions
 from vlakeep.benchmarks.libero_workers import Job, Workers
 from vlakeep.config import ConfigError, config_from_argv
 from vlakeep.data.sample import Episode
@@ -37,15 +38,14 @@ Key = Tuple[int, int]  # task, seed
 
 
 def main(argv: List[str]) -> int:
-    own, rest = split_options(argv)
+    own, rest = stage_options(argv, OPTIONS)
     storage = Storage.from_config(config_from_argv(rest))
-    require_libero()
     suite, name = own["suite"], f"{own['suite']}_expert"
     folder = storage.guard_write(storage.data / name, what="data set")
     states = folder / "states"
     states.mkdir(parents=True, exist_ok=True)
 
-    tasks = pick_tasks(suite, own["tasks"])
+    tasks = with_skills(suite, own["tasks"])
     found = collect(suite, tasks, own["demos"], own["first"], own["workers"], states)
     chosen = {task: [seed for seed, demo in found[task].items() if demo][:own["demos"]] for task in tasks}
     report(suite, found, chosen, folder)
@@ -57,40 +57,18 @@ def main(argv: List[str]) -> int:
     return 0
 
 
-def split_options(argv: List[str]) -> Tuple[dict, List[str]]:
-    """(this stage's options, numbers as such; the arguments for the configuration). Raises ConfigError for a bad value."""
-    own, rest, arguments = dict(OPTIONS), [], iter(argv)
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if key[:2] == "--" and key[2:] in OPTIONS:
-            own[key[2:]] = value if equals else next(arguments, "")
-        else:
-            rest.append(argument)
-    for key in ("demos", "workers", "resolution", "first"):
-        if not own[key].isdigit() or (int(own[key]) < 1 and key != "first"):
-            raise ConfigError(f"--{key} {own[key]!r}: must be a whole number above 0")
-        own[key] = int(own[key])
-    if own["suite"] not in SUITES:
-        raise ConfigError(f"--suite {own['suite']!r}: must be one of {', '.join(SUITES)}")
-    return own, rest
-
-
-def pick_tasks(suite: str, chosen: str) -> List[int]:
-    """The tasks that are asked for and that the expert covers; ConfigError when there is none."""
-    count = load_suite(suite).n_tasks
-    numbers = [part.strip() for part in chosen.split(",") if part.strip()]
-    if not all(part.isdigit() and int(part) < count for part in numbers):
-        raise ConfigError(f"--tasks {chosen}: {suite} has the tasks 0 to {count - 1}")
-    tasks = []
-    for task in sorted({int(part) for part in numbers}) or range(count):
+def with_skills(suite: str, tasks: List[int]) -> List[int]:
+    """Those of the tasks that the expert has skills for; ConfigError when there is none."""
+    covered = []
+    for task in tasks:
         try:
             goals(suite, task)
-            tasks.append(task)
+            covered.append(task)
         except NotCovered as error:
             print(f"left out: {error}", file=sys.stderr)
-    if not tasks:
-        raise ConfigError("the expert covers none of these tasks; choose others with --tasks")
-    return tasks
+    if not covered:
+        raise ConfigError("the expert has skills for none of these tasks; choose others with --tasks")
+    return covered
 
 
 def stored(states: Path, key: Key) -> Path:
@@ -100,14 +78,14 @@ def stored(states: Path, key: Key) -> Path:
 def collect(suite: str, tasks: List[int], demos: int, first: int, workers: int, states: Path) -> Dict[int, Dict[int, bool]]:
     """Task -> seed -> success, in the order of the seeds, from as many seeds as are needed; successes are stored on the way.
 
-    A failure is stored as an empty demonstration. Later seeds are tried only for what is missing when all earlier ones are
-    known, so which seeds are used does not depend on the order in which episodes end.
+    A failure is stored as an empty demonstration; a task without any success in its first seeds is given up. Later seeds are
+    tried only for what is missing when all earlier ones are known, so which are used does not depend on the order of endings.
     """
     found: Dict[int, Dict[int, bool]] = {task: {} for task in tasks}
     empty = Demo(np.zeros((0, 7), np.float32), np.zeros((0, 0)), np.zeros((0, 8), np.float32))
     with Workers(functools.partial(LiberoEnv, render=False), record, workers) as pool:
         while True:
-            wanted = [(task, first + len(found[task]) + i) for task in tasks
+            wanted = [(task, first + len(found[task]) + i) for task in tasks if sum(found[task].values()) or not found[task]
                       for i in range(min(demos - sum(found[task].values()), PATIENCE * demos - len(found[task])))]
             if not wanted:
                 return found

@@ -4,7 +4,7 @@ An episode is a function of (task, initial state, seed) and of the policy: neith
 """
 
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Sequence
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 from tqdm import tqdm
@@ -46,11 +46,35 @@ class FixedBatch:
         return list(self._policy(images, [s.instruction for s in part] + [self._longest] * fill)[:len(part)])
 
 
-def pick_tasks(suite: str, chosen: Sequence[str]) -> List[int]:
+def stage_options(argv: List[str], defaults: Dict[str, str]) -> Tuple[dict, List[str]]:
+    """(a stage's own options, numbers as such; the arguments for the configuration). Raises ValueError for a bad value.
+
+    Options whose default is a number take whole numbers; `suite` must be a suite, `tasks` becomes a list of task numbers.
+    """
+    own, rest, arguments = dict(defaults), [], iter(argv)
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key[:2] == "--" and key[2:] in defaults:
+            own[key[2:]] = value if equals else next(arguments, "")
+        else:
+            rest.append(argument)
+    for key, default in defaults.items():
+        if default.isdigit():
+            if not own[key].isdigit() or (int(own[key]) < 1 and key != "first"):
+                raise ValueError(f"--{key} {own[key]!r}: must be a whole number above 0")
+            own[key] = int(own[key])
+    if own["suite"] not in SUITES:
+        raise ValueError(f"--suite {own['suite']!r}: must be one of {', '.join(SUITES)}")
+    require_libero()
+    own["tasks"] = pick_tasks(own["suite"], [part.strip() for part in own["tasks"].split(",") if part.strip()], "--tasks")
+    return own, rest
+
+
+def pick_tasks(suite: str, chosen: Sequence[str], option: str = "--evaluate.skills") -> List[int]:
     """Task numbers; all of the suite for an empty list. ValueError for what is no number of a task."""
     count = load_suite(suite).n_tasks
     if not all(text.isdigit() and int(text) < count for text in chosen):
-        raise ValueError(f"--evaluate.skills {list(chosen)}: {suite} has the tasks 0 to {count - 1}")
+        raise ValueError(f"{option} {list(chosen)}: {suite} has the tasks 0 to {count - 1}")
     return sorted({int(text) for text in chosen}) if chosen else list(range(count))
 
 

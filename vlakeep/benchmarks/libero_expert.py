@@ -1,4 +1,4 @@
-"""A scripted expert for LIBERO's pick-and-place tasks, from ground truth, through the same 7-D actions that a policy gives.
+"""A scripted expert for LIBERO's tasks, from ground truth, through the same 7-D actions that a policy gives.
 
 An action is a world-frame displacement of the hand / 0.05 m [3], a rotation vector / 0.5 rad [3], and the gripper, -1 open or
 +1 closed. Every skill is a generator of actions that reads the simulator's present state; the caller steps the simulator
@@ -10,11 +10,13 @@ from typing import Callable, Iterator, List, Optional, Tuple
 import numpy as np
 
 from vlakeep.benchmarks.libero_env import bddl_file, load_suite
+from vlakeep.benchmarks.libero_fixtures import close_drawer, drawer_opening, is_drawer, open_drawer, push, turn_knob
 from vlakeep.benchmarks.libero_grasp import Grasp, Release, plan_grasp
 from vlakeep.benchmarks.libero_scene import Scene, clearance, hand_points, rotation_vector
 
 OPEN, CLOSED = -1.0, 1.0
 GAIN, GAIN_TURN = 3.0, 2.0  # proportional control; the simulator's own controller is slower than a step
+AJAR = 0.13  # a drawer that is less open takes nothing in
 ATTEMPTS = 4
 PATIENCE = 10
 Actions = Iterator[np.ndarray]
@@ -24,19 +26,20 @@ class NotCovered(ValueError):
     """The task has a goal that the expert has no skill for."""
 
 
-Goal = Tuple[str, ...]  # ("on" or "in", thing, target)
+Goal = Tuple[str, ...]  # ("on" or "in", thing, target), ("open" or "close", drawer), ("turnon", stove)
 
 
 def goals(suite: str, task: int) -> List[Goal]:
-    """The task's goals in order. Raises NotCovered for one without a skill, such as an open drawer."""
-    from libero.libero.envs.bddl_utils import robosuite_parse_problem
-
+    """The task's goals in the order in which they are pursued. Raises NotCovered for one without a skill."""
     info = load_suite(suite).get_task(task)
+    from libero.libero.envs.bddl_utils import robosuite_parse_problem  # after load_suite, which imports the package quietly
+
     found = [tuple(goal) for goal in robosuite_parse_problem(bddl_file(info))["goal_state"]]
     for goal in found:
-        if len(goal) != 3 or goal[0] not in ("in", "on"):
+        drawer = goal[0] in ("open", "close") and "cabinet" in goal[1]
+        if not (goal[0] in ("in", "on") or drawer or (goal[0] == "turnon" and "stove" in goal[1])):
             raise NotCovered(f"{suite} task {task}, {info.language!r}: the expert has no skill for `{' '.join(goal)}`")
-    return found
+    return sorted(found, key=lambda goal: goal[0] == "close")  # what goes into a drawer goes there first
 
 
 class Expert:
@@ -50,7 +53,7 @@ class Expert:
     def act(self, goals: List[Goal]) -> Actions:
         """One goal after the other, then a moment in which the last one may still come true."""
         for goal in goals:
-            yield from self.bring(goal)
+            yield from self.pursue(goal)
         yield from self.hold(self.scene.hand(), OPEN, PATIENCE)
 
     # Motion
@@ -131,6 +134,21 @@ class Expert:
                 break
             height += 0.04
         return height
+
+    def pursue(self, goal: Goal) -> Actions:
+        """One goal, with what has to be done before."""
+        if goal[0] == "open":
+            yield from open_drawer(self, goal[1])
+        elif goal[0] == "close":
+            yield from close_drawer(self, goal[1])
+        elif goal[0] == "turnon":
+            yield from turn_knob(self, goal[1])
+        elif goal[1].startswith("plate"):
+            yield from push(self, goal)
+        else:
+            if is_drawer(self.scene, goal[2]) and drawer_opening(self.scene, goal[2]) < AJAR:
+                yield from open_drawer(self, goal[2])
+            yield from self.bring(goal)
 
     def bring(self, goal: Goal) -> Actions:
         """Put a thing on or in something; up to four grasps, each another one."""

@@ -149,7 +149,7 @@ class Scene:
         """Whether a goal such as ("on", bowl, plate) is fulfilled, by the simulator's own predicate."""
         return bool(self.env._eval_predicate(list(goal)))
 
-    def _top_body(self, geom: int, bodies) -> int:
+    def top_body(self, geom: int, bodies) -> int:
         """The first of `bodies` above a geometry in the kinematic tree, or 0."""
         body = self.model.geom_bodyid[geom]
         while body not in bodies and body != 0:
@@ -168,7 +168,7 @@ class Scene:
         body, found = self.env.obj_body_id[name], []
         for geom in range(self.model.ngeom):
             half = self._half_size(geom)
-            if half is None or not self._collides(geom) or self._top_body(geom, (body,)) != body:
+            if half is None or not self._collides(geom) or self.top_body(geom, (body,)) != body:
                 continue
             box_83 = _CORNERS_83 * half @ self.data.geom_xmat[geom].reshape(3, 3).T + self.data.geom_xpos[geom]
             if slab is None or (box_83[:, 2].max() >= slab[0] and box_83[:, 2].min() <= slab[1]):
@@ -186,7 +186,7 @@ class Scene:
             names = self.model.body(body).name, self.model.body(int(self.model.body_rootid[body])).name
             size = self._half_size(geom)
             of_robot = any(name.startswith(ROBOT) for name in names)
-            if of_robot or self._top_body(geom, skipped) in skipped or size.max() > FURNITURE:
+            if of_robot or self.top_body(geom, skipped) in skipped or size.max() > FURNITURE:
                 continue
             centre.append(self.data.geom_xpos[geom].copy())
             rotation.append(self.data.geom_xmat[geom].reshape(3, 3).copy())
