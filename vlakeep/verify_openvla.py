@@ -309,8 +309,8 @@ def check_lora(pair: Pair, tolerance: dict) -> List[Row]:
             trace.append(loss.item())
         losses.append(trace)
     # Adam turns a gradient near zero into a full step of either sign, so single weights may differ by the step; the update as a whole not.
-    apart = sum(float((ours[n].float() - theirs[n].float()).square().sum()) for n in ours)
-    moved = sum(float((theirs[n].float() - start[n]).square().sum()) for n in ours)
+    apart = sum(float((ours[n].detach().float() - theirs[n].detach().float()).square().sum()) for n in ours)
+    moved = sum(float((theirs[n].detach().float() - start[n]).square().sum()) for n in ours)
     text = " ".join(f"{value:.4f}" for value in losses[1])
     return rows + [Row("4 optimizer steps: loss", difference(losses[0], losses[1]), 10 * tolerance["loss"], f"official {text}"),
                    Row("4 optimizer steps: LoRA update", (apart / moved) ** 0.5, tolerance["weights"], "norm of the difference over norm")]

@@ -1,0 +1,103 @@
+"""The merged folder: same actions as the adapter, official format, nothing merged twice, nothing half-written."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import BASELINE
+from safetensors.torch import load_file, save_file
+
+from vlakeep.backbones import merge
+from vlakeep.backbones.base import make_backbone
+from vlakeep.backbones.lora import load_adapter, merged_state
+from vlakeep.errors import CheckpointError
+from vlakeep.export import run_export
+from vlakeep.storage import find_checkpoint
+from vlakeep.target import target_checkpoint
+from vlakeep.train import run_training
+
+
+@pytest.fixture(scope="module")
+def run(world):
+    storage, make_config = world
+    config = make_config(BASELINE, "--name", "export", "--backbone.dtype", "float32", "--export.parity_frames", 6)
+    run_training(config, storage)
+    return config, storage
+
+
+
+
+def test_adapter_and_merged_model_give_the_same_actions(run):
+    config, storage = run
+    config.export.dtype, config.export.folder = "float32", str(storage.runs / "merged-float32")
+    folder = run_export(config, storage)
+    record = json.loads((folder / "vlakeep_export.json").read_text())
+    assert record["parity"]["frames_identical"] == 6 == record["parity"]["frames"] and record["merged_modules"] > 0
+    backbone = make_backbone(config.backbone, "cpu")
+    load_adapter(backbone, target_checkpoint("export", storage) / "adapter")
+    wanted, found = merged_state(backbone, torch.float32), make_backbone(str(folder), "cpu").openvla.state_dict()
+    assert set(wanted) == set(found) and all(torch.equal(found[name], wanted[name].float()) for name in wanted)
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "dataset_statistics.json", "preprocessor_config.json", "tokenizer.json",
+            "generation_config.json"} <= names and not [n for n in names if n.endswith(".partial")]
+    assert "auto_map" not in json.loads((folder / "config.json").read_text())
+
+
+def test_shards_are_those_of_the_official_index(run, monkeypatch):
+    config, storage = run
+    monkeypatch.setattr(merge, "MAX_SHARD", 2_000_000)
+    config.export.dtype, config.export.folder = "stored", str(storage.runs / "merged-shards")
+    folder = run_export(config, storage)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in folder.glob("model-*.safetensors"))
+    assert len(files) > 3 and set(index["weight_map"].values()) == set(files)
+    assert index["metadata"]["total_size"] == sum(t.nbytes for f in files for t in load_file(folder / f).values())
+
+
+def test_nothing_is_merged_twice_or_over_another_model(run, tmp_path):
+    config, storage = run
+    config.export.dtype, config.export.folder = "stored", str(storage.runs / "merged-once")
+    folder = run_export(config, storage)
+    with pytest.raises(FileExistsError, match="--export.overwrite true"):
+        run_export(config, storage)
+    before = config.backbone.checkpoint
+    config.backbone.checkpoint, config.export.folder = str(folder), str(storage.runs / "merged-again")
+    with pytest.raises(CheckpointError, match="already holds this adapter.*merging it twice"):
+        run_export(config, storage)
+    (folder / "vlakeep_export.json").unlink()
+    with pytest.raises(CheckpointError, match="other base weights|base"):
+        run_export(config, storage)
+    config.backbone.checkpoint = before
+    assert not (storage.runs / "merged-again").exists()
+
+
+def test_an_adapter_of_another_model_is_refused(run, tmp_path):
+    config, storage = run
+    adapter = tmp_path / "adapter"
+    shutil.copytree(target_checkpoint("export", storage) / "adapter", adapter)
+    state = load_file(adapter / "adapter_model.safetensors")
+    name = next(name for name in state if name.endswith("lora_A.weight"))
+    state[name] = state[name][:, :-8].contiguous()
+    save_file(state, adapter / "adapter_model.safetensors")
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(CheckpointError, match="does not fit.*in the adapter"):
+        merge.merge_checkpoint(find_checkpoint("tabletop-base", tmp_path), adapter, out, {})
+    assert list(out.iterdir()) == []
+
+
+def test_a_merge_that_changes_the_actions_leaves_nothing(run, monkeypatch):
+    config, storage = run
+    config.export.dtype, config.export.folder = "float32", str(storage.runs / "merged-wrong")
+    monkeypatch.setattr(merge, "merged", lambda weight, pair, scale: -weight.float())
+    with pytest.raises(CheckpointError, match="different actions.*nothing was written"):
+        run_export(config, storage)
+    assert not (storage.runs / "merged-wrong").exists()
+
+
+def test_a_convolution_merges_like_a_linear():
+    weight = torch.zeros(6, 3, 2, 2)
+    a, b = torch.randn(4, 3, 2, 2), torch.randn(6, 4, 1, 1)
+    wanted = torch.einsum("or,rihw->oihw", b[:, :, 0, 0], a)
+    assert torch.allclose(merge.merged(weight, (a, b), 0.5), 0.5 * wanted, atol=1e-6)
