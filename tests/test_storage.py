@@ -236,5 +236,5 @@ def test_find_checkpoint(tmp_path):
         (tmp_path / folder / "config.json").write_text("{}")
     assert find_checkpoint("openvla/openvla-7b", tmp_path).name == "abc"
     assert find_checkpoint("mine", tmp_path) == tmp_path / "mine"
-    with pytest.raises(FileNotFoundError, match="(hf|huggingface-cli) download openvla/other"):
+    with pytest.raises(FileNotFoundError, match="vlakeep fetch openvla/other"):
         find_checkpoint("openvla/other", tmp_path)

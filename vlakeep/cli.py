@@ -38,6 +38,7 @@ STAGES: Dict[str, Stage] = {
     "storage-check": Stage(
         "vlakeep.preflight", "check that all big files lie below the storage root; free space", "storage_check"
     ),
+    "fetch": Stage("vlakeep.fetch", "bring a base model from the hub below the storage root, with retries"),
     "tabletop-data": Stage("vlakeep.tabletop_data", "make the demonstrations and the probe of the tabletop benchmark"),
     "audit-probe": Stage("vlakeep.audit", "print token by token what of a probe prompt counts as instruction"),
     "offline": Stage("vlakeep.offline", "the frozen teacher's ICSM subspaces and Thermostat statistics, once per base model"),

@@ -432,9 +432,8 @@ def find_checkpoint(name: str, cache: Path) -> Path:
             key=lambda p: p.stat().st_mtime,
         )
         candidates = [given, Path(cache) / given, Path(cache) / given.name, *reversed(hub)]
-        tool = "hf" if shutil.which("hf") else "huggingface-cli"  # the older name, in the official environment
         remedy = (
-            f"fetch it (HF_ENDPOINT names a mirror): {tool} download {name} --local-dir {Path(cache) / given.name}"
+            f"fetch it with `vlakeep fetch {name}` (HF_ENDPOINT names a mirror)"
             if name.count("/") == 1 and not given.is_absolute()
             else "give the folder that has config.json with --backbone.checkpoint"
         )
