@@ -17,7 +17,7 @@ from vlakeep.benchmarks.libero_env import IDLE, LiberoEnv, load_suite, policy_im
 from vlakeep.benchmarks.libero_expert import Expert, NotCovered, goals
 from vlakeep.benchmarks.libero_play import evaluate_episode
 from vlakeep.benchmarks.libero_questions import look, noun_of
-from vlakeep.benchmarks.libero_record import play_expert, replay, without_no_ops
+from vlakeep.benchmarks.libero_record import Demo
 from vlakeep.benchmarks.libero_scene import Scene
 from vlakeep.benchmarks.libero_workers import Job, Workers
 from vlakeep.data.images import center_crop, decode_image, encode_jpeg, resize_uint8
@@ -84,15 +84,15 @@ def test_episodes_are_those_of_the_official_loop_to_the_bit():
     env.close()
 
 
-def test_an_expert_policy_succeeds_through_the_evaluation_and_its_demonstration_replays():
-    """The expert's actions, handed over as a model would give them, in the first official episode; a demonstration's states."""
-    env = LiberoEnv("libero_object", 6)
-    script, known, observation = Expert(env), [], env.start(0)
-    for action in script.act(goals("libero_object", 6)):
+def test_an_expert_policy_succeeds_through_the_evaluation():
+    """The expert's actions, handed over as a model would give them, in the first official episode."""
+    env = LiberoEnv("libero_goal", 1)
+    observation, known = env.start(0), []
+    for action in Expert(env).act(goals("libero_goal", 1)):
         known.append(action)
         if env.step(action)[2]:
             break
-    game = evaluate_episode(env, Job("libero_object", 6, 0, 0, limit=280))
+    game = evaluate_episode(env, Job("libero_goal", 1, 0, 0, limit=300))
     seen = next(game)
     assert np.array_equal(seen.image, policy_image(observation["agentview_image"], crop=False))
     assert seen.instruction == env.language
@@ -102,15 +102,26 @@ def test_an_expert_policy_succeeds_through_the_evaluation_and_its_demonstration_
     assert end.value.value == {"success": True, "steps": len(known)}
     env.close()
 
-    env = LiberoEnv("libero_object", 6, render=False)
-    actions = without_no_ops(play_expert(env, 1000, 280))
-    one, two = replay(env, 1000, actions), replay(env, 1000, actions)
-    assert len(one.actions) == len(one.proprio) == len(one.states) - 1 and one.proprio.shape[1] == 8
-    assert all(np.array_equal(a, b) for a, b in zip(one, two)) and set(np.unique(one.actions[:, 6])) == {-1.0, 1.0}
-    assert replay(env, 1000, actions[:20]) is None
+
+def test_demonstrations_are_played_stored_rendered_and_read_back(tmp_path, capsys):
+    from vlakeep import cli
+    from vlakeep.data.rlds import RldsDataset
+
+    command = ["libero-demos", "--suite", "libero_goal", "--tasks", "1", "--demos", "1", "--resolution", "64"]
+    assert cli.run([*command, "--root", str(tmp_path)]) == 0 and "1 of   1 attempts succeeded" in capsys.readouterr().out
+    folder = tmp_path / "datasets" / "libero_goal_expert"
+    demo = Demo.load(folder / "states" / "task01_seed1000.npz")
+    steps = len(demo.actions)
+    assert demo.proprio.shape == (steps, 8) and len(demo.states) == steps + 1
+    assert set(np.unique(demo.actions[:, 6])) == {-1.0, 1.0}
+    data = RldsDataset(folder, cache_dir=tmp_path / "cache")
+    frame = data.frame(0, steps - 1)
+    assert list(data.lengths) == [steps] and frame.instruction == "put the bowl on the stove" and frame.image.shape[2] == 3
+    assert json.loads((folder / "demos.json").read_text())["tasks"]["put_the_bowl_on_the_stove"]["seeds"] == [1000]
     with pytest.raises(NotCovered, match="libero_10 task 9"):
         goals("libero_10", 9)
-    env.close()
+    with pytest.raises(ValueError, match="skills for none"):
+        cli.run(["libero-demos", "--suite", "libero_10", "--tasks", "9", "--root", str(tmp_path)])
 
 
 def test_questions_are_answered_as_the_turned_picture_shows_it():

@@ -41,7 +41,7 @@ def without_no_ops(actions: List[np.ndarray]) -> np.ndarray:
     for action in actions:
         if np.linalg.norm(action[:-1]) >= NO_MOTION or (gripper is not None and action[-1] != gripper):
             kept.append(action)
-        gripper = action[-1]
+            gripper = action[-1]
     return np.array(kept, dtype=np.float32).reshape(-1, 7)
 
 

