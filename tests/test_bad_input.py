@@ -162,7 +162,7 @@ def test_messages_of_the_system_get_a_remedy():
 
 
 @pytest.mark.parametrize("stage, overrides, words", [
-    ("train", ["--backbone.checkpoint", "no/model"], ["no base model 'no/model'", "download no/model --local-dir"]),
+    ("train", ["--backbone.checkpoint", "no/model"], ["no base model 'no/model'", "vlakeep fetch no/model"]),
     ("offline", ["--backbone.checkpoint", "/no/model"], ["no base model '/no/model'", "--backbone.checkpoint"]),
     ("train", ["--data.datasets", "[tabletop_none]"], ["datasets/tabletop_none", "vlakeep tabletop-data"]),
     ("train", ["--root", Path(__file__).parent / "x"], ["tests/x lies inside the source tree", "--root DIR"]),

@@ -143,7 +143,7 @@ def test_every_red_line_has_a_remedy(world):
     found = reds(config)
     assert len(found) >= 6 and all(line.remedy for line in found)
     remedies = " ".join(line.remedy for line in found)
-    assert "download someone/model" in remedies and "vlakeep tabletop-data" in remedies and "--device cpu" in remedies
+    assert "vlakeep fetch someone/model" in remedies and "vlakeep tabletop-data" in remedies and "--device cpu" in remedies
 
 
 def test_typing_mistakes_leave_the_other_checks_running(world, capsys):
