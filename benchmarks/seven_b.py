@@ -21,15 +21,11 @@ from vlakeep.backbones.openvla import OpenVLA, parameters_on_meta
 from vlakeep.config import load_config
 from vlakeep.export import run_export
 from vlakeep.offline import run_offline
-from vlakeep.storage import Storage
+from vlakeep.storage import Storage, pick_root
 from vlakeep.tabletop_data import write_tabletop_data
 from vlakeep.train import run_training
+from vlakeep.verify_openvla import SEVEN_B
 
-CONFIG = {
-    "model_type": "openvla", "use_fused_vision_backbone": True, "image_sizes": [224, 224],
-    "timm_model_ids": ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"], "timm_override_act_layers": [None, None],
-    "pad_to_multiple_of": 64, "pad_token_id": 32000, "text_config": {"model_type": "llama", "vocab_size": 32064, "pad_token_id": 32000},
-}
 PREPROCESSOR = {
     "image_processor_type": "PrismaticImageProcessor", "processor_class": "PrismaticProcessor", "use_fused_vision_backbone": True,
     "image_resize_strategy": "resize-naive", "input_sizes": [[3, 224, 224], [3, 224, 224]], "interpolations": ["bicubic", "bicubic"],
@@ -42,7 +38,7 @@ def write_random_checkpoint(folder: Path, tokenizer: Path, device, layers: int) 
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = complete_config({**CONFIG, "text_config": {**CONFIG["text_config"], "num_hidden_layers": layers}})
+    config = complete_config({**SEVEN_B, "text_config": {**SEVEN_B["text_config"], "num_hidden_layers": layers}})
     with parameters_on_meta():
         model = OpenVLA(config)
     torch.manual_seed(0)
@@ -93,7 +89,7 @@ def main() -> int:
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--gib", type=float, default=24.0)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--root", default="/tmp/seven_b")
+    parser.add_argument("--root", default=str(pick_root(quiet=True)), help="storage root; the checkpoint takes 15 GB there")
     parser.add_argument("--out", default=None)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--write_only", action="store_true", help="stop after the checkpoint, for verify-openvla")
