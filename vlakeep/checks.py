@@ -250,6 +250,9 @@ def check_artifact(config: Config, storage: Storage, model: dict, probe_sha256: 
     remedy = "vlakeep offline" + (f" --config {config_path}" if config_path else "")
     try:
         backbone = model_name(find_checkpoint(config.backbone.checkpoint, storage.cache))
+    except FileNotFoundError as error:
+        return [Line(RED, "ICSM artefact", f"cannot be looked for without its base model: {error}", "mend the line `base model` first")]
+    try:
         folder = storage.artifact_folder(config.icsm.name or icsm.artifact_name(backbone))
         found = icsm.load(folder)
         depth = depth_and_width(model)[0] if model else found.meta["depth"]
