@@ -83,12 +83,16 @@ def main():
           f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, "
           + ", ".join(f"{name} {version}" for name, version in libero_setup.versions().items()))
     base, expected = sequential(jobs)
-    print(f"{'plain loop':12s} {base:7.1f} s  {steps / base:6.1f} steps/s   1.0 x", flush=True)
+
+    def line(name, seconds, hashes):
+        same = "the same pictures" if hashes == expected else "OTHER PICTURES"
+        rates = f"{steps / seconds:6.1f} steps/s {60 * len(jobs) / seconds:6.1f} episodes/min"
+        print(f"{name:12s} {seconds:7.1f} s  {rates} {base / seconds:5.1f} x  {same}", flush=True)
+
+    line("plain loop", base, expected)
     for workers in map(int, options.workers.split(",")):
         seconds, hashes = parallel(jobs, workers)
-        same = "the same pictures" if hashes == expected else "OTHER PICTURES"
-        rate, gain = steps / seconds, base / seconds
-        print(f"{f'{workers} workers':12s} {seconds:7.1f} s  {rate:6.1f} steps/s {gain:5.1f} x  {same}", flush=True)
+        line(f"{workers} workers", seconds, hashes)
 
 
 if __name__ == "__main__":

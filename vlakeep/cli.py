@@ -52,6 +52,7 @@ STAGES: Dict[str, Stage] = {
     "verify-golden": Stage("vlakeep.golden", "compare with numbers recorded from the official OpenVLA code", configured=False),
     "verify-openvla": Stage("vlakeep.verify_openvla", "compare vlakeep's model with the official code of your checkout", configured=False),
     "pretrain-tabletop": Stage("vlakeep.pretrain", "rebuild the small model that ships with vlakeep (one GPU)", configured=False),
+    "pretrain-libero": Stage("vlakeep.pretrain_libero", "a small model of LIBERO demonstrations, from nothing (one GPU)", configured=False),
 }
 
 

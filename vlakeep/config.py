@@ -17,6 +17,8 @@ import yaml
 from vlakeep import schema
 from vlakeep.schema import ConfigError
 
+LIBERO_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+
 
 @dataclass
 class BackboneConfig:
@@ -194,7 +196,8 @@ class TrainConfig:
 
 @dataclass
 class EvaluateConfig:
-    # What is evaluated: base, or a run below run_root_dir, or a checkpoint folder.
+    # What is evaluated: base, or a run below run_root_dir, or a checkpoint folder. In LIBERO also replay, a control without a
+    # model: the actions of the first demonstration of each task in data.datasets, whatever the pictures show.
     target: str = "base"
     # tabletop, or a LIBERO suite: libero_spatial, libero_object, libero_goal, libero_10, libero_90.
     benchmark: str = "tabletop"
@@ -222,6 +225,10 @@ class EvaluateConfig:
     center_crop: Optional[bool] = None
     # LIBERO: how many episodes of each task are kept as videos (the first ones).
     videos: int = 0
+    # LIBERO: suites whose success is measured beside the benchmark's, as old skills; all their tasks, as many episodes each.
+    other_suites: List[str] = field(default_factory=list)
+    # LIBERO: show the policy grey pictures, a control of how much of the success is memorised motion.
+    blank: bool = False
 
 
 @dataclass
@@ -321,10 +328,16 @@ class Config:
             need(self.method == "baseline", "lora.modules", "attention, mlp or linear names with a method: its subspaces are those "
                  "of decoder layers, and all-linear adapts vision and lm_head too")
         one_of("lora.init", "gaussian", "kaiming")
-        one_of("evaluate.benchmark", "tabletop", "libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+        one_of("evaluate.benchmark", "tabletop", *LIBERO_SUITES)
         one_of("export.dtype", "stored", "float32", "bfloat16", "float16")
         need(self.export.parity_frames >= 0, "export.parity_frames", "0 or more")
         need(self.evaluate.videos >= 0, "evaluate.videos", "0 or more")
+        others = set(self.evaluate.other_suites)
+        need(others <= set(LIBERO_SUITES) - {self.evaluate.benchmark}, "evaluate.other_suites",
+             f"LIBERO suites other than evaluate.benchmark: {', '.join(LIBERO_SUITES)}")
+        in_libero = self.evaluate.benchmark in LIBERO_SUITES
+        need(in_libero or not (others or self.evaluate.blank or self.evaluate.target == "replay"), "evaluate.benchmark",
+             "a LIBERO suite for evaluate.other_suites, evaluate.blank and evaluate.target replay")
         need(bool(self.name) and "/" not in self.name and self.name not in (".", "..", "base"), "name",
              "a single folder name, and not base, which names the model before training")
         for key in ("lora.rank", "lora.alpha", "data.shuffle_buffer", "icsm.rank", "icsm.batch_size", "icsm.sensitivity_items",

@@ -29,6 +29,7 @@ from vlakeep.config import Config, EvaluateConfig, config_from_argv, to_dict
 from vlakeep.data.dataset import Conventions
 from vlakeep.data.formats import open_datasets
 from vlakeep.data.prompts import action_prompt, encode_prompts, prompt_ids
+from vlakeep.data.statistics import unnormalise
 from vlakeep.icsm.artifact import default_layers, layer_map
 from vlakeep.icsm.collect import pooled_states
 from vlakeep.parallel import pick_device, set_threads
@@ -40,9 +41,12 @@ from vlakeep.thermostat.drift import covariance, covariance_drift
 
 ANSWER_TOKENS = 6
 TABLETOP_SEED = 1000
+REPLAY = "replay"  # the target that is no model
+GREY = 128
 FIRST_PICTURES = 20  # of a LIBERO evaluation, compared with the training data's
 # Fields of the evaluate section that change no trial, and those that one kind of benchmark does not read.
-NO_MATTER = ("target", "parallel", "workers", "videos", "probe")  # a probe is named by its hash
+# A probe is named by its hash; blank evaluations have a folder of their own; other suites have records of their own.
+NO_MATTER = ("target", "parallel", "workers", "videos", "probe", "blank", "other_suites")
 LIBERO_ONLY = ("batch", "center_crop")
 
 
@@ -126,28 +130,83 @@ def run_evaluation(config: Config, storage: Storage) -> Path:
     settings = resolved(config)
     in_libero = settings.benchmark in libero.SUITES
     (libero.check if in_libero else check_tabletop)(settings)
+    if in_libero and settings.target == REPLAY:
+        return run_replay(config, settings, storage, started)
     backbone, name, weights = load_target(config, storage, pick_device(config.device))
     key = config.backbone.unnorm_key
     if in_libero:
-        key = libero.pick_key(settings.benchmark, key, backbone.norm_stats, backbone.unnorm_key)
+        key = libero.pick_key(settings.benchmark, key, backbone.norm_stats, own_key(backbone, settings.benchmark))
         backbone.unnorm_key = key
+        name += "-blank" if settings.blank else ""
     backbone.action_statistics(key)  # raises for a key that would make every trial crash
     folder = storage.eval / settings.benchmark / name if in_libero else storage.eval / name
-    probe = open_questions(config, storage) if in_libero and settings.probe else None
-    unread = NO_MATTER + (() if probe else ("questions", "questions_per_kind", "retention_frames") if in_libero else LIBERO_ONLY)
-    header = {"weights": weights, "base": backbone.weights_sha256,
-              "evaluate": {k: v for k, v in to_dict(settings).items() if k not in unread},
-              **({"probe": probe.sha256} if probe else {})}
+    probe = open_questions(config, storage) if in_libero and settings.probe and not settings.blank else None
+    header = make_header(settings, weights, backbone.weights_sha256, probe)
     with Records(folder / "records.jsonl", header) as records:
-        drift = drift_of(name, backbone, config, storage, required=not in_libero)  # first, while a bad probe costs nothing yet
+        drift = drift_of(backbone, config, storage, required=not in_libero)  # first, while a bad probe costs nothing yet
         if in_libero:
-            alarms = crop_alarm(config, storage, settings) + run_libero(backbone, key, config, settings, storage, records, folder, name)
+            alarms = crop_alarm(config, storage, settings)
+            for suite in [settings.benchmark, *settings.other_suites]:
+                alarms += run_libero(backbone, config, of_suite(settings, suite), storage, records, folder, name)
             if probe:
                 run_probe(backbone, probe, settings, records, name)
         else:
             alarms = run_tabletop(backbone, key, settings, records, name)
         rows = records.rows()
-    summary = make_summary(name, rows, drift, weights, settings.benchmark)
+    return write_summary(folder, make_summary(name, rows, drift, weights, settings.benchmark), alarms, started)
+
+
+def make_header(settings, weights: str, base: str, probe: Optional[ProbeSet] = None) -> Dict:
+    """What records must have in common to be of one evaluation."""
+    in_libero = settings.benchmark in libero.SUITES
+    unread = NO_MATTER + (() if probe else ("questions", "questions_per_kind", "retention_frames") if in_libero else LIBERO_ONLY)
+    return {"weights": weights, "base": base, "evaluate": {k: v for k, v in to_dict(settings).items() if k not in unread},
+            **({"probe": probe.sha256} if probe else {})}
+
+
+def of_suite(settings: EvaluateConfig, suite: str) -> EvaluateConfig:
+    """The settings for one of the suites: the chosen tasks are those of the benchmark."""
+    return settings if suite == settings.benchmark else replace(settings, benchmark=suite, skills=[])
+
+
+def own_key(backbone, suite: str) -> Optional[str]:
+    """The key of the model's only action statistics, if nothing else is said."""
+    if backbone.unnorm_key is None and len(backbone.norm_stats) == 1:
+        only = next(iter(backbone.norm_stats))
+        if not only.startswith(suite):
+            print(f"the model knows no action statistics but those of {only}: they are used for {suite}", file=sys.stderr)
+        return only
+    return backbone.unnorm_key
+
+
+def run_replay(config: Config, settings, storage: Storage, started: float) -> Path:
+    """The control without a model: demonstrations replayed open loop from the evaluation's initial states."""
+    data, tasks = config.data, libero.pick_tasks(settings.benchmark, settings.skills)
+    datasets = open_datasets(storage.data, data.datasets, 1.0, storage.cache, Conventions(data.camera, data.gripper, data.rotate))
+    act = libero.Replay(first_demonstrations(datasets, settings.benchmark, tasks))
+    folder = storage.eval / settings.benchmark / REPLAY
+    identity = ",".join(dataset.fingerprint() for dataset in datasets)
+    with Records(folder / "records.jsonl", make_header(settings, identity, "")) as records:
+        libero.run_suite(act, settings, settings.center_crop, records, folder / "videos", desc=REPLAY)
+        rows = records.rows()
+    return write_summary(folder, make_summary(REPLAY, rows, None, identity, settings.benchmark), [], started)
+
+
+def first_demonstrations(datasets, suite: str, tasks: List[int]) -> Dict[str, np.ndarray]:
+    """Instruction -> actions of the first episode that has it. FileNotFoundError names the instructions without one."""
+    found: Dict[str, np.ndarray] = {}
+    for dataset in datasets:
+        for episode, language in reversed(list(enumerate(dataset.languages))):
+            found[language] = unnormalise(dataset.actions(episode), dataset.statistics)
+    wanted = [libero.load_suite(suite).get_task(task).language for task in tasks]
+    missing = [language for language in wanted if language not in found]
+    if missing:
+        raise FileNotFoundError(f"--data.datasets [{', '.join(d.name for d in datasets)}] has no demonstration of {missing}: make "
+                                f"them with `vlakeep libero-demos --suite {suite} --demos 1`")
+    return {language: found[language] for language in wanted}
+
+
+def write_summary(folder: Path, summary: Dict, alarms: List[str], started: float) -> Path:
     summary["alarms"] = alarms
     summary["seconds"] = time.perf_counter() - started
     with atomic_write(folder / "summary.json", "w") as file:
@@ -164,9 +223,9 @@ def resolved(config: Config) -> EvaluateConfig:
                    center_crop=config.data.image_aug if settings.center_crop is None else settings.center_crop)
 
 
-def drift_of(name: str, backbone, config: Config, storage: Storage, required: bool):
+def drift_of(backbone, config: Config, storage: Storage, required: bool):
     """The drift, 0 for the base itself; None without a probe where that is no error."""
-    if name == "base":
+    if config.evaluate.target == "base":
         return 0.0
     if not required and not storage.probe_folder(config.probe.name).is_dir():
         print(f"no probe `{config.probe.name}`: the drift is not measured", file=sys.stderr)
@@ -229,11 +288,15 @@ def run_tabletop(backbone, key, settings, records: Records, name: str) -> List[s
     return policy.watch.alarms()
 
 
-def run_libero(backbone, key, config: Config, settings, storage: Storage, records: Records, folder: Path, name: str) -> List[str]:
+def run_libero(backbone, config: Config, settings, storage: Storage, records: Records, folder: Path, name: str) -> List[str]:
     """Episodes of the suite's tasks in the simulator. Returns alarms."""
-    watch, first = ActionWatch(backbone.action_statistics(key)), []
+    key, first = backbone.unnorm_key, []
+    if settings.benchmark != config.evaluate.benchmark:  # an old suite keeps the statistics that it was learnt with
+        key = libero.pick_key(settings.benchmark, None, backbone.norm_stats, key)
+    watch = ActionWatch(backbone.action_statistics(key))
 
     def policy(images, instructions):
+        images = np.full_like(images, GREY) if settings.blank else images
         return backbone.predict_actions(images, instructions, key, on_early_stop="nan")
 
     def length(instruction):
@@ -249,10 +312,12 @@ def run_libero(backbone, key, config: Config, settings, storage: Storage, record
             first.extend(np.asarray(one.image, dtype=float) for one in seen)
         return answers
 
-    restarts = libero.run_suite(act, settings, settings.center_crop, records, folder / "videos", desc=name)
+    videos = folder / "videos" if settings.benchmark == config.evaluate.benchmark else folder / "videos" / settings.benchmark
+    restarts = libero.run_suite(act, settings, settings.center_crop, records, videos, desc=name)
     if restarts:
         print(f"{name}: {restarts} simulator processes died and were replaced", file=sys.stderr)
-    trained = training_picture(config, storage) if name != "base" and first else None
+    comparable = first and config.evaluate.target != "base" and settings.benchmark == config.evaluate.benchmark
+    trained = training_picture(config, storage) if comparable else None
     return watch.alarms() + ([] if trained is None else orientation_alarm(trained, np.mean(first, axis=0)))
 
 

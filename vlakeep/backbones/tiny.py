@@ -4,6 +4,7 @@ They are tiny configurations of what OpenVLA uses, in the same file formats; eve
 """
 
 import functools
+import itertools
 import json
 import re
 import sys
@@ -14,7 +15,10 @@ from typing import Dict, List, Tuple
 from vlakeep.compat import import_timm
 
 TINY_IMAGE_SIZE = 64
-_COMMON = dict(img_size=TINY_IMAGE_SIZE, embed_dim=96, depth=4, num_heads=4, mlp_ratio=8 / 3)
+_SIZES = {
+    "tiny": dict(img_size=TINY_IMAGE_SIZE, embed_dim=96, depth=4, num_heads=4, mlp_ratio=8 / 3),
+    "small": dict(img_size=128, embed_dim=192, depth=5, num_heads=6, mlp_ratio=8 / 3),
+}
 # As timm's vit_*_reg4_dinov2 and vit_*_siglip. LayerScale starts at 1, not 1e-5, because these are trained from nothing.
 _KINDS = {
     "dinov2": dict(class_token=True, reg_tokens=4, no_embed_class=True, init_values=1.0),
@@ -28,7 +32,7 @@ _TEMPLATE = "In: What action should the robot take to?\nOut:"  # the words of th
 
 @functools.lru_cache(maxsize=None)
 def register_tiny_vits() -> None:
-    """Make `vlakeep_vit_tiny_patch{8,16}_{dinov2,siglip}` known to timm."""
+    """Make `vlakeep_vit_{tiny,small}_patch{8,16}_{dinov2,siglip}` known to timm."""
     import_timm()
     from timm.models import register_model
     from timm.models.vision_transformer import VisionTransformer
@@ -42,9 +46,9 @@ def register_tiny_vits() -> None:
         entry.__name__ = name
         return entry
 
-    for patch in (8, 16):
-        for kind, extra in _KINDS.items():
-            register_model(entry_point(f"vlakeep_vit_tiny_patch{patch}_{kind}", dict(_COMMON, patch_size=patch, **extra)))
+    for size, patch, kind in itertools.product(_SIZES, (8, 16), _KINDS):
+        sizes = dict(_SIZES[size], patch_size=patch, **_KINDS[kind])
+        register_model(entry_point(f"vlakeep_vit_{size}_patch{patch}_{kind}", sizes))
 
 
 def _split(text: str) -> List[str]:

@@ -103,6 +103,22 @@ def longest_instruction(suite: str, tasks: Sequence[int], length: Callable[[str]
     return max((found.get_task(task).language for task in tasks), key=length)
 
 
+class Replay:
+    """A policy without eyes: step t of an episode gets action t of its instruction's demonstration, and no motion after the last.
+
+    actions: instruction -> [T, 7] as the evaluation takes them, not normalised, gripper 1 = open.
+    """
+
+    def __init__(self, actions: Dict[str, np.ndarray]):
+        self._actions = actions
+
+    def __call__(self, jobs: Sequence[Job], seen: Sequence[Seen]) -> List[np.ndarray]:
+        return [self._action(self._actions[one.instruction], one.step) for one in seen]
+
+    def _action(self, actions_TA: np.ndarray, step: int) -> np.ndarray:
+        return actions_TA[step] if step < len(actions_TA) else np.r_[np.zeros(6), actions_TA[-1, 6]]
+
+
 def run_suite(act: Callable, settings, crop: bool, records: Records, videos: Path, desc: str = "") -> int:
     """Play every episode that `records` lacks and add its line; returns how many simulators had to be replaced.
 
@@ -129,6 +145,7 @@ def trial(task: int, init: int) -> int:
 
 
 def by_task(rows: Sequence[dict]) -> Dict[str, dict]:
-    """Task -> success rate with its Wilson interval, in the suite's order, from the records of one suite."""
-    named = [dict(row, ability=row["task"]) for row in sorted(rows, key=lambda row: row["trial"]) if row["kind"] == "skill"]
+    """Task -> success rate with its Wilson interval, suite by suite and in the suite's order."""
+    skills = sorted((row for row in rows if row["kind"] == "skill"), key=lambda row: (row["ability"], row["trial"]))
+    named = [dict(row, ability=row["task"]) for row in skills]
     return {task: value for (_, task), value in summarise(named).items()}

@@ -19,7 +19,7 @@ def evaluate_episode(env: LiberoEnv, job: Job):
         raw_HWC = observation[f"{CAMERA}_image"]
         if job.target:
             frames.append(np.ascontiguousarray(raw_HWC[::-1, ::-1]))
-        action = yield Seen(policy_image(raw_HWC, job.crop), env.language)
+        action = yield Seen(policy_image(raw_HWC, job.crop), env.language, steps)
         observation, _, success = env.step(to_simulator(action))
         steps += 1
     if job.target:

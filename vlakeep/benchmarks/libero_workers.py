@@ -39,6 +39,7 @@ class Seen(NamedTuple):
 
     image: np.ndarray
     instruction: str
+    step: int = 0  # of the episode, the settling ones not counted
 
 
 def _serve(connection, open_env: Callable, play: Callable) -> None:
