@@ -187,3 +187,24 @@ def test_a_missing_simulator_names_the_command(monkeypatch):
     assert line.remedy.startswith("make libero")
     assert libero_setup.warnings_about({"mujoco": "2.3.7"}) == []
     assert "darker" in libero_setup.warnings_about({"mujoco": "3.17.0"})[0]
+
+
+def test_a_replay_acts_by_the_step_alone_and_rests_at_the_end():
+    actions_TA = np.arange(14.0).reshape(2, 7)
+    act = libero.Replay({"lift it": actions_TA})
+    picture = np.zeros((2, 2, 3), np.uint8)
+    found = act([None] * 3, [Seen(picture, "lift it", step) for step in (1, 0, 5)])
+    assert [row.tolist() for row in found] == [actions_TA[1].tolist(), actions_TA[0].tolist(), [0.0] * 6 + [13.0]]
+
+
+def test_data_of_another_renderer_are_named():
+    found = {"mujoco": "3.17.0"}
+    assert libero_setup.mixed_renderers({"mine": "3.17.0"}, found) == []
+    lines = libero_setup.mixed_renderers({"mine": "3.17.0", "older": "3.3.7", "official": None}, found)
+    assert len(lines) == 2 and "older was rendered with mujoco 3.3.7" in lines[0] and "official was rendered with mujoco 2.3.7" in lines[1]
+
+
+def test_tasks_are_listed_suite_by_suite():
+    rows = [{"kind": "skill", "ability": suite, "trial": trial, "task": f"{suite} {trial}", "success": True, "crash": None}
+            for suite, trial in (("libero_object", 0), ("libero_goal", 50), ("libero_object", 50), ("libero_goal", 0))]
+    assert list(libero.by_task(rows)) == ["libero_goal 0", "libero_goal 50", "libero_object 0", "libero_object 50"]

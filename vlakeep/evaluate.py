@@ -23,7 +23,7 @@ from tqdm import tqdm
 from vlakeep.backbones.base import make_backbone
 from vlakeep.backbones.lora import adapters_disabled, load_adapter
 from vlakeep.backbones.safeguards import ActionWatch, orientation_alarm
-from vlakeep.benchmarks import libero, tabletop
+from vlakeep.benchmarks import libero, libero_setup, tabletop
 from vlakeep.benchmarks.records import Records, mean_interval, summarise
 from vlakeep.config import Config, EvaluateConfig, config_from_argv, to_dict
 from vlakeep.data.dataset import Conventions
@@ -145,7 +145,7 @@ def run_evaluation(config: Config, storage: Storage) -> Path:
     with Records(folder / "records.jsonl", header) as records:
         drift = drift_of(backbone, config, storage, required=not in_libero)  # first, while a bad probe costs nothing yet
         if in_libero:
-            alarms = crop_alarm(config, storage, settings)
+            alarms = crop_alarm(config, storage, settings) + renderer_alarm(config, storage)
             for suite in [settings.benchmark, *settings.other_suites]:
                 alarms += run_libero(backbone, config, of_suite(settings, suite), storage, records, folder, name)
             if probe:
@@ -161,7 +161,8 @@ def make_header(settings, weights: str, base: str, probe: Optional[ProbeSet] = N
     in_libero = settings.benchmark in libero.SUITES
     unread = NO_MATTER + (() if probe else ("questions", "questions_per_kind", "retention_frames") if in_libero else LIBERO_ONLY)
     return {"weights": weights, "base": base, "evaluate": {k: v for k, v in to_dict(settings).items() if k not in unread},
-            **({"probe": probe.sha256} if probe else {})}
+            **({"probe": probe.sha256} if probe else {}),
+            **({"mujoco": libero_setup.versions().get("mujoco")} if in_libero else {})}
 
 
 def of_suite(settings: EvaluateConfig, suite: str) -> EvaluateConfig:
@@ -252,6 +253,19 @@ def crop_alarm(config: Config, storage: Storage, settings) -> List[str]:
     cuts = "cuts" if settings.center_crop else "does not cut"
     return [f"the run was trained {'with' if trained else 'without'} random crops, and this evaluation {cuts} the centre: "
             f"--evaluate.center_crop {'true' if trained else 'false'} fits it"]
+
+
+def renderer_alarm(config: Config, storage: Storage) -> List[str]:
+    """One line per LIBERO data set of the run that another version of mujoco has rendered; libero-demos notes its own."""
+    path = storage.runs / config.evaluate.target / "config.yaml"
+    if not path.is_file():
+        return []
+    made: Dict[str, Optional[str]] = {}
+    for name in (yaml.safe_load(path.read_text()).get("data") or {}).get("datasets") or []:
+        notes = storage.data / name / "demos.json"
+        if name.startswith("libero"):
+            made[name] = json.loads(notes.read_text())["versions"].get("mujoco") if notes.is_file() else None
+    return libero_setup.mixed_renderers(made, libero_setup.versions())
 
 
 def training_picture(config: Config, storage: Storage) -> Optional[np.ndarray]:

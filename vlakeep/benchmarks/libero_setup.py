@@ -11,7 +11,7 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import Dict, List, NamedTuple
+from typing import Dict, List, NamedTuple, Optional
 
 INSTALL = "make libero   (in an environment of your own: pip install 'vlakeep[libero]')"
 OSMESA = "apt-get install -y --no-install-recommends libosmesa6"
@@ -101,6 +101,13 @@ def versions() -> Dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
+
+
+def mixed_renderers(data: Dict[str, Optional[str]], found: Dict[str, str]) -> List[str]:
+    """Lines about data sets that were not rendered with the installed mujoco. data: name -> mujoco version, None for official ones."""
+    here = found.get("mujoco", "")
+    return [f"{name} was rendered with mujoco {made or OFFICIAL_MUJOCO}, this evaluation renders with {here}: pictures differ in "
+            "brightness; evaluate with the version of the data" for name, made in data.items() if (made or OFFICIAL_MUJOCO) != here]
 
 
 def warnings_about(found: Dict[str, str]) -> List[str]:
