@@ -28,6 +28,7 @@ from vlakeep.benchmarks.records import Records, mean_interval, summarise
 from vlakeep.config import Config, EvaluateConfig, config_from_argv, to_dict
 from vlakeep.data.dataset import Conventions
 from vlakeep.data.formats import open_datasets
+from vlakeep.data.images import center_crop
 from vlakeep.data.prompts import action_prompt, encode_prompts, prompt_ids
 from vlakeep.data.statistics import unnormalise
 from vlakeep.icsm.artifact import default_layers, layer_map
@@ -350,17 +351,25 @@ def open_questions(config: Config, storage: Storage) -> ProbeSet:
 
 
 def run_probe(backbone, probe: ProbeSet, settings, records: Records, name: str) -> None:
-    """Questions of every kind and the KL on instructions, on the pictures of a probe. A trial's `seed` is its item number."""
+    """Questions of every kind and the KL on instructions, on the pictures of a probe, cut as those of the episodes are.
+
+    A trial's `seed` is its item number.
+    """
     kinds = probe.kinds(range(len(probe)))
+
+    def samples(items):
+        found = probe.samples(items)
+        return [replace(sample, image=center_crop(sample.image)) for sample in found] if settings.center_crop else found
+
     for kind in settings.questions or sorted(set(kinds) - {"instruction"}):
         items = [i for i, own in enumerate(kinds) if own == kind][:settings.questions_per_kind]
         todo = [(trial, item) for trial, item in enumerate(items) if not records.has("question", kind, trial)]
-        for (trial, item), said in zip(todo, answer_questions(backbone, probe.samples([item for _, item in todo]))):
+        for (trial, item), said in zip(todo, answer_questions(backbone, samples([item for _, item in todo]))):
             records.add(kind="question", ability=kind, trial=trial, seed=item, success=said == probe.answers[item], value=None,
                         crash=None, steps=0, answer=said, expected=probe.answers[item])
     items = [i for i, kind in enumerate(kinds) if kind == "instruction"][:settings.retention_frames]
     if name != "base" and items and not records.has("retention", "action_kl", len(items) - 1):
-        for trial, (item, value) in enumerate(zip(items, action_token_kl(backbone, probe.samples(items)))):
+        for trial, (item, value) in enumerate(zip(items, action_token_kl(backbone, samples(items)))):
             records.add(kind="retention", ability="action_kl", trial=trial, seed=item, success=None, value=float(value),
                         crash=None, steps=0)
 
