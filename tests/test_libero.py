@@ -17,7 +17,7 @@ from vlakeep.benchmarks.libero_env import IDLE, LiberoEnv, blind, load_suite, po
 from vlakeep.benchmarks.libero_expert import Expert, NotCovered, goals
 from vlakeep.benchmarks.libero_play import evaluate_episode
 from vlakeep.benchmarks.libero_questions import look, noun_of
-from vlakeep.benchmarks.libero_record import Demo
+from vlakeep.benchmarks.libero_record import Demo, record
 from vlakeep.benchmarks.libero_scene import Scene
 from vlakeep.benchmarks.libero_workers import Job, Workers
 from vlakeep.data.images import center_crop, decode_image, encode_jpeg, resize_uint8
@@ -114,7 +114,7 @@ def test_demonstrations_are_played_stored_rendered_and_read_back(tmp_path, capsy
     demo = Demo.load(folder / "states" / "task01_seed1000.npz")
     steps = len(demo.actions)
     assert demo.proprio.shape == (steps, 8) and len(demo.states) == steps + 1
-    assert set(np.unique(demo.actions[:, 6])) == {-1.0, 1.0}
+    assert set(np.unique(demo.actions[:, 6])) == {-1.0, 1.0} and np.array_equal(demo.executed, demo.actions)
     data = RldsDataset(folder, cache_dir=tmp_path / "cache")
     frame = data.frame(0, steps - 1)
     assert list(data.lengths) == [steps] and frame.instruction == "put the bowl on the stove" and frame.image.shape[2] == 3
@@ -123,6 +123,17 @@ def test_demonstrations_are_played_stored_rendered_and_read_back(tmp_path, capsy
         goals("libero_10", 9)
     with pytest.raises(ValueError, match="skills for none"):
         cli.run(["libero-demos", "--suite", "libero_10", "--tasks", "9", "--root", str(tmp_path)])
+
+
+def test_noisy_demonstrations_hold_what_was_meant_and_replay_what_was_done():
+    env = LiberoEnv("libero_object", 0, render=False)
+    job = Job("libero_object", 0, 1000, 0, limit=280)
+    demo, again, clean = next_result(record(env, job, 0.3)), next_result(record(env, job, 0.3)), next_result(record(env, job))
+    assert all(np.array_equal(a, b) for a, b in zip(demo, again))
+    push = demo.executed - demo.actions
+    assert 0.3 < push[:, :6].any(axis=1).mean() < 0.7 and not push[:, 6].any() and np.abs(demo.executed).max() <= 1
+    assert not np.array_equal(clean.states[:40], demo.states[:40]) and np.array_equal(clean.states[0], demo.states[0])
+    env.close()
 
 
 def test_questions_are_answered_as_the_turned_picture_shows_it():

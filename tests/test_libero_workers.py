@@ -1,6 +1,7 @@
 """Simulator processes without a simulator: order, retries, crashes, hangs; and batches of one shape for the policy."""
 
 import functools
+import itertools
 import os
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from vlakeep.benchmarks import libero, libero_setup
 from vlakeep.benchmarks.libero import FixedBatch
 from vlakeep.benchmarks.libero_env import to_simulator
 from vlakeep.benchmarks.libero_questions import KINDS
-from vlakeep.benchmarks.libero_record import without_no_ops
+from vlakeep.benchmarks.libero_record import Demo, disturbances, without_no_ops
 from vlakeep.benchmarks.libero_workers import Job, Seen, Workers
 
 
@@ -148,9 +149,43 @@ def test_gripper_and_statistics_follow_the_official_rules():
 def test_steps_that_do_nothing_are_left_out():
     still, move = np.zeros(7), np.r_[0.1, np.zeros(6)]
     closing, closed = np.r_[np.zeros(6), 1.0], np.r_[0.1, np.zeros(5), 1.0]
-    kept = without_no_ops([still, move, still, closing, closing, closed])
-    assert np.allclose(kept, [move, closing, closed]) and kept.dtype == np.float32
-    assert without_no_ops([still]).shape == (0, 7)
+    kept = without_no_ops(np.array([still, move, still, closing, closing, closed]))
+    assert kept.tolist() == [False, True, False, True, False, True]
+    assert without_no_ops(np.array([still])).tolist() == [False]
+
+
+def test_noise_comes_in_stretches_and_follows_from_task_and_seed():
+    def drawn(noise, task, seed):
+        return np.array(list(itertools.islice(disturbances(noise, task, seed), 2000)))
+
+    pushes = drawn(0.5, 3, 1000)
+    noisy = pushes[:, :6].any(axis=1)
+    changes = np.flatnonzero(np.diff(noisy))
+    assert pushes.shape == (2000, 7) and not pushes[:, 6].any()
+    assert np.diff(changes).min() >= 5 and np.diff(changes).max() <= 15 and 0.45 < noisy.mean() < 0.55
+    assert 0.48 < pushes[noisy][:, :6].std() < 0.52
+    assert np.array_equal(pushes, drawn(0.5, 3, 1000)) and not np.array_equal(pushes, drawn(0.5, 4, 1000))
+
+
+def test_demonstrations_of_before_the_noise_were_executed_as_they_stand(tmp_path):
+    demo = Demo(np.ones((2, 7), np.float32), np.zeros((2, 7), np.float32), np.zeros((3, 5)), np.zeros((2, 8), np.float32))
+    demo.save(tmp_path / "new.npz")
+    assert all(np.array_equal(a, b) for a, b in zip(Demo.load(tmp_path / "new.npz"), demo))
+    np.savez(tmp_path / "old.npz", **{key: value for key, value in demo._asdict().items() if key != "executed"})
+    assert np.array_equal(Demo.load(tmp_path / "old.npz").executed, demo.actions)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "new.npz").read_bytes()[:200])
+    with pytest.raises(ValueError, match="cut.npz is no stored demonstration.*delete it"):
+        Demo.load(tmp_path / "cut.npz")
+
+
+def test_the_amount_of_noise_is_checked_and_names_the_set():
+    from vlakeep.libero_demos import OPTIONS, set_name
+
+    for bad in ("-0.1", "much", "nan", ""):
+        with pytest.raises(ValueError, match="--noise .* must be a number, 0 or above"):
+            libero.stage_options(["--noise", bad], OPTIONS)
+    assert [set_name("libero_goal", noise) for noise in (0.0, 0.3, 1.0)] == [
+        "libero_goal_expert", "libero_goal_expert_noise0_3", "libero_goal_expert_noise1"]
 
 
 def test_questions_are_chosen_with_balanced_kinds_and_answers():

@@ -1,14 +1,19 @@
 """Stage `vlakeep libero-demos`: demonstrations of LIBERO tasks by a scripted expert, as an RLDS data set.
 
     vlakeep libero-demos --suite libero_object --demos 20 --workers 8 [--tasks 0,1,4] [--resolution 256] [--first 1000]
+        [--noise 0.3]
 
 Tasks that the expert has no skill for are named and left out. Demonstration k of a task
 starts from a reset with seed --first + k; where the expert fails, later seeds take the place. The same options give the same
 bytes, whatever the number of workers. Stored states are not simulated again: a second call with another --resolution only
 renders.
 
-writes: data_root_dir/<suite>_expert/1.0.0/ (RLDS), states/ beside it (per demonstration: actions, states, proprio) and demos.json
-        (successes and failures per task, versions)
+--noise is the standard deviation of the noise that pushes the hand off its way in stretches of 5 to 15 steps, as a share of the
+expert's own motion. The recorded actions are what the expert meant to do from wherever it had got to, so that a policy learns to
+come back. Noisy and clean demonstrations are data sets of their own.
+
+writes: data_root_dir/<suite>_expert/1.0.0/ (RLDS), states/ beside it (per demonstration: actions, executed, states, proprio) and
+        demos.json (successes and failures per task, versions); the folder is called <suite>_expert_noise0_3 for --noise 0.3
 """
 
 import functools
@@ -32,7 +37,8 @@ from vlakeep.data.sample import Episode
 from vlakeep.data.writer import write_rlds
 from vlakeep.storage import Storage, atomic_write
 
-OPTIONS = {"suite": "libero_object", "demos": "20", "tasks": "", "workers": "1", "resolution": "256", "first": "1000"}
+OPTIONS = {"suite": "libero_object", "demos": "20", "tasks": "", "workers": "1", "resolution": "256", "first": "1000",
+           "noise": "0.0"}
 PATIENCE = 3  # seeds tried per demonstration that is wanted
 Key = Tuple[int, int]  # task, seed
 
@@ -40,21 +46,26 @@ Key = Tuple[int, int]  # task, seed
 def main(argv: List[str]) -> int:
     own, rest = stage_options(argv, OPTIONS)
     storage = Storage.from_config(config_from_argv(rest))
-    suite, name = own["suite"], f"{own['suite']}_expert"
+    suite, name = own["suite"], set_name(own["suite"], own["noise"])
     folder = storage.guard_write(storage.data / name, what="data set")
     states = folder / "states"
     states.mkdir(parents=True, exist_ok=True)
 
     tasks = with_skills(suite, own["tasks"])
-    found = collect(suite, tasks, own["demos"], own["first"], own["workers"], states)
+    found = collect(suite, tasks, own["demos"], own["first"], own["workers"], states, own["noise"])
     chosen = {task: [seed for seed, demo in found[task].items() if demo][:own["demos"]] for task in tasks}
-    report(suite, found, chosen, folder)
+    report(suite, found, chosen, folder, own["noise"])
     order = [(task, chosen[task][k]) for k in range(own["demos"]) for task in tasks if k < len(chosen[task])]
     episodes = rendered(suite, order, own["resolution"], own["workers"], states, storage.tmp)
     path = write_rlds(storage.data, name, episodes, image_format="jpeg", overwrite=True)
     size = f"{own['resolution']} x {own['resolution']}"
     print(f"wrote {path}: {len(order)} demonstrations at {size}; train with --data.datasets '[{name}]'")
     return 0
+
+
+def set_name(suite: str, noise: float) -> str:
+    """Letters, digits and underscores: tensorflow_datasets takes nothing else in a name."""
+    return f"{suite}_expert" + (f"_noise{np.format_float_positional(noise, trim='-')}".replace(".", "_") if noise else "")
 
 
 def with_skills(suite: str, tasks: List[int]) -> List[int]:
@@ -75,15 +86,16 @@ def stored(states: Path, key: Key) -> Path:
     return states / f"task{key[0]:02d}_seed{key[1]}.npz"
 
 
-def collect(suite: str, tasks: List[int], demos: int, first: int, workers: int, states: Path) -> Dict[int, Dict[int, bool]]:
+def collect(suite: str, tasks: List[int], demos: int, first: int, workers: int, states: Path,
+            noise: float) -> Dict[int, Dict[int, bool]]:
     """Task -> seed -> success, in the order of the seeds, from as many seeds as are needed; successes are stored on the way.
 
     A failure is stored as an empty demonstration; a task without any success in its first seeds is given up. Later seeds are
     tried only for what is missing when all earlier ones are known, so which are used does not depend on the order of endings.
     """
     found: Dict[int, Dict[int, bool]] = {task: {} for task in tasks}
-    empty = Demo(np.zeros((0, 7), np.float32), np.zeros((0, 0)), np.zeros((0, 8), np.float32))
-    with Workers(functools.partial(LiberoEnv, render=False), record, workers) as pool:
+    empty = Demo(*np.zeros((2, 0, 7), np.float32), np.zeros((0, 0)), np.zeros((0, 8), np.float32))
+    with Workers(functools.partial(LiberoEnv, render=False), functools.partial(record, noise=noise), workers) as pool:
         while True:
             wanted = [(task, first + len(found[task]) + i) for task in tasks if sum(found[task].values()) or not found[task]
                       for i in range(min(demos - sum(found[task].values()), PATIENCE * demos - len(found[task])))]
@@ -99,7 +111,7 @@ def collect(suite: str, tasks: List[int], demos: int, first: int, workers: int, 
                 found[task][seed] = len(Demo.load(stored(states, (task, seed))).actions) > 0
 
 
-def report(suite: str, found: Dict[int, Dict[int, bool]], chosen: Dict[int, List[int]], folder: Path) -> None:
+def report(suite: str, found: Dict[int, Dict[int, bool]], chosen: Dict[int, List[int]], folder: Path, noise: float) -> None:
     """Print and store the successes and failures of each task."""
     names, lines = load_suite(suite).get_task_names(), {}
     for task, seeds in found.items():
@@ -107,7 +119,7 @@ def report(suite: str, found: Dict[int, Dict[int, bool]], chosen: Dict[int, List
         print(f"  task {task:2d}  {won:3d} of {len(seeds):3d} attempts succeeded  {names[task]}")
         lines[names[task]] = {"task": task, "attempts": len(seeds), "failures": len(seeds) - won, "seeds": chosen[task]}
     with atomic_write(folder / "demos.json", "w") as file:
-        json.dump({"suite": suite, "tasks": lines, "versions": versions()}, file, indent=1)
+        json.dump({"suite": suite, "noise": noise, "tasks": lines, "versions": versions()}, file, indent=1)
 
 
 def rendered(suite: str, order: List[Key], resolution: int, workers: int, states: Path, tmp: Path) -> Iterator[Episode]:

@@ -3,6 +3,7 @@
 An episode is a function of (task, initial state, seed) and of the policy: neither the number of workers nor the order changes it.
 """
 
+import re
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -49,7 +50,8 @@ class FixedBatch:
 def stage_options(argv: List[str], defaults: Dict[str, str]) -> Tuple[dict, List[str]]:
     """(a stage's own options, numbers as such; the arguments for the configuration). Raises ValueError for a bad value.
 
-    Options whose default is a number take whole numbers; `suite` must be a suite, `tasks` becomes a list of task numbers.
+    Options whose default is a whole number take whole numbers, those with a point in it take numbers from 0 on; `suite` must be a
+    suite, `tasks` becomes a list of task numbers.
     """
     own, rest, arguments = dict(defaults), [], iter(argv)
     for argument in arguments:
@@ -63,6 +65,10 @@ def stage_options(argv: List[str], defaults: Dict[str, str]) -> Tuple[dict, List
             if not own[key].isdigit() or (int(own[key]) < 1 and key != "first"):
                 raise ValueError(f"--{key} {own[key]!r}: must be a whole number above 0")
             own[key] = int(own[key])
+        elif default.replace(".", "", 1).isdigit():
+            if not re.fullmatch(r"\d+\.?\d*|\.\d+", own[key]):
+                raise ValueError(f"--{key} {own[key]!r}: must be a number, 0 or above")
+            own[key] = float(own[key])
     if own["suite"] not in SUITES:
         raise ValueError(f"--suite {own['suite']!r}: must be one of {', '.join(SUITES)}")
     require_libero()
