@@ -3,7 +3,7 @@
     vlakeep libero-demos --suite libero_object --demos 50 --workers 16
     vlakeep libero-demos --suite libero_object --demos 50 --workers 16 --noise 0.5
     vlakeep libero-vqa --suite libero_object --items 2000 --workers 16 --probe.name object_questions
-    vlakeep pretrain-libero --data libero_object_expert,libero_object_expert_noise0.5 --questions object_questions \\
+    vlakeep pretrain-libero --data libero_object_expert,libero_object_expert_noise0_5 --questions object_questions \\
                             --key libero_object --out $VLAKEEP_ROOT/hf_cache/libero-object-base --minutes 8          (one GPU)
 
 All parameters are trained on the demonstrations' actions and, with --questions, on the questions of probes. Pictures are those of
