@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 import zlib
 
 import numpy as np
@@ -125,6 +126,16 @@ def test_demonstrations_are_played_stored_rendered_and_read_back(tmp_path, capsy
         goals("libero_10", 9)
     with pytest.raises(ValueError, match="skills for none"):
         cli.run(["libero-demos", "--suite", "libero_10", "--tasks", "9", "--root", str(tmp_path)])
+
+
+def test_what_hdf5_needs_is_said_before_anything_is_simulated(tmp_path, monkeypatch):
+    from vlakeep import libero_demos
+
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(ModuleNotFoundError, match=r"--format both needs the package h5py.*pip install"):
+        libero_demos.main(["--format", "both", "--root", str(tmp_path)])
+    with pytest.raises(ValueError, match="--camera 'wrist': must be one of agentview, robot0_eye_in_hand, frontview"):
+        libero_demos.main(["--camera", "wrist"])
 
 
 def compare_formats(rlds, command, root):
