@@ -18,6 +18,7 @@ from vlakeep.data import dataset, images, lerobot
 from vlakeep.data.dataset import Conventions
 from vlakeep.data.formats import find_format, open_dataset, open_datasets
 from vlakeep.data.hdf5 import Hdf5Dataset, language_of
+from vlakeep.data.hdf5_writer import Demonstration, append_demo
 from vlakeep.data.lerobot import LeRobotDataset
 from vlakeep.data.loader import BatchStream, make_stream
 from vlakeep.data.rlds import RldsDataset
@@ -180,6 +181,33 @@ def test_the_gripper_becomes_standard_once(written, episodes):
     assert raw[-1] == -1 and sample.action[-1] == 1  # open
     assert {float(a) for a in data.actions_NA[:, -1]} == {0.0, 1.0}
     assert np.allclose(unnormalise(sample.action, data.statistics)[:6], raw[:6], atol=0.05)
+
+
+def test_liberos_hdf5_is_written_and_gives_what_the_rlds_set_gives(episodes, tmp_path):
+    """Two demonstrations of one task and one of another, from the same pictures, actions and robot states."""
+    played, folder = [(episodes[0], "b"), (episodes[1], "KITCHEN_SCENE1_a"), (episodes[2], "b")], tmp_path / "hdf5" / NAME
+    folder.mkdir(parents=True)
+    for episode, task in played:
+        steps, rng = len(episode.actions), np.random.default_rng(0)
+        pictures = {"agentview_rgb": episode.images[:, ::-1, ::-1], "eye_in_hand_rgb": 255 - episode.images}
+        append_demo(folder, task, {"bddl_file_name": "x.bddl", "problem_info": {"language_instruction": "do b"}}, Demonstration(
+            episode.actions, rng.random((steps, 9)), pictures, rng.random((steps, 6)), rng.random((steps, 4)), rng.random((steps, 2)),
+            rng.random((steps, 7)), {}))
+    write_rlds(tmp_path / "rlds", NAME, [Episode(episodes[1].images, episodes[1].actions, "a")], image_format="jpeg")
+    data, other = Hdf5Dataset(folder), open_dataset(tmp_path / "rlds" / NAME)
+    assert data.languages == ["a", "b", "b"] and list(data.lengths) == [len(episodes[i].actions) for i in (1, 0, 2)]
+    for frame in range(data.lengths[0]):
+        assert np.array_equal(data.frame(0, frame).image, other.frame(0, frame).image)
+    assert np.array_equal(data.index.actions_NA[:data.lengths[0]], other.index.actions_NA)
+    with h5py.File(folder / "b_demo.hdf5") as file:
+        steps = [file[f"data/demo_{i}"].attrs["num_samples"] for i in (0, 1)]
+        assert file["data"].attrs["total"] == sum(steps) and file["data"].attrs["num_demos"] == 2
+        demo = file["data/demo_1"]
+        assert demo["robot_states"].shape == (steps[1], 9) and np.array_equal(demo.attrs["init_state"], demo["states"][0])
+        assert demo["rewards"][:].tolist() == [0] * (steps[1] - 1) + [1] and demo["actions"].dtype == np.float64
+    short = Demonstration(episodes[0].actions, np.zeros((1, 9)), {}, *(np.zeros((len(episodes[0].actions), 7)) for _ in range(4)), {})
+    with pytest.raises(ValueError, match="demonstration of b .* other lengths are {'states': .1, 9.}"):
+        append_demo(folder, "b", {}, short)
 
 
 def test_an_hdf5_picture_is_what_the_evaluation_shows(written):

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 import zlib
 
 import numpy as np
@@ -20,6 +21,7 @@ from vlakeep.benchmarks.libero_questions import look, noun_of
 from vlakeep.benchmarks.libero_record import Demo, record
 from vlakeep.benchmarks.libero_scene import Scene
 from vlakeep.benchmarks.libero_workers import Job, Workers
+from vlakeep.data.dataset import Conventions
 from vlakeep.data.images import center_crop, decode_image, encode_jpeg, resize_uint8
 
 STEPS = 5
@@ -119,10 +121,48 @@ def test_demonstrations_are_played_stored_rendered_and_read_back(tmp_path, capsy
     frame = data.frame(0, steps - 1)
     assert list(data.lengths) == [steps] and frame.instruction == "put the bowl on the stove" and frame.image.shape[2] == 3
     assert json.loads((folder / "demos.json").read_text())["tasks"]["put_the_bowl_on_the_stove"]["seeds"] == [1000]
+    compare_formats(folder, command, tmp_path)
     with pytest.raises(NotCovered, match="libero_10 task 9"):
         goals("libero_10", 9)
     with pytest.raises(ValueError, match="skills for none"):
         cli.run(["libero-demos", "--suite", "libero_10", "--tasks", "9", "--root", str(tmp_path)])
+
+
+def test_what_hdf5_needs_is_said_before_anything_is_simulated(tmp_path, monkeypatch):
+    from vlakeep import libero_demos
+
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(ModuleNotFoundError, match=r"--format both needs the package h5py.*pip install"):
+        libero_demos.main(["--format", "both", "--root", str(tmp_path)])
+    with pytest.raises(ValueError, match="--camera 'wrist': must be one of agentview, robot0_eye_in_hand, frontview"):
+        libero_demos.main(["--camera", "wrist"])
+
+
+def compare_formats(rlds, command, root):
+    """The same demonstration as HDF5, its states being stored, and from another camera: what it holds and what is read from it."""
+    h5py = pytest.importorskip("h5py")
+    from vlakeep import cli
+    from vlakeep.data.formats import open_dataset
+
+    assert cli.run([*command, "--format", "hdf5", "--root", str(root)]) == 0
+    a, b = open_dataset(rlds), open_dataset(root / "datasets" / "libero_goal_expert_hdf5")
+    assert list(a.lengths) == list(b.lengths) and a.languages == b.languages
+    for step in range(a.lengths[0]):
+        one, other = a.frame(0, step), b.frame(0, step)
+        assert np.array_equal(one.image, other.image) and np.array_equal(one.action, other.action)
+    with h5py.File(b.folder / "put_the_bowl_on_the_stove_demo.hdf5") as file:
+        data, demo = file["data"], file["data/demo_0"]
+        assert data.attrs["total"] == demo.attrs["num_samples"] == a.lengths[0] and data.attrs["num_demos"] == 1
+        assert "bowl" in json.loads(data.attrs["problem_info"])["language_instruction"].lower()
+        assert json.loads(data.attrs["env_args"])["env_kwargs"]["camera_heights"] == 64
+        assert set(demo) == {"actions", "states", "robot_states", "rewards", "dones", "obs"} and demo["dones"][-1] == 1
+        assert demo["obs/eye_in_hand_rgb"].shape == demo["obs/agentview_rgb"].shape and demo["obs/joint_states"].shape[1] == 7
+        assert np.allclose(demo["robot_states"][:, 2:5], demo["obs/ee_pos"][:])
+    assert cli.run([*command, "--format", "both", "--camera", "robot0_eye_in_hand", "--root", str(root)]) == 0
+    wrist = open_dataset(root / "datasets" / "libero_goal_expert_robot0_eye_in_hand")
+    again = open_dataset(b.folder, conventions=Conventions(camera="eye_in_hand_rgb"))
+    assert np.array_equal(wrist.frame(0, 3).image, again.frame(0, 3).image)
+    assert not np.array_equal(wrist.frame(0, 3).image, a.frame(0, 3).image)
 
 
 def test_noisy_demonstrations_hold_what_was_meant_and_replay_what_was_done():

@@ -45,7 +45,7 @@ STAGES: Dict[str, Stage] = {
     "train": Stage("vlakeep.train", "fine-tune LoRA adapters, plain (baseline) or with the method"),
     "evaluate": Stage("vlakeep.evaluate", "new skill, old abilities and drift of a run, one record per trial"),
     "libero-check": Stage("vlakeep.libero_check", "does the LIBERO simulator run here, and as the official data were rendered"),
-    "libero-demos": Stage("vlakeep.libero_demos", "demonstrations of LIBERO tasks by a scripted expert, as an RLDS data set"),
+    "libero-demos": Stage("vlakeep.libero_demos", "demonstrations of LIBERO tasks by a scripted expert, as RLDS or HDF5"),
     "libero-vqa": Stage("vlakeep.libero_vqa", "a probe of LIBERO scenes: instructions, and visual questions with known answers"),
     "report": Stage("vlakeep.report", "tables, figures and an HTML page that compare evaluated runs"),
     "export": Stage("vlakeep.export", "merge a run's adapter into the base weights, in the official directory format"),

@@ -1,19 +1,22 @@
-"""Stage `vlakeep libero-demos`: demonstrations of LIBERO tasks by a scripted expert, as an RLDS data set.
+"""Stage `vlakeep libero-demos`: demonstrations of LIBERO tasks by a scripted expert, as an RLDS data set or as LIBERO's HDF5.
 
     vlakeep libero-demos --suite libero_object --demos 20 --workers 8 [--tasks 0,1,4] [--resolution 256] [--first 1000]
-        [--noise 0.3]
+        [--noise 0.3] [--format rlds|hdf5|both] [--camera agentview|robot0_eye_in_hand|frontview]
 
 Tasks that the expert has no skill for are named and left out. Demonstration k of a task
 starts from a reset with seed --first + k; where the expert fails, later seeds take the place. The same options give the same
-bytes, whatever the number of workers. Stored states are not simulated again: a second call with another --resolution only
-renders.
+bytes, whatever the number of workers. Stored states are not simulated again: a second call with another --resolution, --format
+or --camera only renders.
 
 --noise is the standard deviation of the noise that pushes the hand off its way in stretches of 5 to 15 steps, as a share of the
 expert's own motion. The recorded actions are what the expert meant to do from wherever it had got to, so that a policy learns to
 come back. Noisy and clean demonstrations are data sets of their own.
 
-writes: data_root_dir/<suite>_expert/1.0.0/ (RLDS), states/ beside it (per demonstration: actions, executed, states, proprio) and
-        demos.json (successes and failures per task, versions); the folder is called <suite>_expert_noise0_3 for --noise 0.3
+--camera is the picture of the RLDS set. HDF5 files hold agentview and the camera in the hand, as LIBERO's do, and --camera as well.
+
+writes: data_root_dir/<suite>_expert/1.0.0/ (RLDS) and beside it states/ (per demonstration: actions, executed, states, proprio) and
+        demos.json (successes and failures per task, versions); data_root_dir/<suite>_expert_hdf5/<task>_demo.hdf5 and demos.json
+        The sets are called <suite>_expert_noise0_3 for --noise 0.3 and <suite>_expert_frontview for --camera frontview.
 """
 
 import functools
@@ -21,45 +24,59 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Dict, Iterator, List, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Tuple
 
 import numpy as np
 from tqdm import tqdm
 
 from vlakeep.benchmarks.libero import stage_options
-from vlakeep.benchmarks.libero_env import MAX_STEPS, LiberoEnv, load_suite
+from vlakeep.benchmarks.libero_env import CAMERA, CAMERAS, MAX_STEPS, WRIST, LiberoEnv, about_task, load_suite
 from vlakeep.benchmarks.libero_expert import NotCovered, goals
 from vlakeep.benchmarks.libero_record import Demo, record, render
 from vlakeep.benchmarks.libero_setup import versions
 from vlakeep.benchmarks.libero_workers import Job, Workers
 from vlakeep.config import ConfigError, config_from_argv
+from vlakeep.data.hdf5_writer import Demonstration, append_demo, need_h5py
 from vlakeep.data.sample import Episode
 from vlakeep.data.writer import write_rlds
-from vlakeep.storage import Storage, atomic_write
+from vlakeep.storage import Storage, atomic_dir, atomic_write
 
 OPTIONS = {"suite": "libero_object", "demos": "20", "tasks": "", "workers": "1", "resolution": "256", "first": "1000",
-           "noise": "0.0"}
+           "noise": "0.0", "format": "rlds", "camera": CAMERA}
+CHOICES = {"format": ("rlds", "hdf5", "both"), "camera": CAMERAS}
 PATIENCE = 3  # seeds tried per demonstration that is wanted
 Key = Tuple[int, int]  # task, seed
 
 
+class Shot(NamedTuple):
+    """A demonstration and what it looked like."""
+
+    key: Key
+    demo: Demo
+    seen: Dict[str, np.ndarray]  # <camera>_image uint8 [T, H, W, 3], on their heads, and more of the robot
+
+
 def main(argv: List[str]) -> int:
-    own, rest = stage_options(argv, OPTIONS)
+    own, rest = stage_options(argv, OPTIONS, CHOICES)
+    if own["format"] != "rlds":
+        need_h5py(f"--format {own['format']}")
     storage = Storage.from_config(config_from_argv(rest))
     suite, name = own["suite"], set_name(own["suite"], own["noise"])
-    folder = storage.guard_write(storage.data / name, what="data set")
-    states = folder / "states"
+    states = storage.guard_write(storage.data / name, what="data set") / "states"
     states.mkdir(parents=True, exist_ok=True)
 
     tasks = with_skills(suite, own["tasks"])
     found = collect(suite, tasks, own["demos"], own["first"], own["workers"], states, own["noise"])
     chosen = {task: [seed for seed, demo in found[task].items() if demo][:own["demos"]] for task in tasks}
-    report(suite, found, chosen, folder, own["noise"])
+    summary = report(suite, found, chosen, own["noise"])
     order = [(task, chosen[task][k]) for k in range(own["demos"]) for task in tasks if k < len(chosen[task])]
-    episodes = rendered(suite, order, own["resolution"], own["workers"], states, storage.tmp)
-    path = write_rlds(storage.data, name, episodes, image_format="jpeg", overwrite=True)
-    size = f"{own['resolution']} x {own['resolution']}"
-    print(f"wrote {path}: {len(order)} demonstrations at {size}; train with --data.datasets '[{name}]'")
+    if not order:
+        raise ValueError("the expert failed at every seed of these tasks; try others with --tasks or --first")
+    cameras = [own["camera"]] if own["format"] == "rlds" else list(dict.fromkeys([own["camera"], CAMERA, WRIST]))
+    shots = rendered(suite, order, own["resolution"], cameras, own["workers"], states, storage.tmp)
+    for path in write(own, storage, name if own["camera"] == CAMERA else f"{name}_{own['camera']}", shots, summary):
+        size = f"{own['resolution']} x {own['resolution']}"
+        print(f"wrote {path}: {len(order)} demonstrations at {size}; train with --data.datasets '[{path.name}]'")
     return 0
 
 
@@ -111,25 +128,24 @@ def collect(suite: str, tasks: List[int], demos: int, first: int, workers: int, 
                 found[task][seed] = len(Demo.load(stored(states, (task, seed))).actions) > 0
 
 
-def report(suite: str, found: Dict[int, Dict[int, bool]], chosen: Dict[int, List[int]], folder: Path, noise: float) -> None:
-    """Print and store the successes and failures of each task."""
+def report(suite: str, found: Dict[int, Dict[int, bool]], chosen: Dict[int, List[int]], noise: float) -> dict:
+    """Print the successes and failures of each task; returns what demos.json holds."""
     names, lines = load_suite(suite).get_task_names(), {}
     for task, seeds in found.items():
         won = sum(seeds.values())
         print(f"  task {task:2d}  {won:3d} of {len(seeds):3d} attempts succeeded  {names[task]}")
         lines[names[task]] = {"task": task, "attempts": len(seeds), "failures": len(seeds) - won, "seeds": chosen[task]}
-    with atomic_write(folder / "demos.json", "w") as file:
-        json.dump({"suite": suite, "noise": noise, "tasks": lines, "versions": versions()}, file, indent=1)
+    return {"suite": suite, "noise": noise, "tasks": lines, "versions": versions()}
 
 
-def rendered(suite: str, order: List[Key], resolution: int, workers: int, states: Path, tmp: Path) -> Iterator[Episode]:
-    """Episodes in the given order. Pictures of later ones wait in files: a task's demonstrations are rendered in one process."""
-    suite_object = load_suite(suite)
+def rendered(suite: str, order: List[Key], resolution: int, cameras: List[str], workers: int, states: Path,
+             tmp: Path) -> Iterator[Shot]:
+    """In the given order. Pictures of later ones wait in files: a task's demonstrations are rendered in one process."""
     tmp.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=tmp) as waiting, \
-            Workers(functools.partial(LiberoEnv, resolution=resolution), render, workers) as pool:
+            Workers(functools.partial(LiberoEnv, resolution=resolution, cameras=cameras), render, workers) as pool:
         def target(key):
-            return Path(waiting) / f"{key[0]}_{key[1]}.npy"
+            return Path(waiting) / f"{key[0]}_{key[1]}.npz"
 
         jobs = [Job(suite, task, seed, 0, source=str(stored(states, (task, seed))), target=str(target((task, seed))))
                 for task, seed in order]
@@ -140,9 +156,55 @@ def rendered(suite: str, order: List[Key], resolution: int, workers: int, states
             done.add((job.task, job.number))
             while upcoming and upcoming[0] in done:
                 key = upcoming.pop(0)
-                demo, language = Demo.load(stored(states, key)), suite_object.get_task(key[0]).language
-                yield Episode(np.load(target(key)), demo.actions, language, demo.proprio, file_path=f"{suite}/{key[0]}/{key[1]}")
+                with np.load(target(key)) as file:
+                    seen = dict(file)
+                yield Shot(key, Demo.load(stored(states, key)), seen)
                 target(key).unlink()
+
+
+def write(own: dict, storage: Storage, name: str, shots: Iterator[Shot], summary: dict) -> List[Path]:
+    """The data set in the formats that are wanted, each complete or not at all; returns the folders."""
+    rlds, hdf5 = storage.guard_write(storage.data / name, what="data set"), storage.data / f"{name}_hdf5"
+    if own["format"] == "rlds":
+        write_rlds(storage.data, name, as_episodes(own, shots), image_format="jpeg", overwrite=True)
+    else:
+        with atomic_dir(storage.guard_write(hdf5, what="data set")) as partial:
+            shots = through_hdf5(own, shots, partial)
+            if own["format"] == "both":
+                write_rlds(storage.data, name, as_episodes(own, shots), image_format="jpeg", overwrite=True)
+            for _ in shots:
+                pass
+            store(summary, partial)
+    if own["format"] != "hdf5":
+        store(summary, rlds)
+    return {"rlds": [rlds], "hdf5": [hdf5], "both": [rlds, hdf5]}[own["format"]]
+
+
+def store(summary: dict, folder: Path) -> None:
+    with atomic_write(folder / "demos.json", "w") as file:
+        json.dump(summary, file, indent=1)
+
+
+def as_episodes(own: dict, shots: Iterator[Shot]) -> Iterator[Episode]:
+    """Pictures are turned by 180 degrees, as in the official RLDS sets and in the evaluation."""
+    suite = load_suite(own["suite"])
+    for (task, seed), demo, seen in shots:
+        images = np.ascontiguousarray(seen[f"{own['camera']}_image"][:, ::-1, ::-1])
+        yield Episode(images, demo.actions, suite.get_task(task).language, demo.proprio, file_path=f"{own['suite']}/{task}/{seed}")
+
+
+def through_hdf5(own: dict, shots: Iterator[Shot], folder: Path) -> Iterator[Shot]:
+    """Hands the shots on and writes each to the file of its task. Cameras are called as in LIBERO's files."""
+    suite = load_suite(own["suite"])
+    for shot in shots:
+        (task, _), demo, seen = shot
+        info = suite.get_task(task)
+        cameras = [key[:-len("_image")] for key in seen if key.endswith("_image")]
+        pictures = {f"{camera.replace('robot0_', '')}_rgb": seen[f"{camera}_image"] for camera in cameras}
+        append_demo(folder, info.name, about_task(info, cameras, own["resolution"]), Demonstration(
+            demo.actions, demo.states[:-1], pictures, demo.proprio[:, :6], seen["robot0_eef_quat"], demo.proprio[:, 6:],
+            seen["robot0_joint_pos"], {"executed": demo.executed} if own["noise"] else {}))
+        yield shot
 
 
 if __name__ == "__main__":

@@ -47,11 +47,12 @@ class FixedBatch:
         return list(self._policy(images, [s.instruction for s in part] + [self._longest] * fill)[:len(part)])
 
 
-def stage_options(argv: List[str], defaults: Dict[str, str]) -> Tuple[dict, List[str]]:
+def stage_options(argv: List[str], defaults: Dict[str, str],
+                  choices: Optional[Dict[str, Sequence[str]]] = None) -> Tuple[dict, List[str]]:
     """(a stage's own options, numbers as such; the arguments for the configuration). Raises ValueError for a bad value.
 
     Options whose default is a whole number take whole numbers, those with a point in it take numbers from 0 on; `suite` must be a
-    suite, `tasks` becomes a list of task numbers.
+    suite, `tasks` becomes a list of task numbers. choices: option -> the values that it may have.
     """
     own, rest, arguments = dict(defaults), [], iter(argv)
     for argument in arguments:
@@ -69,8 +70,9 @@ def stage_options(argv: List[str], defaults: Dict[str, str]) -> Tuple[dict, List
             if not re.fullmatch(r"\d+\.?\d*|\.\d+", own[key]):
                 raise ValueError(f"--{key} {own[key]!r}: must be a number, 0 or above")
             own[key] = float(own[key])
-    if own["suite"] not in SUITES:
-        raise ValueError(f"--suite {own['suite']!r}: must be one of {', '.join(SUITES)}")
+    for key, known in {"suite": SUITES, **(choices or {})}.items():
+        if own[key] not in known:
+            raise ValueError(f"--{key} {own[key]!r}: must be one of {', '.join(known)}")
     require_libero()
     own["tasks"] = pick_tasks(own["suite"], [part.strip() for part in own["tasks"].split(",") if part.strip()], "--tasks")
     return own, rest

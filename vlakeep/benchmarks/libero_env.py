@@ -28,6 +28,8 @@ SETTLE = 10  # steps in which things fall into place; the policy is not asked
 IDLE = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)  # no motion, gripper open
 RESOLUTION = 256
 CAMERA = "agentview"
+WRIST = "robot0_eye_in_hand"
+CAMERAS = (CAMERA, WRIST, "frontview")
 SAME_FROM = (3, 3, 7)  # mujoco from which on repeated evaluations change nothing: 3.3.7 and 3.17.0 were compared
 ATTEMPTS = 100  # placements that may fail in a row; the simulator itself would try for ever
 
@@ -56,6 +58,21 @@ def load_suite(name: str):
 def bddl_file(info) -> str:
     """Path of a task's scene and goal; `info` is what the suite's get_task gives."""
     return os.path.join(import_libero().path("bddl_files"), info.problem_folder, info.bddl_file)
+
+
+def about_task(info, cameras: Sequence[str], resolution: int) -> dict:
+    """What LIBERO's HDF5 files say of their task; `info` is what the suite's get_task gives."""
+    from libero.libero.envs.bddl_utils import get_problem_info
+    from robosuite.controllers import load_controller_config
+
+    problem, scene = get_problem_info(bddl_file(info)), f"{info.problem_folder}/{info.bddl_file}"
+    settings = {"robots": ["Panda"], "controller_configs": load_controller_config(default_controller="OSC_POSE"),
+                "bddl_file_name": scene, "camera_names": list(cameras), "camera_heights": resolution, "camera_widths": resolution,
+                "control_freq": 20}
+    name = problem["problem_name"]
+    with open(bddl_file(info), encoding="utf-8") as file:
+        return {"env_name": name, "problem_info": problem, "bddl_file_name": scene, "bddl_file_content": file.read(),
+                "env_args": {"type": 1, "env_name": name, "problem_name": name, "bddl_file": scene, "env_kwargs": settings}}
 
 
 @contextlib.contextmanager

@@ -12,15 +12,16 @@ as large as the motion that it disturbs: at its last few millimetres a hand that
 
 import zipfile
 from pathlib import Path
-from typing import Iterator, NamedTuple, Optional, Tuple
+from typing import Callable, Iterator, NamedTuple, Optional, Tuple
 
 import numpy as np
 
-from vlakeep.benchmarks.libero_env import CAMERA, LiberoEnv
+from vlakeep.benchmarks.libero_env import LiberoEnv
 from vlakeep.benchmarks.libero_expert import Expert, goals
 from vlakeep.benchmarks.libero_workers import Job
 
 NO_MOTION = 1e-4  # what the official preparation of the data sets takes for standing still
+ROBOT = ("robot0_joint_pos", "robot0_eef_quat")  # what LIBERO's HDF5 holds of the robot beside `proprio`
 STRETCH = (5, 15)  # steps with noise, then steps without, in turn
 
 
@@ -91,14 +92,14 @@ def play_expert(env: LiberoEnv, seed: int, limit: int, noise: float = 0.0) -> Op
     return None
 
 
-def replay(env: LiberoEnv, seed: int, actions_TA: np.ndarray, executed_TA: np.ndarray, pictures: Optional[list] = None) -> Optional[Demo]:
-    """The demonstration that these give, up to success; None without success. `pictures` takes what the camera showed."""
+def replay(env: LiberoEnv, seed: int, actions_TA: np.ndarray, executed_TA: np.ndarray,
+           watch: Callable[[dict], None] = lambda observation: None) -> Optional[Demo]:
+    """The demonstration that these give, up to success; None without success. `watch` is shown what is seen before each step."""
     observation = env.fresh_start(seed)
     states, seen = [env.state()], []
     for step, action in enumerate(executed_TA):
         seen.append(proprio(observation))
-        if pictures is not None:
-            pictures.append(np.ascontiguousarray(observation[f"{CAMERA}_image"][::-1, ::-1]))
+        watch(observation)
         observation, _, success = env.step(action.tolist())
         states.append(env.state())
         if success:
@@ -118,11 +119,20 @@ def record(env: LiberoEnv, job: Job, noise: float = 0.0):
 
 
 def render(env: LiberoEnv, job: Job):
-    """For simulator processes: pictures [T, H, W, 3] of a stored demonstration (job.source) into an .npy file (job.target)."""
-    stored, pictures = Demo.load(Path(job.source)), []
-    again = replay(env, job.number, stored.actions, stored.executed, pictures)
+    """For simulator processes: what a stored demonstration (job.source) looks like, into an .npz file (job.target).
+
+    <camera>_image uint8 [T, H, W, 3] of each camera of the environment, as the simulator gives them (on their heads), and ROBOT.
+    """
+    stored = Demo.load(Path(job.source))
+    seen = {key: [] for key in (*(f"{camera}_image" for camera in env.env.camera_names), *ROBOT)}
+
+    def watch(observation):
+        for key, values in seen.items():
+            values.append(np.array(observation[key]))
+
+    again = replay(env, job.number, stored.actions, stored.executed, watch)
     if again is None or not np.array_equal(again.states, stored.states):
         raise ValueError(f"{job.source} does not replay: it was made with another version of the simulator; delete it")
-    np.save(job.target, np.array(pictures))
-    return len(pictures)
+    np.savez(job.target, **{key: np.array(values) for key, values in seen.items()})
+    return len(stored.actions)
     yield
