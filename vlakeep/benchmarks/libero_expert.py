@@ -10,7 +10,7 @@ from typing import Callable, Iterator, List, Optional, Tuple
 import numpy as np
 
 from vlakeep.benchmarks.libero_env import bddl_file, load_suite
-from vlakeep.benchmarks.libero_fixtures import close_drawer, drawer_opening, is_drawer, open_drawer, push, turn_knob
+from vlakeep.benchmarks.libero_fixtures import close_drawer, drawer_opening, is_drawer, make_room, open_drawer, push, turn_knob
 from vlakeep.benchmarks.libero_grasp import Grasp, Release, plan_grasp
 from vlakeep.benchmarks.libero_scene import Scene, clearance, hand_points, rotation_vector
 
@@ -147,6 +147,7 @@ class Expert:
             yield from push(self, goal)
         else:
             if is_drawer(self.scene, goal[2]) and drawer_opening(self.scene, goal[2]) < AJAR:
+                yield from make_room(self, goal[1], goal[2])
                 yield from open_drawer(self, goal[2])
             yield from self.bring(goal)
 

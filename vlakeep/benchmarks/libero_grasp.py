@@ -8,7 +8,7 @@ from typing import NamedTuple, Optional, Tuple
 
 import numpy as np
 
-from vlakeep.benchmarks.libero_scene import Scene, clearance, direction, hand_points, narrow_side, same_line, turn
+from vlakeep.benchmarks.libero_scene import Boxes, Scene, direction, hand_boxes, narrow_side, same_line, separation, turn
 
 RIMMED = ("bowl", "ramekin", "mug")
 ENOUGH = 0.012  # more room than this is no better
@@ -48,7 +48,8 @@ def _room(points: float) -> float:
     return -100 * min(points, ENOUGH)
 
 
-def _at_the_rim(scene: Scene, name: str, attempt: int, release: Optional[Release]) -> Tuple:
+def _rim(scene: Scene, name: str) -> Tuple:
+    """(centre [2], low, top, [(angle, xy [2], z, height of the rim there)]) of a bowl or mug: where fingers may go over its rim."""
     corners = scene.corners(name)
     low, top = corners[:, 2].min(), corners[:, 2].max()
     centre = (corners[:, :2].max(0) + corners[:, :2].min(0)) / 2
@@ -56,18 +57,25 @@ def _at_the_rim(scene: Scene, name: str, attempt: int, release: Optional[Release
     radius = np.median(np.linalg.norm(upper[:, :2] - centre, axis=1))
     if top - low > 0.06:  # tilted: the highest corners are one side of the rim only
         radius = np.ptp(corners[:, :2], axis=0).mean() / 2
-    now, hand = scene.finger_angle(), scene.hand()[:2]
-    here, there = scene.obstacles(name), scene.obstacles(name, release.owner if release else None)
-    options = []
-    for angle in now + np.arange(ANGLES) * 2 * np.pi / ANGLES:
+    places = []
+    for angle in scene.finger_angle() + np.arange(ANGLES) * 2 * np.pi / ANGLES:
         xy = centre + (radius - 0.004) * direction(angle)
         near = corners[np.linalg.norm(corners[:, :2] - xy, axis=1) < 0.02]
         rim = near[:, 2].max() if len(near) else top
-        z = max(rim - 0.022, low + 0.018)
-        free, far = clearance(hand_points(np.r_[xy, z], angle), here), scene.overreach(xy)
+        places.append((angle, xy, max(rim - 0.022, low + 0.018), rim))
+    return centre, low, top, places
+
+
+def _at_the_rim(scene: Scene, name: str, attempt: int, release: Optional[Release]) -> Tuple:
+    centre, low, top, places = _rim(scene, name)
+    now, hand = scene.finger_angle(), scene.hand()[:2]
+    here, there = scene.obstacles(name), scene.obstacles(name, release.owner if release else None)
+    options = []
+    for angle, xy, z, rim in places:
+        free, far = separation(hand_boxes(np.r_[xy, z], angle), here), scene.overreach(xy)
         if release is not None:
             target = release.xy + xy - centre
-            free = min(free, clearance(hand_points(np.r_[target, release.height + z - low + 0.01], angle), there))
+            free = min(free, separation(hand_boxes(np.r_[target, release.height + z - low + 0.01], angle), there))
             far = max(far, scene.overreach(target))
         cost = (_room(free) + (6 if free < TIGHT else 0) + 8 * max(0, top - rim) + 0.25 * abs(same_line(angle - now))
                 + 0.5 * np.linalg.norm(xy - hand) + 12 * far)
@@ -77,6 +85,12 @@ def _at_the_rim(scene: Scene, name: str, attempt: int, release: Optional[Release
         options = _apart(options, 0.7)
     _, angle, xy, z = options[attempt % len(options)]
     return angle, xy, z, low, top
+
+
+def room_for_hand(scene: Scene, name: str, shift_2: np.ndarray, boxes: Boxes) -> float:
+    """Clearance of the best grasp of a bowl or mug that is moved by `shift_2`; at most ENOUGH."""
+    _, _, _, places = _rim(scene, name)
+    return min(ENOUGH, max(separation(hand_boxes(np.r_[xy + shift_2, z], angle), boxes) for angle, xy, z, _ in places))
 
 
 def _apart(options, least: float):
@@ -103,6 +117,6 @@ def _across(scene: Scene, name: str, attempt: int, release: Optional[Release]) -
         opening = np.ptp(slice_N2 @ direction(angle))
         if opening <= WIDEST:
             oblique = 60 * max(0, opening - 1.05 * width)  # faces parallel to the pads hold better
-            free = clearance(hand_points(np.r_[centre, z], angle), obstacles)
+            free = separation(hand_boxes(np.r_[centre, z], angle), obstacles)
             options.append((_room(free) + oblique + 0.25 * abs(same_line(angle - now)), angle))
     return min(options)[1] if options else narrow, centre, z, low, top

@@ -79,6 +79,32 @@ def hand_points(position_3: np.ndarray, angle: float) -> np.ndarray:
     return position_3 + np.array(fingers + palm)
 
 
+def hand_boxes(position_3: np.ndarray, angle: float) -> Boxes:
+    """Such a hand with its way down: two open fingers, and the palm from its lower face to a hand's length above it."""
+    along, across, up = np.r_[direction(angle), 0], np.r_[direction(angle + np.pi / 2), 0], np.array([0, 0, 1.0])
+    centre = position_3 + np.array([0.052 * along + 0.019 * up, -0.052 * along + 0.019 * up, 0.155 * up])
+    rotation = np.stack([along, across, up], axis=1)
+    return Boxes(centre, np.tile(rotation, (3, 1, 1)), np.array([[0.011, 0.011, 0.031], [0.011, 0.011, 0.031], [0.10, 0.033, 0.12]]))
+
+
+def separation(some: Boxes, others: Boxes) -> float:
+    """Smallest gap between a box of the one and a box of the other set, negative where they overlap (theorem of separating axes)."""
+    if not len(others.centre):
+        return 1.0
+    least = 1.0
+    for centre, rotation, half in zip(*some):
+        crossed = np.cross(rotation.T[None, :, None], others.rotation.transpose(0, 2, 1)[:, None]).reshape(-1, 9, 3)
+        size = np.linalg.norm(crossed, axis=2, keepdims=True)
+        usable = size[..., 0] > 1e-3
+        axes = np.concatenate([np.broadcast_to(rotation.T, (len(crossed), 3, 3)), others.rotation.transpose(0, 2, 1),
+                               crossed / np.maximum(size, 1e-3)], axis=1)
+        extent = np.abs(axes @ rotation) @ half + np.einsum("gak,gk->ga", np.abs(axes @ others.rotation), others.half)
+        gap = np.abs(np.einsum("gai,gi->ga", axes, others.centre - centre)) - extent
+        gap[:, 6:][~usable] = -1.0
+        least = min(least, float(gap.max(1).min()))
+    return least
+
+
 class Scene:
     """The present state of an environment (LiberoEnv); every answer is read from the simulator anew."""
 
@@ -157,7 +183,7 @@ class Scene:
         return body
 
     def _collides(self, geom: int) -> bool:
-        return self.model.geom_group[geom] == 0 and self.model.geom_contype[geom] != 0
+        return self.model.geom_group[geom] == 0 and bool(self.model.geom_contype[geom] or self.model.geom_conaffinity[geom])
 
     def _half_size(self, geom: int) -> Optional[np.ndarray]:
         size, kind = self.model.geom_size[geom], self.model.geom_type[geom]
