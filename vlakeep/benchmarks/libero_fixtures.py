@@ -5,7 +5,7 @@ Every skill is a generator of actions, as in libero_expert.py; `expert` is the E
 
 import numpy as np
 
-from vlakeep.benchmarks.libero_grasp import RIMMED, TIGHT, room_for_hand
+from vlakeep.benchmarks.libero_grasp import RIMMED, TIGHT, room_to_lift
 from vlakeep.benchmarks.libero_scene import Boxes, clearance, direction, same_line, turn
 
 OPEN, CLOSED = -1.0, 1.0
@@ -114,15 +114,16 @@ def make_room(expert, name: str, region: str):
     if not any(word in name for word in RIMMED):
         return
     boxes, corners = _when_open(scene, name, region), scene.corners(name)
-    if room_for_hand(scene, name, np.zeros(2), boxes) > TIGHT:
+    if room_to_lift(scene, name, np.zeros(2), boxes) > TIGHT:
         return
     here, low, radius = scene.position(name)[:2], corners[:, 2].min(), np.ptp(corners[:, 0]) / 2
     options = []
     for shift in (length * direction(angle) for length in (0.04, 0.06, 0.08, 0.10) for angle in np.arange(16) * np.pi / 8):
         way = here + np.linspace(0, 1, 5)[:, None] * shift
         free = clearance(np.c_[way, np.full(5, low + 0.02)], scene.obstacles(name)) - radius
-        room = room_for_hand(scene, name, shift, boxes)
+        room = room_to_lift(scene, name, shift, boxes)
         options.append((min(free, 0.005) + 2 * room - 0.1 * np.linalg.norm(shift), shift))
+    expert.rotation = scene.upright()
     goal = here + max(options, key=lambda option: option[0])[1]
     yield from _drag(expert, name, [goal], 0.025, lambda: np.linalg.norm(scene.position(name)[:2] - goal) < 0.012)
 
@@ -141,6 +142,8 @@ def push(expert, goal):
     """Drag a plate until the goal holds."""
     scene, (_, name, target) = expert.scene, goal
     way = _way(scene, name, target, np.ptp(scene.corners(name)[:, 0]) / 2)
+    across = np.arctan2(*(way[0] - scene.position(name)[:2])[::-1]) + np.pi / 2
+    expert.rotation = turn(same_line(across - scene.finger_angle())) @ scene.upright()
     yield from _drag(expert, name, way, 0.012, lambda: scene.holds(goal))
 
 
@@ -157,8 +160,6 @@ def _drag(expert, name: str, way, depth: float, done):
             way.pop(0)
         return (way[0] - here) / max(np.linalg.norm(way[0] - here), 1e-6)
 
-    across = np.arctan2(*ahead()[::-1]) + np.pi / 2
-    expert.rotation = turn(same_line(across - scene.finger_angle())) @ scene.upright()
     start = np.r_[scene.position(name)[:2] + 0.4 * radius * ahead(), low + depth]
     yield from expert.go(start + [0, 0, 0.10], CLOSED, within=0.02, steps=70)
     yield from expert.go(start, CLOSED, within=0.01, steps=30, slow=0.6)

@@ -39,8 +39,7 @@ def plan_grasp(scene: Scene, name: str, attempt: int = 0, release: Optional[Rele
     """The best grasp of a thing as it lies now; attempt 1, 2, ... give other ones. ValueError when it has no collision boxes."""
     rimmed = any(word in name for word in RIMMED)
     angle, xy, z, low, top = (_at_the_rim if rimmed else _across)(scene, name, attempt, release)
-    yaw = same_line(angle - scene.finger_angle())
-    return Grasp(xy, z, turn(yaw) @ scene.upright(), top, z - low)
+    return Grasp(xy, z, turn(scene.wrist_turn(angle - scene.finger_angle(), xy)) @ scene.upright(), top, z - low)
 
 
 def _room(points: float) -> float:
@@ -77,7 +76,7 @@ def _at_the_rim(scene: Scene, name: str, attempt: int, release: Optional[Release
             target = release.xy + xy - centre
             free = min(free, separation(hand_boxes(np.r_[target, release.height + z - low + 0.01], angle), there))
             far = max(far, scene.overreach(target))
-        cost = (_room(free) + (6 if free < TIGHT else 0) + 8 * max(0, top - rim) + 0.25 * abs(same_line(angle - now))
+        cost = (_room(free) + (6 if free < TIGHT else 0) + 8 * max(0, top - rim) + 0.25 * abs(scene.wrist_turn(angle - now, xy))
                 + 0.5 * np.linalg.norm(xy - hand) + 12 * far)
         options.append((cost, angle, xy, z))
     options.sort(key=lambda option: option[0])
@@ -87,10 +86,13 @@ def _at_the_rim(scene: Scene, name: str, attempt: int, release: Optional[Release
     return angle, xy, z, low, top
 
 
-def room_for_hand(scene: Scene, name: str, shift_2: np.ndarray, boxes: Boxes) -> float:
-    """Clearance of the best grasp of a bowl or mug that is moved by `shift_2`; at most ENOUGH."""
-    _, _, _, places = _rim(scene, name)
-    return min(ENOUGH, max(separation(hand_boxes(np.r_[xy + shift_2, z], angle), boxes) for angle, xy, z, _ in places))
+def room_to_lift(scene: Scene, name: str, shift_2: np.ndarray, boxes: Boxes) -> float:
+    """Clearance of a bowl or mug that is moved by `shift_2`, of its way up, and of the best grasp there; at most ENOUGH."""
+    corners = scene.corners(name) + np.r_[shift_2, 0]
+    low, high = corners.min(0), corners.max(0) + [0, 0, 0.3]
+    lifted = Boxes((low + high)[None] / 2, np.eye(3)[None], (high - low)[None] / 2)
+    hands = [separation(hand_boxes(np.r_[xy + shift_2, z], angle), boxes) for angle, xy, z, _ in _rim(scene, name)[3]]
+    return min(ENOUGH, separation(lifted, boxes), max(hands))
 
 
 def _apart(options, least: float):

@@ -11,6 +11,7 @@ import numpy as np
 ROBOT = ("robot0", "gripper0", "mount0")
 FURNITURE = 0.35  # boxes with a half size above this are table tops, walls and floors
 STRETCH = 0.71  # beyond this distance from the base the arm is nearly straight, joint 4 hits its limit and the controller stalls
+WRIST = 2.7  # the last joint ends at 2.9
 BOX, CYLINDER, SPHERE = 6, 5, 2  # mujoco's numbers of geometry types
 _CORNERS_83 = np.array([[i, j, k] for i in (-1, 1) for j in (-1, 1) for k in (-1, 1)], dtype=float)
 
@@ -115,6 +116,7 @@ class Scene:
         self.model, self.data = env.control.sim.model._model, env.control.sim.data._data
         self._grip = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_SITE, "gripper0_grip_site")
         self._fingers = [self.model.body(f"gripper0_{side}finger").id for side in ("left", "right")]
+        self._wrist = int(self.model.joint("robot0_joint7").qposadr[0])
         self._base_2 = self.data.xpos[self.model.body("robot0_base").id][:2].copy()
 
     # The robot
@@ -134,6 +136,15 @@ class Scene:
     def finger_gap(self) -> float:
         left, right = (self.data.xpos[body] for body in self._fingers)
         return float(np.linalg.norm(left - right))
+
+    def wrist_turn(self, yaw: float, xy: np.ndarray) -> float:
+        """Turn [rad] about the vertical that brings the fingers along the line `yaw` from where they are, with the hand at `xy`
+        then: half a turn more where the last joint would come to its limit."""
+        azimuth = [np.arctan2(*(place[:2] - self._base_2)[::-1]) for place in (self.hand(), np.asarray(xy))]
+        joint, yaw = float(self.data.qpos[self._wrist]), same_line(yaw)
+        options = [turned for turned in (yaw, yaw - np.pi, yaw + np.pi)
+                   if abs(joint - turned + azimuth[1] - azimuth[0]) < WRIST]
+        return min(options, key=abs, default=yaw)
 
     def upright(self) -> np.ndarray:
         """The hand's present rotation, made exactly vertical."""
