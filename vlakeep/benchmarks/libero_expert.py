@@ -10,7 +10,7 @@ from typing import Callable, Iterator, List, Optional, Tuple
 import numpy as np
 
 from vlakeep.benchmarks.libero_env import bddl_file, load_suite
-from vlakeep.benchmarks.libero_fixtures import close_drawer, drawer_opening, is_drawer, make_room, open_drawer, push, turn_knob
+from vlakeep.benchmarks.libero_fixtures import close_drawer, drawer_opening, free_spot, is_drawer, make_room, open_drawer, push, turn_knob
 from vlakeep.benchmarks.libero_grasp import Grasp, Release, plan_grasp
 from vlakeep.benchmarks.libero_scene import Scene, clearance, hand_points, rotation_vector
 
@@ -158,7 +158,8 @@ class Expert:
         owner = scene.owner(target)
         top = scene.corners(owner)[:, 2].max() if owner in scene.env.obj_body_id else 0.0
         surface = scene.position(target)[2] if scene.is_site(target) else top
-        release = None if "basket" in target else Release(scene.position(target)[:2], surface, owner)
+        aside = free_spot(scene, name, target) if is_drawer(scene, target) else np.zeros(2)
+        release = None if "basket" in target else Release(scene.position(target)[:2] + aside, surface, owner)
         for _ in range(ATTEMPTS):
             before = scene.position(name)[2]
             grasp = yield from self.grasp(name, release)
@@ -169,7 +170,7 @@ class Expert:
                 continue
             let_go, height = self._release_heights(target, owner, top, surface, grasp.above)
             distance, lost = np.linalg.norm(scene.position(name) - scene.hand()), False
-            for action in self.carry(name, lambda: scene.position(target)[:2], let_go, height):
+            for action in self.carry(name, lambda: scene.position(target)[:2] + aside, let_go, height):
                 yield action
                 if action[6] == CLOSED and np.linalg.norm(scene.position(name) - scene.hand()) > distance + 0.05:
                     lost = True  # it slipped out

@@ -6,10 +6,11 @@ Every skill is a generator of actions, as in libero_expert.py; `expert` is the E
 import numpy as np
 
 from vlakeep.benchmarks.libero_grasp import RIMMED, TIGHT, room_to_lift
-from vlakeep.benchmarks.libero_scene import Boxes, clearance, direction, same_line, turn
+from vlakeep.benchmarks.libero_scene import Boxes, clearance, direction, rotation_about, same_line, separation, turn
 
 OPEN, CLOSED = -1.0, 1.0
 SLIDE, HINGE = 2, 3  # mujoco's numbers of joint types
+LEANING = 0.9  # rad by which the hand that closes a drawer ends oblique
 PULLED = 0.155  # a drawer counts as open from 0.14 on; its end is at 0.16
 
 
@@ -58,14 +59,37 @@ def open_drawer(expert, region: str):
 
 
 def close_drawer(expert, region: str):
-    """Push the handle back with a level, closed hand."""
+    """Push the handle in, a bit further than where the drawer looks closed. The hand comes down vertically, away from what stands
+    in front, and leans over as it pushes, away from the handles above."""
     scene = expert.scene
     handle, out_3 = _handle(scene, region)
-    expert.rotation = _level_hand(scene, -out_3)
-    yield from expert.go(handle() + 0.12 * out_3 + [0, 0, 0.12], CLOSED, within=0.02, steps=70)
-    yield from expert.go(handle() + 0.08 * out_3, CLOSED, within=0.015, steps=40)
-    for _ in range(70):
-        yield expert.towards(handle() - 0.05 * out_3, CLOSED, slow=0.8)
+    across_3 = np.cross([0, 0, 1.0], out_3)
+    vertical = turn(scene.wrist_turn(np.arctan2(across_3[1], across_3[0]) - scene.finger_angle(), handle())) @ scene.upright()
+    expert.rotation = vertical
+    yield from expert.go(handle() + 0.05 * out_3 + [0, 0, 0.13], CLOSED, within=0.02, steps=80)
+    yield from expert.go(handle() + 0.05 * out_3, CLOSED, within=0.012, steps=50)
+    for _ in range(140):
+        if scene.holds(("close", region)):
+            break
+        inwards = 1 - drawer_opening(scene, region) / PULLED
+        expert.rotation = rotation_about(across_3, LEANING * max(0.0, min(1.0, 1.3 * inwards))) @ vertical
+        yield expert.towards(handle() - 0.05 * out_3, CLOSED, slow=0.6)
+    yield from expert.go(scene.hand() + 0.05 * out_3 + [0, 0, 0.05], CLOSED, within=0.02, steps=20)
+
+
+def free_spot(scene, name: str, region: str) -> np.ndarray:
+    """Offset [2] from the middle of a drawer at which a thing comes past what is above the drawer; what is open may be half
+    covered."""
+    site, corners = scene.position(region), scene.corners(name)
+    span, boxes = np.ptp(corners, axis=0), scene.obstacles(name)
+    half = np.r_[0.45 * span[:2], 0.15]  # a round thing does not fill the corners of its box
+    reach = np.abs(scene.data.site(region).xmat.reshape(3, 3) @ np.array(scene.env.object_sites_dict[region].size))[:2] - 0.01
+    options = []
+    for offset in (reach * [u, v] for u in np.linspace(-1, 1, 13) for v in np.linspace(-1, 1, 13)):
+        middle = np.r_[site[:2] + offset, site[2] + half[2] - 0.01]
+        free = separation(Boxes(middle[None], np.eye(3)[None], half[None]), boxes)
+        options.append((min(free, 0.01) - 0.02 * np.linalg.norm(offset), tuple(offset)))
+    return np.array(max(options)[1])
 
 
 def _handle(scene, region: str):

@@ -35,6 +35,13 @@ def turn(angle: float) -> np.ndarray:
     return np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
 
 
+def rotation_about(axis_3: np.ndarray, angle: float) -> np.ndarray:
+    """Rotation matrix about a unit vector."""
+    x, y, z = axis_3
+    cross_33 = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    return np.eye(3) + np.sin(angle) * cross_33 + (1 - np.cos(angle)) * cross_33 @ cross_33
+
+
 def rotation_vector(rotation_33: np.ndarray) -> np.ndarray:
     """Axis times angle [3]."""
     import mujoco
