@@ -14,6 +14,7 @@ RIMMED = ("bowl", "ramekin", "mug")
 ENOUGH = 0.012  # more room than this is no better
 TIGHT = 0.003
 WIDEST = 0.072  # what fits between the fingers
+PALM = 0.029  # from the finger tips' middle to the palm, which must not stand on the thing
 ANGLES = 24  # rim positions that are looked at
 
 
@@ -107,7 +108,7 @@ def _apart(options, least: float):
 def _across(scene: Scene, name: str, attempt: int, release: Optional[Release]) -> Tuple:
     corners = scene.corners(name)
     low, top = corners[:, 2].min(), corners[:, 2].max()
-    z = max(min(top - 0.030, (low + top) / 2 + 0.02), low + 0.012)
+    z = max(min(top - 0.026, (low + top) / 2 + 0.02), low + 0.012, top - PALM)
     if top - low < 0.05:
         z = max(low + 0.010, (low + top) / 2 - 0.004)
     elif top - low > 0.08:

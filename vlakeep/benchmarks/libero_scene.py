@@ -170,7 +170,11 @@ class Scene:
 
     def overreach(self, xy: np.ndarray) -> float:
         """By how much a place is too far for the arm to stay bent; 0 within reach."""
-        return max(0.0, float(np.linalg.norm(np.asarray(xy)[:2] - self._base_2)) - STRETCH)
+        return max(0.0, self.distance(xy) - STRETCH)
+
+    def distance(self, xy: np.ndarray) -> float:
+        """From the robot's base, horizontally."""
+        return float(np.linalg.norm(np.asarray(xy)[:2] - self._base_2))
 
     # Things
 
@@ -218,6 +222,13 @@ class Scene:
             if slab is None or (box_83[:, 2].max() >= slab[0] and box_83[:, 2].min() <= slab[1]):
                 found.append(box_83)
         return np.concatenate(found)
+
+    def surface(self, name: str, xy: np.ndarray) -> float:
+        """Height of an object's or fixture's collision boxes at a place."""
+        corners_N83 = self.corners(name).reshape(-1, 8, 3)
+        low, high = corners_N83.min(1), corners_N83.max(1)
+        there = ((low[:, :2] <= xy) & (xy <= high[:, :2])).all(1)
+        return float(high[there, 2].max()) if there.any() else float(self.position(name)[2])
 
     def obstacles(self, *without: Optional[str]) -> Boxes:
         """Collision boxes of everything but the robot, the furniture and the named things."""
