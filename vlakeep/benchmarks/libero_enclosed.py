@@ -14,6 +14,8 @@ HINGE = 3  # mujoco's number of this joint type
 LEANING = 0.9  # rad by which a hand that reaches into something leans over
 SIDES = ((1.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (0.0, -1.0))
 SHOVE = 0.75  # where a door is pushed, in parts of its width from the hinge
+AMPLE = 0.010  # more room than this is no better
+WIDE = 0.15  # rad from its end at which a door is open enough
 TALL = 0.4  # a thing that comes from above must find this height free
 
 
@@ -55,6 +57,8 @@ def put_inside(expert, goal, out_3: np.ndarray):
     scene, (_, name, region) = expert.scene, goal
     forward_3 = -out_3
     grip = _handle(scene, name, out_3)
+    if _inner_place(scene, name, region, out_3, _middle(scene, name) - grip)[0] < AMPLE:
+        yield from _swing(expert, scene.owner(region), opening=True)
     pointing = np.cos(LEANING) * np.array([0, 0, -1.0]) + np.sin(LEANING) * forward_3
     expert.rotation = _leaning(scene, forward_3, grip)
     yield from expert.go(grip - 0.12 * pointing + [0, 0, 0.08], OPEN, within=0.02, steps=80)
@@ -62,7 +66,7 @@ def put_inside(expert, goal, out_3: np.ndarray):
     yield from expert.go(grip, OPEN, within=0.005, steps=40, slow=0.5)
     yield from expert.hold(grip, CLOSED, 10)
     from_hand = _middle(scene, name) - scene.hand()
-    goal_3 = _inner_place(scene, name, region, out_3, from_hand)
+    _, goal_3 = _inner_place(scene, name, region, out_3, from_hand)
     yield from expert.go(scene.hand() + [0, 0, 0.06], CLOSED, within=0.02, steps=20)
 
     def shifted(back: float):
@@ -89,7 +93,7 @@ def _handle(scene, name: str, out_3: np.ndarray) -> np.ndarray:
 
 
 def _inner_place(scene, name: str, region: str, out_3: np.ndarray, from_hand: np.ndarray) -> np.ndarray:
-    """Middle [3] of the thing where it is inside, low, not further in than needed, and the hand has room."""
+    """(gap, middle [3] of the thing) where it is inside, low, not further in than needed, and the hand has room on its way."""
     site = scene.position(region)
     reach = np.abs(scene.data.site(region).xmat.reshape(3, 3) @ np.array(scene.env.object_sites_dict[region].size))
     across_3 = np.array([-out_3[1], out_3[0], 0.0])
@@ -100,40 +104,51 @@ def _inner_place(scene, name: str, region: str, out_3: np.ndarray, from_hand: np
         for depth in np.linspace(0, mouth, 6):
             for height in np.linspace(half[2], 2 * reach[2] - half[2], 8) - reach[2]:
                 middle = site + offset * across_3 + depth * out_3 + [0, 0, height]
-                free = min(_gap(scene, name, middle, 0.2 * out_3), _hand_gap(scene, name, middle - from_hand, -out_3))
+                hand = min(_hand_gap(scene, name, middle - from_hand + back * out_3, -out_3) for back in (0.0, 0.08, 0.16))
+                free = min(_gap(scene, name, middle, 0.2 * out_3), hand)
                 inside = mouth - half[:2].min() - depth
-                options.append((min(free, 0.010) + 3 * min(inside, 0.0) - 0.02 * abs(offset) - 0.05 * height, tuple(middle)))
-    return np.array(max(options)[1])
+                options.append((min(free, AMPLE) + 3 * min(inside, 0.0) - 0.02 * abs(offset) - 0.05 * height, free, tuple(middle)))
+    _, free, middle = max(options)
+    return free, np.array(middle)
 
 
 def shut_door(expert, fixture: str):
-    """Push a hinged door from outside with the closed finger tips, the palm above its upper edge."""
+    yield from _swing(expert, fixture, opening=False)
+
+
+def _swing(expert, fixture: str, opening: bool):
+    """Push a hinged door, from outside until it is shut or from inside until it is wide open, with the closed finger tips, the palm
+    above its upper edge."""
     scene = expert.scene
-    joint = next(j for j in range(scene.model.njnt)
-                 if scene.model.jnt_type[j] == HINGE and scene.model.joint(j).name.startswith(fixture))
+    joint = next((j for j in range(scene.model.njnt)
+                  if scene.model.jnt_type[j] == HINGE and scene.model.joint(j).name.startswith(fixture)), None)
+    if joint is None:
+        return
     body, axis_3 = int(scene.model.jnt_bodyid[joint]), scene.data.xaxis[joint].copy()
-    low, high = scene.model.jnt_range[joint]
-    closing = -np.sign(low + high)
+    widest = max(scene.model.jnt_range[joint], key=abs)
     panel = max((g for g in range(scene.model.ngeom) if scene.model.geom_bodyid[g] == body and scene.model.geom_group[g] == 0),
                 key=lambda g: np.prod(scene.model.geom_size[g]))
     width, thick = 2 * scene.model.geom_size[panel].max(), scene.model.geom_size[panel].min()
     hinge = scene.data.xanchor[joint].copy()
 
     def beside(gap: float):
-        """Where the hand is when its fingers are `gap` from the door's outer face."""
-        out = scene.data.geom_xpos[panel] - hinge
-        out[2] = 0
-        out /= np.linalg.norm(out)
-        ahead = closing * np.cross(axis_3, out)
-        top = scene.data.geom_xpos[panel][2] + scene.model.geom_size[panel][2] - 0.018
-        return np.r_[(hinge + SHOVE * width * out - (thick + 0.012 + gap) * ahead)[:2], top]
+        """Where the hand is when its fingers are `gap` from the door's face that it pushes."""
+        along = (scene.data.geom_xpos[panel] - hinge) * [1, 1, 0]
+        along /= np.linalg.norm(along)
+        ahead = np.cross(axis_3, along) * np.sign(widest) * (1 if opening else -1)
+        place = hinge + SHOVE * width * along - (thick + 0.012 + gap) * ahead
+        return np.r_[place[:2], scene.data.geom_xpos[panel][2] + scene.model.geom_size[panel][2] - 0.018]
+
+    def done():
+        angle = scene.data.qpos[scene.model.jnt_qposadr[joint]]
+        return abs(widest - angle) < WIDE if opening else scene.holds(("close", fixture))
 
     expert.rotation = scene.upright()
     yield from expert.go(np.r_[scene.hand()[:2], beside(0)[2] + 0.12], CLOSED, within=0.03, steps=40)
     yield from expert.go(beside(0.05) + [0, 0, 0.12], CLOSED, within=0.02, steps=80)
     yield from expert.go(beside(0.05), CLOSED, within=0.012, steps=40)
     for _ in range(150):
-        if scene.holds(("close", fixture)):
+        if done():
             break
         yield expert.towards(beside(-0.05), CLOSED, slow=0.7)
     yield from expert.rise(0.10, CLOSED, within=0.02, steps=15)
