@@ -13,11 +13,11 @@ if importlib.util.find_spec("libero") is None or importlib.util.find_spec("robos
     pytest.skip("the LIBERO simulator is not installed (make libero)", allow_module_level=True)
 
 from vlakeep.benchmarks import libero, libero_setup
-from vlakeep.benchmarks.libero_env import IDLE, LiberoEnv, blind, load_suite, policy_image, to_simulator
+from vlakeep.benchmarks.libero_env import IDLE, MAX_STEPS, LiberoEnv, blind, load_suite, policy_image, to_simulator
 from vlakeep.benchmarks.libero_expert import Expert, NotCovered, goals
 from vlakeep.benchmarks.libero_play import evaluate_episode
 from vlakeep.benchmarks.libero_questions import look, noun_of
-from vlakeep.benchmarks.libero_record import Demo
+from vlakeep.benchmarks.libero_record import Demo, play_expert, replay, without_no_ops
 from vlakeep.benchmarks.libero_scene import Scene
 from vlakeep.benchmarks.libero_workers import Job, Workers
 from vlakeep.data.images import center_crop, decode_image, encode_jpeg, resize_uint8
@@ -119,10 +119,25 @@ def test_demonstrations_are_played_stored_rendered_and_read_back(tmp_path, capsy
     frame = data.frame(0, steps - 1)
     assert list(data.lengths) == [steps] and frame.instruction == "put the bowl on the stove" and frame.image.shape[2] == 3
     assert json.loads((folder / "demos.json").read_text())["tasks"]["put_the_bowl_on_the_stove"]["seeds"] == [1000]
-    with pytest.raises(NotCovered, match="libero_10 task 9"):
-        goals("libero_10", 9)
+    with pytest.raises(NotCovered, match="libero_90 task 39"):
+        goals("libero_90", 39)
     with pytest.raises(ValueError, match="skills for none"):
-        cli.run(["libero-demos", "--suite", "libero_10", "--tasks", "9", "--root", str(tmp_path)])
+        cli.run(["libero-demos", "--suite", "libero_90", "--tasks", "39", "--root", str(tmp_path)])
+
+
+@pytest.mark.parametrize("suite, task", [("libero_goal", 3), ("libero_goal", 5), ("libero_10", 3), ("libero_10", 8), ("libero_10", 9)])
+def test_the_expert_opens_pushes_closes_stacks_side_by_side_and_reaches_inside(suite, task):
+    env = LiberoEnv(suite, task, render=False)
+    actions = play_expert(env, 1000, MAX_STEPS[suite])
+    assert actions is not None and np.abs(actions).max() <= 1 and set(np.array(actions)[:, 6]) == {-1.0, 1.0}
+    demo = replay(env, 1000, without_no_ops(actions))
+    assert demo is not None and len(demo.actions) <= len(actions)
+    env.close()
+
+
+def test_the_four_suites_are_covered():
+    for suite in ("libero_spatial", "libero_object", "libero_goal", "libero_10"):
+        assert all(goals(suite, task) for task in range(10))
 
 
 def test_questions_are_answered_as_the_turned_picture_shows_it():

@@ -3,7 +3,7 @@
 Every skill is a generator of actions, as in libero_expert.py; `expert` is the Expert whose hand it moves.
 """
 
-from typing import Optional
+from typing import Optional, Tuple
 
 import numpy as np
 
@@ -19,22 +19,27 @@ WIDE = 0.15  # rad from its end at which a door is open enough
 TALL = 0.4  # a thing that comes from above must find this height free
 
 
-def _gap(scene, name: str, middle_3, way_3) -> float:
-    """Room of a thing, without its handle, with its middle at a place and on a straight way from there."""
+def _gap(half_3: np.ndarray, middle_3, way_3, boxes: Boxes) -> float:
+    """Room of a thing of this half size with its middle at a place and on a straight way from there."""
+    middle, half = middle_3 + np.array(way_3) / 2, half_3 - 0.004 + np.abs(way_3) / 2
+    return separation(Boxes(middle[None], np.eye(3)[None], half[None]), boxes)
+
+
+def _half_size(scene, name: str) -> np.ndarray:
+    """[3] of a thing without its handle."""
     span = np.ptp(scene.corners(name), axis=0) / 2
-    half = np.r_[span[:2].min(), span[:2].min(), span[2]] - 0.004 + np.abs(way_3) / 2
-    return separation(Boxes((middle_3 + np.array(way_3) / 2)[None], np.eye(3)[None], half[None]), scene.obstacles(name))
+    return np.r_[span[:2].min(), span[:2].min(), span[2]]
 
 
 def open_side(scene, name: str, region: str) -> Optional[np.ndarray]:
     """Unit vector [3] to the side from which a thing comes into a region; None where it comes from above."""
     if scene.owner(region) not in scene.env.fixtures_dict or not scene.is_site(region):
         return None
-    middle = scene.position(region)
-    if _gap(scene, name, middle, [0, 0, TALL]) > 0:
+    middle, half, boxes = scene.position(region), _half_size(scene, name), scene.obstacles(name)
+    if _gap(half, middle, [0, 0, TALL], boxes) > 0:
         return None
-    side = max(SIDES, key=lambda side: _gap(scene, name, middle, [0.25 * side[0], 0.25 * side[1], 0]))
-    return np.array([*side, 0.0]) if _gap(scene, name, middle, [0.25 * side[0], 0.25 * side[1], 0]) > 0 else None
+    gap, side = max((_gap(half, middle, [0.25 * x, 0.25 * y, 0], boxes), (x, y)) for x, y in SIDES)
+    return np.array([*side, 0.0]) if gap > 0 else None
 
 
 def _leaning(scene, forward_3: np.ndarray, at: np.ndarray) -> np.ndarray:
@@ -44,12 +49,13 @@ def _leaning(scene, forward_3: np.ndarray, at: np.ndarray) -> np.ndarray:
     return rotation_about(across_3, LEANING) @ turn(yaw) @ scene.upright()
 
 
-def _hand_gap(scene, name: str, at_3: np.ndarray, forward_3: np.ndarray) -> float:
+def _hand_gap(at_3: np.ndarray, forward_3: np.ndarray, obstacles: Boxes) -> float:
+    """Room of such a hand, open."""
     across_3 = np.cross(forward_3, [0, 0, 1.0])
     tilt = rotation_about(across_3, LEANING)
     boxes = hand_boxes(np.zeros(3), float(np.arctan2(across_3[1], across_3[0])))
     tilted = Boxes(at_3 + boxes.centre @ tilt.T, tilt @ boxes.rotation, boxes.half)
-    return separation(tilted, scene.obstacles(name))
+    return separation(tilted, obstacles)
 
 
 def put_inside(expert, goal, out_3: np.ndarray):
@@ -92,27 +98,27 @@ def _handle(scene, name: str, out_3: np.ndarray) -> np.ndarray:
     return max(boxes_N83.mean(1), key=lambda middle: middle @ out_3)
 
 
-def _inner_place(scene, name: str, region: str, out_3: np.ndarray, from_hand: np.ndarray) -> np.ndarray:
+def _inner_place(scene, name: str, region: str, out_3: np.ndarray, from_hand: np.ndarray) -> Tuple[float, np.ndarray]:
     """(gap, middle [3] of the thing) where it is inside, low, not further in than needed, and the hand has room on its way."""
     site = scene.position(region)
     reach = np.abs(scene.data.site(region).xmat.reshape(3, 3) @ np.array(scene.env.object_sites_dict[region].size))
     across_3 = np.array([-out_3[1], out_3[0], 0.0])
-    half = np.ptp(scene.corners(name), axis=0) / 2
-    mouth = reach @ np.abs(out_3)
+    half, mouth, boxes = _half_size(scene, name), reach @ np.abs(out_3), scene.obstacles(name)
     options = []
     for offset in np.linspace(-0.1, 0.1, 11):
         for depth in np.linspace(0, mouth, 6):
             for height in np.linspace(half[2], 2 * reach[2] - half[2], 8) - reach[2]:
                 middle = site + offset * across_3 + depth * out_3 + [0, 0, height]
-                hand = min(_hand_gap(scene, name, middle - from_hand + back * out_3, -out_3) for back in (0.0, 0.08, 0.16))
-                free = min(_gap(scene, name, middle, 0.2 * out_3), hand)
-                inside = mouth - half[:2].min() - depth
+                hand = min(_hand_gap(middle - from_hand + back * out_3, -out_3, boxes) for back in (0.0, 0.08, 0.16))
+                free = min(_gap(half, middle, 0.2 * out_3, boxes), hand)
+                inside = mouth - half[0] - depth
                 options.append((min(free, AMPLE) + 3 * min(inside, 0.0) - 0.02 * abs(offset) - 0.05 * height, free, tuple(middle)))
     _, free, middle = max(options)
     return free, np.array(middle)
 
 
 def shut_door(expert, fixture: str):
+    """Until the simulator says that it is shut."""
     yield from _swing(expert, fixture, opening=False)
 
 

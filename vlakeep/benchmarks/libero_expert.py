@@ -30,7 +30,7 @@ class NotCovered(ValueError):
     """The task has a goal that the expert has no skill for."""
 
 
-Goal = Tuple[str, ...]  # ("on" or "in", thing, target), ("open" or "close", drawer), ("turnon", stove)
+Goal = Tuple[str, ...]  # ("on" or "in", thing, target), ("open", drawer), ("close", drawer or door), ("turnon", stove)
 
 
 def goals(suite: str, task: int) -> List[Goal]:

@@ -1,4 +1,5 @@
-"""Skills of the scripted expert for things that are not carried: drawers, the stove's knob, a plate that is pushed.
+"""Skills of the scripted expert for things that are not carried: drawers, the stove's knob, a plate that is pushed, a bowl that is in
+the way.
 
 Every skill is a generator of actions, as in libero_expert.py; `expert` is the Expert whose hand it moves.
 """
