@@ -14,7 +14,7 @@ if importlib.util.find_spec("libero") is None or importlib.util.find_spec("robos
     pytest.skip("the LIBERO simulator is not installed (make libero)", allow_module_level=True)
 
 from vlakeep.benchmarks import libero, libero_setup
-from vlakeep.benchmarks.libero_env import IDLE, LiberoEnv, blind, load_suite, policy_image, to_simulator
+from vlakeep.benchmarks.libero_env import IDLE, MAX_STEPS, LiberoEnv, blind, load_suite, policy_image, to_simulator
 from vlakeep.benchmarks.libero_expert import Expert, NotCovered, goals
 from vlakeep.benchmarks.libero_play import evaluate_episode
 from vlakeep.benchmarks.libero_questions import look, noun_of
@@ -122,10 +122,23 @@ def test_demonstrations_are_played_stored_rendered_and_read_back(tmp_path, capsy
     assert list(data.lengths) == [steps] and frame.instruction == "put the bowl on the stove" and frame.image.shape[2] == 3
     assert json.loads((folder / "demos.json").read_text())["tasks"]["put_the_bowl_on_the_stove"]["seeds"] == [1000]
     compare_formats(folder, command, tmp_path)
-    with pytest.raises(NotCovered, match="libero_10 task 9"):
-        goals("libero_10", 9)
+    with pytest.raises(NotCovered, match="libero_90 task 39"):
+        goals("libero_90", 39)
     with pytest.raises(ValueError, match="skills for none"):
-        cli.run(["libero-demos", "--suite", "libero_10", "--tasks", "9", "--root", str(tmp_path)])
+        cli.run(["libero-demos", "--suite", "libero_90", "--tasks", "39", "--root", str(tmp_path)])
+
+
+@pytest.mark.parametrize("suite, task", [("libero_goal", 3), ("libero_goal", 5), ("libero_10", 3), ("libero_10", 8), ("libero_10", 9)])
+def test_the_expert_opens_pushes_closes_stacks_side_by_side_and_reaches_inside(suite, task):
+    env = LiberoEnv(suite, task, render=False)
+    demo = next_result(record(env, Job(suite, task, 1000, 0, limit=MAX_STEPS[suite])))
+    assert demo is not None and np.abs(demo.actions).max() <= 1 and set(demo.actions[:, 6]) == {-1.0, 1.0}
+    env.close()
+
+
+def test_the_four_suites_are_covered():
+    for suite in ("libero_spatial", "libero_object", "libero_goal", "libero_10"):
+        assert all(goals(suite, task) for task in range(10))
 
 
 def test_what_hdf5_needs_is_said_before_anything_is_simulated(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from vlakeep.benchmarks.libero import FixedBatch
 from vlakeep.benchmarks.libero_env import to_simulator
 from vlakeep.benchmarks.libero_questions import KINDS
 from vlakeep.benchmarks.libero_record import Demo, disturbances, without_no_ops
+from vlakeep.benchmarks.libero_scene import Boxes, clearance, rotation_about, separation
 from vlakeep.benchmarks.libero_workers import Job, Seen, Workers
 
 
@@ -243,3 +244,24 @@ def test_tasks_are_listed_suite_by_suite():
     rows = [{"kind": "skill", "ability": suite, "trial": trial, "task": f"{suite} {trial}", "success": True, "crash": None}
             for suite, trial in (("libero_object", 0), ("libero_goal", 50), ("libero_object", 50), ("libero_goal", 0))]
     assert list(libero.by_task(rows)) == ["libero_goal 0", "libero_goal 50", "libero_object 0", "libero_object 50"]
+
+
+def test_boxes_are_apart_or_overlap_as_points_inside_them_say():
+    rng = np.random.default_rng(0)
+    grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, 9)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
+
+    def box():
+        axis = rng.normal(size=3)
+        rotation = rotation_about(axis / np.linalg.norm(axis), rng.uniform(0, 3))
+        return Boxes(rng.uniform(-0.3, 0.3, (1, 3)), rotation[None], rng.uniform(0.05, 0.2, (1, 3)))
+
+    assert separation(box(), Boxes(np.zeros((0, 3)), np.zeros((0, 3, 3)), np.zeros((0, 3)))) == 1.0
+    gaps = []
+    for _ in range(60):
+        one, other = box(), box()
+        gap, points = separation(one, other), one.centre + grid * one.half @ one.rotation[0].T
+        gaps.append(gap)
+        assert np.isclose(gap, separation(other, one)) and gap <= clearance(points, other) + 1e-9
+        if clearance(points, other) == 0:
+            assert gap <= 1e-9
+    assert min(gaps) < -0.05 and max(gaps) > 0.1

@@ -5,20 +5,24 @@ An action is a world-frame displacement of the hand / 0.05 m [3], a rotation vec
 between two.
 """
 
-from typing import Callable, Iterator, List, Optional, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 import numpy as np
 
+from vlakeep.benchmarks.libero_enclosed import open_side, put_inside, shut_door
 from vlakeep.benchmarks.libero_env import bddl_file, load_suite
-from vlakeep.benchmarks.libero_fixtures import close_drawer, drawer_opening, is_drawer, open_drawer, push, turn_knob
+from vlakeep.benchmarks.libero_fixtures import close_drawer, drawer_opening, free_spot, is_drawer, make_room, open_drawer, push, turn_knob
 from vlakeep.benchmarks.libero_grasp import Grasp, Release, plan_grasp
-from vlakeep.benchmarks.libero_scene import Scene, clearance, hand_points, rotation_vector
+from vlakeep.benchmarks.libero_scene import Scene, clearance, direction, hand_points, narrow_side, rotation_vector
 
 OPEN, CLOSED = -1.0, 1.0
 GAIN, GAIN_TURN = 3.0, 2.0  # proportional control; the simulator's own controller is slower than a step
 AJAR = 0.13  # a drawer that is less open takes nothing in
+BETWEEN = 0.035  # what a finger needs between two things
+INSIDE = 0.015  # by which the middle of a thing stays inside a region
 ATTEMPTS = 4
 PATIENCE = 10
+STALL = 8  # steps without motion after which the hand has met something
 Actions = Iterator[np.ndarray]
 
 
@@ -26,7 +30,7 @@ class NotCovered(ValueError):
     """The task has a goal that the expert has no skill for."""
 
 
-Goal = Tuple[str, ...]  # ("on" or "in", thing, target), ("open" or "close", drawer), ("turnon", stove)
+Goal = Tuple[str, ...]  # ("on" or "in", thing, target), ("open", drawer), ("close", drawer or door), ("turnon", stove)
 
 
 def goals(suite: str, task: int) -> List[Goal]:
@@ -36,10 +40,23 @@ def goals(suite: str, task: int) -> List[Goal]:
 
     found = [tuple(goal) for goal in robosuite_parse_problem(bddl_file(info))["goal_state"]]
     for goal in found:
-        drawer = goal[0] in ("open", "close") and "cabinet" in goal[1]
-        if not (goal[0] in ("in", "on") or drawer or (goal[0] == "turnon" and "stove" in goal[1])):
+        moved = goal[0] in ("open", "close") and "cabinet" in goal[1] or goal[0] == "close" and "microwave" in goal[1]
+        if not (goal[0] in ("in", "on") or moved or (goal[0] == "turnon" and "stove" in goal[1])):
             raise NotCovered(f"{suite} task {task}, {info.language!r}: the expert has no skill for `{' '.join(goal)}`")
     return sorted(found, key=lambda goal: goal[0] == "close")  # what goes into a drawer goes there first
+
+
+def side_by_side(scene: Scene, goals: List[Goal]) -> Dict[Goal, np.ndarray]:
+    """For things that shall stand on the same region: their offsets [2] from its middle, in a row along their narrow sides."""
+    spots = {}
+    for region in {goal[2] for goal in goals if goal[0] == "on" and scene.is_site(goal[2])}:
+        shared = [goal for goal in goals if goal[2:] == (region,)]
+        angle, width, _ = narrow_side(scene.corners(shared[0][1])[:, :2])
+        room = 2 * (np.abs(direction(angle)) @ np.array(scene.env.object_sites_dict[region].size)[:2] - INSIDE)
+        step = min(width + BETWEEN, room / max(len(shared) - 1, 1))
+        if len(shared) > 1:
+            spots.update({goal: (k - (len(shared) - 1) / 2) * step * direction(angle) for k, goal in enumerate(shared)})
+    return spots
 
 
 class Expert:
@@ -49,12 +66,19 @@ class Expert:
         self.scene = Scene(env)
         self.rotation = self.scene.hand_rotation()
         self.attempt = 0
+        self.spots: Dict[Goal, np.ndarray] = {}  # offsets [2] from the middle of the target
 
     def act(self, goals: List[Goal]) -> Actions:
         """One goal after the other, then a moment in which the last one may still come true."""
-        for goal in goals:
-            yield from self.pursue(goal)
+        self.spots = side_by_side(self.scene, goals)
+        for goal in sorted(goals, key=self._nearness):
+            if not self.scene.holds(goal):
+                yield from self.pursue(goal)
         yield from self.hold(self.scene.hand(), OPEN, PATIENCE)
+
+    def _nearness(self, goal: Goal) -> float:
+        """Of things that go to the same place, the one that gets the furthest spot is brought first; no other order changes."""
+        return -self.scene.distance(self.scene.position(goal[2])[:2] + self.spots[goal]) if goal in self.spots else 0.0
 
     # Motion
 
@@ -65,12 +89,17 @@ class Expert:
         return np.clip(np.r_[shift, twist, gripper], -1, 1)
 
     def go(self, target, gripper: float, within: float = 0.006, steps: int = 60, slow: float = 1.0) -> Actions:
-        """To a place [3] or to what a function gives at each step, until it is that near and turned, or the steps are used up."""
+        """To a place [3] or to what a function gives at each step, until it is that near and turned, or nothing moves any more, or
+        the steps are used up."""
         at: Callable = target if callable(target) else lambda: target
+        past = []
         for _ in range(steps):
-            place = at()
+            place, hand = at(), self.scene.hand()
             twisted = np.linalg.norm(rotation_vector(self.rotation @ self.scene.hand_rotation().T))
-            if np.linalg.norm(place - self.scene.hand()) < within and twisted < 0.06:
+            if np.linalg.norm(place - hand) < within and twisted < 0.06:
+                return
+            past.append(np.r_[hand, 0.1 * twisted])
+            if len(past) > STALL and np.abs(past[-1] - past[-1 - STALL]).max() < 1e-3:
                 return
             yield self.towards(place, gripper, slow)
 
@@ -140,15 +169,17 @@ class Expert:
         if goal[0] == "open":
             yield from open_drawer(self, goal[1])
         elif goal[0] == "close":
-            yield from close_drawer(self, goal[1])
+            yield from (close_drawer if is_drawer(self.scene, goal[1]) else shut_door)(self, goal[1])
         elif goal[0] == "turnon":
             yield from turn_knob(self, goal[1])
         elif goal[1].startswith("plate"):
             yield from push(self, goal)
         else:
             if is_drawer(self.scene, goal[2]) and drawer_opening(self.scene, goal[2]) < AJAR:
+                yield from make_room(self, goal[1], goal[2])
                 yield from open_drawer(self, goal[2])
-            yield from self.bring(goal)
+            side = open_side(self.scene, goal[1], goal[2])
+            yield from self.bring(goal) if side is None else put_inside(self, goal, side)
 
     def bring(self, goal: Goal) -> Actions:
         """Put a thing on or in something; up to four grasps, each another one."""
@@ -157,7 +188,8 @@ class Expert:
         owner = scene.owner(target)
         top = scene.corners(owner)[:, 2].max() if owner in scene.env.obj_body_id else 0.0
         surface = scene.position(target)[2] if scene.is_site(target) else top
-        release = None if "basket" in target else Release(scene.position(target)[:2], surface, owner)
+        aside = free_spot(scene, name, target) if is_drawer(scene, target) else self.spots.get(goal, np.zeros(2))
+        release = None if "basket" in target else Release(scene.position(target)[:2] + aside, surface, owner)
         for _ in range(ATTEMPTS):
             before = scene.position(name)[2]
             grasp = yield from self.grasp(name, release)
@@ -168,7 +200,7 @@ class Expert:
                 continue
             let_go, height = self._release_heights(target, owner, top, surface, grasp.above)
             distance, lost = np.linalg.norm(scene.position(name) - scene.hand()), False
-            for action in self.carry(name, lambda: scene.position(target)[:2], let_go, height):
+            for action in self.carry(name, lambda: scene.position(target)[:2] + aside, let_go, height):
                 yield action
                 if action[6] == CLOSED and np.linalg.norm(scene.position(name) - scene.hand()) > distance + 0.05:
                     lost = True  # it slipped out
@@ -188,5 +220,7 @@ class Expert:
             base = top
         if "bowl" in target:
             base = top - 0.02
+        if "cook_region" in target:
+            base = self.scene.surface(owner, self.scene.position(target)[:2])
         let_go = base + above + 0.008
         return let_go, max(let_go + 0.08, self.scene.hand()[2] + 0.06)

@@ -1,14 +1,17 @@
-"""Skills of the scripted expert for things that are not carried: drawers, the stove's knob, a plate that is pushed.
+"""Skills of the scripted expert for things that are not carried: drawers, the stove's knob, a plate that is pushed, a bowl that is in
+the way.
 
 Every skill is a generator of actions, as in libero_expert.py; `expert` is the Expert whose hand it moves.
 """
 
 import numpy as np
 
-from vlakeep.benchmarks.libero_scene import clearance, direction, same_line, turn
+from vlakeep.benchmarks.libero_grasp import RIMMED, TIGHT, room_to_lift
+from vlakeep.benchmarks.libero_scene import Boxes, clearance, direction, rotation_about, same_line, separation, turn
 
 OPEN, CLOSED = -1.0, 1.0
 SLIDE, HINGE = 2, 3  # mujoco's numbers of joint types
+LEANING = 0.9  # rad by which the hand that closes a drawer ends oblique
 PULLED = 0.155  # a drawer counts as open from 0.14 on; its end is at 0.16
 
 
@@ -21,6 +24,11 @@ def _joint_of(scene, region: str) -> int:
 def drawer_opening(scene, region: str) -> float:
     """How far the drawer is pulled out."""
     return float(abs(scene.data.qpos[scene.model.jnt_qposadr[_joint_of(scene, region)]]))
+
+
+def _opens_towards(scene, joint: int) -> np.ndarray:
+    """Unit vector [3]."""
+    return scene.data.xaxis[joint] * np.sign(scene.model.jnt_range[joint].sum())
 
 
 def is_drawer(scene, region: str) -> bool:
@@ -52,21 +60,44 @@ def open_drawer(expert, region: str):
 
 
 def close_drawer(expert, region: str):
-    """Push the handle back with a level, closed hand."""
+    """Push the handle in, a bit further than where the drawer looks closed. The hand comes down vertically, away from what stands
+    in front, and leans over as it pushes, away from the handles above."""
     scene = expert.scene
     handle, out_3 = _handle(scene, region)
-    expert.rotation = _level_hand(scene, -out_3)
-    yield from expert.go(handle() + 0.12 * out_3 + [0, 0, 0.12], CLOSED, within=0.02, steps=70)
-    yield from expert.go(handle() + 0.08 * out_3, CLOSED, within=0.015, steps=40)
-    for _ in range(70):
-        yield expert.towards(handle() - 0.05 * out_3, CLOSED, slow=0.8)
+    across_3 = np.cross([0, 0, 1.0], out_3)
+    vertical = turn(scene.wrist_turn(np.arctan2(across_3[1], across_3[0]) - scene.finger_angle(), handle())) @ scene.upright()
+    expert.rotation = vertical
+    yield from expert.go(handle() + 0.05 * out_3 + [0, 0, 0.13], CLOSED, within=0.02, steps=80)
+    yield from expert.go(handle() + 0.05 * out_3, CLOSED, within=0.012, steps=50)
+    for _ in range(140):
+        if scene.holds(("close", region)):
+            break
+        inwards = 1 - drawer_opening(scene, region) / PULLED
+        expert.rotation = rotation_about(across_3, LEANING * max(0.0, min(1.0, 1.3 * inwards))) @ vertical
+        yield expert.towards(handle() - 0.05 * out_3, CLOSED, slow=0.6)
+    yield from expert.go(scene.hand() + 0.05 * out_3 + [0, 0, 0.05], CLOSED, within=0.02, steps=20)
+
+
+def free_spot(scene, name: str, region: str) -> np.ndarray:
+    """Offset [2] from the middle of a drawer at which a thing comes past what is above the drawer; what is open may be half
+    covered."""
+    site, corners = scene.position(region), scene.corners(name)
+    span, boxes = np.ptp(corners, axis=0), scene.obstacles(name)
+    half = np.r_[0.45 * span[:2], 0.15]  # a round thing does not fill the corners of its box
+    reach = np.abs(scene.data.site(region).xmat.reshape(3, 3) @ np.array(scene.env.object_sites_dict[region].size))[:2] - 0.01
+    options = []
+    for offset in (reach * [u, v] for u in np.linspace(-1, 1, 13) for v in np.linspace(-1, 1, 13)):
+        middle = np.r_[site[:2] + offset, site[2] + half[2] - 0.01]
+        free = separation(Boxes(middle[None], np.eye(3)[None], half[None]), boxes)
+        options.append((min(free, 0.01) - 0.02 * np.linalg.norm(offset), tuple(offset)))
+    return np.array(max(options)[1])
 
 
 def _handle(scene, region: str):
     """(function that gives the middle of the handle, the direction [3] in which the drawer opens): the handle is the collision
     box of the drawer that lies furthest out."""
     joint = _joint_of(scene, region)
-    out_3 = scene.data.xaxis[joint] * np.sign(scene.model.jnt_range[joint].sum())
+    out_3 = _opens_towards(scene, joint)
     body = int(scene.model.jnt_bodyid[joint])
     geoms = [g for g in range(scene.model.ngeom) if scene.model.geom_bodyid[g] == body and scene.model.geom_group[g] == 0]
     bar = max(geoms, key=lambda g: scene.data.geom_xpos[g] @ out_3)
@@ -102,27 +133,63 @@ def turn_knob(expert, name: str):
     yield from expert.rise(0.12, OPEN, within=0.02, steps=20)
 
 
+def make_room(expert, name: str, region: str):
+    """Drag a bowl or mug out of the way if, beside the drawer as it will be when open, no hand could get at it."""
+    scene = expert.scene
+    if not any(word in name for word in RIMMED):
+        return
+    boxes, corners = _when_open(scene, name, region), scene.corners(name)
+    if room_to_lift(scene, name, np.zeros(2), boxes) > TIGHT:
+        return
+    here, low, radius = scene.position(name)[:2], corners[:, 2].min(), np.ptp(corners[:, 0]) / 2
+    options = []
+    for shift in (length * direction(angle) for length in (0.04, 0.06, 0.08, 0.10) for angle in np.arange(16) * np.pi / 8):
+        way = here + np.linspace(0, 1, 5)[:, None] * shift
+        free = clearance(np.c_[way, np.full(5, low + 0.02)], scene.obstacles(name)) - radius
+        room = room_to_lift(scene, name, shift, boxes)
+        options.append((min(free, 0.005) + 2 * room - 0.1 * np.linalg.norm(shift), shift))
+    expert.rotation = scene.upright()
+    goal = here + max(options, key=lambda option: option[0])[1]
+    yield from _drag(expert, name, [goal], 0.025, lambda: np.linalg.norm(scene.position(name)[:2] - goal) < 0.012)
+
+
+def _when_open(scene, name: str, region: str) -> Boxes:
+    """The obstacles as they will be when the drawer is open."""
+    joint = _joint_of(scene, region)
+    body, shift = int(scene.model.jnt_bodyid[joint]), (PULLED - drawer_opening(scene, region)) * _opens_towards(scene, joint)
+    moving = [g for g in range(scene.model.ngeom) if scene.model.geom_bodyid[g] == body]
+    boxes = scene.obstacles(name)
+    moved = [np.abs(scene.data.geom_xpos[moving] - centre).max(1).min() < 1e-6 for centre in boxes.centre]
+    return boxes._replace(centre=boxes.centre + np.outer(moved, shift))
+
+
 def push(expert, goal):
-    """Drag a flat thing by the inside of its rim until the goal holds: pulled from the front, it cannot turn away."""
+    """Drag a plate until the goal holds."""
     scene, (_, name, target) = expert.scene, goal
-    corners = scene.corners(name)
+    way = _way(scene, name, target, np.ptp(scene.corners(name)[:, 0]) / 2)
+    across = np.arctan2(*(way[0] - scene.position(name)[:2])[::-1]) + np.pi / 2
+    expert.rotation = turn(same_line(across - scene.finger_angle())) @ scene.upright()
+    yield from _drag(expert, name, way, 0.012, lambda: scene.holds(goal))
+
+
+def _drag(expert, name: str, way, depth: float, done):
+    """Drag a thing over the points [2] of `way` by the inside of its rim, the finger tips `depth` above its lower end: pulled
+    from the front, it cannot turn away."""
+    scene, corners = expert.scene, expert.scene.corners(name)
     low, radius = corners[:, 2].min(), np.ptp(corners[:, 0]) / 2
-    way = _way(scene, name, target, radius)
 
     def ahead():
         """Unit vector [2] to the next point of the way; points that are reached are dropped."""
         here = scene.position(name)[:2]
-        while len(way) > 1 and np.linalg.norm(way[0] - here) < 0.03:
+        while len(way) > 1 and np.linalg.norm(way[0] - here) < 0.02:
             way.pop(0)
         return (way[0] - here) / max(np.linalg.norm(way[0] - here), 1e-6)
 
-    across = np.arctan2(*ahead()[::-1]) + np.pi / 2
-    expert.rotation = turn(same_line(across - scene.finger_angle())) @ scene.upright()
-    start = np.r_[scene.position(name)[:2] + 0.4 * radius * ahead(), low + 0.012]
+    start = np.r_[scene.position(name)[:2] + 0.4 * radius * ahead(), low + depth]
     yield from expert.go(start + [0, 0, 0.10], CLOSED, within=0.02, steps=70)
     yield from expert.go(start, CLOSED, within=0.01, steps=30, slow=0.6)
-    for _ in range(150):
-        if scene.holds(goal):
+    for _ in range(200):
+        if done():
             break
         beyond = scene.position(name)[:2] + 1.1 * radius * ahead()  # the rim keeps the hand from getting there
         yield expert.towards(np.r_[beyond, start[2]], CLOSED, slow=0.6)
@@ -130,14 +197,20 @@ def push(expert, goal):
 
 
 def _way(scene, name: str, target: str, radius: float):
-    """Points [2] to pass: the target, before it one beside it if that keeps the thing further away from the others."""
-    here, there = scene.position(name)[:2], scene.position(target)[:2]
-    boxes, height = scene.obstacles(name), scene.position(name)[2] + 0.01
-    side = direction(np.arctan2(*(there - here)[::-1]) + np.pi / 2)
+    """Points [2] to pass: one of the target, before it one beside the straight line if that keeps the thing further from others."""
+    here, boxes, height = scene.position(name)[:2], scene.obstacles(name), scene.position(name)[2] + 0.01
+    inside = 0.5 * np.array(scene.env.object_sites_dict[target].size)[:2]
     options = []
-    for points in ([there], *([there + offset * side, there] for offset in (-0.08, 0.08, -0.12, 0.12, -0.16, 0.16))):
-        stops = [here, *points]
-        passed = np.concatenate([a + np.linspace(0, 1, 9)[:, None] * (b - a) for a, b in zip(stops, stops[1:])])
-        room = clearance(np.c_[passed, np.full(len(passed), height)], boxes) - radius
-        options.append((min(room, 0.01), -len(points), points))
-    return max(options, key=lambda option: option[:2])[2]
+    for there in (scene.position(target)[:2] + inside * corner for corner in ((0, 0), (-1, -1), (-1, 1), (1, -1), (1, 1))):
+        along = (there - here) / np.linalg.norm(there - here)
+        aside = direction(np.arctan2(*along[::-1]) + np.pi / 2)
+        detours = [here + u * (there - here) + offset * aside for u in (0.2, 0.4, 0.6, 0.8, 1.0)
+                   for offset in (-0.15, -0.12, -0.09, -0.06, -0.03, 0.03, 0.06, 0.09, 0.12, 0.15)]
+        for points in ([there], *([detour, there] for detour in detours)):
+            stops = [here, *points]
+            passed = np.concatenate([a + np.linspace(0, 1, 9)[:, None] * (b - a) for a, b in zip(stops, stops[1:])])
+            room = clearance(np.c_[passed, np.full(len(passed), height)], boxes) - radius
+            far = max(scene.overreach(place + 0.02 * along) for place in passed)
+            length = sum(np.linalg.norm(b - a) for a, b in zip(stops, stops[1:]))
+            options.append((10 * min(room, 0.015) - 3 * far - 20 * max(0, far - 0.06) - 0.2 * length, len(options), points))
+    return max(options)[2]

@@ -8,12 +8,13 @@ from typing import NamedTuple, Optional, Tuple
 
 import numpy as np
 
-from vlakeep.benchmarks.libero_scene import Scene, clearance, direction, hand_points, narrow_side, same_line, turn
+from vlakeep.benchmarks.libero_scene import Boxes, Scene, direction, hand_boxes, narrow_side, same_line, separation, turn
 
 RIMMED = ("bowl", "ramekin", "mug")
 ENOUGH = 0.012  # more room than this is no better
 TIGHT = 0.003
 WIDEST = 0.072  # what fits between the fingers
+PALM = 0.029  # from the finger tips' middle to the palm, which must not stand on the thing
 ANGLES = 24  # rim positions that are looked at
 
 
@@ -39,8 +40,7 @@ def plan_grasp(scene: Scene, name: str, attempt: int = 0, release: Optional[Rele
     """The best grasp of a thing as it lies now; attempt 1, 2, ... give other ones. ValueError when it has no collision boxes."""
     rimmed = any(word in name for word in RIMMED)
     angle, xy, z, low, top = (_at_the_rim if rimmed else _across)(scene, name, attempt, release)
-    yaw = same_line(angle - scene.finger_angle())
-    return Grasp(xy, z, turn(yaw) @ scene.upright(), top, z - low)
+    return Grasp(xy, z, turn(scene.wrist_turn(angle - scene.finger_angle(), xy)) @ scene.upright(), top, z - low)
 
 
 def _room(points: float) -> float:
@@ -48,7 +48,8 @@ def _room(points: float) -> float:
     return -100 * min(points, ENOUGH)
 
 
-def _at_the_rim(scene: Scene, name: str, attempt: int, release: Optional[Release]) -> Tuple:
+def _rim(scene: Scene, name: str) -> Tuple:
+    """(centre [2], low, top, [(angle, xy [2], z, height of the rim there)]) of a bowl or mug: where fingers may go over its rim."""
     corners = scene.corners(name)
     low, top = corners[:, 2].min(), corners[:, 2].max()
     centre = (corners[:, :2].max(0) + corners[:, :2].min(0)) / 2
@@ -56,20 +57,27 @@ def _at_the_rim(scene: Scene, name: str, attempt: int, release: Optional[Release
     radius = np.median(np.linalg.norm(upper[:, :2] - centre, axis=1))
     if top - low > 0.06:  # tilted: the highest corners are one side of the rim only
         radius = np.ptp(corners[:, :2], axis=0).mean() / 2
-    now, hand = scene.finger_angle(), scene.hand()[:2]
-    here, there = scene.obstacles(name), scene.obstacles(name, release.owner if release else None)
-    options = []
-    for angle in now + np.arange(ANGLES) * 2 * np.pi / ANGLES:
+    places = []
+    for angle in scene.finger_angle() + np.arange(ANGLES) * 2 * np.pi / ANGLES:
         xy = centre + (radius - 0.004) * direction(angle)
         near = corners[np.linalg.norm(corners[:, :2] - xy, axis=1) < 0.02]
         rim = near[:, 2].max() if len(near) else top
-        z = max(rim - 0.022, low + 0.018)
-        free, far = clearance(hand_points(np.r_[xy, z], angle), here), scene.overreach(xy)
+        places.append((angle, xy, max(rim - 0.022, low + 0.018), rim))
+    return centre, low, top, places
+
+
+def _at_the_rim(scene: Scene, name: str, attempt: int, release: Optional[Release]) -> Tuple:
+    centre, low, top, places = _rim(scene, name)
+    now, hand = scene.finger_angle(), scene.hand()[:2]
+    here, there = scene.obstacles(name), scene.obstacles(name, release.owner if release else None)
+    options = []
+    for angle, xy, z, rim in places:
+        free, far = separation(hand_boxes(np.r_[xy, z], angle), here), scene.overreach(xy)
         if release is not None:
             target = release.xy + xy - centre
-            free = min(free, clearance(hand_points(np.r_[target, release.height + z - low + 0.01], angle), there))
+            free = min(free, separation(hand_boxes(np.r_[target, release.height + z - low + 0.01], angle), there))
             far = max(far, scene.overreach(target))
-        cost = (_room(free) + (6 if free < TIGHT else 0) + 8 * max(0, top - rim) + 0.25 * abs(same_line(angle - now))
+        cost = (_room(free) + (6 if free < TIGHT else 0) + 8 * max(0, top - rim) + 0.25 * abs(scene.wrist_turn(angle - now, xy))
                 + 0.5 * np.linalg.norm(xy - hand) + 12 * far)
         options.append((cost, angle, xy, z))
     options.sort(key=lambda option: option[0])
@@ -77,6 +85,15 @@ def _at_the_rim(scene: Scene, name: str, attempt: int, release: Optional[Release
         options = _apart(options, 0.7)
     _, angle, xy, z = options[attempt % len(options)]
     return angle, xy, z, low, top
+
+
+def room_to_lift(scene: Scene, name: str, shift_2: np.ndarray, boxes: Boxes) -> float:
+    """Clearance of a bowl or mug that is moved by `shift_2`, of its way up, and of the best grasp there; at most ENOUGH."""
+    corners = scene.corners(name) + np.r_[shift_2, 0]
+    low, high = corners.min(0), corners.max(0) + [0, 0, 0.3]
+    lifted = Boxes((low + high)[None] / 2, np.eye(3)[None], (high - low)[None] / 2)
+    hands = [separation(hand_boxes(np.r_[xy + shift_2, z], angle), boxes) for angle, xy, z, _ in _rim(scene, name)[3]]
+    return min(ENOUGH, separation(lifted, boxes), max(hands))
 
 
 def _apart(options, least: float):
@@ -91,7 +108,7 @@ def _apart(options, least: float):
 def _across(scene: Scene, name: str, attempt: int, release: Optional[Release]) -> Tuple:
     corners = scene.corners(name)
     low, top = corners[:, 2].min(), corners[:, 2].max()
-    z = max(min(top - 0.030, (low + top) / 2 + 0.02), low + 0.012)
+    z = max(min(top - 0.026, (low + top) / 2 + 0.02), low + 0.012, top - PALM)
     if top - low < 0.05:
         z = max(low + 0.010, (low + top) / 2 - 0.004)
     elif top - low > 0.08:
@@ -103,6 +120,6 @@ def _across(scene: Scene, name: str, attempt: int, release: Optional[Release]) -
         opening = np.ptp(slice_N2 @ direction(angle))
         if opening <= WIDEST:
             oblique = 60 * max(0, opening - 1.05 * width)  # faces parallel to the pads hold better
-            free = clearance(hand_points(np.r_[centre, z], angle), obstacles)
+            free = separation(hand_boxes(np.r_[centre, z], angle), obstacles)
             options.append((_room(free) + oblique + 0.25 * abs(same_line(angle - now)), angle))
     return min(options)[1] if options else narrow, centre, z, low, top

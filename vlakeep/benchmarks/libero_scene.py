@@ -11,6 +11,7 @@ import numpy as np
 ROBOT = ("robot0", "gripper0", "mount0")
 FURNITURE = 0.35  # boxes with a half size above this are table tops, walls and floors
 STRETCH = 0.71  # beyond this distance from the base the arm is nearly straight, joint 4 hits its limit and the controller stalls
+WRIST = 2.7  # the last joint ends at 2.9
 BOX, CYLINDER, SPHERE = 6, 5, 2  # mujoco's numbers of geometry types
 _CORNERS_83 = np.array([[i, j, k] for i in (-1, 1) for j in (-1, 1) for k in (-1, 1)], dtype=float)
 
@@ -32,6 +33,13 @@ def turn(angle: float) -> np.ndarray:
     """Rotation matrix about the vertical."""
     c, s = np.cos(angle), np.sin(angle)
     return np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
+
+
+def rotation_about(axis_3: np.ndarray, angle: float) -> np.ndarray:
+    """Rotation matrix about a unit vector."""
+    x, y, z = axis_3
+    cross_33 = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    return np.eye(3) + np.sin(angle) * cross_33 + (1 - np.cos(angle)) * cross_33 @ cross_33
 
 
 def rotation_vector(rotation_33: np.ndarray) -> np.ndarray:
@@ -79,6 +87,32 @@ def hand_points(position_3: np.ndarray, angle: float) -> np.ndarray:
     return position_3 + np.array(fingers + palm)
 
 
+def hand_boxes(position_3: np.ndarray, angle: float) -> Boxes:
+    """Such a hand with its way down: two open fingers, and the palm from its lower face to a hand's length above it."""
+    along, across, up = np.r_[direction(angle), 0], np.r_[direction(angle + np.pi / 2), 0], np.array([0, 0, 1.0])
+    centre = position_3 + np.array([0.052 * along + 0.019 * up, -0.052 * along + 0.019 * up, 0.155 * up])
+    rotation = np.stack([along, across, up], axis=1)
+    return Boxes(centre, np.tile(rotation, (3, 1, 1)), np.array([[0.011, 0.011, 0.031], [0.011, 0.011, 0.031], [0.10, 0.033, 0.12]]))
+
+
+def separation(some: Boxes, others: Boxes) -> float:
+    """Smallest gap between a box of the one and a box of the other set, negative where they overlap (theorem of separating axes)."""
+    if not len(others.centre):
+        return 1.0
+    least = 1.0
+    for centre, rotation, half in zip(*some):
+        crossed = np.cross(rotation.T[None, :, None], others.rotation.transpose(0, 2, 1)[:, None]).reshape(-1, 9, 3)
+        size = np.linalg.norm(crossed, axis=2, keepdims=True)
+        usable = size[..., 0] > 1e-3
+        axes = np.concatenate([np.broadcast_to(rotation.T, (len(crossed), 3, 3)), others.rotation.transpose(0, 2, 1),
+                               crossed / np.maximum(size, 1e-3)], axis=1)
+        extent = np.abs(axes @ rotation) @ half + np.einsum("gak,gk->ga", np.abs(axes @ others.rotation), others.half)
+        gap = np.abs(np.einsum("gai,gi->ga", axes, others.centre - centre)) - extent
+        gap[:, 6:][~usable] = -1.0
+        least = min(least, float(gap.max(1).min()))
+    return least
+
+
 class Scene:
     """The present state of an environment (LiberoEnv); every answer is read from the simulator anew."""
 
@@ -89,6 +123,7 @@ class Scene:
         self.model, self.data = env.control.sim.model._model, env.control.sim.data._data
         self._grip = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_SITE, "gripper0_grip_site")
         self._fingers = [self.model.body(f"gripper0_{side}finger").id for side in ("left", "right")]
+        self._wrist = int(self.model.joint("robot0_joint7").qposadr[0])
         self._base_2 = self.data.xpos[self.model.body("robot0_base").id][:2].copy()
 
     # The robot
@@ -109,6 +144,15 @@ class Scene:
         left, right = (self.data.xpos[body] for body in self._fingers)
         return float(np.linalg.norm(left - right))
 
+    def wrist_turn(self, yaw: float, xy: np.ndarray) -> float:
+        """Turn [rad] about the vertical that brings the fingers along the line `yaw` from where they are, with the hand at `xy`
+        then: half a turn more where the last joint would come to its limit."""
+        azimuth = [np.arctan2(*(place[:2] - self._base_2)[::-1]) for place in (self.hand(), np.asarray(xy))]
+        joint, yaw = float(self.data.qpos[self._wrist]), same_line(yaw)
+        options = [turned for turned in (yaw, yaw - np.pi, yaw + np.pi)
+                   if abs(joint - turned + azimuth[1] - azimuth[0]) < WRIST]
+        return min(options, key=abs, default=yaw)
+
     def upright(self) -> np.ndarray:
         """The hand's present rotation, made exactly vertical."""
         import mujoco
@@ -126,7 +170,11 @@ class Scene:
 
     def overreach(self, xy: np.ndarray) -> float:
         """By how much a place is too far for the arm to stay bent; 0 within reach."""
-        return max(0.0, float(np.linalg.norm(np.asarray(xy)[:2] - self._base_2)) - STRETCH)
+        return max(0.0, self.distance(xy) - STRETCH)
+
+    def distance(self, xy: np.ndarray) -> float:
+        """From the robot's base, horizontally."""
+        return float(np.linalg.norm(np.asarray(xy)[:2] - self._base_2))
 
     # Things
 
@@ -157,7 +205,7 @@ class Scene:
         return body
 
     def _collides(self, geom: int) -> bool:
-        return self.model.geom_group[geom] == 0 and self.model.geom_contype[geom] != 0
+        return self.model.geom_group[geom] == 0 and bool(self.model.geom_contype[geom] or self.model.geom_conaffinity[geom])
 
     def _half_size(self, geom: int) -> Optional[np.ndarray]:
         size, kind = self.model.geom_size[geom], self.model.geom_type[geom]
@@ -174,6 +222,13 @@ class Scene:
             if slab is None or (box_83[:, 2].max() >= slab[0] and box_83[:, 2].min() <= slab[1]):
                 found.append(box_83)
         return np.concatenate(found)
+
+    def surface(self, name: str, xy: np.ndarray) -> float:
+        """Height of an object's or fixture's collision boxes at a place."""
+        corners_N83 = self.corners(name).reshape(-1, 8, 3)
+        low, high = corners_N83.min(1), corners_N83.max(1)
+        there = ((low[:, :2] <= xy) & (xy <= high[:, :2])).all(1)
+        return float(high[there, 2].max()) if there.any() else float(self.position(name)[2])
 
     def obstacles(self, *without: Optional[str]) -> Boxes:
         """Collision boxes of everything but the robot, the furniture and the named things."""
