@@ -18,7 +18,7 @@ from vlakeep.benchmarks.libero_env import IDLE, MAX_STEPS, LiberoEnv, blind, loa
 from vlakeep.benchmarks.libero_expert import Expert, NotCovered, goals
 from vlakeep.benchmarks.libero_play import evaluate_episode
 from vlakeep.benchmarks.libero_questions import look, noun_of
-from vlakeep.benchmarks.libero_record import Demo, record
+from vlakeep.benchmarks.libero_record import Demo, Manner, record
 from vlakeep.benchmarks.libero_scene import Scene
 from vlakeep.benchmarks.libero_workers import Job, Workers
 from vlakeep.data.dataset import Conventions
@@ -136,6 +136,18 @@ def test_the_expert_opens_pushes_closes_stacks_side_by_side_and_reaches_inside(s
     env.close()
 
 
+def test_a_thing_is_grasped_from_the_side_and_closed_on_the_way_up():
+    """No pause: wherever fingers close, the hand goes up; and no place is passed twice, once open and once closed."""
+    env = LiberoEnv("libero_object", 0, render=False)
+    demo = next_result(record(env, Job("libero_object", 0, 1000, 0, limit=280), Manner(approach="side")))
+    closing = int(np.argmax(demo.actions[:, 6] > 0))
+    assert demo is not None and (demo.actions[closing:closing + 10, 2] > 0.1).all()
+    places, column = demo.proprio[:closing, :3], demo.proprio[closing, :2]
+    before = np.linalg.norm(places[places[:, 2] < demo.proprio[closing, 2] + 0.05][:-12, :2] - column, axis=1)
+    assert before.min() > 0.02
+    env.close()
+
+
 def test_the_four_suites_are_covered():
     for suite in ("libero_spatial", "libero_object", "libero_goal", "libero_10"):
         assert all(goals(suite, task) for task in range(10))
@@ -181,7 +193,8 @@ def compare_formats(rlds, command, root):
 def test_noisy_demonstrations_hold_what_was_meant_and_replay_what_was_done():
     env = LiberoEnv("libero_object", 0, render=False)
     job = Job("libero_object", 0, 1000, 0, limit=280)
-    demo, again, clean = next_result(record(env, job, 0.3)), next_result(record(env, job, 0.3)), next_result(record(env, job))
+    demo, again = (next_result(record(env, job, Manner(0.3))) for _ in range(2))
+    clean = next_result(record(env, job))
     assert all(np.array_equal(a, b) for a, b in zip(demo, again))
     push = demo.executed - demo.actions
     assert 0.3 < push[:, :6].any(axis=1).mean() < 0.7 and not push[:, 6].any() and np.abs(demo.executed).max() <= 1

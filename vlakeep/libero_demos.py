@@ -1,7 +1,7 @@
 """Stage `vlakeep libero-demos`: demonstrations of LIBERO tasks by a scripted expert, as an RLDS data set or as LIBERO's HDF5.
 
     vlakeep libero-demos --suite libero_object --demos 20 --workers 8 [--tasks 0,1,4] [--resolution 256] [--first 1000]
-        [--noise 0.3] [--format rlds|hdf5|both] [--camera agentview|robot0_eye_in_hand|frontview]
+        [--noise 0.3] [--approach above|side] [--format rlds|hdf5|both] [--camera agentview|robot0_eye_in_hand|frontview]
 
 Tasks that the expert has no skill for are named and left out. Demonstration k of a task
 starts from a reset with seed --first + k; where the expert fails, later seeds take the place. The same options give the same
@@ -11,6 +11,9 @@ or --camera only renders.
 --noise is the standard deviation of the noise that pushes the hand off its way in stretches of 5 to 15 steps, as a share of the
 expert's own motion. The recorded actions are what the expert meant to do from wherever it had got to, so that a policy learns to
 come back. Noisy and clean demonstrations are data sets of their own.
+
+--approach side: the hand comes down beside a thing, slides over it and closes on the way up, so that each place on the way has one
+action. A policy without memory learns that, and not the pause in which fingers close that its picture hardly shows.
 
 --camera is the picture of the RLDS set. HDF5 files hold agentview and the camera in the hand, as LIBERO's do, and --camera as well.
 
@@ -31,8 +34,8 @@ from tqdm import tqdm
 
 from vlakeep.benchmarks.libero import stage_options
 from vlakeep.benchmarks.libero_env import CAMERA, CAMERAS, MAX_STEPS, WRIST, LiberoEnv, about_task, load_suite
-from vlakeep.benchmarks.libero_expert import NotCovered, goals
-from vlakeep.benchmarks.libero_record import Demo, record, render
+from vlakeep.benchmarks.libero_expert import APPROACHES, NotCovered, goals
+from vlakeep.benchmarks.libero_record import Demo, Manner, record, render
 from vlakeep.benchmarks.libero_setup import versions
 from vlakeep.benchmarks.libero_workers import Job, Workers
 from vlakeep.config import ConfigError, config_from_argv
@@ -42,8 +45,8 @@ from vlakeep.data.writer import write_rlds
 from vlakeep.storage import Storage, atomic_dir, atomic_write
 
 OPTIONS = {"suite": "libero_object", "demos": "20", "tasks": "", "workers": "1", "resolution": "256", "first": "1000",
-           "noise": "0.0", "format": "rlds", "camera": CAMERA}
-CHOICES = {"format": ("rlds", "hdf5", "both"), "camera": CAMERAS}
+           "noise": "0.0", "approach": "above", "format": "rlds", "camera": CAMERA}
+CHOICES = {"format": ("rlds", "hdf5", "both"), "camera": CAMERAS, "approach": APPROACHES}
 PATIENCE = 3  # seeds tried per demonstration that is wanted
 Key = Tuple[int, int]  # task, seed
 
@@ -61,14 +64,15 @@ def main(argv: List[str]) -> int:
     if own["format"] != "rlds":
         need_h5py(f"--format {own['format']}")
     storage = Storage.from_config(config_from_argv(rest))
-    suite, name = own["suite"], set_name(own["suite"], own["noise"])
+    suite, manner = own["suite"], Manner(own["noise"], own["approach"])
+    name = set_name(suite, manner)
     states = storage.guard_write(storage.data / name, what="data set") / "states"
     states.mkdir(parents=True, exist_ok=True)
 
     tasks = with_skills(suite, own["tasks"])
-    found = collect(suite, tasks, own["demos"], own["first"], own["workers"], states, own["noise"])
+    found = collect(suite, tasks, own["demos"], own["first"], own["workers"], states, manner)
     chosen = {task: [seed for seed, demo in found[task].items() if demo][:own["demos"]] for task in tasks}
-    summary = report(suite, found, chosen, own["noise"])
+    summary = report(suite, found, chosen, manner)
     order = [(task, chosen[task][k]) for k in range(own["demos"]) for task in tasks if k < len(chosen[task])]
     if not order:
         raise ValueError("the expert failed at every seed of these tasks; try others with --tasks or --first")
@@ -80,9 +84,10 @@ def main(argv: List[str]) -> int:
     return 0
 
 
-def set_name(suite: str, noise: float) -> str:
+def set_name(suite: str, manner: Manner) -> str:
     """Letters, digits and underscores: tensorflow_datasets takes nothing else in a name."""
-    return f"{suite}_expert" + (f"_noise{np.format_float_positional(noise, trim='-')}".replace(".", "_") if noise else "")
+    noise = f"_noise{np.format_float_positional(manner.noise, trim='-')}".replace(".", "_") if manner.noise else ""
+    return f"{suite}_expert" + ("" if manner.approach == "above" else f"_{manner.approach}") + noise
 
 
 def with_skills(suite: str, tasks: List[int]) -> List[int]:
@@ -104,7 +109,7 @@ def stored(states: Path, key: Key) -> Path:
 
 
 def collect(suite: str, tasks: List[int], demos: int, first: int, workers: int, states: Path,
-            noise: float) -> Dict[int, Dict[int, bool]]:
+            manner: Manner) -> Dict[int, Dict[int, bool]]:
     """Task -> seed -> success, in the order of the seeds, from as many seeds as are needed; successes are stored on the way.
 
     A failure is stored as an empty demonstration; a task without any success in its first seeds is given up. Later seeds are
@@ -112,7 +117,7 @@ def collect(suite: str, tasks: List[int], demos: int, first: int, workers: int, 
     """
     found: Dict[int, Dict[int, bool]] = {task: {} for task in tasks}
     empty = Demo(*np.zeros((2, 0, 7), np.float32), np.zeros((0, 0)), np.zeros((0, 8), np.float32))
-    with Workers(functools.partial(LiberoEnv, render=False), functools.partial(record, noise=noise), workers) as pool:
+    with Workers(functools.partial(LiberoEnv, render=False), functools.partial(record, manner=manner), workers) as pool:
         while True:
             wanted = [(task, first + len(found[task]) + i) for task in tasks if sum(found[task].values()) or not found[task]
                       for i in range(min(demos - sum(found[task].values()), PATIENCE * demos - len(found[task])))]
@@ -128,14 +133,14 @@ def collect(suite: str, tasks: List[int], demos: int, first: int, workers: int, 
                 found[task][seed] = len(Demo.load(stored(states, (task, seed))).actions) > 0
 
 
-def report(suite: str, found: Dict[int, Dict[int, bool]], chosen: Dict[int, List[int]], noise: float) -> dict:
+def report(suite: str, found: Dict[int, Dict[int, bool]], chosen: Dict[int, List[int]], manner: Manner) -> dict:
     """Print the successes and failures of each task; returns what demos.json holds."""
     names, lines = load_suite(suite).get_task_names(), {}
     for task, seeds in found.items():
         won = sum(seeds.values())
         print(f"  task {task:2d}  {won:3d} of {len(seeds):3d} attempts succeeded  {names[task]}")
         lines[names[task]] = {"task": task, "attempts": len(seeds), "failures": len(seeds) - won, "seeds": chosen[task]}
-    return {"suite": suite, "noise": noise, "tasks": lines, "versions": versions()}
+    return {"suite": suite, **manner._asdict(), "tasks": lines, "versions": versions()}
 
 
 def rendered(suite: str, order: List[Key], resolution: int, cameras: List[str], workers: int, states: Path,

@@ -13,13 +13,27 @@ from vlakeep.benchmarks.libero_enclosed import open_side, put_inside, shut_door
 from vlakeep.benchmarks.libero_env import bddl_file, load_suite
 from vlakeep.benchmarks.libero_fixtures import close_drawer, drawer_opening, free_spot, is_drawer, make_room, open_drawer, push, turn_knob
 from vlakeep.benchmarks.libero_grasp import Grasp, Release, plan_grasp
-from vlakeep.benchmarks.libero_scene import Scene, clearance, direction, hand_points, narrow_side, rotation_vector
+from vlakeep.benchmarks.libero_scene import (
+    Scene,
+    clearance,
+    direction,
+    hand_boxes,
+    hand_points,
+    narrow_side,
+    rotation_vector,
+    separation,
+)
 
 OPEN, CLOSED = -1.0, 1.0
 GAIN, GAIN_TURN = 3.0, 2.0  # proportional control; the simulator's own controller is slower than a step
 AJAR = 0.13  # a drawer that is less open takes nothing in
 BETWEEN = 0.035  # what a finger needs between two things
 INSIDE = 0.015  # by which the middle of a thing stays inside a region
+BESIDE = 0.006  # room around a hand that comes down beside a thing
+UNDER_PALM = 0.019  # from the grip to the palm, less what the hand sinks below its aim
+CLOSE_AT = 0.25  # of a thing's length from its middle a hand that slides over it begins to close
+CLOSING, SLOWLY = 0.05, 0.2  # the way up on which the fingers still close, and the speed on it
+APPROACHES = ("above", "side")
 ATTEMPTS = 4
 PATIENCE = 10
 STALL = 8  # steps without motion after which the hand has met something
@@ -62,8 +76,8 @@ def side_by_side(scene: Scene, goals: List[Goal]) -> Dict[Goal, np.ndarray]:
 class Expert:
     """The hand's script; `rotation` is what the hand is kept at."""
 
-    def __init__(self, env):
-        self.scene = Scene(env)
+    def __init__(self, env, approach: str = "above"):
+        self.scene, self.approach = Scene(env), approach
         self.rotation = self.scene.hand_rotation()
         self.attempt = 0
         self.spots: Dict[Goal, np.ndarray] = {}  # offsets [2] from the middle of the target
@@ -135,6 +149,45 @@ class Expert:
                 break
         return grasp
 
+    def grasp_from_the_side(self, name: str, release: Optional[Release]) -> Iterator:
+        """Come down beside the thing, slide over it, close on the way, and go up. Returns the Grasp.
+
+        Fingers that close are next to invisible in a small picture. Where the hand comes down and goes up the same way, with a
+        pause in between, a policy that sees one picture at a time cannot tell these apart. Here each place has one action.
+        """
+        grasp = self._plan(name, release)
+        beside_2 = self._beside(name, grasp)
+        if beside_2 is None:
+            return (yield from self.grasp(name, release))
+        hand, safe = self.scene.hand(), grasp.top + 0.06
+        height = max(safe, min(hand[2], safe + 0.15))
+        if hand[2] < height - 0.02:
+            yield from self.go(np.r_[hand[:2], height], OPEN, within=0.03)
+        yield from self.go(np.r_[grasp.xy + beside_2, height], OPEN, within=0.02)
+        grasp = self._plan(name, release)  # again: at first things may still have been settling
+        grasp = grasp._replace(z=max(grasp.z, grasp.top - UNDER_PALM))
+        yield from self.go(np.r_[grasp.xy + beside_2, grasp.z], OPEN, within=0.008)
+        aside_2 = beside_2 / np.linalg.norm(beside_2)
+        nearly_2 = grasp.xy + CLOSE_AT * np.ptp(self.scene.corners(name)[:, :2] @ aside_2) * aside_2
+        yield from self.go(np.r_[nearly_2, grasp.z], OPEN, within=0.006, steps=40, slow=0.6)
+        yield from self.go(np.r_[grasp.xy, grasp.z], CLOSED, within=0.005, steps=20, slow=0.3)
+        yield from self.go(np.r_[grasp.xy, grasp.z + CLOSING], CLOSED, within=0.008, steps=40, slow=SLOWLY)
+        return grasp
+
+    def _beside(self, name: str, grasp: Grasp) -> Optional[np.ndarray]:
+        """From the grasp to a place [2] beside the thing where the open hand touches nothing, the nearer one; None if there is none."""
+        scene = self.scene
+        opening_3 = grasp.rotation @ scene.hand_rotation().T @ np.r_[direction(scene.finger_angle()), 0]
+        angle = np.arctan2(opening_3[1], opening_3[0])
+        across_2, obstacles = direction(angle + np.pi / 2), scene.obstacles()
+        sides = sorted((1, -1), key=lambda side: np.linalg.norm(grasp.xy + 0.07 * side * across_2 - scene.hand()[:2]))
+        for side in sides:
+            for distance in np.arange(0.03, 0.11, 0.01):
+                place = np.r_[grasp.xy + distance * side * across_2, grasp.z]
+                if separation(hand_boxes(place, angle), obstacles) > BESIDE and not scene.overreach(place[:2]):
+                    return distance * side * across_2
+        return None
+
     def carry(self, name: str, xy: Callable, let_go: float, height: float) -> Actions:
         """Bring the thing above xy() and set it down: travel at `height` or higher, let go with the hand at `let_go`."""
         scene = self.scene
@@ -192,13 +245,15 @@ class Expert:
         release = None if "basket" in target else Release(scene.position(target)[:2] + aside, surface, owner)
         for _ in range(ATTEMPTS):
             before = scene.position(name)[2]
-            grasp = yield from self.grasp(name, release)
+            aside_first = self.approach == "side"
+            grasp = yield from (self.grasp_from_the_side if aside_first else self.grasp)(name, release)
             yield from self.rise(0.05, CLOSED, within=0.012, steps=12)
             if scene.position(name)[2] < before + 0.02:  # nothing lifted
                 self.attempt += 1
                 yield from self.rise(0.07, OPEN, within=0.02, steps=15)
                 continue
-            let_go, height = self._release_heights(target, owner, top, surface, grasp.above)
+            above = scene.hand()[2] - scene.corners(name)[:, 2].min() if aside_first else grasp.above
+            let_go, height = self._release_heights(target, owner, top, surface, above)
             distance, lost = np.linalg.norm(scene.position(name) - scene.hand()), False
             for action in self.carry(name, lambda: scene.position(target)[:2] + aside, let_go, height):
                 yield action

@@ -77,14 +77,24 @@ def proprio(observation: dict) -> np.ndarray:
     return np.r_[observation["robot0_eef_pos"], rotation, observation["robot0_gripper_qpos"]].astype(np.float32)
 
 
-def play_expert(env: LiberoEnv, seed: int, limit: int, noise: float = 0.0) -> Optional[Tuple[np.ndarray, np.ndarray]]:
+class Manner(NamedTuple):
+    """How the expert plays: standard deviation of the noise, and the way it takes hold of things (libero_expert.APPROACHES)."""
+
+    noise: float = 0.0
+    approach: str = "above"
+
+
+USUAL = Manner()
+
+
+def play_expert(env: LiberoEnv, seed: int, limit: int, manner: Manner = USUAL) -> Optional[Tuple[np.ndarray, np.ndarray]]:
     """(meant, executed), float32 [T, 7], in the scene of this seed up to success; None when it does not come within `limit` steps."""
     env.fresh_start(seed)
-    meant, executed, pushes = [], [], disturbances(noise, env.task, seed)
-    for action in Expert(env).act(goals(env.suite, env.task)):
+    meant, executed, pushes = [], [], disturbances(manner.noise, env.task, seed)
+    for action in Expert(env, manner.approach).act(goals(env.suite, env.task)):
         meant.append(action.astype(np.float32))  # as it will be stored, so that a replay is the same to the bit
         speed = np.abs(action[:6]).max()
-        executed.append(np.clip(action + speed * next(pushes), -1, 1).astype(np.float32) if noise else meant[-1])
+        executed.append(np.clip(action + speed * next(pushes), -1, 1).astype(np.float32) if manner.noise else meant[-1])
         if env.step(executed[-1].tolist())[2]:
             return np.array(meant), np.array(executed)
         if len(meant) == limit:
@@ -107,9 +117,9 @@ def replay(env: LiberoEnv, seed: int, actions_TA: np.ndarray, executed_TA: np.nd
     return None
 
 
-def record(env: LiberoEnv, job: Job, noise: float = 0.0):
+def record(env: LiberoEnv, job: Job, manner: Manner = USUAL):
     """For simulator processes: the Demo of seed job.number, or None when the expert failed (also after the filter)."""
-    played = play_expert(env, job.number, job.limit, noise)
+    played = play_expert(env, job.number, job.limit, manner)
     if played is None:
         return None
     meant, executed = played
