@@ -126,7 +126,7 @@ class Expert:
             yield from self.go(np.r_[hand[:2], height], OPEN, within=0.03)
         yield from self.go(np.r_[grasp.xy, height], OPEN, within=0.02)
         grasp = self._plan(name, release)  # again: at first things may still have been settling
-        yield from self.go(np.r_[grasp.xy, grasp.top + 0.03], OPEN, within=0.010)
+        yield from self.go(np.r_[grasp.xy, grasp.top + 0.03], OPEN, within=grasp.within)
         yield from self.go(np.r_[grasp.xy, grasp.z], OPEN, within=0.004, steps=40, slow=0.6)
         for step in range(14):
             before = self.scene.finger_gap()
