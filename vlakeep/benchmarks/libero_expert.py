@@ -22,6 +22,7 @@ BETWEEN = 0.035  # what a finger needs between two things
 INSIDE = 0.015  # by which the middle of a thing stays inside a region
 ATTEMPTS = 4
 PATIENCE = 10
+ROUNDS = 2
 STALL = 8  # steps without motion after which the hand has met something
 Actions = Iterator[np.ndarray]
 
@@ -69,12 +70,13 @@ class Expert:
         self.spots: Dict[Goal, np.ndarray] = {}  # offsets [2] from the middle of the target
 
     def act(self, goals: List[Goal]) -> Actions:
-        """One goal after the other, then a moment in which the last one may still come true."""
+        """One goal after the other, then a moment in which the last one may still come true; once more what did not or was undone."""
         self.spots = side_by_side(self.scene, goals)
-        for goal in sorted(goals, key=self._nearness):
-            if not self.scene.holds(goal):
-                yield from self.pursue(goal)
-        yield from self.hold(self.scene.hand(), OPEN, PATIENCE)
+        for _ in range(ROUNDS):
+            for goal in sorted(goals, key=self._nearness):
+                if not self.scene.holds(goal):
+                    yield from self.pursue(goal)
+            yield from self.hold(self.scene.hand(), OPEN, PATIENCE)
 
     def _nearness(self, goal: Goal) -> float:
         """Of things that go to the same place, the one that gets the furthest spot is brought first; no other order changes."""

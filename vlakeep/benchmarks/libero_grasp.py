@@ -126,7 +126,8 @@ def _across(scene: Scene, name: str, attempt: int, release: Optional[Release]) -
             free = separation(hand_boxes(np.r_[centre, z], angle), obstacles)
             options.append((_room(free) + oblique + 0.25 * abs(same_line(angle - now)), angle))
     if options:
-        return min(options)[1], centre, z, low, top
+        flat = top - low < 0.05  # tall things are taken lower at the next attempt, flat ones at another angle
+        return sorted(options)[attempt % len(options) if flat else 0][1], centre, z, low, top
     angle, centre = _between_handle_and_spout(scene, name, z) or (narrow, centre)
     return angle, centre, z, low, top, 0.003
 
