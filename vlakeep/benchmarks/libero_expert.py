@@ -36,6 +36,7 @@ CLOSING, SLOWLY = 0.05, 0.2  # the way up on which the fingers still close, and 
 APPROACHES = ("above", "side")
 ATTEMPTS = 4
 PATIENCE = 10
+ROUNDS = 2
 STALL = 8  # steps without motion after which the hand has met something
 Actions = Iterator[np.ndarray]
 
@@ -83,12 +84,13 @@ class Expert:
         self.spots: Dict[Goal, np.ndarray] = {}  # offsets [2] from the middle of the target
 
     def act(self, goals: List[Goal]) -> Actions:
-        """One goal after the other, then a moment in which the last one may still come true."""
+        """One goal after the other, then a moment in which the last one may still come true; once more what did not or was undone."""
         self.spots = side_by_side(self.scene, goals)
-        for goal in sorted(goals, key=self._nearness):
-            if not self.scene.holds(goal):
-                yield from self.pursue(goal)
-        yield from self.hold(self.scene.hand(), OPEN, PATIENCE)
+        for _ in range(ROUNDS):
+            for goal in sorted(goals, key=self._nearness):
+                if not self.scene.holds(goal):
+                    yield from self.pursue(goal)
+            yield from self.hold(self.scene.hand(), OPEN, PATIENCE)
 
     def _nearness(self, goal: Goal) -> float:
         """Of things that go to the same place, the one that gets the furthest spot is brought first; no other order changes."""
@@ -140,7 +142,7 @@ class Expert:
             yield from self.go(np.r_[hand[:2], height], OPEN, within=0.03)
         yield from self.go(np.r_[grasp.xy, height], OPEN, within=0.02)
         grasp = self._plan(name, release)  # again: at first things may still have been settling
-        yield from self.go(np.r_[grasp.xy, grasp.top + 0.03], OPEN, within=0.010)
+        yield from self.go(np.r_[grasp.xy, grasp.top + 0.03], OPEN, within=grasp.within)
         yield from self.go(np.r_[grasp.xy, grasp.z], OPEN, within=0.004, steps=40, slow=0.6)
         for step in range(14):
             before = self.scene.finger_gap()

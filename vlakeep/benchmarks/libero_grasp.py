@@ -15,6 +15,8 @@ ENOUGH = 0.012  # more room than this is no better
 TIGHT = 0.003
 WIDEST = 0.072  # what fits between the fingers
 PALM = 0.029  # from the finger tips' middle to the palm, which must not stand on the thing
+BITS_83 = np.array([[i, j, k] for i in (0, 1) for j in (0, 1) for k in (0, 1)], dtype=bool)  # corners of a box, as Scene gives them
+BARELY = 0.077  # what still does if the hand comes down exactly
 ANGLES = 24  # rim positions that are looked at
 
 
@@ -27,20 +29,21 @@ class Release(NamedTuple):
 
 
 class Grasp(NamedTuple):
-    """Grip site at (xy, z) with this rotation of the hand; `top` of the thing, `above` its lower end by z."""
+    """Grip site at (xy, z) with this rotation of the hand; `top` of the thing, `above` its lower end by z; how exactly to aim."""
 
     xy: np.ndarray
     z: float
     rotation: np.ndarray
     top: float
     above: float
+    within: float = 0.010
 
 
 def plan_grasp(scene: Scene, name: str, attempt: int = 0, release: Optional[Release] = None) -> Grasp:
     """The best grasp of a thing as it lies now; attempt 1, 2, ... give other ones. ValueError when it has no collision boxes."""
     rimmed = any(word in name for word in RIMMED)
-    angle, xy, z, low, top = (_at_the_rim if rimmed else _across)(scene, name, attempt, release)
-    return Grasp(xy, z, turn(scene.wrist_turn(angle - scene.finger_angle(), xy)) @ scene.upright(), top, z - low)
+    angle, xy, z, low, top, *within = (_at_the_rim if rimmed else _across)(scene, name, attempt, release)
+    return Grasp(xy, z, turn(scene.wrist_turn(angle - scene.finger_angle(), xy)) @ scene.upright(), top, z - low, *within)
 
 
 def _room(points: float) -> float:
@@ -122,4 +125,25 @@ def _across(scene: Scene, name: str, attempt: int, release: Optional[Release]) -
             oblique = 60 * max(0, opening - 1.05 * width)  # faces parallel to the pads hold better
             free = separation(hand_boxes(np.r_[centre, z], angle), obstacles)
             options.append((_room(free) + oblique + 0.25 * abs(same_line(angle - now)), angle))
-    return min(options)[1] if options else narrow, centre, z, low, top
+    if options:
+        flat = top - low < 0.05  # tall things are taken lower at the next attempt, flat ones at another angle
+        return sorted(options)[attempt % len(options) if flat else 0][1], centre, z, low, top
+    angle, centre = _between_handle_and_spout(scene, name, z) or (narrow, centre)
+    return angle, centre, z, low, top, 0.003
+
+
+def _between_handle_and_spout(scene: Scene, name: str, z: float) -> Optional[Tuple[float, np.ndarray]]:
+    """(angle, centre [2]) of the easiest grasp of what is too wide as a whole: only what is between the fingers counts."""
+    share = np.stack(np.meshgrid(*[np.linspace(0, 1, 7)] * 3, indexing="ij"), axis=-1).reshape(-1, 1, 3)
+    weights_M8 = np.where(BITS_83, share, 1 - share).prod(2)
+    points = np.einsum("mk,nki->nmi", weights_M8, scene.corners(name).reshape(-1, 8, 3)).reshape(-1, 3)
+    points = points[np.abs(points[:, 2] - z) < 0.012, :2] - scene.position(name)[:2]
+    now, obstacles, options = scene.finger_angle(), scene.obstacles(name), []
+    for angle in now + np.arange(ANGLES) * np.pi / ANGLES:
+        along = points[np.abs(points @ direction(angle + np.pi / 2)) < 0.012] @ direction(angle)
+        if len(along) and np.ptp(along) <= BARELY:
+            centre = scene.position(name)[:2] + direction(angle) * (along.max() + along.min()) / 2
+            free = separation(hand_boxes(np.r_[centre, z], angle), obstacles)
+            cost = _room(free) + 60 * np.ptp(along) + 0.25 * abs(scene.wrist_turn(angle - now, centre))
+            options.append((cost, float(angle), centre))
+    return min(options, key=lambda option: option[0])[1:] if options else None
