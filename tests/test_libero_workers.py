@@ -15,7 +15,7 @@ from vlakeep.benchmarks import libero, libero_setup
 from vlakeep.benchmarks.libero import FixedBatch
 from vlakeep.benchmarks.libero_env import to_simulator
 from vlakeep.benchmarks.libero_questions import KINDS
-from vlakeep.benchmarks.libero_record import Demo, disturbances, without_no_ops
+from vlakeep.benchmarks.libero_record import Demo, Manner, disturbances, without_no_ops
 from vlakeep.benchmarks.libero_scene import Boxes, clearance, rotation_about, separation
 from vlakeep.benchmarks.libero_workers import Job, Seen, Workers
 
@@ -185,8 +185,8 @@ def test_the_amount_of_noise_is_checked_and_names_the_set():
     for bad in ("-0.1", "much", "nan", ""):
         with pytest.raises(ValueError, match="--noise .* must be a number, 0 or above"):
             libero.stage_options(["--noise", bad], OPTIONS)
-    assert [set_name("libero_goal", noise) for noise in (0.0, 0.3, 1.0)] == [
-        "libero_goal_expert", "libero_goal_expert_noise0_3", "libero_goal_expert_noise1"]
+    assert [set_name("libero_goal", Manner(*how)) for how in ((), (0.3,), (1.0, "side"))] == [
+        "libero_goal_expert", "libero_goal_expert_noise0_3", "libero_goal_expert_side_noise1"]
 
 
 def test_questions_are_chosen_with_balanced_kinds_and_answers():

@@ -5,6 +5,7 @@ with a job is a generator function `play(env, job)`, such as evaluate_episode of
 action, and returns the result.
 """
 
+import contextlib
 import multiprocessing
 import signal
 import time
@@ -65,6 +66,10 @@ def _serve(connection, open_env: Callable, play: Callable) -> None:
         pass  # the parent is gone
     except Exception as error:  # the parent decides what an error of the simulator means
         connection.send(("error", f"{type(error).__name__}: {error}"))
+    finally:
+        if env is not None:  # not left to the interpreter's end: EGL is shut down before it frees what is left over
+            with contextlib.suppress(Exception):
+                env.close()
 
 
 @dataclass
