@@ -1,12 +1,11 @@
 """Stage `vlakeep pretrain-libero`: a small model of the OpenVLA architecture, trained from nothing on LIBERO demonstrations.
 
-    vlakeep libero-demos --suite libero_object --demos 50 --workers 16
-    vlakeep libero-demos --suite libero_object --demos 50 --workers 16 --noise 0.5
-    vlakeep libero-vqa --suite libero_object --items 2000 --workers 16 --probe.name object_questions
-    vlakeep pretrain-libero --data libero_object_expert,libero_object_expert_noise0_5 --questions object_questions \\
-                            --key libero_object --out $VLAKEEP_ROOT/hf_cache/libero-object-base --minutes 8          (one GPU)
+    vlakeep libero-demos --suite libero_object --demos 60 --workers 16 --noise 0.3 --approach side
+    vlakeep libero-vqa --suite libero_object --items 2000 --questions_per_scene 4 --workers 16 --probe.name questions
+    vlakeep pretrain-libero --data libero_object_expert_side_noise0_3 --questions questions --key libero_object \\
+                            --out $VLAKEEP_ROOT/hf_cache/libero_object-base --patch 16 --minutes 8                  (one GPU)
 
-All parameters are trained on the demonstrations' actions and, with --questions, on the questions of probes. Pictures are those of
+scripts/build_libero_base.sh runs these. All parameters are trained on the demonstrations' actions and, with --questions, on the questions of probes. Pictures are those of
 the evaluation (official size, then the model's); a random window of nine tenths of the area is cut from them, and brightness,
 contrast and saturation vary: evaluate with --evaluate.center_crop true. The un-normalisation key is --key.
 Not a stage of an experiment: its options are its own. --root names the storage root.
