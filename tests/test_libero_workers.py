@@ -233,6 +233,12 @@ def test_a_replay_acts_by_the_step_alone_and_rests_at_the_end():
     assert [row.tolist() for row in found] == [actions_TA[1].tolist(), actions_TA[0].tolist(), [0.0] * 6 + [13.0]]
 
 
+def test_a_mujoco_that_is_too_new_is_named():
+    with pytest.raises(ValueError, match="cannot use mujoco .*: pip install 'mujoco<3.9'"):
+        with libero_setup.fitting_mujoco():
+            raise AssertionError
+
+
 def test_data_of_another_renderer_are_named():
     found = {"mujoco": "3.17.0"}
     assert libero_setup.mixed_renderers({"mine": "3.17.0"}, found) == []

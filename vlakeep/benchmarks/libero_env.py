@@ -17,7 +17,7 @@ from typing import List, Sequence, Tuple
 
 import numpy as np
 
-from vlakeep.benchmarks.libero_setup import import_libero
+from vlakeep.benchmarks.libero_setup import fitting_mujoco, import_libero
 from vlakeep.data.images import center_crop, libero_image
 
 # Control steps that the official script allows, the settling ones not counted.
@@ -135,7 +135,7 @@ class LiberoEnv:
             raise ValueError(f"{suite} has tasks 0 to {found.n_tasks - 1}, not {task}")
         info = found.get_task(task)
         self.suite, self.task, self.seed, self.name, self.language = suite, task, seed, info.name, info.language
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), fitting_mujoco():
             self.init_states_KS = found.get_task_init_states(task)
             self.control = import_libero().environment(
                 bddl_file_name=bddl_file(info), camera_heights=resolution, camera_widths=resolution,

@@ -94,6 +94,17 @@ def import_libero() -> Libero:
     return Libero(benchmark.get_benchmark_dict(), get_libero_path, ControlEnv)
 
 
+@contextlib.contextmanager
+def fitting_mujoco():
+    """ValueError with the remedy where robosuite trips over a mujoco newer than itself, as with hf-libero and mujoco 3.9 or later."""
+    try:
+        yield
+    except AssertionError as error:
+        here = versions().get("mujoco", "of unknown version")
+        raise ValueError(f"the installed LIBERO cannot use mujoco {here}: pip install 'mujoco<3.9', or take the distribution that can: "
+                         f"{INSTALL}") from error
+
+
 def versions() -> Dict[str, str]:
     """Versions of what decides pictures and motion; `none` for what is not installed."""
     found = {}
