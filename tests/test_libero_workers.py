@@ -13,7 +13,6 @@ from vlakeep import preflight
 from vlakeep.benchmarks import libero, libero_setup
 from vlakeep.benchmarks.libero import FixedBatch
 from vlakeep.benchmarks.libero_env import to_simulator
-from vlakeep.benchmarks.libero_questions import KINDS
 from vlakeep.benchmarks.libero_record import without_no_ops
 from vlakeep.benchmarks.libero_workers import Job, Seen, Workers
 
@@ -151,15 +150,6 @@ def test_steps_that_do_nothing_are_left_out():
     kept = without_no_ops([still, move, still, closing, closing, closed])
     assert np.allclose(kept, [move, closing, closed]) and kept.dtype == np.float32
     assert without_no_ops([still]).shape == (0, 7)
-
-
-def test_questions_are_chosen_with_balanced_kinds_and_answers():
-    from vlakeep.libero_vqa import choose
-
-    asked = {kind: [] for kind in KINDS} | {"exists": [("is it?", "yes"), ("isn't it?", "no")], "left": [("left?", "no")]}
-    samples, kinds = choose([(np.zeros((2, 2, 3), np.uint8), "reach", asked)] * 8, 16, 0)
-    assert kinds[::2] == ["instruction"] * 8 and kinds.count("exists") == kinds.count("left") == 4
-    assert [s.answer for s, kind in zip(samples, kinds) if kind == "exists"].count("yes") == 2
 
 
 def test_the_renderer_is_chosen_by_what_is_there(tmp_path, monkeypatch):

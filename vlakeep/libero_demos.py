@@ -21,7 +21,7 @@ from typing import Dict, Iterator, List, Tuple
 import numpy as np
 from tqdm import tqdm
 
-from vlakeep.benchmarks.libero import stage_options
+from vlakeep.benchmarks.libero import SPLITS, stage_options
 from vlakeep.benchmarks.libero_env import MAX_STEPS, LiberoEnv, load_suite
 from vlakeep.benchmarks.libero_expert import NotCovered, goals
 from vlakeep.benchmarks.libero_record import Demo, record, render
@@ -41,6 +41,8 @@ def main(argv: List[str]) -> int:
     own, rest = stage_options(argv, OPTIONS)
     storage = Storage.from_config(config_from_argv(rest))
     suite, name = own["suite"], f"{own['suite']}_expert"
+    if own["first"] + PATIENCE * own["demos"] > SPLITS["probe"]:
+        raise ConfigError(f"--first {own['first']}: seeds from {SPLITS['probe']} on are those of `vlakeep libero-vqa`")
     folder = storage.guard_write(storage.data / name, what="data set")
     states = folder / "states"
     states.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from typing import Dict, List, Tuple
 import numpy as np
 from tqdm import tqdm
 
-from vlakeep.benchmarks.libero import stage_options
+from vlakeep.benchmarks.libero import SPLIT_SIZE, SPLITS, stage_options
 from vlakeep.benchmarks.libero_env import LiberoEnv
 from vlakeep.benchmarks.libero_questions import Pictured, look, questions
 from vlakeep.benchmarks.libero_workers import Job, Workers
@@ -35,8 +35,6 @@ from vlakeep.probe.probe_set import write_probe
 from vlakeep.storage import Storage, atomic_write
 
 OPTIONS = {"suite": "libero_90", "items": "500", "questions_per_scene": "1", "tasks": "", "workers": "1", "first": "0", "split": "probe"}
-SPLITS = {"probe": 100_000, "heldout": 200_000}  # first seed
-SEEDS = 100_000  # of a split
 LONGEST = 300  # steps of an episode
 Scene = Tuple[int, int]  # task, seed
 
@@ -80,8 +78,8 @@ def pick_scenes(own: dict) -> List[Scene]:
     if own["split"] not in SPLITS:
         raise ConfigError(f"--split {own['split']!r}: must be one of {', '.join(SPLITS)}")
     count = -(-own["items"] // (1 + own["questions_per_scene"]))
-    if own["first"] + count > SEEDS:
-        raise ConfigError(f"--first {own['first']}: a split has {SEEDS} scenes, and --first counts from its first one; other scenes "
+    if own["first"] + count > SPLIT_SIZE:
+        raise ConfigError(f"--first {own['first']}: a split has {SPLIT_SIZE} scenes, and --first counts from its first one; other scenes "
                           "than those of a probe have --split heldout")
     tasks, first = own["tasks"], SPLITS[own["split"]] + own["first"]
     return [(tasks[i % len(tasks)], first + i) for i in range(count)]
@@ -110,7 +108,8 @@ def tell(balance: Dict[str, dict]) -> None:
     for kind, row in balance.items():
         answers = list(row.get("answers", {}).items())
         told = ", ".join(f"{answer} {n}" for answer, n in answers[:5]) + (f", {len(answers) - 5} others" if len(answers) > 5 else "")
-        print(f"  {kind:10s} {row['n']:5d} {row['texts']:6d} {row['majority']:9.2f} {row['text_only']:10.2f} {row['text_told']:10.2f}   {told}")
+        print(f"  {kind:10s} {row['n']:5d} {row['texts']:6d} {row['majority']:9.2f} {row['text_only']:10.2f} {row['text_told']:10.2f}   "
+              + told)
 
 
 if __name__ == "__main__":

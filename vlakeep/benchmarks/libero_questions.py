@@ -14,7 +14,6 @@ from vlakeep.benchmarks.libero_expert import Expert, NotCovered, goals
 from vlakeep.benchmarks.libero_view import Thing, View, observe
 from vlakeep.benchmarks.libero_workers import Job
 
-KINDS = ("exists", "count", "left", "front", "on", "in", "nearest", "color", "kind", "drawer")
 MARGIN = 20  # pixels by which two things must be apart for "left of"
 DEPTH = 0.05  # metres for "in front of"
 CLEARLY = (0.04, 0.03)  # metres by which the second nearest is further away, between middles and between surfaces

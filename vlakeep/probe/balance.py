@@ -95,7 +95,8 @@ def measure(chosen: Sequence[Question]) -> Dict[str, dict]:
     groups = {kind: [q for q in chosen if q.kind == kind] for kind in sorted({q.kind for q in chosen})}
     found = {kind: _measure_kind(group) for kind, group in groups.items()}
     total = max(len(chosen), 1)
-    sums = {key: round(sum(value[key] * value["n"] for value in found.values()) / total, 3) for key in ("majority", "text_only", "text_told")}
+    sums = {key: round(sum(value[key] * value["n"] for value in found.values()) / total, 3)
+            for key in ("majority", "text_only", "text_told")}
     return {**found, "all": {"n": len(chosen), "texts": sum(value["texts"] for value in found.values()), **sums}}
 
 
