@@ -156,8 +156,8 @@ def test_colors_and_drawers_are_those_of_the_picture():
     env = LiberoEnv("libero_90", 26)
     view = next_result(look(env, Job("libero_90", 26, seed_of_moment("end"), 0, limit=1))).view
     assert {thing.noun: thing.color for thing in view.things}["wine bottle"] == "black"
-    assert set(questions(view)["drawer"]) == {("is the bottom drawer open?", "yes"), ("is the middle drawer open?", "no"),
-                                              ("is the top drawer open?", "no")}
+    assert set(questions(view)["drawer"]) == {(f"is the {which} drawer of the cabinet open?", "yes" if which == "bottom" else "no")
+                                              for which in ("top", "middle", "bottom")}
     env.close()
 
 

@@ -32,7 +32,7 @@ def test_what_is_asked_about_a_scene():
                            inside={"basket": ["akita_black_bowl_1"], "tray": [], "caddy": ["plate_1", "red_coffee_mug_1"]}))
     assert ("is the red mug left of the bowl?", "yes") in asked["left"] and len(asked["left"]) == 6
     assert ("is the plate in front of the bowl?", "no") in asked["front"]
-    assert asked["on"] == [("what is the bowl on?", "table")] and asked["drawer"] == [("is the top drawer open?", "yes")]
+    assert asked["on"] == [("what is the bowl on?", "table")] and asked["drawer"] == [("is the top drawer of the cabinet open?", "yes")]
     assert asked["in"] == [("what is in the basket?", "bowl"), ("what is in the tray?", "nothing")]
     assert asked["nearest"] == [("which thing is nearest to the red mug?", "bowl"), ("which thing is nearest to the bowl?", "red mug"),
                                 ("which thing is nearest to the plate?", "bowl")]
@@ -40,7 +40,7 @@ def test_what_is_asked_about_a_scene():
     assert ("what color is the thing furthest to the right on the table?", "white") in asked["color"]
     assert ("what color is the mug?", "red") in asked["color"]
     assert {("is there a mug?", "yes"), ("is there an orange juice?", "no")} <= set(asked["exists"])
-    assert {("how many mugs are there?", "one"), ("how many shelves are there?", "zero")} <= set(asked["count"])
+    assert {("how many mugs are there?", "one"), ("how many cookie boxes are there?", "zero")} <= set(asked["count"])
 
 
 def test_nothing_is_asked_where_the_picture_leaves_doubt():

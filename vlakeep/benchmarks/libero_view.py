@@ -47,7 +47,7 @@ class View(NamedTuple):
     held: FrozenSet[str]  # names of what the hand touches
     ground: str  # "table" or "floor"
     supports: Dict[str, str]  # name -> noun of what it stands on, where that is beyond doubt
-    inside: Dict[str, List[str]]  # "basket", "top drawer" -> names of what is in it, for containers that can be seen into
+    inside: Dict[str, List[str]]  # "basket", "top drawer of the cabinet" -> names of what is in it, for containers that can be seen into
     drawers: Dict[str, float]  # "top" -> metres that it is pulled out
     apart: Dict[Tuple[str, str], Tuple[float, float]]  # two names -> metres between their middles, and between their surfaces
 
@@ -157,7 +157,7 @@ def _inside(scene: Scene, seen: Set[str], touching) -> Dict[str, List[str]]:
         if owner not in seen or held or "region" not in region:
             continue
         if is_drawer(scene, region) and drawer_opening(scene, region) > 0.10:
-            label = f"{_which(region)} drawer"
+            label = f"{_which(region)} drawer of the cabinet"
         elif noun_of(owner) in CONTAINERS and "contain" in region:
             label = noun_of(owner)
         else:
