@@ -9,8 +9,9 @@ from typing import Optional
 
 import numpy as np
 
-LEAST = 0.4  # share of the thing's pixels that must have the word
+LEAST = 0.36  # share of the thing's pixels that must have the word
 RIVAL = 0.25  # how much of that share any other word may have
+NOTICED = 6.0  # distance in CIELAB that is seen at once
 FEW = 60  # pixels, less the edge, below which nothing is said
 # Linear sRGB to CIE XYZ under D65, and that white: IEC 61966-2-1.
 _XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
@@ -40,9 +41,19 @@ def shares(rgb_N3: np.ndarray) -> dict:
         "green": colored & (h >= 120) & (h < 200),
         "blue": colored & (h >= 240) & (h < 300),
         "brown": colored & (h >= 70) & (h < 85) & (C < 45) & (L < 55),
-        "": (L >= 4) & (L < 22) & (C >= 6),  # too dark to tell, and not black
+        "": (L >= 4) & (L < 22) & (C >= 6) & ~colored,  # too dark to tell, and not black
     }
     return {word: float(fit.mean()) for word, fit in fits.items()}
+
+
+def edge_contrast(picture_HWC: np.ndarray, mask_HW: np.ndarray) -> float:
+    """Share of the mask's edge at which the two pixels on its sides look different."""
+    lab_HW3 = lab(picture_HWC.reshape(-1, 3)).reshape(picture_HWC.shape)
+    different = []
+    for one, other in ((np.s_[:, 1:], np.s_[:, :-1]), (np.s_[1:], np.s_[:-1])):
+        edge = mask_HW[one] != mask_HW[other]
+        different.append(np.linalg.norm(lab_HW3[one][edge] - lab_HW3[other][edge], axis=1) > NOTICED)
+    return float(np.concatenate(different).mean()) if sum(map(len, different)) else 0.0
 
 
 def color_of(picture_HWC: np.ndarray, mask_HW: np.ndarray) -> Optional[str]:

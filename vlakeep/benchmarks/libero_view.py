@@ -10,12 +10,14 @@ from typing import Dict, FrozenSet, List, NamedTuple, Optional, Set, Tuple
 
 import numpy as np
 
-from vlakeep.benchmarks.libero_colors import color_of
+from vlakeep.benchmarks.libero_colors import color_of, edge_contrast
 from vlakeep.benchmarks.libero_env import CAMERA, RESOLUTION, LiberoEnv
 from vlakeep.benchmarks.libero_fixtures import drawer_opening, is_drawer
 from vlakeep.benchmarks.libero_scene import CORNERS_83, Boxes, Scene, clearance
 
-VISIBLE = 40  # pixels of 256 x 256 below which nothing is asked about a thing
+VISIBLE = 60  # pixels of 256 x 256 below which nothing is asked about a thing
+UNCOVERED = 0.2  # pixels of a thing, as a share of the rectangle that it would fill with nothing before it
+STANDS_OUT = 0.3  # share of its edge at which a thing must differ from what is behind it: a black book in a dark corner does not
 NOUNS = {
     "akita_black_bowl": "black bowl", "glazed_rim_porcelain_ramekin": "ramekin", "cookies": "cookie box", "flat_stove": "stove",
     "wooden_cabinet": "cabinet", "white_cabinet": "cabinet", "wooden_two_layer_shelf": "shelf", "new_salad_dressing": "salad dressing",
@@ -23,6 +25,7 @@ NOUNS = {
     "red_coffee_mug": "red mug", "porcelain_mug": "white mug", "white_yellow_mug": "yellow and white mug",
     "chefmate_8_frypan": "frying pan",
 }
+AROUND = 0.04  # metres around a container within which a thing that is not in it leaves doubt
 CONTAINERS = ("basket", "tray", "caddy")  # open from above: what lies inside can be seen
 HAND = ("robot0", "gripper0")
 
@@ -95,9 +98,10 @@ def segment(env: LiberoEnv, owner_G: List[Optional[str]]) -> np.ndarray:
 
 def _thing(scene: Scene, name: str, mask_HW: np.ndarray, picture_HWC: np.ndarray) -> Optional[Thing]:
     rows, columns = np.nonzero(mask_HW)
-    if len(rows) < VISIBLE:
+    corners_N3 = _corners(scene.boxes(name))
+    if len(rows) < max(VISIBLE, UNCOVERED * _extent(scene, corners_N3)) or edge_contrast(picture_HWC, mask_HW) < STANDS_OUT:
         return None
-    depth_N = _depth(scene, _corners(scene.boxes(name)))
+    depth_N = _depth(scene, corners_N3)
     left, right = np.percentile(columns, (5, 95))
     return Thing(name, noun_of(name), len(rows), float(np.median(columns)), float(np.median(rows)), float(left), float(right),
                  float(depth_N.min() + depth_N.max()) / 2, float(depth_N.min()), float(depth_N.max()), color_of(picture_HWC, mask_HW))
@@ -112,6 +116,15 @@ def _depth(scene: Scene, points_N3: np.ndarray) -> np.ndarray:
     camera = scene.model.camera(CAMERA).id
     ahead_2 = -scene.data.cam_xmat[camera].reshape(3, 3)[:2, 2]
     return (points_N3[:, :2] - scene.data.cam_xpos[camera][:2]) @ (ahead_2 / np.linalg.norm(ahead_2))
+
+
+def _extent(scene: Scene, points_N3: np.ndarray) -> float:
+    """Pixels of the upright rectangle around these points, as far as it lies in the picture."""
+    camera = scene.model.camera(CAMERA).id
+    x_N, y_N, z_N = ((points_N3 - scene.data.cam_xpos[camera]) @ scene.data.cam_xmat[camera].reshape(3, 3)).T
+    focal = RESOLUTION / 2 / np.tan(np.deg2rad(scene.model.cam_fovy[camera]) / 2)
+    sides = [np.clip(RESOLUTION / 2 + focal * value_N / -z_N, 0, RESOLUTION) for value_N in (x_N, y_N)]
+    return float(np.ptp(sides[0]) * np.ptp(sides[1]))
 
 
 def contacts(scene: Scene, owner_G: List[Optional[str]]) -> Dict[str, Set[Optional[str]]]:
@@ -148,10 +161,11 @@ def _stands_on(scene: Scene, name: str, other: str) -> bool:
 
 
 def _inside(scene: Scene, seen: Set[str], touching) -> Dict[str, List[str]]:
-    """What is in containers and open drawers by the simulator's own predicate. Not asked of one whose content is not in sight, that
-    the hand reaches into, or that something touches without being in it."""
+    """What is in containers and open drawers by the simulator's own predicate. Left out are those whose content is not in sight or
+    that something is above or half in; all of them while the hand holds something."""
     held = any("hand" in others for others in touching.values())
     found: Dict[str, List[str]] = {}
+    above: Dict[str, Set[str]] = {}
     for region in scene.env.object_sites_dict:
         owner = scene.owner(region)
         if owner not in seen or held or "region" not in region:
@@ -162,10 +176,17 @@ def _inside(scene: Scene, seen: Set[str], touching) -> Dict[str, List[str]]:
             label = noun_of(owner)
         else:
             continue
-        found.setdefault(label, []).extend(n for n in scene.env.objects_dict if n != owner and scene.holds(("in", n, region)))
-    loose = {label for label in found for name, others in touching.items() if noun_of(name) == label
-             for other in others - {None, "hand"} if other not in found[label] and other in scene.env.objects_dict}
-    return {label: names for label, names in found.items() if label not in loose and set(names) <= seen}
+        others = [name for name in scene.env.objects_dict if name != owner]
+        found.setdefault(label, []).extend(name for name in others if scene.holds(("in", name, region)))
+        above.setdefault(label, set()).update(name for name in others if _above(scene, name, region))
+    return {label: names for label, names in found.items() if above[label] | set(names) <= seen & set(names)}
+
+
+def _above(scene: Scene, name: str, region: str) -> bool:
+    """Whether a thing's middle lies over a region, which is taken a little larger than it is."""
+    site = scene.data.site(region)
+    reach_2 = (np.abs(site.xmat.reshape(3, 3)) @ np.array(scene.env.object_sites_dict[region].size))[:2] + AROUND
+    return bool((np.abs(scene.position(name)[:2] - site.xpos[:2]) < reach_2).all())
 
 
 def _which(region: str) -> str:
