@@ -20,8 +20,6 @@ CLEARLY = (0.04, 0.03)  # metres by which the second nearest is further away, be
 FACTOR = 1.3  # and how many times as far its middle is
 OPEN, SHUT = 0.10, 0.01  # metres that a drawer is pulled out; between them nothing is asked
 MOMENT = 100  # steps of an episode among which the moment of a picture is drawn
-AFTER = 8  # steps that the hand withdraws in once the task is done
-WITHDRAW = (0.0, 0.0, 0.5, 0.0, 0.0, 0.0, -1.0)
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 # Bowls and books get no color word: LIBERO's black bowl is silver in the picture, its yellow book gray.
 GENERAL = {"black bowl": "bowl", "white bowl": "bowl", "black book": "book", "yellow book": "book"}
@@ -52,11 +50,8 @@ def look(env: LiberoEnv, job: Job):
     steps = job.limit if rng.random() < 0.5 else int(rng.integers(0, min(MOMENT, job.limit)))
     env.fresh_start(job.number)
     with blind(env.control.sim):
-        for action in _moves(env, steps, rng):
-            if env.step(action)[2]:
-                for _ in range(AFTER):
-                    env.step(WITHDRAW)
-                break
+        for action in _moves(env, steps, rng):  # on after success too, which comes while the hand still holds the thing
+            env.step(action)
     raw_HWC = env.control.sim.render(camera_name=CAMERA, width=RESOLUTION, height=RESOLUTION)
     return Pictured(policy_image(raw_HWC, crop=False), env.language, observe(env, raw_HWC))
     yield  # a generator, as every play of a worker, that never asks
@@ -102,7 +97,7 @@ def a(noun: str) -> str:
 
 
 def plural(noun: str) -> str:
-    return noun + ("es" if noun.endswith("x") else "s")
+    return noun[:-1] + "ies" if noun.endswith("dy") else noun + ("es" if noun.endswith("x") else "s")
 
 
 def left_of(one: Thing, other: Thing) -> bool:

@@ -89,8 +89,9 @@ def measure(chosen: Sequence[Question]) -> Dict[str, dict]:
     """Per kind, and for "all": how many questions and texts, the answers, and how often three guessers are right.
 
     majority always says the kind's most frequent answer; text_only says the text's most frequent answer among one half of the
-    scenes (the kind's, where the text does not occur there) and is tested on the other half, both ways round; text_told has seen
-    the answers that it is tested on, which is a bound for whatever can be learnt from this text.
+    scenes (the kind's, where the text does not occur there) and is tested on the other half, both ways round. After a balanced
+    choice it falls below chance: what is frequent in one half is rare in the other. text_told has seen the answers that it is
+    tested on, a bound for what can be learnt from the text.
     """
     groups = {kind: [q for q in chosen if q.kind == kind] for kind in sorted({q.kind for q in chosen})}
     found = {kind: _measure_kind(group) for kind, group in groups.items()}
