@@ -17,9 +17,10 @@ from vlakeep.benchmarks import libero, libero_setup
 from vlakeep.benchmarks.libero_env import IDLE, MAX_STEPS, LiberoEnv, blind, load_suite, policy_image, to_simulator
 from vlakeep.benchmarks.libero_expert import Expert, NotCovered, goals
 from vlakeep.benchmarks.libero_play import evaluate_episode
-from vlakeep.benchmarks.libero_questions import look, noun_of
+from vlakeep.benchmarks.libero_questions import look, questions
 from vlakeep.benchmarks.libero_record import Demo, Manner, record
 from vlakeep.benchmarks.libero_scene import Scene
+from vlakeep.benchmarks.libero_view import noun_of
 from vlakeep.benchmarks.libero_workers import Job, Workers
 from vlakeep.data.dataset import Conventions
 from vlakeep.data.images import center_crop, decode_image, encode_jpeg, resize_uint8
@@ -124,6 +125,8 @@ def test_demonstrations_are_played_stored_rendered_and_read_back(tmp_path, capsy
     compare_formats(folder, command, tmp_path)
     with pytest.raises(NotCovered, match="libero_90 task 39"):
         goals("libero_90", 39)
+    with pytest.raises(ValueError, match="those of `vlakeep libero-vqa`"):
+        cli.run(["libero-demos", "--suite", "libero_goal", "--first", "100000", "--root", str(tmp_path)])
     with pytest.raises(ValueError, match="skills for none"):
         cli.run(["libero-demos", "--suite", "libero_90", "--tasks", "39", "--root", str(tmp_path)])
 
@@ -202,18 +205,67 @@ def test_noisy_demonstrations_hold_what_was_meant_and_replay_what_was_done():
 
 
 def test_questions_are_answered_as_the_turned_picture_shows_it():
-    """Left and right from the table's own coordinates: the camera looks along -x, and in the turned picture +y is on the left."""
+    """Left and front from the table's own coordinates: the camera looks along -x, and in the turned picture +y is on the left."""
     env = LiberoEnv("libero_object", 0)
-    picture, language, asked = next_result(look(env, Job("libero_object", 0, 100_000, 0, limit=1)))
+    picture, language, view = next_result(look(env, Job("libero_object", 0, seed_of_moment("middle"), 0, limit=1)))
     assert picture.shape == (224, 224, 3) and language == env.language
-    scene = Scene(env)
+    asked, scene = questions(view), Scene(env)
     by_noun = {noun_of(name): scene.position(name) for name in env.env.obj_body_id}
-    assert {answer for _, answer in asked["left"]} == {"yes", "no"} and ("is there a basket?", "yes") in asked["exists"]
-    for question, answer in asked["left"]:
-        one, other = question.removeprefix("is the ").removesuffix("?").split(" left of the ")
-        assert (by_noun[one][1] > by_noun[other][1]) == (answer == "yes"), question
-    assert all(noun not in env.language for noun in (q.removeprefix("is there a ")[:-1] for q, a in asked["exists"] if a == "no"))
+    for kind, words, axis in (("left", " left of the ", 1), ("front", " in front of the ", 0)):
+        assert {answer for _, answer in asked[kind]} == {"yes", "no"}
+        for question, answer in asked[kind]:
+            one, other = question.removeprefix("is the ").removesuffix("?").split(words)
+            assert (by_noun[one][axis] > by_noun[other][axis]) == (answer == "yes"), question
+    assert {("is there a basket?", "yes"), ("is there a plate?", "no")} <= set(asked["exists"])
+    assert {("how many baskets are there?", "one"), ("how many mugs are there?", "zero")} <= set(asked["count"])
+    assert ("what is the basket on?", "floor") in asked["on"] and asked["in"] == [("what is in the basket?", "nothing")]
+    for question, answer in asked["nearest"]:
+        one = by_noun.pop(question.removeprefix("which thing is nearest to the ").removesuffix("?"))
+        assert answer == min(by_noun, key=lambda noun: np.linalg.norm(by_noun[noun] - one))
+        by_noun = {noun_of(name): scene.position(name) for name in env.env.obj_body_id}
+    view = next_result(look(env, Job("libero_object", 0, seed_of_moment("end"), 0, limit=300))).view
+    assert scene.holds(goals("libero_object", 0)[0]) and "alphabet soup" in view.hidden  # the can is at the bottom of the basket
+    assert questions(view)["in"] == [] and "alphabet soup" not in " ".join(text for text, _ in questions(view)["exists"])
     env.close()
+
+
+def test_colors_drawers_and_what_is_in_them_are_those_of_the_picture():
+    """The expert puts the wine bottle into the open drawer."""
+    env = LiberoEnv("libero_90", 26)
+    view = next_result(look(env, Job("libero_90", 26, seed_of_moment("end"), 0, limit=300))).view
+    assert questions(view)["in"] == [("what is in the bottom drawer of the cabinet?", "wine bottle")]
+    assert {thing.noun: thing.color for thing in view.things}["wine bottle"] == "black"
+    assert set(questions(view)["drawer"]) == {(f"is the {which} drawer of the cabinet open?", "yes" if which == "bottom" else "no")
+                                              for which in ("top", "middle", "bottom")}
+    env.close()
+
+
+def seed_of_moment(moment):
+    """A seed of the probe's with which task 0 or 26 is looked at in the middle or at the end of an episode."""
+    return next(seed for seed in range(100_000, 100_100)
+                if all((np.random.default_rng([seed, task]).random() < 0.5) == (moment == "end") for task in (0, 26)))
+
+
+def test_the_stage_writes_balanced_questions_whatever_the_number_of_workers(tmp_path, capsys):
+    from vlakeep import cli
+
+    found = []
+    for workers in ("1", "2"):
+        command = ["libero-vqa", "--suite", "libero_object", "--tasks", "0,1", "--items", "18", "--questions_per_scene", "2"]
+        assert cli.run([*command, "--split", "heldout", "--workers", workers, "--root", str(tmp_path / workers)]) == 0
+        folder, = (tmp_path / workers / "probe").iterdir()
+        found.append([(folder / name).read_bytes() for name in ("images.npy", "items.jsonl", "answers.jsonl", "balance.json")])
+    assert found[0] == found[1]
+    rows, balance = [json.loads(line) for line in found[0][2].splitlines()], json.loads(found[0][3])
+    assert set(rows[0]) == {"item", "kind", "question", "answer", "suite", "task", "seed", "split"}
+    assert {row["seed"] for row in rows} <= set(range(200_000, 200_006)) and {row["split"] for row in rows} == {"heldout"}
+    assert balance["kinds"]["all"]["n"] == len(rows) and "text only" in capsys.readouterr().out
+    for kind in {"exists", "left", "front"} & set(balance["kinds"]):
+        assert balance["kinds"][kind]["text_told"] == 0.5
+    with pytest.raises(ValueError, match="--split heldout"):
+        cli.run(["libero-vqa", "--first", "200000", "--root", str(tmp_path)])
+    with pytest.raises(ValueError, match="must be one of probe, heldout"):
+        cli.run(["libero-vqa", "--split", "test", "--root", str(tmp_path)])
 
 
 def next_result(generator):
@@ -283,6 +335,9 @@ def test_one_command_evaluates_a_suite_resumes_and_is_read_by_the_report(tmp_pat
     shutil.rmtree(tmp_path / "eval")
     with pytest.raises(ValueError, match="which the method protects"):
         cli.run([*command, *asking, "--probe.name", "asked"])
+    (tmp_path / "probe" / "asked" / "answers.jsonl").write_text(json.dumps(dict(answers[0], split="probe")) + "\n")
+    with pytest.raises(ValueError, match="that a method may protect"):
+        cli.run([*command, *asking])
     assert cli.run(command) == 0
     folder = tmp_path / "eval" / "libero_object" / "base"
     rows = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]

@@ -14,7 +14,6 @@ from vlakeep import preflight
 from vlakeep.benchmarks import libero, libero_setup
 from vlakeep.benchmarks.libero import FixedBatch
 from vlakeep.benchmarks.libero_env import to_simulator
-from vlakeep.benchmarks.libero_questions import KINDS
 from vlakeep.benchmarks.libero_record import Demo, Manner, disturbances, without_no_ops
 from vlakeep.benchmarks.libero_scene import Boxes, clearance, rotation_about, separation
 from vlakeep.benchmarks.libero_workers import Job, Seen, Workers
@@ -187,15 +186,6 @@ def test_the_amount_of_noise_is_checked_and_names_the_set():
             libero.stage_options(["--noise", bad], OPTIONS)
     assert [set_name("libero_goal", Manner(*how)) for how in ((), (0.3,), (1.0, "side"))] == [
         "libero_goal_expert", "libero_goal_expert_noise0_3", "libero_goal_expert_side_noise1"]
-
-
-def test_questions_are_chosen_with_balanced_kinds_and_answers():
-    from vlakeep.libero_vqa import choose
-
-    asked = {kind: [] for kind in KINDS} | {"exists": [("is it?", "yes"), ("isn't it?", "no")], "left": [("left?", "no")]}
-    samples, kinds = choose([(np.zeros((2, 2, 3), np.uint8), "reach", asked)] * 8, 16, 0)
-    assert kinds[::2] == ["instruction"] * 8 and kinds.count("exists") == kinds.count("left") == 4
-    assert [s.answer for s, kind in zip(samples, kinds) if kind == "exists"].count("yes") == 2
 
 
 def test_the_renderer_is_chosen_by_what_is_there(tmp_path, monkeypatch):

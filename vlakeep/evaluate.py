@@ -341,11 +341,14 @@ def open_questions(config: Config, storage: Storage) -> ProbeSet:
     folder = storage.probe_folder(config.evaluate.probe)
     if folder.resolve() == storage.probe_folder(config.probe.name).resolve():
         raise ValueError(f"--evaluate.probe {config.evaluate.probe}: that is also probe.name, which the method protects; make "
-                         "another one with `vlakeep libero-vqa --first 200000 --probe.name NAME`")
+                         "another one with `vlakeep libero-vqa --split heldout --probe.name NAME`")
     if not (folder / "answers.jsonl").is_file():
         raise FileNotFoundError(f"no answers.jsonl in {folder}: --evaluate.probe takes a probe made by `vlakeep libero-vqa`")
     probe = ProbeSet(folder)
     rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    if any(row.get("split") == "probe" for row in rows):
+        raise ValueError(f"--evaluate.probe {config.evaluate.probe}: its scenes are those that a method may protect; make another one "
+                         "with `vlakeep libero-vqa --split heldout --probe.name NAME`")
     probe.answers = {row["item"]: row["answer"] for row in rows}
     return probe
 

@@ -32,7 +32,7 @@ from typing import Dict, Iterator, List, NamedTuple, Tuple
 import numpy as np
 from tqdm import tqdm
 
-from vlakeep.benchmarks.libero import stage_options
+from vlakeep.benchmarks.libero import SPLITS, stage_options
 from vlakeep.benchmarks.libero_env import CAMERA, CAMERAS, MAX_STEPS, WRIST, LiberoEnv, about_task, load_suite
 from vlakeep.benchmarks.libero_expert import APPROACHES, NotCovered, goals
 from vlakeep.benchmarks.libero_record import Demo, Manner, record, render
@@ -66,6 +66,8 @@ def main(argv: List[str]) -> int:
     storage = Storage.from_config(config_from_argv(rest))
     suite, manner = own["suite"], Manner(own["noise"], own["approach"])
     name = set_name(suite, manner)
+    if own["first"] + PATIENCE * own["demos"] > SPLITS["probe"]:
+        raise ConfigError(f"--first {own['first']}: seeds from {SPLITS['probe']} on are those of `vlakeep libero-vqa`")
     states = storage.guard_write(storage.data / name, what="data set") / "states"
     states.mkdir(parents=True, exist_ok=True)
 

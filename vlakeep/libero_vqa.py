@@ -1,76 +1,115 @@
-"""Stage `vlakeep libero-vqa`: a probe of LIBERO scenes, half instructions and half visual questions with known answers.
+"""Stage `vlakeep libero-vqa`: a probe of LIBERO scenes with their instructions and visual questions with known answers.
 
-    vlakeep libero-vqa --suite libero_90 --items 500 --workers 8 --probe.name libero_90 [--tasks 0,1,4] [--first 100000]
+    vlakeep libero-vqa --suite libero_90 --items 500 --workers 8 --probe.name libero_90
+    vlakeep libero-vqa --suite libero_90 --items 1250 --questions_per_scene 4 --split heldout --probe.name libero_90_heldout
 
-Scenes come from resets with seeds from --first on, in the middle of the expert's episodes; neither demonstrations nor the
-initial states of the evaluation share them. Questions of each kind are chosen so that its answers come about equally often.
+Every scene gives its instruction and --questions_per_scene questions (1), on average: which ones is chosen over all scenes, so that
+no answer to a text stands for more than half of its questions. With few tasks, or many that look alike, there are fewer questions
+than asked for. --tasks 0,1,4 takes some tasks only.
+
+Scenes are resets with seeds of their own in the middle and at the end of the expert's episodes: --split probe (what the method
+protects) those from 100000 on, --split heldout (what --evaluate.probe asks) those from 200000 on, --first N the later ones of
+them. Demonstrations have seeds from 1000 on, and the initial states of the evaluation come from no seed.
 The same options give the same bytes, whatever the number of workers.
 
-writes: probe_root_dir/<probe.name>/ (a probe for `vlakeep offline`) and in it answers.jsonl: item, kind, question, answer
+writes: probe_root_dir/<probe.name>/ (a probe for `vlakeep offline`) and in it
+        answers.jsonl: item, kind, question, answer, suite, task, seed, split
+        balance.json: how well the answers can be guessed without the picture
 """
 
 import json
 import sys
-from collections import Counter
-from typing import List
+from typing import Dict, List, Tuple
 
 import numpy as np
 from tqdm import tqdm
 
-from vlakeep.benchmarks.libero import stage_options
+from vlakeep.benchmarks.libero import SPLIT_SIZE, SPLITS, stage_options
 from vlakeep.benchmarks.libero_env import LiberoEnv
-from vlakeep.benchmarks.libero_questions import KINDS, look
+from vlakeep.benchmarks.libero_questions import Pictured, look, questions
 from vlakeep.benchmarks.libero_workers import Job, Workers
-from vlakeep.config import config_from_argv
+from vlakeep.config import ConfigError, config_from_argv
 from vlakeep.data.sample import Sample
+from vlakeep.probe.balance import Question, choose, measure
 from vlakeep.probe.probe_set import write_probe
 from vlakeep.storage import Storage, atomic_write
 
-OPTIONS = {"suite": "libero_90", "items": "500", "tasks": "", "workers": "1", "first": "100000"}
-LONGEST = 100  # steps of an episode among which the moment of a picture is drawn
+OPTIONS = {"suite": "libero_90", "items": "500", "questions_per_scene": "1", "tasks": "", "workers": "1", "first": "0", "split": "probe"}
+LONGEST = 300  # steps of an episode
+Scene = Tuple[int, int]  # task, seed
 
 
 def main(argv: List[str]) -> int:
     own, rest = stage_options(argv, OPTIONS)
     config = config_from_argv(rest)
     storage = Storage.from_config(config)
-    count, tasks = own["items"], own["tasks"]
+    scenes = pick_scenes(own)
     folder = storage.guard_write(storage.probe_folder(config.probe.name), what="probe")
-    scenes = [(tasks[i % len(tasks)], own["first"] + i) for i in range((count + 1) // 2)]
-    jobs = [Job(own["suite"], task, seed, 0, limit=LONGEST) for task, seed in sorted(scenes)]
-    seen = {}
-    with Workers(LiberoEnv, look, own["workers"]) as pool:
-        for job, result, error in tqdm(pool.run(jobs, None), total=len(jobs), desc=f"{own['suite']}: scenes", mininterval=1.0):
-            if error:
-                raise ValueError(f"task {job.task}, seed {job.number}: {error}")
-            seen[job.task, job.number] = result
-    samples, kinds = choose([seen[scene] for scene in scenes], count, config.seed)
-    write_probe(folder, samples, kinds)
+    seen = render(own["suite"], scenes, own["workers"])
+    pool = [Question(i, kind, *pair) for i, scene in enumerate(scenes) for kind, pairs in questions(seen[scene].view).items()
+            for pair in pairs]
+    wanted = own["items"] - len(scenes)
+    chosen = choose(pool, wanted, own["questions_per_scene"], config.seed)
+    items = [Question(i, "instruction", seen[scene].instruction, "") for i, scene in enumerate(scenes)] + chosen
+    # Mixed, because a part of a probe is every second or every fifth of its items.
+    items = [items[i] for i in np.random.default_rng(config.seed).permutation(len(items))]
+    write_probe(folder, [sample(item, seen[scenes[item.scene]]) for item in items], [item.kind for item in items])
     with atomic_write(folder / "answers.jsonl", "w") as file:
-        for item, (sample, kind) in enumerate(zip(samples, kinds)):
-            if sample.question:
-                line = {"item": item, "kind": kind, "question": sample.instruction, "answer": sample.answer}
+        for number, item in enumerate(items):
+            if item.kind != "instruction":
+                task, seed = scenes[item.scene]
+                line = {"item": number, "kind": item.kind, "question": item.text, "answer": item.answer, "suite": own["suite"],
+                        "task": task, "seed": seed, "split": own["split"]}
                 file.write(json.dumps(line) + "\n")
-    told = Counter(zip(kinds, (sample.answer for sample in samples)))
-    for kind in sorted(set(kinds)):
-        print(f"  {kind:12s} " + ", ".join(f"{answer or 'items'} {n}" for (k, answer), n in told.most_common() if k == kind))
-    print(f"wrote {folder}: {len(samples)} items")
+    balance = measure(chosen)
+    with atomic_write(folder / "balance.json", "w") as file:
+        made = {"suite": own["suite"], "split": own["split"], "seeds": [scenes[0][1], scenes[-1][1]], "scenes": len(scenes)}
+        file.write(json.dumps({**made, "kinds": balance}, indent=2) + "\n")
+    tell(balance)
+    if len(chosen) < wanted:
+        print(f"{wanted - len(chosen)} questions fewer than asked for: these scenes have no more whose answer their text does not tell; "
+              "take more tasks, or more scenes with a smaller --questions_per_scene", file=sys.stderr)
+    print(f"wrote {folder}: {len(scenes)} instructions and {len(chosen)} questions")
     return 0
 
 
-def choose(scenes: List[tuple], count: int, seed: int):
-    """(samples, kinds): each scene gives its instruction and a question, of the rarest kind so far and with its rarest answer."""
-    rng, used, samples, kinds = np.random.default_rng(seed), Counter(), [], []
-    for image, instruction, asked in scenes:
-        samples.append(Sample(image, instruction))
-        kinds.append("instruction")
-        kind = min([name for name in rng.permutation(KINDS).tolist() if asked[name]], key=kinds.count)
-        options = [asked[kind][i] for i in rng.permutation(len(asked[kind]))]
-        question, answer = min(options, key=lambda option: used[kind, option[1]])
-        used[kind, answer] += 1
-        samples.append(Sample(image, question, question=True, answer=answer))
-        kinds.append(kind)
-    return samples[:count], kinds[:count]
+def pick_scenes(own: dict) -> List[Scene]:
+    """The split's scenes, tasks in turn. ConfigError for a split that is none, or more scenes than it has."""
+    if own["split"] not in SPLITS:
+        raise ConfigError(f"--split {own['split']!r}: must be one of {', '.join(SPLITS)}")
+    count = -(-own["items"] // (1 + own["questions_per_scene"]))
+    if own["first"] + count > SPLIT_SIZE:
+        raise ConfigError(f"--first {own['first']}: a split has {SPLIT_SIZE} scenes, and --first counts from its first one; other scenes "
+                          "than those of a probe have --split heldout")
+    tasks, first = own["tasks"], SPLITS[own["split"]] + own["first"]
+    return [(tasks[i % len(tasks)], first + i) for i in range(count)]
+
+
+def render(suite: str, scenes: List[Scene], workers: int) -> Dict[Scene, Pictured]:
+    """The scenes, made task by task: to open a task takes longer than a scene of it."""
+    jobs, seen = [Job(suite, task, seed, 0, limit=LONGEST) for task, seed in sorted(scenes)], {}
+    with Workers(LiberoEnv, look, workers) as pool:
+        for job, result, error in tqdm(pool.run(jobs, None), total=len(jobs), desc=f"{suite}: scenes", mininterval=1.0):
+            if error:
+                raise ValueError(f"task {job.task}, seed {job.number}: {error}")
+            seen[job.task, job.number] = result
+    return seen
+
+
+def sample(item: Question, pictured: Pictured) -> Sample:
+    if item.kind == "instruction":
+        return Sample(pictured.image, item.text)
+    return Sample(pictured.image, item.text, question=True, answer=item.answer)
+
+
+def tell(balance: Dict[str, dict]) -> None:
+    """The table of guesses, and the answers of each kind."""
+    print(f"  {'kind':10s} {'n':>5s} {'texts':>6s} {'majority':>9s} {'text only':>10s} {'text told':>10s}   right without the picture")
+    for kind, row in balance.items():
+        answers = list(row.get("answers", {}).items())
+        told = ", ".join(f"{answer} {n}" for answer, n in answers[:5]) + (f", {len(answers) - 5} others" if len(answers) > 5 else "")
+        print(f"  {kind:10s} {row['n']:5d} {row['texts']:6d} {row['majority']:9.2f} {row['text_only']:10.2f} {row['text_told']:10.2f}   "
+              + told)
 
 
 if __name__ == "__main__":

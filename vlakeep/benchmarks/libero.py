@@ -16,6 +16,9 @@ from vlakeep.benchmarks.libero_setup import require_libero
 from vlakeep.benchmarks.libero_workers import Job, Seen, Workers
 from vlakeep.benchmarks.records import Records, summarise
 
+# First seeds of fresh scenes, by what they are for; demonstrations have those below the first of these.
+SPLITS = {"probe": 100_000, "heldout": 200_000}
+SPLIT_SIZE = 100_000
 SEED = 0  # the official script seeds its environments with it
 _NOT_FINITE = "ValueError: the policy gave an action that is not finite, or ended its answer before all action tokens were out"
 

@@ -13,7 +13,7 @@ FURNITURE = 0.35  # boxes with a half size above this are table tops, walls and 
 STRETCH = 0.71  # beyond this distance from the base the arm is nearly straight, joint 4 hits its limit and the controller stalls
 WRIST = 2.7  # the last joint ends at 2.9
 BOX, CYLINDER, SPHERE = 6, 5, 2  # mujoco's numbers of geometry types
-_CORNERS_83 = np.array([[i, j, k] for i in (-1, 1) for j in (-1, 1) for k in (-1, 1)], dtype=float)
+CORNERS_83 = np.array([[i, j, k] for i in (-1, 1) for j in (-1, 1) for k in (-1, 1)], dtype=float)
 
 
 class Boxes(NamedTuple):
@@ -218,7 +218,7 @@ class Scene:
             half = self._half_size(geom)
             if half is None or not self._collides(geom) or self.top_body(geom, (body,)) != body:
                 continue
-            box_83 = _CORNERS_83 * half @ self.data.geom_xmat[geom].reshape(3, 3).T + self.data.geom_xpos[geom]
+            box_83 = CORNERS_83 * half @ self.data.geom_xmat[geom].reshape(3, 3).T + self.data.geom_xpos[geom]
             if slab is None or (box_83[:, 2].max() >= slab[0] and box_83[:, 2].min() <= slab[1]):
                 found.append(box_83)
         return np.concatenate(found)
@@ -229,6 +229,14 @@ class Scene:
         low, high = corners_N83.min(1), corners_N83.max(1)
         there = ((low[:, :2] <= xy) & (xy <= high[:, :2])).all(1)
         return float(high[there, 2].max()) if there.any() else float(self.position(name)[2])
+
+    def boxes(self, name: str) -> Boxes:
+        """The boxes that make up an object or fixture, those of a microwave too, which only collide with what has a type."""
+        body = self.env.obj_body_id[name]
+        own = [geom for geom in range(self.model.ngeom) if self._half_size(geom) is not None and self.model.geom_group[geom] == 0
+               and self.top_body(geom, (body,)) == body]
+        return Boxes(self.data.geom_xpos[own].copy(), self.data.geom_xmat[own].reshape(-1, 3, 3).copy(),
+                     np.array([self._half_size(geom) for geom in own]))
 
     def obstacles(self, *without: Optional[str]) -> Boxes:
         """Collision boxes of everything but the robot, the furniture and the named things."""
