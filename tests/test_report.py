@@ -13,7 +13,7 @@ from vlakeep.benchmarks.records import wilson
 from vlakeep.config import Config, ConfigError, to_dict
 from vlakeep.report import arms_from_runs, build_report, main, split_options
 from vlakeep.reporting import words
-from vlakeep.reporting.arms import load_arms
+from vlakeep.reporting.arms import Arm, load_arms
 from vlakeep.reporting.compare import Comparison, pair
 from vlakeep.reporting.intervals import mean_of, newcombe, paired_mean
 from vlakeep.reporting.tables import differences_html
@@ -360,6 +360,13 @@ def test_only_one_arm_and_gains_that_never_moved(tmp_path):
     comparison = compare(arms)
     assert "The gains stayed at 1 throughout" in said(comparison, "method")
     assert "nothing to compare" in build_report(None, arms, tmp_path / "report").read_text(encoding="utf-8")
+
+
+def test_a_run_is_labelled_by_the_site_that_it_used():
+    arms = [Arm(name, None, config={"hsw": {"site": site}}) for name, site in
+            (("method", "lora_input"), ("method", "both"), ("method", "residual"), ("mine", "lora_input"))]
+    assert [arm.label for arm in arms] == ["Method (LoRA input)", "Method (both sites)", "Method (residual)", "mine"]
+    assert Arm("method", None).label == "Method (residual)" and "LoRA" in arms[0].label_zh
 
 
 def test_resumed_runs_add_up_their_time(tmp_path):

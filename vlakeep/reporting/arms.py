@@ -17,13 +17,17 @@ LABELS = {
     "baseline": "Plain LoRA",
     "method": "Method (residual)",
     "method_lora_input": "Method (LoRA input)",
+    "method_both": "Method (both sites)",
 }
 LABELS_ZH = {
     "base": "基座模型",
     "baseline": "普通 LoRA",
     "method": "本方法（残差处）",
     "method_lora_input": "本方法（LoRA 输入侧）",
+    "method_both": "本方法（两处）",
 }
+# A run called like one of our arms is labelled by the site that it has really used.
+SITES = {"residual": "method", "lora_input": "method_lora_input", "both": "method_both"}
 # arm -> how its run is started, for the messages about missing ones
 COMMANDS = {
     "base": "configs/baseline_lora.yaml",
@@ -51,11 +55,17 @@ class Arm:
 
     @property
     def label(self) -> str:
-        return LABELS.get(self.name, self.name)
+        return LABELS.get(self._kind, self.name)
 
     @property
     def label_zh(self) -> str:
-        return LABELS_ZH.get(self.name, self.name)
+        return LABELS_ZH.get(self._kind, self.name)
+
+    @property
+    def _kind(self) -> str:
+        """Key of the labels."""
+        site = (self.config.get("hsw") or {}).get("site")
+        return SITES.get(site, self.name) if self.name in SITES.values() else self.name
 
     @property
     def status(self) -> str:
