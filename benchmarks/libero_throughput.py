@@ -2,11 +2,14 @@
 
     make libero
     python benchmarks/libero_throughput.py [--suite libero_object] [--tasks 2] [--episodes 2] [--steps 60] [--workers 1,2]
+        [--per_worker 8]
 
 The plain loop is written after the official protocol: hard resets, both cameras, one episode after the other. The policy is
 random (a hash of the picture, so that all variants see and do the same; the table checks it) and costs next to nothing: what
 is measured is the simulator. --steps is the number of policy steps of each episode; the official limits (220 to 520) make
-resets weigh less.
+resets weigh less. With --per_worker N every row plays N episodes for each of its workers, the plain loop N, so that starting a worker
+weighs the same in all rows and many workers have enough to do; else all rows play all episodes. Episodes are compared with
+those of the plain loop, and beyond these with those of the rows before.
 """
 
 import argparse
@@ -74,25 +77,24 @@ def main():
     parser.add_argument("--episodes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--workers", default="1,2")
+    parser.add_argument("--per_worker", type=int, default=0, help="episodes per worker; 0: all episodes, whatever the number of workers")
     options = parser.parse_args()
     libero_setup.import_libero()  # the plain loop renders with as many threads as the library takes
     jobs = [Job(options.suite, task, k, 0, options.steps, crop=True)
             for task in range(options.tasks) for k in range(options.episodes)]
-    steps = len(jobs) * options.steps
     print(f"{options.suite}: {len(jobs)} episodes of {options.steps} steps; "
           f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, "
-          + ", ".join(f"{name} {version}" for name, version in libero_setup.versions().items()))
-    base, expected = sequential(jobs)
-
-    def line(name, seconds, hashes):
-        same = "the same pictures" if hashes == expected else "OTHER PICTURES"
-        rates = f"{steps / seconds:6.1f} steps/s {60 * len(jobs) / seconds:6.1f} episodes/min"
-        print(f"{name:12s} {seconds:7.1f} s  {rates} {base / seconds:5.1f} x  {same}", flush=True)
-
-    line("plain loop", base, expected)
-    for workers in map(int, options.workers.split(",")):
-        seconds, hashes = parallel(jobs, workers)
-        line(f"{workers} workers", seconds, hashes)
+          + ", ".join(f"{name} {version}" for name, version in libero_setup.versions().items()), flush=True)
+    known, plain = {}, None
+    for workers in [0, *map(int, options.workers.split(","))]:  # 0 stands for the plain loop
+        played = jobs[:options.per_worker * max(1, workers)] if options.per_worker else jobs
+        seconds, hashes = parallel(played, workers) if workers else sequential(played)
+        rate = 60 * len(played) / seconds
+        plain = plain or rate
+        same = sum(known.setdefault(job, value) == value for job, value in hashes.items())
+        print(f"{f'{workers} workers' if workers else 'plain loop':12s} {len(played):4d} episodes {seconds:7.1f} s  "
+              f"{len(played) * options.steps / seconds:6.1f} steps/s {rate:6.1f} episodes/min {rate / plain:5.1f} x  "
+              + ("the same pictures" if same == len(played) else f"OTHER PICTURES in {len(played) - same}"), flush=True)
 
 
 if __name__ == "__main__":

