@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from vlakeep import preflight
+from vlakeep import evaluate, preflight
 from vlakeep.benchmarks import libero, libero_setup
 from vlakeep.benchmarks.libero import FixedBatch
 from vlakeep.benchmarks.libero_env import to_simulator
@@ -217,10 +217,32 @@ def test_a_missing_simulator_names_the_command(monkeypatch):
 
 def test_a_replay_acts_by_the_step_alone_and_rests_at_the_end():
     actions_TA = np.arange(14.0).reshape(2, 7)
-    act = libero.Replay({"lift it": actions_TA})
-    picture = np.zeros((2, 2, 3), np.uint8)
-    found = act([None] * 3, [Seen(picture, "lift it", step) for step in (1, 0, 5)])
+    act = libero.Replay({"lift it": [actions_TA]})
+    picture, job = np.zeros((2, 2, 3), np.uint8), Job("s", 0, 3, 7)
+    found = act([job] * 3, [Seen(picture, "lift it", step) for step in (1, 0, 5)])
     assert [row.tolist() for row in found] == [actions_TA[1].tolist(), actions_TA[0].tolist(), [0.0] * 6 + [13.0]]
+
+
+def test_a_replay_takes_the_demonstrations_in_turn():
+    act = libero.Replay({"lift it": [np.zeros((1, 7)), np.ones((1, 7))]})
+    jobs = [Job("s", 0, number, 7) for number in range(4)]
+    found = act(jobs, [Seen(np.zeros((2, 2, 3), np.uint8), "lift it", 0)] * 4)
+    assert [row[0] for row in found] == [0, 1, 0, 1]
+
+
+def test_demonstrations_are_found_by_their_instruction(monkeypatch):
+    from types import SimpleNamespace
+
+    names = {0: SimpleNamespace(language="lift it"), 1: SimpleNamespace(language="push it")}
+    monkeypatch.setattr(libero, "load_suite", lambda suite: SimpleNamespace(get_task=names.get))
+    like = {"action": {"mask": [False] * 7, "q01": [0] * 7, "q99": [1] * 7}}
+    data = SimpleNamespace(name="mine", statistics=like, languages=["push it", "lift it", "lift it", "other", "lift it"],
+                           actions=lambda episode: np.full((1, 7), float(episode)))
+    found = evaluate.demonstrations([data], "s", [0, 1], count=2)
+    assert {k: [a[0, 0] for a in v] for k, v in found.items()} == {"lift it": [1, 2], "push it": [0]}
+    data.languages[0] = "other"
+    with pytest.raises(FileNotFoundError, match="no demonstration of .'push it'.: make them with `vlakeep libero-demos"):
+        evaluate.demonstrations([data], "s", [0, 1], count=2)
 
 
 def test_a_mujoco_that_is_too_new_is_named():

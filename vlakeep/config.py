@@ -197,7 +197,7 @@ class TrainConfig:
 @dataclass
 class EvaluateConfig:
     # What is evaluated: base, or a run below run_root_dir, or a checkpoint folder. In LIBERO also replay, a control without a
-    # model: the actions of the first demonstration of each task in data.datasets, whatever the pictures show.
+    # model: the actions of a demonstration of the task in data.datasets, the k-th from the k-th initial state, whatever is seen.
     target: str = "base"
     # tabletop, or a LIBERO suite: libero_spatial, libero_object, libero_goal, libero_10, libero_90.
     benchmark: str = "tabletop"

@@ -185,7 +185,7 @@ def run_replay(config: Config, settings, storage: Storage, started: float) -> Pa
     """The control without a model: demonstrations replayed open loop from the evaluation's initial states."""
     data, tasks = config.data, libero.pick_tasks(settings.benchmark, settings.skills)
     datasets = open_datasets(storage.data, data.datasets, 1.0, storage.cache, Conventions(data.camera, data.gripper, data.rotate))
-    act = libero.Replay(first_demonstrations(datasets, settings.benchmark, tasks))
+    act = libero.Replay(demonstrations(datasets, settings.benchmark, tasks, settings.episodes))
     folder = storage.eval / settings.benchmark / REPLAY
     identity = ",".join(dataset.fingerprint() for dataset in datasets)
     with Records(folder / "records.jsonl", make_header(settings, identity, "")) as records:
@@ -194,18 +194,19 @@ def run_replay(config: Config, settings, storage: Storage, started: float) -> Pa
     return write_summary(folder, make_summary(REPLAY, rows, None, identity, settings.benchmark), [], started)
 
 
-def first_demonstrations(datasets, suite: str, tasks: List[int]) -> Dict[str, np.ndarray]:
-    """Instruction -> actions of the first episode that has it. FileNotFoundError names the instructions without one."""
-    found: Dict[str, np.ndarray] = {}
-    for dataset in datasets:
-        for episode, language in reversed(list(enumerate(dataset.languages))):
-            found[language] = unnormalise(dataset.actions(episode), dataset.statistics)
+def demonstrations(datasets, suite: str, tasks: List[int], count: int) -> Dict[str, List[np.ndarray]]:
+    """Instruction -> actions [T, 7] of up to `count` demonstrations. FileNotFoundError names the instructions without one."""
     wanted = [libero.load_suite(suite).get_task(task).language for task in tasks]
-    missing = [language for language in wanted if language not in found]
+    found: Dict[str, List[np.ndarray]] = {language: [] for language in wanted}
+    for dataset in datasets:
+        for episode, language in enumerate(dataset.languages):
+            if len(found.get(language, range(count))) < count:
+                found[language].append(unnormalise(dataset.actions(episode), dataset.statistics))
+    missing = [language for language in wanted if not found[language]]
     if missing:
         raise FileNotFoundError(f"--data.datasets [{', '.join(d.name for d in datasets)}] has no demonstration of {missing}: make "
                                 f"them with `vlakeep libero-demos --suite {suite} --demos 1`")
-    return {language: found[language] for language in wanted}
+    return found
 
 
 def write_summary(folder: Path, summary: Dict, alarms: List[str], started: float) -> Path:

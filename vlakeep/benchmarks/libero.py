@@ -115,16 +115,18 @@ def longest_instruction(suite: str, tasks: Sequence[int], length: Callable[[str]
 
 
 class Replay:
-    """A policy without eyes: step t of an episode gets action t of its instruction's demonstration, and no motion after the last.
+    """A policy without eyes: step t of an episode gets action t of a demonstration of its instruction, and no motion after the last.
 
-    actions: instruction -> [T, 7] as the evaluation takes them, not normalised, gripper 1 = open.
+    demos: instruction -> the actions [T, 7] of one demonstration or several, as the evaluation takes them, not normalised, gripper
+    1 = open. Initial state k gets demonstration k, from the first again after the last: the result is that of no single one.
     """
 
-    def __init__(self, actions: Dict[str, np.ndarray]):
-        self._actions = actions
+    def __init__(self, demos: Dict[str, Sequence[np.ndarray]]):
+        self._demos = demos
 
     def __call__(self, jobs: Sequence[Job], seen: Sequence[Seen]) -> List[np.ndarray]:
-        return [self._action(self._actions[one.instruction], one.step) for one in seen]
+        demos = [self._demos[one.instruction] for one in seen]
+        return [self._action(known[job.number % len(known)], one.step) for known, job, one in zip(demos, jobs, seen)]
 
     def _action(self, actions_TA: np.ndarray, step: int) -> np.ndarray:
         return actions_TA[step] if step < len(actions_TA) else np.r_[np.zeros(6), actions_TA[-1, 6]]
