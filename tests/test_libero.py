@@ -1,5 +1,6 @@
 """LIBERO with the real simulator: the official loop, to the bit, and an evaluation from end to end. Skipped without it."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -20,7 +21,7 @@ from vlakeep.benchmarks.libero_play import evaluate_episode
 from vlakeep.benchmarks.libero_questions import look, questions
 from vlakeep.benchmarks.libero_record import Demo, Manner, record
 from vlakeep.benchmarks.libero_scene import Scene
-from vlakeep.benchmarks.libero_view import noun_of
+from vlakeep.benchmarks.libero_view import noun_of, owners, pixels_alone, segment
 from vlakeep.benchmarks.libero_workers import Job, Workers
 from vlakeep.data.dataset import Conventions
 from vlakeep.data.images import center_crop, decode_image, encode_jpeg, resize_uint8
@@ -225,6 +226,13 @@ def test_questions_are_answered_as_the_turned_picture_shows_it():
         by_noun = {noun_of(name): scene.position(name) for name in env.env.obj_body_id}
     view = next_result(look(env, Job("libero_object", 0, seed_of_moment("end"), 0, limit=300))).view
     assert scene.holds(goals("libero_object", 0)[0]) and "alphabet soup" in view.hidden  # the can is at the bottom of the basket
+    picture, owner_G = functools.partial(env.control.sim.render, camera_name="agentview", width=64, height=64), owners(scene)
+    before = picture()
+    labels_HW, names = segment(env, owner_G), list(env.env.obj_body_id)
+    alone = {noun_of(name): pixels_alone(env, name, owner_G) for name in names}
+    shown = {noun_of(name): int((labels_HW == number).sum()) for number, name in enumerate(names)}
+    assert all(alone[noun] >= shown[noun] for noun in alone) and shown["milk"] > 0.9 * alone["milk"]
+    assert shown["alphabet soup"] < 0.4 * alone["alphabet soup"] and np.array_equal(before, picture())
     assert questions(view)["in"] == [] and "alphabet soup" not in " ".join(text for text, _ in questions(view)["exists"])
     env.close()
 

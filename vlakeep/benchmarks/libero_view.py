@@ -16,7 +16,8 @@ from vlakeep.benchmarks.libero_fixtures import drawer_opening, is_drawer
 from vlakeep.benchmarks.libero_scene import CORNERS_83, Boxes, Scene, clearance
 
 VISIBLE = 60  # pixels of 256 x 256 below which nothing is asked about a thing
-UNCOVERED = 0.2  # pixels of a thing, as a share of the rectangle that it would fill with nothing before it
+UNCOVERED = 0.45  # pixels of a thing, as a share of those that it has in a picture of it alone
+OUT_OF_SIGHT = 5  # a group of geometries that the simulator does not draw
 STANDS_OUT = 0.3  # share of its edge at which a thing must differ from what is behind it: a black book in a dark corner does not
 NOUNS = {
     "akita_black_bowl": "black bowl", "glazed_rim_porcelain_ramekin": "ramekin", "cookies": "cookie box", "flat_stove": "stove",
@@ -67,7 +68,8 @@ def observe(env: LiberoEnv, raw_HWC: np.ndarray) -> View:
     owner_G = owners(scene)
     labels_HW = segment(env, owner_G)
     things = [thing for number, name in enumerate(scene.env.obj_body_id)
-              if (thing := _thing(scene, name, labels_HW == number, raw_HWC[::-1, ::-1])) is not None]
+              if (thing := _thing(scene, name, labels_HW == number, raw_HWC[::-1, ::-1])) is not None
+              and thing.pixels >= UNCOVERED * pixels_alone(env, name, owner_G)]
     seen = {thing.name for thing in things}
     touching = contacts(scene, owner_G)
     return View(things, frozenset(noun_of(name) for name in scene.env.obj_body_id if name not in seen),
@@ -96,11 +98,22 @@ def segment(env: LiberoEnv, owner_G: List[Optional[str]]) -> np.ndarray:
     return np.where(is_geom_HW, label_G[np.where(is_geom_HW, seen_HW2[..., 1], 0)], -1)
 
 
+def pixels_alone(env: LiberoEnv, name: str, owner_G: List[Optional[str]]) -> int:
+    """How many pixels the thing has when nothing else is drawn."""
+    group_G = env.control.sim.model.geom_group
+    kept = group_G.copy()
+    group_G[np.array([owner != name for owner in owner_G])] = OUT_OF_SIGHT
+    try:
+        return int((segment(env, owner_G) >= 0).sum())
+    finally:
+        group_G[:] = kept
+
+
 def _thing(scene: Scene, name: str, mask_HW: np.ndarray, picture_HWC: np.ndarray) -> Optional[Thing]:
     rows, columns = np.nonzero(mask_HW)
-    corners_N3 = _corners(scene.boxes(name))
-    if len(rows) < max(VISIBLE, UNCOVERED * _extent(scene, corners_N3)) or edge_contrast(picture_HWC, mask_HW) < STANDS_OUT:
+    if len(rows) < VISIBLE or edge_contrast(picture_HWC, mask_HW) < STANDS_OUT:
         return None
+    corners_N3 = _corners(scene.boxes(name))
     depth_N = _depth(scene, corners_N3)
     left, right = np.percentile(columns, (5, 95))
     return Thing(name, noun_of(name), len(rows), float(np.median(columns)), float(np.median(rows)), float(left), float(right),
@@ -116,15 +129,6 @@ def _depth(scene: Scene, points_N3: np.ndarray) -> np.ndarray:
     camera = scene.model.camera(CAMERA).id
     ahead_2 = -scene.data.cam_xmat[camera].reshape(3, 3)[:2, 2]
     return (points_N3[:, :2] - scene.data.cam_xpos[camera][:2]) @ (ahead_2 / np.linalg.norm(ahead_2))
-
-
-def _extent(scene: Scene, points_N3: np.ndarray) -> float:
-    """Pixels of the upright rectangle around these points, as far as it lies in the picture."""
-    camera = scene.model.camera(CAMERA).id
-    x_N, y_N, z_N = ((points_N3 - scene.data.cam_xpos[camera]) @ scene.data.cam_xmat[camera].reshape(3, 3)).T
-    focal = RESOLUTION / 2 / np.tan(np.deg2rad(scene.model.cam_fovy[camera]) / 2)
-    sides = [np.clip(RESOLUTION / 2 + focal * value_N / -z_N, 0, RESOLUTION) for value_N in (x_N, y_N)]
-    return float(np.ptp(sides[0]) * np.ptp(sides[1]))
 
 
 def contacts(scene: Scene, owner_G: List[Optional[str]]) -> Dict[str, Set[Optional[str]]]:
