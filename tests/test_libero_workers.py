@@ -283,3 +283,11 @@ def test_boxes_are_apart_or_overlap_as_points_inside_them_say():
         if clearance(points, other) == 0:
             assert gap <= 1e-9
     assert min(gaps) < -0.05 and max(gaps) > 0.1
+
+
+def test_a_kl_that_was_not_measured_is_not_printed_as_none(capsys):
+    rows = [{"kind": "skill", "ability": "libero_object", "trial": 0, "task": "lift it", "success": True, "crash": None}]
+    for name, told in (("baseline", "not measured"), ("base", "0.0000")):
+        summary = evaluate.make_summary(name, rows, None, "sha", "libero_object")
+        evaluate.print_summary({**summary, "alarms": [], "seconds": 1.0})
+        assert f"action-token KL          {told}   drift not measured" in capsys.readouterr().out

@@ -387,7 +387,7 @@ def make_summary(name: str, rows: List[dict], drift, weights: str, benchmark: st
     new = groups.get(("skill", learnt))
     kl = [row["value"] for row in rows if row["kind"] == "retention"]
     summary = {"target": name, "weights": weights, "new_skill": dict(new, name=learnt) if new else None, "abilities": abilities,
-               "retention_kl": mean_interval(kl) if kl else {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 0}, "drift": drift}
+               "retention_kl": mean_interval(kl), "drift": drift}
     return dict(summary, tasks=libero.by_task(rows)) if benchmark in libero.SUITES else summary
 
 
@@ -406,7 +406,9 @@ def print_summary(summary: Dict) -> None:
     for alarm in summary["alarms"]:
         print(f"  ALARM: {alarm}")
     drift = "not measured" if summary["drift"] is None else f"{summary['drift']:.3f}"
-    print(f"  {'action-token KL':24s} {summary['retention_kl']['mean']:.4f}   drift {drift}")
+    measured = summary["retention_kl"]["n"] or summary["target"] == "base"
+    kl = f"{summary['retention_kl']['mean']:.4f}" if measured else "not measured"
+    print(f"  {'action-token KL':24s} {kl}   drift {drift}")
 
 
 def main(argv: List[str]) -> int:
