@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vlakeep import preflight
+from vlakeep import compat, preflight
 from vlakeep import storage as storage_module
 from vlakeep.checks import RED, safetensors_problem
 from vlakeep.config import Config, save_config, to_dict
@@ -284,6 +284,18 @@ def test_old_or_missing_packages_are_red(monkeypatch):
         and found["package no-such-package"].remedy == "pip install 'no-such-package>=1.0'"
     )
     assert version_tuple("2.13.0+cpu") == (2, 13, 0) > version_tuple("2.2")
+
+
+def test_a_torch_that_cannot_read_numpy_is_red(monkeypatch):
+    def unavailable(array):
+        raise RuntimeError("Numpy is not available")
+
+    assert compat.numpy_trouble() == ""
+    monkeypatch.setattr(torch, "from_numpy", unavailable)
+    line = next(line for line in preflight.check_environment(Config()) if line.what == "torch and NumPy")
+    assert line.status == RED and "Numpy is not available" in line.where and "'numpy<2' 'opencv-python<4.12'" in line.remedy
+    with pytest.raises(ValueError, match="cannot use NumPy .*: pip install 'numpy<2'"):
+        compat.require_numpy()
 
 
 def test_storage_check_passes_and_fails(tmp_path, monkeypatch, capsys):

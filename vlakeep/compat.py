@@ -7,7 +7,10 @@ timm imports torchvision. Beside a CPU build of torch, torchvision's compiled op
 import importlib
 import sys
 
+import numpy as np
 import torch
+
+NUMPY_1 = "pip install 'numpy<2' 'opencv-python<4.12' 'av<13'   (the newer versions of the other two want NumPy 2)"
 
 _SCHEMAS = {
     "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -32,6 +35,21 @@ def import_timm():
                     pass  # defined by the failed import
             importlib.import_module("torchvision")
     return importlib.import_module("timm")
+
+
+def numpy_trouble() -> str:
+    """What keeps torch from reading NumPy's arrays, or nothing: torch 2.2 is built for NumPy 1, and the simulator brings NumPy 2."""
+    try:
+        torch.from_numpy(np.zeros(1))
+    except RuntimeError as error:
+        return f"torch {torch.__version__} cannot use NumPy {np.__version__} ({error})"
+    return ""
+
+
+def require_numpy() -> None:
+    """ValueError with the remedy when torch cannot read NumPy's arrays."""
+    if trouble := numpy_trouble():
+        raise ValueError(f"{trouble}: {NUMPY_1}")
 
 
 def grad_scaler(device: torch.device, enabled: bool):

@@ -25,6 +25,7 @@ from vlakeep.backbones.lora import adapters_disabled, load_adapter
 from vlakeep.backbones.safeguards import ActionWatch, orientation_alarm
 from vlakeep.benchmarks import libero, libero_setup, tabletop
 from vlakeep.benchmarks.records import Records, mean_interval, summarise
+from vlakeep.compat import require_numpy
 from vlakeep.config import Config, EvaluateConfig, config_from_argv, to_dict
 from vlakeep.data.dataset import Conventions
 from vlakeep.data.formats import open_datasets
@@ -127,6 +128,7 @@ def measure_drift(backbone, config: Config, storage: Storage) -> float:
 def run_evaluation(config: Config, storage: Storage) -> Path:
     """Evaluate one target and return its folder. Interrupted evaluations go on where they stopped."""
     set_threads(config.threads)
+    require_numpy()
     started = time.perf_counter()
     settings = resolved(config)
     in_libero = settings.benchmark in libero.SUITES

@@ -16,6 +16,7 @@ import numpy as np
 
 from vlakeep.benchmarks import libero_setup
 from vlakeep.benchmarks.libero_env import CAMERA, SUITES, LiberoEnv, policy_image
+from vlakeep.compat import require_numpy
 from vlakeep.config import config_from_argv
 from vlakeep.data.images import encode_png
 from vlakeep.storage import Storage, atomic_write
@@ -26,6 +27,7 @@ STEPS = 10
 def main(argv: List[str]) -> int:
     config = config_from_argv(argv)
     suite = config.evaluate.benchmark if config.evaluate.benchmark in SUITES else "libero_object"
+    require_numpy()
     libero_setup.require_libero()
     found = libero_setup.versions()
     print(f"Python {platform.python_version()}, " + ", ".join(f"{name} {version}" for name, version in found.items()))

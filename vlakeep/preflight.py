@@ -27,6 +27,7 @@ from vlakeep import checks
 from vlakeep.benchmarks import libero_setup
 from vlakeep.benchmarks.libero_env import SUITES
 from vlakeep.checks import GREEN, RED, YELLOW, Line
+from vlakeep.compat import NUMPY_1, numpy_trouble
 from vlakeep.config import Config, ConfigError, config_from_argv
 from vlakeep.errors import human_bytes
 from vlakeep.storage import Storage, code_trees, peek, scan_large_files
@@ -133,6 +134,8 @@ def check_environment(config: Config, gpus: int = 1) -> List[Line]:
         else:
             good.append(f"{name} {version}")
     lines.append(Line(GREEN, "packages", ", ".join(good)))
+    if trouble := numpy_trouble():
+        lines.append(Line(RED, "torch and NumPy", trouble, NUMPY_1))
     if config.train.use_wandb and importlib.util.find_spec("wandb") is None:
         lines.append(Line(RED, "--train.use_wandb", "wandb is not installed", "pip install wandb, or --train.use_wandb false"))
     return lines + check_gpus(config, gpus)
