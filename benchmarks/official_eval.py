@@ -25,6 +25,7 @@ from vlakeep.compat import import_timm
 from vlakeep.config import load_config
 from vlakeep.data.formats import open_datasets
 from vlakeep.data.images import center_crop
+from vlakeep.evaluate import attempt_actions
 from vlakeep.export import run_export
 from vlakeep.storage import Storage
 from vlakeep.target import read_action_statistics, target_checkpoint
@@ -96,7 +97,7 @@ def main() -> int:
         act, failed = load_official_evaluation(args.openvla_dir.absolute(), merged), 0
         for crop in (False, True):
             theirs = act(frames, tasks, crop)
-            ours = backbone.predict_actions([center_crop(f) if crop else f for f in frames], tasks, DATASET, on_early_stop="center")
+            ours, _ = attempt_actions(backbone, [center_crop(f) if crop else f for f in frames], tasks, DATASET)
             same = (theirs == ours).all(1)
             failed += int((~same).sum())
             print(f"centre crop {crop}: {int(same.sum())} of {len(frames)} frames with identical actions, {len(np.unique(theirs, axis=0))} "

@@ -284,11 +284,15 @@ def test_an_answer_that_ends_early(backbone):
         assert had == row[:end] + [backbone.processor.pad_token_id] * (7 - end)
     assert ended.tolist() == [tokenizer.eos_token_id in row for row in free.tolist()] and ended[1]
     instructions = [s.instruction for s in samples(3)]
-    with pytest.raises(EarlyStop, match=r"row \d ended after \d of 7"):
+    with pytest.raises(EarlyStop, match=r"row \d ended before all 7 action tokens"):
         backbone.predict_actions([s.image for s in samples(3)], instructions)
-    centred = backbone.predict_actions([s.image for s in samples(3)], instructions, on_early_stop="center")
-    first = free[1].tolist().index(tokenizer.eos_token_id)
-    assert centred[1, first:6] == pytest.approx([-0.5] * (6 - first)) and centred[1, 6] == 0.0  # the middle of [-2, 1]
+    found, early = backbone.attempt_batch(prompts)
+    assert early.tolist() == ended.tolist()
+    for row, said in enumerate(ids):  # the official code takes the last 7 of all tokens, the prompt's among them
+        prompt = prompts.input_ids[row, :int(prompts.attention_mask[row].sum())].tolist()
+        whole = prompt + said[said != backbone.processor.pad_token_id].tolist()
+        expected = backbone.unnormalise(backbone.processor.action_tokenizer.decode(np.array(whole[-7:])))
+        assert np.array_equal(found[row], expected)
 
 
 def test_actions_are_unnormalised_by_the_quantiles(backbone):

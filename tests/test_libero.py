@@ -314,17 +314,16 @@ def test_the_number_of_workers_changes_no_picture():
 
 
 def test_one_command_evaluates_a_suite_resumes_and_is_read_by_the_report(tmp_path, monkeypatch, capsys):
-    from vlakeep import cli
-    from vlakeep.backbones.base import Backbone
+    from vlakeep import cli, evaluate
     from vlakeep.benchmarks.tabletop import question_trials
     from vlakeep.data.sample import Sample
     from vlakeep.probe.probe_set import write_probe
 
-    def act(backbone, images, instructions, key, on_early_stop):
+    def act(backbone, images, instructions, key):
         assert images.shape == (3, 224, 224, 3) and key == "tabletop"
-        return np.tile([0.0, 0, 0, 0, 0, 0, 1.0], (3, 1))
+        return np.tile([0.0, 0, 0, 0, 0, 0, 1.0], (3, 1)), np.zeros(3, bool)
 
-    monkeypatch.setattr(Backbone, "predict_actions", act)
+    monkeypatch.setattr(evaluate, "attempt_actions", act)
     monkeypatch.setitem(libero.MAX_STEPS, "libero_object", 3)
     folder = tmp_path / "probe" / "asked"
     trials = question_trials("color", 4, 0)

@@ -102,7 +102,7 @@ def test_a_simulator_that_never_works_is_an_error_with_a_remedy():
 def test_the_policy_is_always_asked_in_one_shape_and_rows_keep_their_errors():
     shapes = []
 
-    def policy(images, instructions):
+    def policy(images, instructions, count):
         shapes.append((images.shape, instructions[-1]))
         if any(image.max() == 7 for image in images):
             raise ValueError("seven")

@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from vlakeep.data.dataset import Conventions
 from vlakeep.data.formats import open_datasets
 from vlakeep.data.images import center_crop
 from vlakeep.data.prompts import action_prompt, encode_prompts, prompt_ids
+from vlakeep.data.sample import Sample
 from vlakeep.data.statistics import unnormalise
 from vlakeep.icsm.artifact import default_layers, layer_map
 from vlakeep.icsm.collect import pooled_states
@@ -78,9 +79,16 @@ class ActionPolicy:
         self.watch = ActionWatch(backbone.action_statistics(unnorm_key))
 
     def __call__(self, images, instructions):
-        actions_NA = self._backbone.predict_actions(images, instructions, self._key)
-        self.watch.add(actions_NA)
+        actions_NA, early_N = attempt_actions(self._backbone, images, instructions, self._key)
+        self.watch.add(actions_NA, early_N)
         return actions_NA
+
+
+def attempt_actions(backbone, images, instructions, unnorm_key) -> Tuple[np.ndarray, np.ndarray]:
+    """(actions [N, A], bool [N]: whether the answer ended early), no row of which is an error: a policy that no longer speaks actions
+    fails as it would on a robot."""
+    samples = [Sample(image, text) for image, text in zip(images, instructions)]
+    return backbone.attempt_batch(encode_prompts(samples, backbone.processor), unnorm_key)
 
 
 @torch.inference_mode()
@@ -313,9 +321,11 @@ def run_libero(backbone, config: Config, settings, storage: Storage, records: Re
         key = libero.pick_key(settings.benchmark, None, backbone.norm_stats, key)
     watch = ActionWatch(backbone.action_statistics(key))
 
-    def policy(images, instructions):
+    def policy(images, instructions, count):
         images = np.full_like(images, GREY) if settings.blank else images
-        return backbone.predict_actions(images, instructions, key, on_early_stop="nan")
+        actions_NA, early_N = attempt_actions(backbone, images, instructions, key)
+        watch.add(actions_NA[:count], early_N[:count])
+        return actions_NA
 
     def length(instruction):
         return len(prompt_ids(action_prompt(instruction), backbone.processor.tokenizer))
@@ -325,7 +335,6 @@ def run_libero(backbone, config: Config, settings, storage: Storage, records: Re
 
     def act(jobs, seen):
         answers = ask(jobs, seen)
-        watch.add([answer for answer in answers if not isinstance(answer, str)])
         if len(first) < FIRST_PICTURES:
             first.extend(np.asarray(one.image, dtype=float) for one in seen)
         return answers

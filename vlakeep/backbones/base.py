@@ -51,7 +51,7 @@ class Prefix(NamedTuple):
 
 
 class EarlyStop(ValueError):
-    """The model ended its answer before all action dimensions were out; the official code would return garbage here."""
+    """The model ended its answer before all action dimensions were out; the official code returns garbage here."""
 
 
 @contextmanager
@@ -301,39 +301,36 @@ class Backbone(nn.Module):
         mask = np.array(statistics.get("mask", np.ones_like(low, dtype=bool)))
         return np.where(mask, 0.5 * (actions_BA + 1) * (high - low) + low, actions_BA)
 
-    def predict_actions(
-        self, images, instructions: List[str], unnorm_key: Optional[str] = None, on_early_stop: str = "raise"
-    ) -> np.ndarray:
-        """Actions [B, A] float64 for uint8 images [B, H, W, 3] (or a list) and instructions, as the official predict_action.
-
-        A row that ends early is an error (EarlyStop); with on_early_stop="center" it takes the middle of every missing dimension,
-        with "nan" it is not a number throughout, so that the other rows keep their result.
-        """
+    def predict_actions(self, images, instructions: List[str], unnorm_key: Optional[str] = None) -> np.ndarray:
+        """Actions [B, A] float64 for uint8 images [B, H, W, 3] (or a list) and instructions. EarlyStop when a row ends early."""
         from vlakeep.data.prompts import encode_prompts
 
         samples = [Sample(image, text) for image, text in zip(images, instructions)]
-        return self.predict_batch(encode_prompts(samples, self.processor), unnorm_key, on_early_stop)
+        return self.predict_batch(encode_prompts(samples, self.processor), unnorm_key)
 
-    def predict_batch(self, batch: Batch, unnorm_key: Optional[str] = None, on_early_stop: str = "raise") -> np.ndarray:
+    def predict_batch(self, batch: Batch, unnorm_key: Optional[str] = None) -> np.ndarray:
         """predict_actions on encoded action prompts."""
-        if on_early_stop not in ("raise", "center", "nan"):
-            raise ValueError(f"on_early_stop {on_early_stop!r}: must be raise, center or nan")
-        size = len(self.action_statistics(unnorm_key)["q01"])
-        ids_BA, ended_B = self.generate(batch, size, stop_at_eos=True)
-        ids_BA = ids_BA.cpu().numpy()
+        actions_BA, early_B = self.attempt_batch(batch, unnorm_key)
+        if early_B.any():
+            raise EarlyStop(f"row {int(np.flatnonzero(early_B)[0])} ended before all {actions_BA.shape[1]} action tokens were out: the "
+                            "model does not speak actions for this prompt; fine-tune it on action data first")
+        return actions_BA
+
+    def attempt_batch(self, batch: Batch, unnorm_key: Optional[str] = None) -> Tuple[np.ndarray, np.ndarray]:
+        """(actions [B, A] float64, bool [B]: which rows ended early) for encoded action prompts, as the official predict_action.
+
+        That takes the last A tokens of prompt and answer together, whatever they are: the action of a row that ends early is made
+        of the prompt's tail, what was said, and the end token.
+        """
+        size = self.action_dim(unnorm_key)
+        ids_BA, _ = self.generate(batch, size, stop_at_eos=True)
+        ids_BA, prompts_BL = ids_BA.cpu().numpy(), batch.input_ids.cpu().numpy()
+        end_BA = ids_BA == self.processor.tokenizer.eos_token_id
+        for row in np.flatnonzero(end_BA.any(1)):
+            prompt = prompts_BL[row, :int(batch.attention_mask[row].sum())]
+            ids_BA[row] = np.r_[prompt, ids_BA[row, :end_BA[row].argmax() + 1]][-size:]
         actions_BA = self.processor.action_tokenizer.decode(ids_BA)
-        if bool(ended_B.any()):
-            eos = self.processor.tokenizer.eos_token_id
-            after_BA = np.cumsum(ids_BA == eos, axis=1) > 0
-            if on_early_stop == "raise":
-                row = int(np.flatnonzero(after_BA.any(1))[0])
-                raise EarlyStop(
-                    f"row {row} ended after {int((~after_BA[row]).sum())} of {size} action tokens: the model does not speak "
-                    "actions for this prompt; fine-tune it on action data first, or pass on_early_stop='center'"
-                )
-            gone_BA = after_BA if on_early_stop == "center" else after_BA.any(1, keepdims=True)
-            actions_BA = np.where(gone_BA, 0.0 if on_early_stop == "center" else np.nan, actions_BA)
-        return self.unnormalise(actions_BA, unnorm_key)
+        return self.unnormalise(actions_BA, unnorm_key), end_BA.any(1)
 
 
 def _refuse_unusable(settings, device: torch.device) -> None:

@@ -3,7 +3,7 @@
 Whatever can be refused before work is lost raises; what shows only in results is returned as text and goes into the summary.
 """
 
-from typing import Dict, List
+from typing import Dict, List, Sequence
 
 import numpy as np
 import torch
@@ -48,9 +48,11 @@ class ActionWatch:
         self._low, self._high = np.array(statistics["q01"], dtype=float), np.array(statistics["q99"], dtype=float)
         self._scaled = np.array(statistics.get("mask", np.ones(len(self._low))), dtype=bool) & (self._high > self._low)
         self._distinct: Dict[bytes, int] = {}
-        self._at_end, self._count = np.zeros(len(self._low)), 0
+        self._at_end, self._count, self._early = np.zeros(len(self._low)), 0, 0
 
-    def add(self, actions_NA: np.ndarray) -> None:
+    def add(self, actions_NA: np.ndarray, early_N: Sequence[bool] = ()) -> None:
+        """early_N: bool, whether the answer ended before all action tokens were out."""
+        self._early += int(np.sum(early_N))
         for action_A in np.asarray(actions_NA, dtype=float):
             if not np.isfinite(action_A).all():
                 continue
@@ -65,6 +67,9 @@ class ActionWatch:
         if self._count < SEEN_AT_LEAST:
             return []
         found = []
+        if self._early:
+            found.append(f"{self._early} of {self._count} answers ended before all action tokens were out: the model no longer speaks "
+                         "actions there; as in the official code, the end of the prompt stood in for what was missing")
         share = max(self._distinct.values()) / self._count
         if share > 0.5 or len(self._distinct) <= 0.01 * self._count:
             found.append(f"the policy has collapsed: {len(self._distinct)} different actions in {self._count} steps, one of them in "

@@ -20,11 +20,14 @@ from vlakeep.benchmarks.records import Records, summarise
 SPLITS = {"probe": 100_000, "heldout": 200_000}
 SPLIT_SIZE = 100_000
 SEED = 0  # the official script seeds its environments with it
-_NOT_FINITE = "ValueError: the policy gave an action that is not finite, or ended its answer before all action tokens were out"
+_NOT_FINITE = "ValueError: the policy gave an action that is not finite"
 
 
 class FixedBatch:
-    """A policy that is always asked for `rows` + 1 pictures, the last with the longest instruction: every call has one shape."""
+    """A policy that is always asked for `rows` + 1 pictures, the last with the longest instruction: every call has one shape.
+
+    policy(images, instructions, count) -> actions, of which the first `count` are used.
+    """
 
     def __init__(self, policy: Callable, rows: int, longest: str):
         self._policy, self._rows, self._longest = policy, rows, longest
@@ -47,7 +50,7 @@ class FixedBatch:
     def _ask(self, part: List[Seen]) -> List[np.ndarray]:
         fill = self._rows + 1 - len(part)
         images = np.stack([s.image for s in part] + [np.zeros_like(part[0].image)] * fill)
-        return list(self._policy(images, [s.instruction for s in part] + [self._longest] * fill)[:len(part)])
+        return list(self._policy(images, [s.instruction for s in part] + [self._longest] * fill, len(part))[:len(part)])
 
 
 def stage_options(argv: List[str], defaults: Dict[str, str],
