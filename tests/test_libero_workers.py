@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import os
 import time
 from pathlib import Path
@@ -17,6 +18,8 @@ from vlakeep.benchmarks.libero_env import to_simulator
 from vlakeep.benchmarks.libero_record import Demo, Manner, disturbances, without_no_ops
 from vlakeep.benchmarks.libero_scene import Boxes, clearance, rotation_about, separation
 from vlakeep.benchmarks.libero_workers import Job, Seen, Workers
+from vlakeep.config import BackboneConfig, Config
+from vlakeep.storage import Storage
 
 
 class Counter:
@@ -256,6 +259,21 @@ def test_data_of_another_renderer_are_named():
     assert libero_setup.mixed_renderers({"mine": "3.17.0"}, found) == []
     lines = libero_setup.mixed_renderers({"mine": "3.17.0", "older": "3.3.7", "official": None}, found)
     assert len(lines) == 2 and "older was rendered with mujoco 3.3.7" in lines[0] and "official was rendered with mujoco 2.3.7" in lines[1]
+
+
+def test_a_base_model_of_another_renderer_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(libero_setup, "versions", lambda: {"mujoco": "3.17.0"})
+    model = tmp_path / "hf_cache" / "mine"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    config = Config(backbone=BackboneConfig(checkpoint="mine"), root=str(tmp_path))
+    storage = Storage.from_config(config)
+    line, = evaluate.renderer_alarm(config, storage, "libero_object_no_noops")
+    assert "libero_object_no_noops was rendered with mujoco 2.3.7" in line
+    assert evaluate.renderer_alarm(config, storage, "libero_object") == []
+    for version, count in (("3.17.0", 0), ("3.3.7", 1)):
+        (model / "PROVENANCE.json").write_text(json.dumps({"renderers": {"libero_object_expert": version}}))
+        assert len(evaluate.renderer_alarm(config, storage, "libero_object")) == count
 
 
 def test_tasks_are_listed_suite_by_suite():

@@ -38,7 +38,7 @@ from vlakeep.icsm.collect import pooled_states
 from vlakeep.parallel import pick_device, set_threads
 from vlakeep.probe.batches import prompt_batches
 from vlakeep.probe.probe_set import ProbeSet
-from vlakeep.storage import Storage, atomic_write
+from vlakeep.storage import Storage, atomic_write, find_checkpoint
 from vlakeep.target import load_manifest, read_action_statistics, target_checkpoint
 from vlakeep.thermostat.drift import covariance, covariance_drift
 
@@ -156,7 +156,7 @@ def run_evaluation(config: Config, storage: Storage) -> Path:
     with Records(folder / "records.jsonl", header) as records:
         drift = drift_of(backbone, config, storage, required=not in_libero)  # first, while a bad probe costs nothing yet
         if in_libero:
-            alarms = crop_alarm(config, storage, settings) + renderer_alarm(config, storage)
+            alarms = crop_alarm(config, storage, settings) + renderer_alarm(config, storage, key)
             for suite in [settings.benchmark, *settings.other_suites]:
                 alarms += run_libero(backbone, config, of_suite(settings, suite), storage, records, folder, name)
             if probe:
@@ -267,16 +267,19 @@ def crop_alarm(config: Config, storage: Storage, settings) -> List[str]:
             f"--evaluate.center_crop {'true' if trained else 'false'} fits it"]
 
 
-def renderer_alarm(config: Config, storage: Storage) -> List[str]:
-    """One line per LIBERO data set of the run that another version of mujoco has rendered; libero-demos notes its own."""
+def renderer_alarm(config: Config, storage: Storage, key: str) -> List[str]:
+    """One line per LIBERO data set that the target has learned from and that another version of mujoco has rendered.
+
+    Of a base model pretrain-libero has noted it; one whose action statistics (`key`) are named as the official data was made from them.
+    """
     path = storage.runs / config.evaluate.target / "config.yaml"
-    if not path.is_file():
-        return []
-    made: Dict[str, Optional[str]] = {}
-    for name in (yaml.safe_load(path.read_text()).get("data") or {}).get("datasets") or []:
-        notes = storage.data / name / "demos.json"
-        if name.startswith("libero"):
-            made[name] = json.loads(notes.read_text())["versions"].get("mujoco") if notes.is_file() else None
+    if path.is_file():
+        names = (yaml.safe_load(path.read_text()).get("data") or {}).get("datasets") or []
+        made = {name: libero_setup.rendered_with(storage.data / name) for name in names if name.startswith("libero")}
+    else:
+        notes = find_checkpoint(config.backbone.checkpoint, storage.cache) / "PROVENANCE.json"
+        noted = json.loads(notes.read_text()).get("renderers") if notes.is_file() else None
+        made = noted or ({key: None} if key.startswith("libero") and key.endswith("_no_noops") else {})
     return libero_setup.mixed_renderers(made, libero_setup.versions())
 
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from vlakeep.backbones.pretraining import fit, new_model, options, save
 from vlakeep.benchmarks.libero_env import SUITES, load_suite
-from vlakeep.benchmarks.libero_setup import require_libero
+from vlakeep.benchmarks.libero_setup import rendered_with, require_libero
 from vlakeep.config import config_from_argv
 from vlakeep.data.formats import open_datasets
 from vlakeep.data.images import resize_uint8
@@ -68,7 +68,9 @@ def main(argv: List[str]) -> int:
     backbone.norm_stats = {args.key: statistics}
     trained = fit(backbone, processor, samples, Windows(images, args.image), args, args.share)
     command = "vlakeep pretrain-libero " + " ".join(argv).replace(str(args.out), "OUT").replace(str(args.root), "ROOT")
-    save(backbone, args, command, trained, samples=len(samples), data=args.data.split(","))
+    names = args.data.split(",")
+    save(backbone, args, command, trained, samples=len(samples), data=names,
+         renderers={name: rendered_with(storage.data / name) for name in names})
     return 0
 
 

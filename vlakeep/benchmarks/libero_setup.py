@@ -8,6 +8,7 @@ import ctypes.util
 import importlib.metadata
 import importlib.util
 import io
+import json
 import os
 import sys
 from pathlib import Path
@@ -112,6 +113,12 @@ def versions() -> Dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
+
+
+def rendered_with(folder: Path) -> Optional[str]:
+    """Version of mujoco that rendered a data set; None for one that libero-demos has not made."""
+    notes = folder / "demos.json"
+    return json.loads(notes.read_text())["versions"].get("mujoco") if notes.is_file() else None
 
 
 def mixed_renderers(data: Dict[str, Optional[str]], found: Dict[str, str]) -> List[str]:
