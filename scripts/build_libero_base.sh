@@ -10,4 +10,4 @@ run vlakeep libero-demos --suite "$suite" --demos 30 --first 1000 --noise 0.3 --
 run vlakeep libero-demos --suite "$suite" --demos 30 --first 2000 --noise 0.2 --approach side --workers "$workers"
 run vlakeep libero-vqa --suite "$suite" --items 2000 --questions_per_scene 4 --workers "$workers" --probe.name "${suite}_pretraining"
 run vlakeep pretrain-libero --data "${suite}_expert_side_noise0_3,${suite}_expert_side_noise0_2" --questions "${suite}_pretraining" --key "$suite" \
-  --out "$root/hf_cache/$suite-base" --patch 16 --minutes "$minutes"
+  --out "$root/hf_cache/$suite-base" --patch 16 --compile --minutes "$minutes"

@@ -19,7 +19,7 @@ from vlakeep.benchmarks.libero_env import IDLE, MAX_STEPS, LiberoEnv, blind, loa
 from vlakeep.benchmarks.libero_expert import Expert, NotCovered, goals
 from vlakeep.benchmarks.libero_play import evaluate_episode
 from vlakeep.benchmarks.libero_questions import look, questions
-from vlakeep.benchmarks.libero_record import Demo, Manner, record
+from vlakeep.benchmarks.libero_record import Demo, Manner, record, render
 from vlakeep.benchmarks.libero_scene import Scene
 from vlakeep.benchmarks.libero_view import noun_of, owners, pixels_alone, segment
 from vlakeep.benchmarks.libero_workers import Job, Workers
@@ -205,6 +205,26 @@ def test_noisy_demonstrations_hold_what_was_meant_and_replay_what_was_done():
     env.close()
 
 
+def test_states_of_another_processor_are_followed_and_those_of_another_simulator_refused(tmp_path):
+    env = LiberoEnv("libero_object", 0, resolution=32)
+    job = Job("libero_object", 0, 1000, 0, limit=280, source=str(tmp_path / "states.npz"), target=str(tmp_path / "pictures.npz"))
+    demo = next_result(record(env, job))
+
+    def shown(states):
+        demo._replace(states=states).save(tmp_path / "states.npz")
+        next_result(render(env, job))
+        assert np.array_equal(env.state(), states[-1])
+        with np.load(tmp_path / "pictures.npz") as file:
+            return file["agentview_image"].astype(int)
+
+    last_bits = np.random.default_rng(0).normal(scale=1e-9, size=demo.states.shape)
+    difference = shown(demo.states + last_bits) - shown(demo.states)
+    assert (difference != 0).mean() < 1e-3 and np.abs(difference).max() <= 8
+    with pytest.raises(ValueError, match="does not replay .step 40 leads elsewhere"):
+        shown(demo.states + 0.1 * (np.arange(len(demo.states)) >= 40)[:, None])
+    env.close()
+
+
 def test_questions_are_answered_as_the_turned_picture_shows_it():
     """Left and front from the table's own coordinates: the camera looks along -x, and in the turned picture +y is on the left."""
     env = LiberoEnv("libero_object", 0)
@@ -319,9 +339,9 @@ def test_one_command_evaluates_a_suite_resumes_and_is_read_by_the_report(tmp_pat
     from vlakeep.data.sample import Sample
     from vlakeep.probe.probe_set import write_probe
 
-    def act(backbone, images, instructions, key):
-        assert images.shape == (3, 224, 224, 3) and key == "tabletop"
-        return np.tile([0.0, 0, 0, 0, 0, 0, 1.0], (3, 1)), np.zeros(3, bool)
+    def act(backbone, images, instructions, key, width):
+        assert images.shape == (2, 224, 224, 3) and key == "tabletop" and width > 20
+        return np.tile([0.0, 0, 0, 0, 0, 0, 1.0], (2, 1)), np.zeros(2, bool)
 
     monkeypatch.setattr(evaluate, "attempt_actions", act)
     monkeypatch.setitem(libero.MAX_STEPS, "libero_object", 3)

@@ -106,14 +106,14 @@ def test_the_policy_is_always_asked_in_one_shape_and_rows_keep_their_errors():
     shapes = []
 
     def policy(images, instructions, count):
-        shapes.append((images.shape, instructions[-1]))
+        shapes.append((images.shape, len(instructions)))
         if any(image.max() == 7 for image in images):
             raise ValueError("seven")
         return np.where(images.reshape(len(images), -1)[:, :1] == 9, np.nan, 1.0) * np.ones((1, 7))
 
     seen = [Seen(np.full((2, 2, 3), value, np.uint8), "short") for value in (1, 7, 9, 4)]
-    found = FixedBatch(policy, 3, "a longer instruction")(None, seen)
-    assert set(shapes) == {((4, 2, 2, 3), "a longer instruction")}
+    found = FixedBatch(policy, 3)(None, seen)
+    assert set(shapes) == {((3, 2, 2, 3), 3)}
     assert found[1] == "ValueError: seven" and "not finite" in found[2]
     assert np.array_equal(found[0], np.ones(7)) and np.array_equal(found[3], np.ones(7))
 
@@ -121,7 +121,7 @@ def test_the_policy_is_always_asked_in_one_shape_and_rows_keep_their_errors():
 def test_the_model_gives_a_row_the_same_numbers_whoever_else_is_in_its_batch():
     """To the bit, for one shape of the batch: what FixedBatch relies on."""
     from vlakeep.backbones.base import make_backbone
-    from vlakeep.data.prompts import encode_prompts
+    from vlakeep.data.prompts import encode_prompts, whole_prompt
     from vlakeep.data.sample import Sample
 
     backbone = make_backbone("tabletop-base")
@@ -129,8 +129,10 @@ def test_the_model_gives_a_row_the_same_numbers_whoever_else_is_in_its_batch():
     samples = [Sample(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8), text) for text in
                ("pick the red cube", "tap the blue ball", "reach the green cube", "place the red cube on the tray")]
 
+    width = len(whole_prompt(samples[3], backbone.processor))
+
     def logits(order):
-        batch = encode_prompts([samples[i] for i in order] + [samples[3]], backbone.processor)
+        batch = encode_prompts([samples[i] for i in order], backbone.processor, width)
         ids, _ = backbone.generate(batch, max_new_tokens=7, stop_at_eos=False)
         return {i: row for i, row in zip(order, backbone.log_probabilities_of_continuation(batch, ids))}
 

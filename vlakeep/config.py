@@ -218,9 +218,9 @@ class EvaluateConfig:
     probe: Optional[str] = None
     # LIBERO: simulator processes with one environment each. Results do not depend on how many there are.
     workers: int = 1
-    # LIBERO: episodes in a policy batch, which is always filled up to this many: the last bits of a model's output depend on the
-    # shape of its batch, and an episode must not depend on how many others happen to run beside it.
-    batch: int = 8
+    # LIBERO: rows of the policy's batch, which is always filled up to this many: the last bits of a model's output depend on the
+    # shape of its batch, and an episode must not depend on how many others happen to run beside it. Half of the workers is best.
+    batch: int = 4
     # LIBERO: cut the central 90 % of the picture, as for models trained with crops; None follows data.image_aug.
     center_crop: Optional[bool] = None
     # LIBERO: how many episodes of each task are kept as videos (the first ones).

@@ -30,7 +30,7 @@ from vlakeep.config import Config, EvaluateConfig, config_from_argv, to_dict
 from vlakeep.data.dataset import Conventions
 from vlakeep.data.formats import open_datasets
 from vlakeep.data.images import center_crop
-from vlakeep.data.prompts import action_prompt, encode_prompts, prompt_ids
+from vlakeep.data.prompts import encode_prompts, whole_prompt
 from vlakeep.data.sample import Sample
 from vlakeep.data.statistics import unnormalise
 from vlakeep.icsm.artifact import default_layers, layer_map
@@ -84,11 +84,11 @@ class ActionPolicy:
         return actions_NA
 
 
-def attempt_actions(backbone, images, instructions, unnorm_key) -> Tuple[np.ndarray, np.ndarray]:
+def attempt_actions(backbone, images, instructions, unnorm_key, width: int = 0) -> Tuple[np.ndarray, np.ndarray]:
     """(actions [N, A], bool [N]: whether the answer ended early), no row of which is an error: a policy that no longer speaks actions
-    fails as it would on a robot."""
+    fails as it would on a robot. width: tokens that prompts are padded to at least."""
     samples = [Sample(image, text) for image, text in zip(images, instructions)]
-    return backbone.attempt_batch(encode_prompts(samples, backbone.processor), unnorm_key)
+    return backbone.attempt_batch(encode_prompts(samples, backbone.processor, width), unnorm_key)
 
 
 @torch.inference_mode()
@@ -146,6 +146,7 @@ def run_evaluation(config: Config, storage: Storage) -> Path:
     backbone, name, weights = load_target(config, storage, pick_device(config.device))
     key = config.backbone.unnorm_key
     if in_libero:
+        libero.say_idle_rows(settings)
         key = libero.pick_key(settings.benchmark, key, backbone.norm_stats, own_key(backbone, settings.benchmark))
         backbone.unnorm_key = key
         name += "-blank" if settings.blank else ""
@@ -206,7 +207,7 @@ def run_replay(config: Config, settings, storage: Storage, started: float) -> Pa
 
 def demonstrations(datasets, suite: str, tasks: List[int], count: int) -> Dict[str, List[np.ndarray]]:
     """Instruction -> actions [T, 7] of up to `count` demonstrations. FileNotFoundError names the instructions without one."""
-    wanted = [libero.load_suite(suite).get_task(task).language for task in tasks]
+    wanted = libero.instructions(suite, tasks)
     found: Dict[str, List[np.ndarray]] = {language: [] for language in wanted}
     for dataset in datasets:
         for episode, language in enumerate(dataset.languages):
@@ -326,15 +327,13 @@ def run_libero(backbone, config: Config, settings, storage: Storage, records: Re
 
     def policy(images, instructions, count):
         images = np.full_like(images, GREY) if settings.blank else images
-        actions_NA, early_N = attempt_actions(backbone, images, instructions, key)
+        actions_NA, early_N = attempt_actions(backbone, images, instructions, key, width)
         watch.add(actions_NA[:count], early_N[:count])
         return actions_NA
 
-    def length(instruction):
-        return len(prompt_ids(action_prompt(instruction), backbone.processor.tokenizer))
-
-    tasks = libero.pick_tasks(settings.benchmark, settings.skills)
-    ask = libero.FixedBatch(policy, settings.batch, libero.longest_instruction(settings.benchmark, tasks, length))
+    spoken = libero.instructions(settings.benchmark, libero.pick_tasks(settings.benchmark, settings.skills))
+    width = max(len(whole_prompt(Sample(None, text), backbone.processor)) for text in spoken)
+    ask = libero.FixedBatch(policy, settings.batch)
 
     def act(jobs, seen):
         answers = ask(jobs, seen)

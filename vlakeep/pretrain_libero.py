@@ -3,7 +3,7 @@
     vlakeep libero-demos --suite libero_object --demos 60 --workers 16 --noise 0.3 --approach side
     vlakeep libero-vqa --suite libero_object --items 2000 --questions_per_scene 4 --workers 16 --probe.name questions
     vlakeep pretrain-libero --data libero_object_expert_side_noise0_3 --questions questions --key libero_object \\
-                            --out $VLAKEEP_ROOT/hf_cache/libero_object-base --patch 16 --minutes 8                  (one GPU)
+                            --out $VLAKEEP_ROOT/hf_cache/libero_object-base --patch 16 --compile --minutes 8        (one GPU)
 
 scripts/build_libero_base.sh runs these, with two sets of demonstrations. All parameters are trained on the demonstrations'
 actions and, with --questions, on the questions of probes. Pictures are those of the evaluation (official size, then the
@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from vlakeep.backbones.pretraining import fit, new_model, options, save
-from vlakeep.benchmarks.libero_env import SUITES, load_suite
+from vlakeep.benchmarks.libero import SUITES, instructions, load_suite
 from vlakeep.benchmarks.libero_setup import rendered_with, require_libero
 from vlakeep.config import config_from_argv
 from vlakeep.data.formats import open_datasets
@@ -62,7 +62,9 @@ def main(argv: List[str]) -> int:
         samples += more
     images = torch.from_numpy(np.concatenate(frames)).to(args.device)
     print(f"{len(samples):,} samples, {sum(sample.question for sample in samples):,} of them questions")
-    corpus = sorted({text for sample in samples for text in (sample.instruction, sample.answer or "")} | set(instructions()))
+    # The instructions of every suite, so that fine-tuning on another one finds its words in the vocabulary.
+    spoken = {text for suite in SUITES for text in instructions(suite, range(load_suite(suite).n_tasks))}
+    corpus = sorted({text for sample in samples for text in (sample.instruction, sample.answer or "")} | spoken)
     words = sorted({word for text in corpus for word in text.replace("?", "").replace(",", "").split()})
     backbone, processor = new_model(args, corpus, words, args.image, "small")
     backbone.norm_stats = {args.key: statistics}
@@ -72,11 +74,6 @@ def main(argv: List[str]) -> int:
     save(backbone, args, command, trained, samples=len(samples), data=names,
          renderers={name: rendered_with(storage.data / name) for name in names})
     return 0
-
-
-def instructions() -> List[str]:
-    """Those of every suite, so that fine-tuning on another one finds its words in the vocabulary."""
-    return [load_suite(name).get_task(task).language for name in SUITES for task in range(load_suite(name).n_tasks)]
 
 
 def stored_side(image: int) -> int:

@@ -4,6 +4,7 @@ An episode is a function of (task, initial state, seed) and of the policy: neith
 """
 
 import re
+import sys
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -24,13 +25,13 @@ _NOT_FINITE = "ValueError: the policy gave an action that is not finite"
 
 
 class FixedBatch:
-    """A policy that is always asked for `rows` + 1 pictures, the last with the longest instruction: every call has one shape.
+    """A policy that is always asked for `rows` pictures: every call has one shape.
 
-    policy(images, instructions, count) -> actions, of which the first `count` are used.
+    policy(images, instructions, count) -> actions, of which the first `count` are used. It pads instructions to one length.
     """
 
-    def __init__(self, policy: Callable, rows: int, longest: str):
-        self._policy, self._rows, self._longest = policy, rows, longest
+    def __init__(self, policy: Callable, rows: int):
+        self._policy, self._rows = policy, rows
 
     def __call__(self, jobs: Sequence[Job], seen: Sequence[Seen]) -> List:
         """Per job its action, or the text of an error."""
@@ -48,9 +49,9 @@ class FixedBatch:
         return [a if isinstance(a, str) or np.isfinite(a).all() else _NOT_FINITE for a in answers]
 
     def _ask(self, part: List[Seen]) -> List[np.ndarray]:
-        fill = self._rows + 1 - len(part)
+        fill = self._rows - len(part)
         images = np.stack([s.image for s in part] + [np.zeros_like(part[0].image)] * fill)
-        return list(self._policy(images, [s.instruction for s in part] + [self._longest] * fill, len(part))[:len(part)])
+        return list(self._policy(images, [s.instruction for s in part] + [part[0].instruction] * fill, len(part))[:len(part)])
 
 
 def stage_options(argv: List[str], defaults: Dict[str, str],
@@ -112,9 +113,18 @@ def check(settings) -> None:
     pick_tasks(settings.benchmark, settings.skills)
 
 
-def longest_instruction(suite: str, tasks: Sequence[int], length: Callable[[str], int] = len) -> str:
+def say_idle_rows(settings) -> None:
+    """A line on stderr when the policy's batch is larger than what the workers fill."""
+    filled = -(-settings.workers // 2)
+    if settings.batch > filled:
+        print(f"--evaluate.batch {settings.batch} with {settings.workers} workers: the policy is asked as soon as half of the workers "
+              f"wait, so most of its calls use {filled} of {settings.batch} rows. --evaluate.batch {filled} does the same with less "
+              "work; take one size for all models that are compared", file=sys.stderr)
+
+
+def instructions(suite: str, tasks: Sequence[int]) -> List[str]:
     found = load_suite(suite)
-    return max((found.get_task(task).language for task in tasks), key=length)
+    return [found.get_task(task).language for task in tasks]
 
 
 class Replay:

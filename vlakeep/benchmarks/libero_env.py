@@ -208,5 +208,15 @@ class LiberoEnv:
         """float64 [S]: time, positions and velocities of everything that moves. Fixture positions are not in it."""
         return self.control.get_sim_state()
 
+    @property
+    def positions(self) -> slice:
+        """Where positions and joint angles stand in a state."""
+        return slice(1, 1 + self.control.sim.model.nq)
+
+    def put(self, state_S: np.ndarray) -> None:
+        """Make `state` (of this scene) the current one; what is seen next is what the next step gives."""
+        self.control.sim.set_state_from_flattened(state_S)
+        self.control.sim.forward()
+
     def close(self) -> None:
         self.control.close()

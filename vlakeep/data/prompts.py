@@ -129,8 +129,8 @@ def encode(sample: Sample, processor) -> Dict[str, torch.Tensor]:
     }
 
 
-def _pad(rows: Sequence, value: int) -> torch.Tensor:
-    longest = max(len(row) for row in rows)
+def _pad(rows: Sequence, value: int, width: int = 0) -> torch.Tensor:
+    longest = max(width, *(len(row) for row in rows))
     if longest > MAX_LENGTH:  # the official collator cuts here, which would cut the labels off and leave a loss of NaN
         raise ValueError(f"a prompt of {longest} tokens is longer than the model's {MAX_LENGTH}; shorten its instruction")
     padded = torch.full((len(rows), longest), value, dtype=torch.int64)
@@ -139,11 +139,11 @@ def _pad(rows: Sequence, value: int) -> torch.Tensor:
     return padded
 
 
-def _batch(ids: Sequence, labels: Sequence, pixel_values: torch.Tensor, names: List[str], pad_id: int) -> Batch:
-    input_ids_BL = _pad(ids, pad_id)
+def _batch(ids: Sequence, labels: Sequence, pixel_values: torch.Tensor, names: List[str], pad_id: int, width: int = 0) -> Batch:
+    input_ids_BL = _pad(ids, pad_id, width)
     length_B = torch.tensor([len(row) for row in ids])
     mask_BL = torch.arange(input_ids_BL.shape[1])[None, :] < length_B[:, None]
-    return Batch(input_ids_BL, mask_BL, _pad(labels, IGNORE_INDEX), pixel_values, names)
+    return Batch(input_ids_BL, mask_BL, _pad(labels, IGNORE_INDEX, width), pixel_values, names)
 
 
 def collate(encoded: List[dict], pad_id: int) -> Batch:
@@ -167,15 +167,20 @@ def encode_batch(samples: List[Sample], processor) -> Batch:
                   [sample.dataset for sample in samples], processor.pad_token_id)
 
 
-def encode_prompts(samples: List[Sample], processor) -> Batch:
-    """Batch of prompts without targets (labels all IGNORE_INDEX), for evaluation and probes.
+def whole_prompt(sample: Sample, processor) -> List[int]:
+    """Token ids of what the model has seen before the first target token: an action prompt ends in "Out:" and the empty token that
+    the official predict_action appends, a question ends in "Out:" because its answer brings its own leading space."""
+    return prompt_ids(prompt_text(sample), processor.tokenizer) + ([] if sample.question else [processor.empty_token_id])
 
-    Every row is what the model has seen before the first target token: an action prompt ends in "Out:" and the empty token that
-    the official predict_action appends, a question ends in "Out:" because its answer brings its own leading space.
+
+def encode_prompts(samples: List[Sample], processor, width: int = 0) -> Batch:
+    """Batch of prompts (whole_prompt) without targets (labels all IGNORE_INDEX), for evaluation and probes.
+
+    width: tokens that rows are padded to at least, so that batches of other instructions have the same shape.
     """
     if not samples:
         raise ValueError("encode_prompts needs at least one sample")
-    rows = [prompt_ids(prompt_text(s), processor.tokenizer) + ([] if s.question else [processor.empty_token_id]) for s in samples]
+    rows = [whole_prompt(sample, processor) for sample in samples]
     pixel_values = torch.as_tensor(processor.image_processor([sample.image for sample in samples]))
     return _batch(rows, [[IGNORE_INDEX] * len(row) for row in rows], pixel_values,
-                  [sample.dataset for sample in samples], processor.pad_token_id)
+                  [sample.dataset for sample in samples], processor.pad_token_id, width)
