@@ -13,7 +13,7 @@ from vlakeep.config import known_keys
 # Options that are not configuration keys: of vlakeep's stages, of the scripts, and of other programs in the examples.
 OWN = set("config help version gpus stage large_file_gb runs out title seconds tokenizer minutes frames device suite demos tasks workers "
           "per_worker resolution first noise format camera items questions_per_scene split tarball openvla_dir checkpoint dtype "
-          "approach patch key "
+          "approach patch key compile "
           "questions data episodes steps".split())
 OTHER = {"standalone", "nproc-per-node", "local-dir"}
 TEXTS = [*DOCUMENTS, *sorted((REPO / "configs").rglob("*.yaml")), *sorted(p for p in (REPO / "scripts").iterdir() if p.is_file())]

@@ -277,6 +277,20 @@ def test_less_forgetting_by_less_learning_is_not_a_win(tmp_path):
     assert "but learns less" in words.headline(comparison) and "but not at matched success" in said(comparison, "method")
 
 
+def test_a_few_episodes_match_nothing(tmp_path):
+    """Two episodes are within noise of any others; that is no matched success."""
+    comparison = compare(make(tmp_path))
+    for name in ("baseline", "method_lora_input"):
+        trials = next(found for (kind, _), found in comparison.arms[name].trials.items() if kind == "skill")
+        for trial in sorted(trials)[2:]:
+            del trials[trial]
+    found = {o.arm.name: o for o in words.outcomes(comparison)}["method_lora_input"]
+    assert (found.success, found.verdict) == ("unclear", "unclear") and found.new.low < -0.2
+    assert "too few episodes" in words.headline(comparison) and "success may not match" in differences_html(comparison)
+    text = said(comparison, "method_lora_input")
+    assert "which is no match" in text and "not known whether at matched success" in text and "回合太少" in words.summary_zh(comparison)
+
+
 def test_equal_arms_are_within_noise(tmp_path):
     rates = {"base": RATES["base"], "baseline": RATES["baseline"], "method": RATES["baseline"]}
     comparison = compare(make(tmp_path, rates, evals={"method": {"like": "baseline"}}))

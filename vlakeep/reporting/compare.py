@@ -35,6 +35,10 @@ ARM_KEYS = (
     "data.workers",
 )
 
+# Success counts as matched when the interval of the difference excludes that it is lower by more than this share. A difference
+# within noise is no match by itself: that of two episodes always is.
+MATCHED = 0.2
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -195,11 +199,14 @@ class Comparison:
         return arm.trials.get((kind, name), {})
 
     def matched(self, arm: Arm) -> Tuple[str, Difference]:
-        """Is forgetting comparable with the baseline's? matched or higher: yes; lower: it learned less; unknown: no pairing."""
+        """Is forgetting comparable with the baseline's? matched or higher: yes; lower: it learned less; unclear: too few trials
+        to exclude that it learned much less (MATCHED); unknown: no pairing."""
         if "baseline" not in self.arms:
             return "unknown", Difference("absent", note="no baseline in this report")
         d = self.difference(arm, self.arms["baseline"], "new")
-        return {"noise": "matched", "better": "higher", "worse": "lower"}.get(d.verdict, "unknown"), d
+        if d.verdict == "noise":
+            return "matched" if d.low >= -MATCHED else "unclear", d
+        return {"better": "higher", "worse": "lower"}.get(d.verdict, "unknown"), d
 
 
 def pair(one: Trials, two: Trials) -> Tuple[List[Tuple[float, float]], int, str]:

@@ -185,8 +185,9 @@ def differences_html(comparison: Comparison) -> str:
         return ""
 
     def title(arm: Arm, reference: Arm) -> str:
-        unmatched = reference.name == "baseline" and comparison.matched(arm)[0] == "lower"
-        flag = '<span class="badge worse">success not matched</span>' if unmatched else ""
+        state = comparison.matched(arm)[0] if reference.name == "baseline" else ""
+        flag = {"lower": '<span class="badge worse">success not matched</span>',
+                "unclear": '<span class="badge worse">success may not match</span>'}.get(state, "")
         return f'<th scope="col">{chip(arm)}<small>minus {escape(reference.label)}</small>{flag}</th>'
 
     head = '<tr><th scope="col">Measure</th>' + "".join(title(arm, reference) for arm, reference in pairs) + "</tr>"

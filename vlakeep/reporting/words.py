@@ -54,9 +54,12 @@ def _percent(value: Value) -> str:
     return f"{number(value.mean, 'percent')}{NBSP}%"
 
 
+NOT_MATCHED = {"lower": ", but not at matched success", "unclear": ", but it is not known whether at matched success"}
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """Where a method arm stands against the baseline: success (matched, higher, lower, unknown) and retention (verdict)."""
+    """Where a method arm stands against the baseline: success (as Comparison.matched) and retention (verdict)."""
 
     arm: Arm
     success: str
@@ -66,14 +69,14 @@ class Outcome:
 
     @property
     def verdict(self) -> str:
-        """wins, ties, trades (keeps more but learned less), harms, failed, unknown."""
+        """wins, ties, trades (keeps more but learned less), unclear (keeps more, may have learned less), harms, failed, unknown."""
         if self.arm.status == "failed":
             return "failed"
         if self.success == "unknown" or self.retention in ("unpaired", "absent"):
             return "unknown"
         if self.success == "lower":
             return "trades" if self.retention == "better" else "harms"
-        return {"better": "wins", "worse": "harms"}.get(self.retention, "ties")
+        return {"better": "unclear" if self.success == "unclear" else "wins", "worse": "harms"}.get(self.retention, "ties")
 
 
 def outcomes(comparison: Comparison) -> List[Outcome]:
@@ -109,6 +112,7 @@ def headline(comparison: Comparison) -> str:
         )
     for verdict, text in (
         ("trades", "keep{s} more but learn{s} less of the new skill"),
+        ("unclear", "keep{s} more than plain LoRA, but too few episodes show how much of the new skill was learned"),
         ("harms", "{is_} worse than plain LoRA"),
         ("ties", "{is_} within noise of plain LoRA"),
         ("failed", "did not finish training"),
@@ -178,6 +182,7 @@ def summary_zh(comparison: Comparison) -> str:
         "wins": "在新技能成功率{success}的前提下，旧能力保留更多",
         "ties": "与普通 LoRA 的差异在噪声范围内",
         "trades": "旧能力保留更多，但新技能学得更少",
+        "unclear": "旧能力保留更多，但新技能的回合太少，无法判断是否学得一样好",
         "harms": "比普通 LoRA 更差",
         "failed": "训练中止",
         "unknown": "无法与普通 LoRA 比较",
@@ -258,6 +263,14 @@ def _against_baseline(comparison: Comparison, arm: Arm, baseline: Arm) -> List[F
                 "forgetting is compared at higher success.",
             )
         )
+    elif state == "unclear":
+        found.append(
+            Finding(
+                "warn",
+                f"New-skill success is within noise of {baseline.label}, {_points(new)}, which is no match: it may be up to "
+                f"{number(-new.low, 'percent')} points lower. Evaluate more episodes before forgetting is compared.",
+            )
+        )
     else:
         found.append(
             Finding(
@@ -280,10 +293,10 @@ def _against_baseline(comparison: Comparison, arm: Arm, baseline: Arm) -> List[F
         mean = comparison.difference(arm, baseline, "mean")
         if mean.verdict == "better":
             tone, text = (
-                "good" if state != "lower" else "warn",
+                "warn" if state in NOT_MATCHED else "good",
                 f"Helped: mean old ability is above {baseline.label}, {_points(mean)}",
             )
-            text += "" if state != "lower" else ", but not at matched success"
+            text += NOT_MATCHED.get(state, "")
         elif mean.verdict == "worse":
             tone, text = "bad", f"Harm: mean old ability is below {baseline.label} beyond the interval, {_points(mean)}"
         elif mean.verdict == "noise":
@@ -300,7 +313,7 @@ def _against_baseline(comparison: Comparison, arm: Arm, baseline: Arm) -> List[F
     if "better" in verdicts:
         found.append(
             Finding(
-                "good" if state != "lower" else "warn",
+                "warn" if state in NOT_MATCHED else "good",
                 f"Helped, beyond the interval: {listed(verdicts['better'], False)}{chance}.",
             )
         )
