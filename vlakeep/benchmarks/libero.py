@@ -117,9 +117,9 @@ def say_idle_rows(settings) -> None:
     """A line on stderr when the policy's batch is larger than what the workers fill."""
     filled = -(-settings.workers // 2)
     if settings.batch > filled:
-        print(f"--evaluate.batch {settings.batch} with {settings.workers} workers: the policy is asked as soon as half of the workers "
-              f"wait, so most of its calls use {filled} of {settings.batch} rows. --evaluate.batch {filled} does the same with less "
-              "work; take one size for all models that are compared", file=sys.stderr)
+        print(f"--evaluate.batch {settings.batch} with --evaluate.workers {settings.workers}: the policy is asked as soon as half of the "
+              f"workers wait, so most of its calls use {filled} of {settings.batch} rows. --evaluate.batch {filled} does the same with "
+              "less work; take one size for all models that are compared", file=sys.stderr)
 
 
 def instructions(suite: str, tasks: Sequence[int]) -> List[str]:
