@@ -31,6 +31,9 @@ def test_a_policy_that_always_does_the_same_raises_an_alarm():
     mute = ActionWatch(STATISTICS)
     mute.add(rng.uniform(-0.9, 0.9, (200, 7)), [True] * 3 + [False] * 197)
     assert "3 of 200 answers ended before all action tokens" in mute.alarms()[0] and len(mute.alarms()) == 1
+    assert "no longer speaks actions" in mute.alarms()[0]
+    mute.add(rng.uniform(-0.9, 0.9, (200, 7)))
+    assert "3 of 400 answers" in mute.alarms()[0] and "no longer speaks" not in mute.alarms()[0]
     assert good.alarms() == [] and few.alarms() == []
     assert "collapsed: 1 different actions in 200 steps" in collapsed.alarms()[0]
     assert "action dimensions [2, 3, 4, 5] are at an end" in stuck.alarms()[-1], "the gripper may stay at its end"

@@ -68,8 +68,9 @@ class ActionWatch:
             return []
         found = []
         if self._early:
-            found.append(f"{self._early} of {self._count} answers ended before all action tokens were out: the model no longer speaks "
-                         "actions there; as in the official code, the end of the prompt stood in for what was missing")
+            often = ": the model no longer speaks actions there" if self._early >= 0.01 * self._count else ""
+            found.append(f"{self._early} of {self._count} answers ended before all action tokens were out{often}; as in the official "
+                         "code, the end of the prompt stood in for what was missing")
         share = max(self._distinct.values()) / self._count
         if share > 0.5 or len(self._distinct) <= 0.01 * self._count:
             found.append(f"the policy has collapsed: {len(self._distinct)} different actions in {self._count} steps, one of them in "
