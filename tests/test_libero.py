@@ -368,7 +368,7 @@ def test_one_command_evaluates_a_suite_resumes_and_is_read_by_the_report(tmp_pat
     assert cli.run(command) == 0
     folder = tmp_path / "eval" / "libero_object" / "base"
     rows = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
-    assert rows[0]["header"]["evaluate"] == {"benchmark": "libero_object", "skills": ["0"], "episodes": 1, "seed": 0, "batch": 2,
+    assert rows[0]["header"]["evaluate"] == {"benchmark": "libero_object", "skills": ["0"], "seed": 0, "batch": 2,
                                              "center_crop": False}
     assert rows[1:] == [{"kind": "skill", "ability": "libero_object", "trial": 0, "seed": 0, "success": False, "value": None,
                          "crash": None, "steps": 3, "task": "pick_up_the_alphabet_soup_and_place_it_in_the_basket", "init": 0}]
@@ -376,7 +376,13 @@ def test_one_command_evaluates_a_suite_resumes_and_is_read_by_the_report(tmp_pat
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["new_skill"]["name"] == "libero_object" and summary["new_skill"]["n"] == 1 and len(summary["tasks"]) == 1
     assert "suite libero_object" in capsys.readouterr().out
-    monkeypatch.setattr(Workers, "_start", None)  # the second time nothing is left to simulate
+    more = [*command, "--evaluate.episodes", "2"]
+    assert cli.run(more) == 0
+    extended = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    assert extended[:2] == rows and [row["init"] for row in extended[2:]] == [1]
+    command, summary = more, json.loads((folder / "summary.json").read_text())
+    assert summary["new_skill"]["n"] == 2
+    monkeypatch.setattr(Workers, "_start", None)  # the third time nothing is left to simulate
     assert cli.run(command) == 0
     assert json.loads((folder / "summary.json").read_text())["new_skill"] == summary["new_skill"]
     assert cli.run(["report", *place, "--runs", "base", "--out", str(tmp_path / "report")]) == 0

@@ -172,6 +172,7 @@ def make_header(settings, weights: str, base: str, probe: Optional[ProbeSet] = N
     """What records must have in common to be of one evaluation."""
     in_libero = settings.benchmark in libero.SUITES
     unread = NO_MATTER + (() if probe else ("questions", "questions_per_kind", "retention_frames") if in_libero else LIBERO_ONLY)
+    unread += ("episodes",) if in_libero else ()  # an episode does not depend on their number, so more of them can be added
     return {"weights": weights, "base": base, "evaluate": {k: v for k, v in to_dict(settings).items() if k not in unread},
             **({"probe": probe.sha256} if probe else {}),
             **({"mujoco": libero_setup.versions().get("mujoco")} if in_libero else {})}
