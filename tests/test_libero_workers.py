@@ -18,7 +18,7 @@ from vlakeep.benchmarks.libero_env import to_simulator
 from vlakeep.benchmarks.libero_record import Demo, Manner, disturbances, without_no_ops
 from vlakeep.benchmarks.libero_scene import Boxes, clearance, rotation_about, separation
 from vlakeep.benchmarks.libero_workers import Job, Seen, Workers
-from vlakeep.config import BackboneConfig, Config
+from vlakeep.config import BackboneConfig, Config, EvaluateConfig
 from vlakeep.storage import Storage
 
 
@@ -116,6 +116,13 @@ def test_the_policy_is_always_asked_in_one_shape_and_rows_keep_their_errors():
     assert set(shapes) == {((3, 2, 2, 3), 3)}
     assert found[1] == "ValueError: seven" and "not finite" in found[2]
     assert np.array_equal(found[0], np.ones(7)) and np.array_equal(found[3], np.ones(7))
+
+
+def test_rows_that_nobody_fills_are_said(capsys):
+    libero.say_idle_rows(EvaluateConfig(batch=4, workers=7))
+    assert capsys.readouterr().err == ""
+    libero.say_idle_rows(EvaluateConfig(batch=4, workers=1))
+    assert "use 1 of 4 rows. --evaluate.batch 1 does the same" in capsys.readouterr().err
 
 
 def test_the_model_gives_a_row_the_same_numbers_whoever_else_is_in_its_batch():

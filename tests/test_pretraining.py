@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vlakeep.backbones.base import make_backbone
-from vlakeep.backbones.pretraining import fit, new_model, options, picker, save
+from vlakeep.backbones.pretraining import compile_layers, fit, new_model, options, picker, save
 from vlakeep.config import BackboneConfig
 from vlakeep.data.sample import Sample
 from vlakeep.data.statistics import action_statistics
@@ -27,6 +27,20 @@ def test_a_share_of_each_batch_asks_questions_however_few_there_are():
     assert 0.22 < (rows < 3).float().mean() < 0.28 and int(rows.max()) > 900
     assert (picker(samples(0, 10), 50, 0.25, generator, "cpu")() < 10).all()
     assert (picker(found, 4000, None, generator, "cpu")() < 3).float().mean() < 0.02
+
+
+def test_layers_that_are_run_are_the_compiled_ones(monkeypatch):
+    """On a GPU that halves a step; compiling here would take a minute."""
+    compiled, used = [], []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    backbone = make_backbone("tabletop-base")
+    compile_layers(backbone.openvla)
+    for module in compiled:
+        module.register_forward_hook(lambda module, *_: used.append(module))
+    backbone.predict_actions([np.zeros((64, 64, 3), np.uint8)], ["pick the red cube"])
+    assert set(used) == set(compiled) and len(compiled) == len(set(compiled)) > 10
+    inside = sum(p.numel() for module in compiled for p in module.parameters())
+    assert inside > 0.8 * sum(p.numel() for p in backbone.parameters())
 
 
 def test_windows_are_parts_of_the_picture_under_another_light():

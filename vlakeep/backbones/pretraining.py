@@ -107,11 +107,11 @@ class Normalise:
         return torch.cat([(x - mean) / std for mean, std in self._views], dim=1)
 
 
-def compile_layers(model: torch.nn.Module) -> None:
+def compile_layers(openvla) -> None:
     """Fuse the kernels of the blocks that the model repeats. Layers of this width spend their time between matrix products."""
-    for module in model.modules():
-        if type(module).__name__ in ("Block", "LlamaDecoderLayer", "Projector"):  # of timm, of transformers, of openvla.py
-            module.compile()
+    blocks = (block for vit in openvla.vision_backbone.children() for block in vit.blocks[:-1])  # the last one is not run
+    for module in (*blocks, openvla.projector, *openvla.language_model.model.layers):
+        module.compile()
 
 
 class Step:
@@ -183,7 +183,7 @@ def fit(backbone, processor, samples, pictures: Callable, args, share: Optional[
 
     backbone.train()
     if args.compile:
-        compile_layers(backbone)
+        compile_layers(backbone.openvla)
     step = Step(backbone, make_optimizer(backbone, args.lr, cuda), make_batch, args.batch, device)
     pick = picker(samples, args.batch, share, torch.Generator(device=device).manual_seed(args.seed), device)
     begin, count, seconds, curve = time.perf_counter(), 0, args.minutes * 60, []

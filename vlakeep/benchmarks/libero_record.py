@@ -107,16 +107,17 @@ def replay(env: LiberoEnv, seed: int, actions_TA: np.ndarray, executed_TA: np.nd
            watch: Callable[[dict], None] = lambda observation: None, known_TS: Optional[np.ndarray] = None) -> Optional[Demo]:
     """The demonstration that these give, up to success; None without success. `watch` is shown what is seen before each step.
 
-    known: states of an earlier run, which are followed: on another processor the same steps differ in the last bits, and that
+    known_TS: states of an earlier run, which are followed: on another processor the same steps differ in the last bits, and that
     would grow. Raises ValueError where a step leads elsewhere.
     """
     def follow():
-        now_S, known_S = env.state(), None if known_TS is None else known_TS[len(states)]
-        if known_S is not None and not np.array_equal(now_S, known_S):
-            if now_S.shape != known_S.shape or np.abs(now_S - known_S)[env.positions].max() > ELSEWHERE:
+        state_S = env.state()
+        if known_TS is not None and not np.array_equal(state_S, known_TS[len(states)]):
+            came_S, state_S = state_S, known_TS[len(states)]
+            if came_S.shape != state_S.shape or np.abs(came_S - state_S)[env.positions].max() > ELSEWHERE:
                 raise ValueError(f"step {len(states)} leads elsewhere")
-            env.put(known_S)
-        states.append(now_S if known_S is None else known_S)
+            env.put(state_S)
+        states.append(state_S)
 
     observation = env.fresh_start(seed)
     states, seen = [], []
