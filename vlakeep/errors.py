@@ -30,6 +30,17 @@ class TrainingStopped(RuntimeError):
     """Training was stopped by a guard; the message says which, at which step, and what was kept."""
 
 
+class Interrupted(BaseException):
+    """A signal ended a stage, which has put its things in order. `status` is the exit status of the process: 128 + the signal.
+
+    As KeyboardInterrupt no Exception, so that what goes on after an error does not go on after a signal.
+    """
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
+
+
 def is_user_error(error: BaseException) -> bool:
     """Whether the message alone helps: a wrong value, a missing or forbidden file, a full disk, a failed call, a guard, an extra
     that is not installed."""

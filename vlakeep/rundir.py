@@ -33,7 +33,7 @@ import yaml
 
 from vlakeep.checkpoint import latest_intact, list_checkpoints
 from vlakeep.config import Config, to_dict
-from vlakeep.errors import DiskFull, RunDirError, is_disk_full
+from vlakeep.errors import DiskFull, Interrupted, RunDirError, is_disk_full
 from vlakeep.storage import Storage, atomic_write, free_bytes, remove_leftovers
 
 LIBRARIES = ["torch", "transformers", "timm", "peft", "tokenizers", "safetensors", "numpy", "draccus"]
@@ -410,7 +410,7 @@ class RunDir:
     def __exit__(self, kind, error, trace) -> None:
         if kind is None:
             self.close("finished")
-        elif issubclass(kind, KeyboardInterrupt) or (issubclass(kind, SystemExit) and _is_signal(error.code)):
+        elif issubclass(kind, (KeyboardInterrupt, Interrupted)) or (issubclass(kind, SystemExit) and _is_signal(error.code)):
             self.close("interrupted", f"{kind.__name__}: {error}")
         else:
             text = "".join(traceback.format_exception(kind, error, trace))
