@@ -168,13 +168,13 @@ def test_threads_and_files_of_the_data_are_closed_also_after_an_error(world, mon
 def test_a_data_set_is_closed_by_its_block_and_by_nothing_else(world):
     """No __del__: at the end of the interpreter it would call into modules that are gone."""
     from vlakeep.data.dataset import DemoDataset
-    from vlakeep.data.formats import datasets_opened, open_datasets
+    from vlakeep.data.formats import closing_all, open_datasets
     storage, _ = world
     assert not hasattr(DemoDataset, "__del__")
     before = opened()
     with warnings.catch_warnings():
         warnings.simplefilter("error", ResourceWarning)
-        with datasets_opened(storage.data, ["tabletop_corner"]) as (data,):
+        with closing_all(open_datasets(storage.data, ["tabletop_corner"])) as (data,):
             data.image(0, 0)
             assert opened() != before
         assert opened() == before

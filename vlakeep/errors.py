@@ -2,6 +2,7 @@
 
 import errno
 import re
+import shlex
 
 
 class StorageError(ValueError):
@@ -66,6 +67,11 @@ def is_disk_full(error: BaseException) -> bool:
         return True
     found = re.search(r"(?:os error |Os \{ code: )(\d+)", str(error))  # safetensors 0.8, safetensors 0.4
     return found is not None and int(found[1]) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def quoted(place) -> str:
+    """A path, or a name, as a shell reads it as one word: what is printed as part of a command is copied into one."""
+    return shlex.quote(str(place))
 
 
 def human_bytes(count: float) -> str:

@@ -8,6 +8,7 @@ writes: ROOT/eval/<target>/records.jsonl (one line per trial, resumable) and sum
         ROOT/eval/<suite>/<target>/, and videos/ with --evaluate.videos
 """
 
+import hashlib
 import json
 import sys
 import time
@@ -17,7 +18,6 @@ from typing import Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
-import yaml
 from tqdm import tqdm
 
 from vlakeep.backbones.base import make_backbone
@@ -28,7 +28,7 @@ from vlakeep.benchmarks.records import Records, mean_interval, summarise
 from vlakeep.compat import require_numpy
 from vlakeep.config import Config, EvaluateConfig, config_from_argv, to_dict
 from vlakeep.data.dataset import Conventions
-from vlakeep.data.formats import open_datasets
+from vlakeep.data.formats import closing_all, open_datasets
 from vlakeep.data.images import center_crop
 from vlakeep.data.prompts import encode_prompts, whole_prompt
 from vlakeep.data.sample import Sample
@@ -37,9 +37,10 @@ from vlakeep.icsm.artifact import default_layers, layer_map
 from vlakeep.icsm.collect import pooled_states
 from vlakeep.parallel import pick_device, set_threads
 from vlakeep.probe.batches import prompt_batches
+from vlakeep.probe.heldout import open_heldout
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.storage import Storage, atomic_write, find_checkpoint
-from vlakeep.target import load_manifest, read_action_statistics, target_checkpoint
+from vlakeep.target import load_manifest, read_action_statistics, run_config, target_checkpoint
 from vlakeep.thermostat.drift import covariance, covariance_drift
 
 ANSWER_TOKENS = 6
@@ -153,7 +154,7 @@ def run_evaluation(config: Config, storage: Storage) -> Path:
     backbone.action_statistics(key)  # raises for a key that would make every trial crash
     folder = storage.eval / settings.benchmark / name if in_libero else storage.eval / name
     probe = open_questions(config, storage) if in_libero and settings.probe and not settings.blank else None
-    header = make_header(settings, weights, backbone.weights_sha256, probe)
+    header = make_header(settings, weights, backbone.weights_sha256, probe, model_settings(backbone, config, key))
     with Records(folder / "records.jsonl", header) as records:
         drift = drift_of(backbone, config, storage, required=not in_libero)  # first, while a bad probe costs nothing yet
         if in_libero:
@@ -168,14 +169,27 @@ def run_evaluation(config: Config, storage: Storage) -> Path:
     return write_summary(folder, make_summary(name, rows, drift, weights, settings.benchmark), alarms, started)
 
 
-def make_header(settings, weights: str, base: str, probe: Optional[ProbeSet] = None) -> Dict:
-    """What records must have in common to be of one evaluation."""
+def model_settings(backbone, config: Config, key: Optional[str]) -> Dict:
+    """What beside the weights decides about the actions: how the model computes, and how they are un-normalised."""
+    key, said = backbone.action_key(key), config.backbone
+    statistics = hashlib.sha256(json.dumps(backbone.action_statistics(key), sort_keys=True).encode()).hexdigest()
+    return {"unnorm_key": key, "statistics": statistics, "dtype": said.dtype, "attn_implementation": said.attn_implementation,
+            "source": said.source}
+
+
+def make_header(settings, weights: str, base: str, probe: Optional[ProbeSet] = None, model: Optional[Dict] = None) -> Dict:
+    """What records must have in common to be of one evaluation. `model`: model_settings, None for what is no model."""
     in_libero = settings.benchmark in libero.SUITES
     unread = NO_MATTER + (() if probe else ("questions", "questions_per_kind", "retention_frames") if in_libero else LIBERO_ONLY)
     unread += ("episodes",) if in_libero else ()  # an episode does not depend on their number, so more of them can be added
     return {"weights": weights, "base": base, "evaluate": {k: v for k, v in to_dict(settings).items() if k not in unread},
-            **({"probe": probe.sha256} if probe else {}),
-            **({"mujoco": libero_setup.versions().get("mujoco")} if in_libero else {})}
+            **({"model": model} if model else {}), **({"probe": probe.sha256} if probe else {}),
+            **({"mujoco": libero_setup.versions().get("mujoco")} if in_libero else {"tabletop": tabletop_rules(settings)})}
+
+
+def tabletop_rules(settings) -> Dict:
+    """What of the tabletop itself decides about an episode and is no setting."""
+    return {"max_steps": {skill: tabletop.MAX_STEPS[skill] for skill in settings.skills or tabletop.ALL_SKILLS}}
 
 
 def of_suite(settings: EvaluateConfig, suite: str) -> EvaluateConfig:
@@ -196,10 +210,11 @@ def own_key(backbone, suite: str) -> Optional[str]:
 def run_replay(config: Config, settings, storage: Storage, started: float) -> Path:
     """The control without a model: demonstrations replayed open loop from the evaluation's initial states."""
     data, tasks = config.data, libero.pick_tasks(settings.benchmark, settings.skills)
-    datasets = open_datasets(storage.data, data.datasets, 1.0, storage.cache, Conventions(data.camera, data.gripper, data.rotate))
-    act = libero.Replay(demonstrations(datasets, settings.benchmark, tasks, settings.episodes))
+    conventions = Conventions(data.camera, data.gripper, data.rotate)
+    with closing_all(open_datasets(storage.data, data.datasets, 1.0, storage.cache, conventions)) as datasets:
+        act = libero.Replay(demonstrations(datasets, settings.benchmark, tasks, settings.episodes))
+        identity = ",".join(dataset.fingerprint() for dataset in datasets)
     folder = storage.eval / settings.benchmark / REPLAY
-    identity = ",".join(dataset.fingerprint() for dataset in datasets)
     with Records(folder / "records.jsonl", make_header(settings, identity, "")) as records:
         libero.run_suite(act, settings, settings.center_crop, records, folder / "videos", desc=REPLAY)
         rows = records.rows()
@@ -258,10 +273,10 @@ def check_tabletop(settings) -> None:
 
 def crop_alarm(config: Config, storage: Storage, settings) -> List[str]:
     """One line when the evaluation crops and the training did not, or the other way round; reads the run's own configuration."""
-    path = storage.runs / config.evaluate.target / "config.yaml"
-    if not path.is_file():
+    made_with = run_config(config.evaluate.target, storage)
+    if made_with is None:
         return []
-    trained = bool((yaml.safe_load(path.read_text()).get("data") or {}).get("image_aug"))
+    trained = bool((made_with.get("data") or {}).get("image_aug"))
     if trained == settings.center_crop:
         return []
     cuts = "cuts" if settings.center_crop else "does not cut"
@@ -274,9 +289,9 @@ def renderer_alarm(config: Config, storage: Storage, key: str) -> List[str]:
 
     Of a base model pretrain-libero has noted it; one whose action statistics (`key`) are named as the official data was made from them.
     """
-    path = storage.runs / config.evaluate.target / "config.yaml"
-    if path.is_file():
-        names = (yaml.safe_load(path.read_text()).get("data") or {}).get("datasets") or []
+    made_with = run_config(config.evaluate.target, storage)
+    if made_with is not None:
+        names = (made_with.get("data") or {}).get("datasets") or []
         made = {name: libero_setup.rendered_with(storage.data / name) for name in names if name.startswith("libero")}
     else:
         notes = find_checkpoint(config.backbone.checkpoint, storage.cache) / "PROVENANCE.json"
@@ -293,10 +308,9 @@ def training_picture(config: Config, storage: Storage) -> Optional[np.ndarray]:
                                  Conventions(data.camera, data.gripper, data.rotate))
     except (FileNotFoundError, ValueError):
         return None
-    pictures = [np.asarray(d.image(e, 0), dtype=float) for d in datasets for e in range(0, len(d), max(1, len(d) // 20))]
+    with closing_all(datasets):
+        pictures = [np.asarray(d.image(e, 0), dtype=float) for d in datasets for e in range(0, len(d), max(1, len(d) // 20))]
     sizes = [picture.shape for picture in pictures]
-    for dataset in datasets:
-        dataset.close()
     return np.mean([p for p in pictures if p.shape == sizes[0]], axis=0)
 
 
@@ -353,19 +367,7 @@ def run_libero(backbone, config: Config, settings, storage: Storage, records: Re
 
 def open_questions(config: Config, storage: Storage) -> ProbeSet:
     """The probe of evaluate.probe, whose `answers` map item numbers to answers. ValueError when it is the protected one."""
-    folder = storage.probe_folder(config.evaluate.probe)
-    if folder.resolve() == storage.probe_folder(config.probe.name).resolve():
-        raise ValueError(f"--evaluate.probe {config.evaluate.probe}: that is also probe.name, which the method protects; make "
-                         "another one with `vlakeep libero-vqa --split heldout --probe.name NAME`")
-    if not (folder / "answers.jsonl").is_file():
-        raise FileNotFoundError(f"no answers.jsonl in {folder}: --evaluate.probe takes a probe made by `vlakeep libero-vqa`")
-    probe = ProbeSet(folder)
-    rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
-    if any(row.get("split") == "probe" for row in rows):
-        raise ValueError(f"--evaluate.probe {config.evaluate.probe}: its scenes are those that a method may protect; make another one "
-                         "with `vlakeep libero-vqa --split heldout --probe.name NAME`")
-    probe.answers = {row["item"]: row["answer"] for row in rows}
-    return probe
+    return open_heldout(storage.probe_folder(config.evaluate.probe), storage.probe_folder(config.probe.name))
 
 
 def run_probe(backbone, probe: ProbeSet, settings, records: Records, name: str) -> None:

@@ -198,15 +198,17 @@ def run_checks(
     lines += found + check_environment(config, gpus)
     if storage is None:
         return lines + [Line(YELLOW, "inputs", "not checked: they lie below the storage root")]
-    found, model = checks.check_checkpoint(config, storage.cache)
+    found, model = checks.check_checkpoint(config, storage.cache, stage)
     lines += found + (checks.check_layers(config, model) if model else [])
     uses_icsm = config.method != "baseline" and (config.hsw.enabled or config.thermostat.enabled)
     probe_sha256 = None
     if stage == "offline" or (stage == "train" and uses_icsm):
         found, probe_sha256 = checks.check_probe(config, storage)
         lines += found
-    if stage == "evaluate" and config.evaluate.benchmark in SUITES:
-        lines += check_libero()
+    if stage == "evaluate":
+        lines += check_libero() if config.evaluate.benchmark in SUITES else []
+        lines += checks.check_target(config, storage, model) + checks.check_evaluation_probes(config, storage)
+        lines += checks.check_data(config, storage) if config.evaluate.target == "replay" else []
     if stage == "train":
         lines += checks.check_data(config, storage)
         lines += checks.check_artifact(config, storage, model, probe_sha256, config_path) if uses_icsm else []

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Dict, List, Sequence, Tuple
 
+from vlakeep.errors import quoted
 from vlakeep.storage import naming_full_disk
 
 
@@ -47,6 +48,23 @@ def summarise(rows: List[dict]) -> Dict[Tuple[str, str], dict]:
         mean, low, high = wilson(sum(bool(t["success"]) for t in counted), len(counted))
         result[key] = {"mean": mean, "low": low, "high": high, "n": len(counted), "crashes": len(trials) - len(counted)}
     return result
+
+
+def changes(old: dict, new: dict) -> List[str]:
+    """What of the header `new` is another in the header `old`, in words; empty when all of it is there."""
+    found = []
+    for key in (key for key in new if old.get(key) != new[key]):
+        was, now = old.get(key), new[key]
+        if key in ("weights", "base"):
+            found.append("another model" if key == "weights" else "another base model")
+        elif key not in old:
+            found.append(f"an evaluation whose header does not say {key} (an older version's, or one that did not need it)")
+        elif isinstance(was, dict) and isinstance(now, dict):
+            inner = [name for name in sorted({**was, **now}) if was.get(name) != now.get(name)]
+            found.append("other settings (" + ", ".join(f"{key}.{name} {was.get(name)} -> {now.get(name)}" for name in inner) + ")")
+        else:
+            found.append(f"other settings ({key} {was} -> {now})")
+    return found
 
 
 class Records:
@@ -91,14 +109,10 @@ class Records:
                     raise ValueError(f"no {missing[0]}")
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{self.path} line {number} is damaged ({error}); delete that line, or start over: "
-                                 f"rm -r {self.path.parent}") from error
+                                 f"rm -r {quoted(self.path.parent)}") from error
         if len(lines) > 1 and lines[0]["header"] != header:
-            old, changed = lines[0]["header"], []
-            for key in header:
-                if old.get(key) != header[key]:
-                    changed.append({"weights": "another model", "base": "another base model"}.get(key, f"other settings ({key})"))
-            raise ValueError(f"{self.path} holds the trials of {' and '.join(changed) or 'an older version'}; put them aside or "
-                             f"delete them: rm -r {self.path.parent}")
+            raise ValueError(f"{self.path} holds the trials of {' and '.join(changes(lines[0]['header'], header)) or 'an older version'}; "
+                             f"put them aside or delete them: rm -r {quoted(self.path.parent)}")
         return lines[1:]
 
     def _write(self, row: dict) -> None:

@@ -62,11 +62,9 @@ def open_datasets(root, names: List[str], fraction: float = 1.0, cache_dir: Opti
 
 
 @contextmanager
-def datasets_opened(root, names: List[str], fraction: float = 1.0, cache_dir: Optional[str] = None,
-                    conventions: Conventions = USUAL) -> Iterator[List[DemoDataset]]:
-    """As open_datasets; closed at the end of the block."""
-    opened = open_datasets(root, names, fraction, cache_dir, conventions)
+def closing_all(datasets: List[DemoDataset]) -> Iterator[List[DemoDataset]]:
+    """The data sets of open_datasets, closed at the end of the block."""
     with ExitStack() as stack:
-        for dataset in opened:
+        for dataset in datasets:
             stack.enter_context(dataset)
-        yield opened
+        yield datasets
