@@ -213,7 +213,7 @@ def artefact(world):
 @pytest.mark.parametrize("meta, words", [
     ("{", ["is damaged", "vlakeep offline"]),
     ("[]", ["has format None", "vlakeep offline"]),
-    ('{"format": 2}', ["lacks weights_sha256", "vlakeep offline"]),
+    ('{"format": 3}', ["lacks weights_sha256", "vlakeep offline"]),
 ])
 def test_damaged_meta_of_an_artefact(refused, small, artefact, meta, words):
     (artefact / "meta.json").write_text(meta)

@@ -432,3 +432,40 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert split_options(["--out", "x", "--seed", "3"]) == ({"out": "x"}, ["--seed", "3"])
     storage = Storage(tmp_path)
     assert arms_from_runs("method=abc", storage)["method"]["run"] == storage.runs / "abc"
+
+
+def both_sites(tmp_path, grown_at=(), residual_grown=()):
+    """An arm with surgery at both sites, whose gradient grows at the LoRA input (or the residual stream) on the named steps."""
+    arms = make(tmp_path, {"base": RATES["base"], "baseline": RATES["baseline"], "method": RATES["method"]},
+                runs={"method": {"change": {"hsw.site": "both"}}})
+    path = tmp_path / "runs" / "method" / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row.update({"lora_input/g_norm": 2.0, "lora_input/g_prime_norm": 3.0 if row["step"] in grown_at else 1.0,
+                    "lora_input/share_f": 0.9, "lora_input/share_p": 0.05, "lora_input/shed": 0.1})
+        row.update({"g_prime_norm": 2 * row["g_norm"]} if row["step"] in residual_grown else {})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return arms
+
+
+def test_both_sites_are_judged_and_drawn(tmp_path):
+    good = said(compare(both_sites(tmp_path / "good")), "method")
+    assert "Residual stream: surgery never enlarged the gradient" in good and "LoRA input: surgery never enlarged the gradient" in good
+    text = said(compare(both_sites(tmp_path / "bad", grown_at=(3, 4))), "method")
+    assert "LoRA input: \u2016g\u2032\u2016 exceeds \u2016g\u2016 on 2 of 600 logged steps" in text
+    assert "LoRA input: surgery never" not in text and "Residual stream: surgery never enlarged the gradient" in text
+    text = said(compare(both_sites(tmp_path / "other", residual_grown=(3,))), "method")
+    assert "Residual stream: \u2016g\u2032\u2016 exceeds" in text and "LoRA input: surgery never enlarged the gradient" in text
+    one = said(compare(make(tmp_path / "one")), "method")
+    assert "Surgery never enlarged the gradient" in one and "Residual stream:" not in one  # a single site needs no name
+    build_report(tmp_path, both_sites(tmp_path / "drawn"), tmp_path / "report")
+    drawn = {path.stem for path in (tmp_path / "report" / "figures").iterdir()}
+    assert {"surgery_norms", "surgery_norms_lora_input", "leak", "shares_lora_input"} <= drawn
+
+
+def test_a_penalty_that_was_not_finite_is_told(tmp_path):
+    arms = make(tmp_path)
+    path = tmp_path / "runs" / "method" / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(dict(row, penalty=None if row["step"] == 9 else 0.1)) + "\n" for row in rows))
+    assert "penalty on 1 logged steps" in said(compare(arms), "method")

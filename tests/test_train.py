@@ -226,3 +226,32 @@ def test_the_remedy_for_a_blow_up_is_that_of_the_arm(world, arm, words, other):
     with pytest.raises(TrainingStopped, match="hidden states blew up") as error:
         guard.check(2, dict(row, hidden_norm=300.0), scaler, "nothing is kept")
     assert words in str(error.value) and other not in str(error.value)
+
+
+# ---- what a checkpoint takes ----
+
+
+@pytest.mark.parametrize("changes", [(), ("--lora.layers", "last:2", "--lora.rank", 16, "--lora.modules", "[attention]"),
+                                     ("--lora.modules", "[all-linear]"), ("--train.optimizer", "sgd", "--lora.rank", 8)])
+def test_preflight_counts_the_bytes_of_a_checkpoint(world, changes):
+    from vlakeep.checks import checkpoint_bytes
+    from vlakeep.storage import find_checkpoint
+    storage, make_config = world
+    config = make_config(BASELINE, "--name", "train-size-" + "-".join(c.strip("[]") for c in map(str, changes[1::2])), *SHORT, *changes)
+    model = json.loads((find_checkpoint("tabletop-base", storage.cache) / "config.json").read_text())
+    step = run_training(config, storage) / "checkpoints" / "step_000002"
+    size = sum(path.stat().st_size for path in step.rglob("*") if path.is_file())
+    assert abs(checkpoint_bytes(config, model, storage.cache) - size) < 0.2 * size
+
+
+@pytest.mark.parametrize("site, prefixes", [("residual", {""}), ("lora_input", {""}), ("both", {"", "lora_input/"})])
+def test_each_site_logs_under_its_name_and_a_single_one_under_none(world, site, prefixes):
+    storage, make_config = world
+    config = make_config(METHOD, "--name", f"train-site-{site}", "--hsw.site", site, *SHORT)
+    rows = [row for row in read_metrics(run_training(config, storage)) if row["step"]]
+    for row in rows:
+        assert {key.rpartition("g_norm")[0] for key in row if key.endswith("g_norm")} == prefixes
+        assert ("leak" in row) == (site != "residual")
+    if site == "both":  # each as it is alone
+        alone = read_metrics(storage.run_folder("train-site-lora_input"))[-len(rows)]
+        assert rows[0]["lora_input/g_norm"] == pytest.approx(alone["g_norm"], rel=1e-5)

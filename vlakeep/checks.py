@@ -4,10 +4,11 @@ Each check returns lines and raises nothing for what a user can cause, so that a
 """
 
 import json
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 from vlakeep.checkpoint import broken, check_base
 from vlakeep.config import LIBERO_SUITES, Config, to_dict
@@ -17,6 +18,7 @@ from vlakeep.storage import Storage, find_checkpoint, free_bytes
 from vlakeep.target import read_action_statistics, run_config, target_checkpoint
 
 GREEN, YELLOW, RED = "ok", "note", "FAIL"
+SPARE_BYTES = 50_000_000  # logs, boards and states beside the tensors of a run's checkpoints
 HASHED_AT_MOST = 1_000_000_000  # bytes of base weights; preflight hashes no more, which takes seconds
 
 
@@ -261,7 +263,7 @@ def check_artifact(config: Config, storage: Storage, model: dict, probe_sha256: 
         found = icsm.load(folder)
         depth = depth_and_width(model)[0] if model else found.meta["depth"]
         weights, probe = found.meta["weights_sha256"], probe_sha256 or found.meta["probe_sha256"]
-        problems = icsm.check(found, weights, probe, to_dict(config.icsm), depth, config.probe.size)
+        problems = icsm.check(found, weights, probe, to_dict(config.icsm), depth, config.probe.size, config.backbone.dtype)
         problems += [f"{folder / name} is missing" for name in found.meta["files"] if not (folder / name).is_file()]
     except (ValueError, KeyError, OSError) as error:
         problems = [str(error)]
@@ -278,12 +280,11 @@ def check_run(config: Config, storage: Storage, model: dict) -> List[Line]:
         except RunDirError as error:
             lines.append(Line(RED, "run folder", str(error), "--name OTHER, or --train.resume true"))
     if model:
-        text = model.get("text_config") or {}
-        depth, width = depth_and_width(model)
-        mlp = int(text.get("intermediate_size", 11008))
-        # four attention linears [D, D] and three MLP ones [D, mlp] in float32; two moments of Adam; the adapter file once again
-        one = 4 * 4 * depth * config.lora.rank * (8 * width + 3 * (width + mlp))
-        need, free = one * (config.train.keep_last + 1) + 50_000_000, free_bytes(storage.runs)
+        try:
+            one = checkpoint_bytes(config, model, storage.cache)
+        except (ValueError, OSError):  # lora.layers, lora.modules or the weights: they have their own lines
+            one = 0
+        need, free = one * (config.train.keep_last + 1) + SPARE_BYTES, free_bytes(storage.runs)
         if free is not None and free < need:
             lines.append(
                 Line(
@@ -294,6 +295,41 @@ def check_run(config: Config, storage: Storage, model: dict) -> List[Line]:
                 )
             )
     return lines or [Line(GREEN, "run folder", str(run.folder))]
+
+
+def linear_shapes(model: dict) -> Dict[str, Tuple[int, int]]:
+    """(inputs, outputs) of the linears of a decoder layer, by the last part of their names, after a config.json."""
+    text = model.get("text_config") or {}
+    _, width = depth_and_width(model)
+    mlp, heads = int(text.get("intermediate_size", 11008)), int(text.get("num_attention_heads", 32))
+    head = int(text.get("head_dim") or width // heads)
+    queries, keys = heads * head, int(text.get("num_key_value_heads") or heads) * head
+    return {"q_proj": (width, queries), "k_proj": (width, keys), "v_proj": (width, keys), "o_proj": (queries, width),
+            "gate_proj": (width, mlp), "up_proj": (width, mlp), "down_proj": (mlp, width)}
+
+
+def adapter_parameters(config: Config, model: dict, cache: Optional[Path] = None) -> int:
+    """Trainable parameters of the lora section: rank * (inputs + outputs) for each adapted linear. Raises as lora.layer_numbers.
+
+    For all-linear the shapes come from the headers of the weights, which are looked for in `cache`.
+    """
+    from vlakeep.backbones.format import tensor_table, weight_files
+    from vlakeep.backbones.lora import layer_numbers, leaf_names
+
+    if list(config.lora.modules) == ["all-linear"]:
+        folder = find_checkpoint(config.backbone.checkpoint, cache)
+        tables = [item for file in weight_files(folder) for item in tensor_table(file).items()]
+        shapes = [entry["shape"] for name, entry in tables if name.endswith(".weight") and not name.endswith("embed_tokens.weight")]
+        return config.lora.rank * sum(shape[0] + math.prod(shape[1:]) for shape in shapes if len(shape) > 1)  # convolutions too
+    shapes = linear_shapes(model)
+    layers = layer_numbers(config.lora.layers, depth_and_width(model)[0])
+    return config.lora.rank * len(layers) * sum(sum(shapes[leaf]) for leaf in leaf_names(config.lora.modules))
+
+
+def checkpoint_bytes(config: Config, model: dict, cache: Optional[Path] = None) -> int:
+    """Bytes of one checkpoint: the trainable weights, their copy in the adapter, and with Adam two moments."""
+    width = 2 if config.lora.dtype == "model" and config.backbone.dtype != "float32" else 4
+    return adapter_parameters(config, model, cache) * width * (4 if config.train.optimizer == "adamw" else 2)
 
 
 def check_target(config: Config, storage: Storage, model: dict) -> List[Line]:

@@ -97,7 +97,7 @@ def prepare_method(config: Config, storage: Storage, backbone):
     folder = storage.artifact_folder(config.icsm.name or icsm_artifact.artifact_name(backbone.name))
     artifact = icsm_artifact.load(folder)
     problems = icsm_artifact.check(artifact, backbone.weights_sha256, probe.sha256, to_dict(config.icsm), backbone.num_layers,
-                                   config.probe.size)
+                                   config.probe.size, config.backbone.dtype)
     if problems:
         raise icsm_artifact.ArtifactError("\n".join(problems))
 

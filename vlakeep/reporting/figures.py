@@ -233,6 +233,16 @@ CURVES = [
         True,
     ),
     Curve(
+        "surgery_norms_lora_input",
+        "Gradient norm at the LoRA input, where both sites are used",
+        "As the figure of the residual stream, for the other site: dashed never lies above solid.",
+        [("lora_input/g_norm", "-"), ("lora_input/g_prime_norm", "--")],
+        "norm",
+        True,
+        ("before", "after"),
+        True,
+    ),
+    Curve(
         "clip_norms",
         "Gradient norm before and after the clip",
         "Where the two part, the clip acts; a clip after surgery can undo part of it.",
@@ -251,6 +261,16 @@ CURVES = [
         "share",
         False,
         ("leak", "fragile", "fragile", "plastic", "plastic"),
+        True,
+    ),
+    Curve(
+        "shares_lora_input",
+        "Shares at the LoRA input, where both sites are used",
+        "The gradient's energy in fragile and plastic directions of the adapted linears' inputs.",
+        [("lora_input/share_f", "--"), ("lora_input/share_p", ":")],
+        "share",
+        False,
+        ("fragile", "plastic"),
         True,
     ),
 ]
