@@ -249,7 +249,12 @@ def test_sensitivity_items_are_spread_over_all_usable_items(world, monkeypatch):
     storage, make_config = world
     assert evenly(500, 64)[-1] == 492 and evenly(10, 10) == list(range(10)) and evenly(7, 3) == [0, 2, 4]
     asked, prompt_batches = [], offline.prompt_batches
-    monkeypatch.setattr(offline, "prompt_batches", lambda probe, items, *rest: asked.append(list(items)) or prompt_batches(probe, items, *rest))
+
+    def noted(probe, items, *rest):
+        asked.append(list(items))
+        return prompt_batches(probe, items, *rest)
+
+    monkeypatch.setattr(offline, "prompt_batches", noted)
     config = make_config(METHOD, "--icsm.name", "spread", "--icsm.sensitivity_items", 28, "--icsm.rank", 4, "--icsm.tokens", False)
     offline.run_offline(config, storage)
     assert asked[0] == list(range(48)) and asked[1] == [i * 48 // 28 for i in range(28)] and len(set(asked[1])) == 28

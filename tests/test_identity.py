@@ -198,7 +198,8 @@ def test_preflight_looks_at_the_target(run, tmp_path):
     state["base_weights"] = "0" * 64
     (other / "state.json").write_text(json.dumps(state))
     manifest = json.loads((other / "manifest.json").read_text())
-    manifest["files"]["state.json"] = {"size": (other / "state.json").stat().st_size, "sha256": checkpoint.file_sha256(other / "state.json")}
+    path = other / "state.json"
+    manifest["files"]["state.json"] = {"size": path.stat().st_size, "sha256": checkpoint.file_sha256(path)}
     (other / "manifest.json").write_text(json.dumps(manifest))
     line, = reds(config("--evaluate.target", str(other)))
     assert line.what == "target" and "trained on other base weights (000000000000" in line.where and "--backbone.checkpoint" in line.remedy

@@ -357,7 +357,7 @@ def check_target_base(config: Config, storage: Storage, base: Path, folder: Path
 
     size = sum(file.stat().st_size for file in weight_files(base))
     if size > HASHED_AT_MOST:
-        good = Line(GREEN, "target", f"{folder}: intact; its base weights are not hashed here ({human_bytes(size)}), evaluate compares them")
+        good = Line(GREEN, "target", f"{folder}: intact; base weights ({human_bytes(size)}) are not hashed here, evaluate compares them")
         named = ((run_config(str(folder), storage) or {}).get("backbone") or {}).get("checkpoint")
         if named in (None, config.backbone.checkpoint):
             return [good]

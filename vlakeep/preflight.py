@@ -29,7 +29,7 @@ from vlakeep.benchmarks.libero_env import SUITES
 from vlakeep.checks import GREEN, RED, YELLOW, Line
 from vlakeep.compat import NUMPY_1, numpy_trouble
 from vlakeep.config import Config, ConfigError, config_from_argv
-from vlakeep.errors import human_bytes
+from vlakeep.errors import human_bytes, quoted
 from vlakeep.storage import Storage, code_trees, peek, scan_large_files
 
 STAGES = ("offline", "train", "evaluate")
@@ -74,8 +74,8 @@ def check_storage(make_storage, large_file_gb: float = 1.0, create: bool = True)
     for tree in code_trees():
         found = scan_large_files(tree, int(large_file_gb * 1e9))
         for path, size in found:
-            target = storage.root if storage else "DIR_BELOW_THE_STORAGE_ROOT"
-            remedy = f"mv {path} {target}/   (or delete it; if git knows it: git rm --cached {path})"
+            target = quoted(f"{storage.root}/") if storage else "DIR_BELOW_THE_STORAGE_ROOT/"
+            remedy = f"mv {quoted(path)} {target}   (or delete it; if git knows it: git rm --cached {quoted(path)})"
             lines.append(Line(RED, "large file in source tree", f"{path}, {human_bytes(size)}", remedy))
         if not found:
             lines.append(Line(GREEN, "source tree", f"{tree}: no file of {large_file_gb:g} GB or more"))
@@ -94,7 +94,7 @@ def check_folders(storage: Storage) -> List[Line]:
                 f"{folder} is not a writable folder" if parent == folder else f"{folder} cannot be made: {parent} is not writable"
             )
             lines.append(
-                Line(RED, f"storage {name}", problem, f"chmod u+rwx {parent}, or --root DIR, or export VLAKEEP_ROOT=DIR")
+                Line(RED, f"storage {name}", problem, f"chmod u+rwx {quoted(parent)}, or --root DIR, or export VLAKEEP_ROOT=DIR")
             )
         else:
             lines.append(Line(YELLOW, f"storage {name}", f"{folder} does not exist yet (the first stage makes it), {space}"))
