@@ -27,6 +27,8 @@ launch() {
   local stage="$1"; shift
   local command=(python3 -m vlakeep.cli "$stage" "$@")
   if [ "$GPUS" -gt 1 ] && [ "$stage" = train ]; then
+    # torchrun hands SIGTERM on by itself; USR1 when it is asked to, and only newer versions read this.
+    export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}"
     command=(torchrun --standalone --nproc-per-node "$GPUS" -m vlakeep.cli "$stage" "$@")
   fi
   echo "+$(printf ' %q' "${command[@]}")" >&2

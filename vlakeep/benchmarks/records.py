@@ -60,8 +60,9 @@ def changes(old: dict, new: dict) -> List[str]:
         elif key not in old:
             found.append(f"an evaluation whose header does not say {key} (an older version's, or one that did not need it)")
         elif isinstance(was, dict) and isinstance(now, dict):
-            inner = [name for name in sorted({**was, **now}) if was.get(name) != now.get(name)]
-            found.append("other settings (" + ", ".join(f"{key}.{name} {was.get(name)} -> {now.get(name)}" for name in inner) + ")")
+            pairs = {name: (was.get(name, "(not set)"), now.get(name, "(not set)")) for name in sorted({**was, **now})}
+            inner = [f"{key}.{name} {one} -> {two}" for name, (one, two) in pairs.items() if one != two]
+            found.append(f"other settings ({', '.join(inner)})")
         else:
             found.append(f"other settings ({key} {was} -> {now})")
     return found
