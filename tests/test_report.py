@@ -15,6 +15,7 @@ from vlakeep.report import arms_from_runs, build_report, main, split_options
 from vlakeep.reporting import words
 from vlakeep.reporting.arms import Arm, load_arms
 from vlakeep.reporting.compare import Comparison, pair
+from vlakeep.reporting.figures import figures, render
 from vlakeep.reporting.intervals import mean_of, newcombe, paired_mean
 from vlakeep.reporting.tables import differences_html
 from vlakeep.storage import Storage
@@ -458,9 +459,10 @@ def test_both_sites_are_judged_and_drawn(tmp_path):
     assert "Residual stream: \u2016g\u2032\u2016 exceeds" in text and "LoRA input: surgery never enlarged the gradient" in text
     one = said(compare(make(tmp_path / "one")), "method")
     assert "Surgery never enlarged the gradient" in one and "Residual stream:" not in one  # a single site needs no name
-    build_report(tmp_path, both_sites(tmp_path / "drawn"), tmp_path / "report")
-    drawn = {path.stem for path in (tmp_path / "report" / "figures").iterdir()}
-    assert {"surgery_norms", "surgery_norms_lora_input", "leak", "shares_lora_input"} <= drawn
+    drawn = {figure.name: figure for figure in figures(compare(both_sites(tmp_path / "drawn")))}
+    assert {"surgery_norms", "surgery_norms_lora_input", "leak", "shares_lora_input"} <= set(drawn)
+    lines = render(drawn["surgery_norms_lora_input"]).axes[0].get_lines()
+    assert sorted({float(max(line.get_ydata())) for line in lines}) == [1.0, 2.0]  # after and before surgery
 
 
 def test_a_penalty_that_was_not_finite_is_told(tmp_path):

@@ -115,20 +115,18 @@ def test_a_stage_after_training_ends_on_sigterm(world, tmp_path):
         child.wait()
 
 
-@pytest.mark.parametrize("gpus, status", [(1, 143), (2, 1)])  # torchrun has a status of its own
-def test_a_signal_to_the_run_script_reaches_the_trainer(world, gpus, status):
+def test_a_signal_to_the_run_script_reaches_the_trainer(world):
     storage, _ = world
-    name = f"train-script-{gpus}"
-    folder = storage.run_folder(name)
-    arguments = [*SMALL, "--root", str(storage.root), "--name", name, "--train.steps", "400", "--train.save_every", "1000"]
+    folder = storage.run_folder("train-script")
+    arguments = [*SMALL, "--root", str(storage.root), "--name", "train-script", "--train.steps", "400", "--train.save_every", "1000"]
     environ = dict(os.environ, PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    child = subprocess.Popen(["bash", "scripts/run_baseline_lora.sh", "--gpus", str(gpus), *arguments], cwd=REPOSITORY, env=environ,
+    child = subprocess.Popen(["bash", "scripts/run_baseline_lora.sh", "--gpus", "1", *arguments], cwd=REPOSITORY, env=environ,
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         while child.poll() is None and not ((folder / "metrics.jsonl").is_file() and len(read_metrics(folder)) >= 2):
             time.sleep(0.02)
         child.send_signal(signal.SIGTERM)
-        assert child.wait(60) == status
+        assert child.wait(60) == 143
         assert len(list((folder / "checkpoints").iterdir())) == 1
         assert json.loads((folder / "provenance.json").read_text())["status"] == "interrupted"
     finally:
