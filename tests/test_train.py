@@ -165,10 +165,11 @@ def test_threads_and_files_of_the_data_are_closed_also_after_an_error(world, mon
     assert opened() == before and len(kept) == 2
 
 
-def test_a_data_set_is_closed_by_its_block_and_by_nothing_else(world):
+def test_a_data_set_is_closed_by_its_block_and_by_nothing_else(world, monkeypatch):
     """No __del__: at the end of the interpreter it would call into modules that are gone."""
     from vlakeep.data.dataset import DemoDataset
     from vlakeep.data.formats import closing_all, open_datasets
+    from vlakeep.data.rlds import RldsDataset
     storage, _ = world
     assert not hasattr(DemoDataset, "__del__")
     before = opened()
@@ -178,11 +179,14 @@ def test_a_data_set_is_closed_by_its_block_and_by_nothing_else(world):
             data.image(0, 0)
             assert opened() != before
         assert opened() == before
-        with pytest.raises(FileNotFoundError):  # the first set is closed when the second cannot be opened
-            open_datasets(storage.data, ["tabletop_corner", "none"])
         with open_datasets(storage.data, ["tabletop_corner"])[0] as data:
             data.image(0, 0)
-    assert opened() == before
+        assert opened() == before
+    closed = []
+    monkeypatch.setattr(RldsDataset, "close", lambda self: closed.append(self.name))
+    with pytest.raises(FileNotFoundError):  # the first set is closed when the second cannot be opened
+        open_datasets(storage.data, ["tabletop_corner", "none"])
+    assert closed == ["tabletop_corner"]
 
 
 # ---- what the guard sees ----
