@@ -47,6 +47,8 @@ ANSWER_TOKENS = 6
 TABLETOP_SEED = 1000
 REPLAY = "replay"  # the target that is no model
 GREY = 128
+QUESTION_BATCH, KL_BATCH = 250, 100
+ROUNDING = 1e-5  # nats, of a mean over float32 sums
 FIRST_PICTURES = 20  # of a LIBERO evaluation, compared with the training data's
 # Fields of the evaluate section that change no trial, and those that one kind of benchmark does not read.
 # A probe is named by its hash; blank evaluations have a folder of their own; other suites have records of their own.
@@ -68,7 +70,7 @@ def load_target(config: Config, storage: Storage, device):
     if backbone.unnorm_key is None and len(statistics) == 1:
         backbone.unnorm_key = next(iter(statistics))
     # A step of a run that was named by its folder gets its own records.
-    name = f"{folder.parents[1].name}-{folder.name}" if Path(target).name == folder.name else Path(target).name
+    name = f"{folder.absolute().parents[1].name}-{folder.name}" if Path(target).name == folder.name else Path(target).name
     return backbone.eval(), name, manifest
 
 
@@ -93,7 +95,7 @@ def attempt_actions(backbone, images, instructions, unnorm_key, width: int = 0) 
 
 
 @torch.inference_mode()
-def answer_questions(backbone, samples, batch_size: int = 250) -> List[str]:
+def answer_questions(backbone, samples, batch_size: int = QUESTION_BATCH) -> List[str]:
     """Greedy answers, lower case and stripped."""
     answers = []
     for start in range(0, len(samples), batch_size):
@@ -104,7 +106,7 @@ def answer_questions(backbone, samples, batch_size: int = 250) -> List[str]:
 
 
 @torch.inference_mode()
-def action_token_kl(backbone, samples, batch_size: int = 100) -> np.ndarray:
+def action_token_kl(backbone, samples, batch_size: int = KL_BATCH) -> np.ndarray:
     """KL(teacher || student) per frame [N], averaged over the teacher's own action tokens, both models fed those tokens."""
     values = []
     for start in range(0, len(samples), batch_size):
@@ -113,7 +115,9 @@ def action_token_kl(backbone, samples, batch_size: int = 100) -> np.ndarray:
             tokens_BT, _ = backbone.generate(batch, max_new_tokens=backbone.action_dim(), stop_at_eos=False)
             teacher = backbone.log_probabilities_of_continuation(batch, tokens_BT)
         student = backbone.log_probabilities_of_continuation(batch, tokens_BT)
-        values.append((teacher.exp() * (teacher - student)).sum(-1).mean(1).clamp(min=0).cpu().numpy())
+        kl_B = (teacher.exp() * (teacher - student)).sum(-1).mean(1)
+        assert not (kl_B < -ROUNDING).any(), f"a KL of {float(kl_B.min()):.3g} nats: teacher and student are not both distributions"
+        values.append(kl_B.clamp(min=0).cpu().numpy())
     return np.concatenate(values) if values else np.zeros(0)
 
 
@@ -134,8 +138,8 @@ def measure_drift(backbone, config: Config, storage: Storage) -> float:
     return float(covariance_drift(states(), teacher))
 
 
-def run_evaluation(config: Config, storage: Storage) -> Path:
-    """Evaluate one target and return its folder. Interrupted evaluations go on where they stopped."""
+def run_evaluation(config: Config, storage: Storage, folder: Optional[Path] = None) -> Path:
+    """Evaluate one target and return its folder (`folder`, or its own). Interrupted evaluations go on where they stopped."""
     set_threads(config.threads)
     require_numpy()
     started = time.perf_counter()
@@ -152,7 +156,7 @@ def run_evaluation(config: Config, storage: Storage) -> Path:
         backbone.unnorm_key = key
         name += "-blank" if settings.blank else ""
     backbone.action_statistics(key)  # raises for a key that would make every trial crash
-    folder = storage.eval / settings.benchmark / name if in_libero else storage.eval / name
+    folder = folder or (storage.eval / settings.benchmark / name if in_libero else storage.eval / name)
     probe = open_questions(config, storage) if in_libero and settings.probe and not settings.blank else None
     header = make_header(settings, weights, backbone.weights_sha256, probe, model_settings(backbone, config, key))
     with Records(folder / "records.jsonl", header) as records:
@@ -160,13 +164,14 @@ def run_evaluation(config: Config, storage: Storage) -> Path:
         if in_libero:
             alarms = crop_alarm(config, storage, settings) + renderer_alarm(config, storage, key)
             for suite in [settings.benchmark, *settings.other_suites]:
-                alarms += run_libero(backbone, config, of_suite(settings, suite), storage, records, folder, name)
+                run_libero(backbone, config, of_suite(settings, suite), storage, records, folder, name)
             if probe:
                 run_probe(backbone, probe, settings, records, name)
         else:
-            alarms = run_tabletop(backbone, key, settings, records, name)
-        rows = records.rows()
-    return write_summary(folder, make_summary(name, rows, drift, weights, settings.benchmark), alarms, started)
+            alarms = []
+            run_tabletop(backbone, key, settings, records, name)
+        summary = make_summary(name, records.rows(), drift, weights, settings.benchmark)
+        return write_summary(folder, summary, alarms + records.alarms(), started)
 
 
 def model_settings(backbone, config: Config, key: Optional[str]) -> Dict:
@@ -266,9 +271,9 @@ def drift_of(backbone, config: Config, storage: Storage, required: bool):
 def check_tabletop(settings) -> None:
     asked = (("skills", settings.skills, tabletop.ALL_SKILLS), ("questions", settings.questions, tabletop.QUESTION_KINDS))
     for key, names, known in asked:
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise ValueError(f"--evaluate.{key} {unknown}: must be among {', '.join(known)}")
+        wrong = [name for name in names if name not in known or names.count(name) > 1]
+        if wrong:
+            raise ValueError(f"--evaluate.{key} {wrong}: must be among {', '.join(known)}, each once")
 
 
 def crop_alarm(config: Config, storage: Storage, settings) -> List[str]:
@@ -314,27 +319,40 @@ def training_picture(config: Config, storage: Storage) -> Optional[np.ndarray]:
     return np.mean([p for p in pictures if p.shape == sizes[0]], axis=0)
 
 
-def run_tabletop(backbone, key, settings, records: Records, name: str) -> List[str]:
-    """Episodes of every skill, questions of every kind, and the KL on frames of the old skills. Returns alarms."""
+def ask_questions(backbone, kind: str, samples, seeds: List[int], answers: List[str], records: Records) -> None:
+    """The trials of one question kind that `records` lacks; `samples(trials)` makes their questions."""
+    for trials, lacking in records.missing("question", kind, len(answers), QUESTION_BATCH):
+        for trial, said in zip(trials, answer_questions(backbone, samples(trials))):
+            if trial in lacking:
+                records.add(kind="question", ability=kind, trial=trial, seed=seeds[trial], success=said == answers[trial], value=None,
+                            crash=None, steps=0, answer=said, expected=answers[trial])
+
+
+def measure_retention(backbone, samples, seeds: List[int], records: Records) -> None:
+    """The KL of the frames that `records` lacks; `samples(trials)` makes them."""
+    for trials, lacking in records.missing("retention", "action_kl", len(seeds), KL_BATCH):
+        for trial, kl in zip(trials, action_token_kl(backbone, samples(trials))):
+            if trial in lacking:
+                records.add(kind="retention", ability="action_kl", trial=trial, seed=seeds[trial], success=None, value=float(kl),
+                            crash=None, steps=0)
+
+
+def run_tabletop(backbone, key, settings, records: Records, name: str) -> None:
+    """Episodes of every skill, questions of every kind, and the KL on frames of the old skills."""
     policy, skills = ActionPolicy(backbone, key), settings.skills or tabletop.ALL_SKILLS
-    first = tabletop.EVALUATION + settings.seed
-    tabletop.run_skill_episodes(policy, skills, settings.episodes, first, settings.parallel, records, desc=name)
+    tabletop.run_skill_episodes(policy, skills, settings.episodes, tabletop.EVALUATION + settings.seed, settings.parallel, records, name)
+    records.add_alarms(policy.watch.alarms())
     for kind in tqdm(settings.questions or tabletop.QUESTION_KINDS, desc=f"{name}: questions", leave=False):
         trials = tabletop.question_trials(kind, settings.questions_per_kind, settings.seed)
-        todo = [t for t in trials if not records.has("question", kind, t.trial)]
-        for trial, said in zip(todo, answer_questions(backbone, [t.sample for t in todo])):
-            records.add(kind="question", ability=kind, trial=trial.trial, seed=trial.seed, success=said == trial.sample.answer,
-                        value=None, crash=None, steps=0, answer=said, expected=trial.sample.answer)
-    if name != "base" and not records.has("retention", "action_kl", settings.retention_frames - 1):
+        ask_questions(backbone, kind, lambda numbers, trials=trials: [trials[number].sample for number in numbers],
+                      [trial.seed for trial in trials], [trial.sample.answer for trial in trials], records)
+    if name != "base":
         frames = tabletop.retention_frames(settings.retention_frames, settings.seed)
-        for index, value in enumerate(action_token_kl(backbone, frames)):
-            records.add(kind="retention", ability="action_kl", trial=index, seed=settings.seed, success=None, value=float(value),
-                        crash=None, steps=0)
-    return policy.watch.alarms()
+        measure_retention(backbone, lambda numbers: [frames[number] for number in numbers], [settings.seed] * len(frames), records)
 
 
-def run_libero(backbone, config: Config, settings, storage: Storage, records: Records, folder: Path, name: str) -> List[str]:
-    """Episodes of the suite's tasks in the simulator. Returns alarms."""
+def run_libero(backbone, config: Config, settings, storage: Storage, records: Records, folder: Path, name: str) -> None:
+    """Episodes of the suite's tasks in the simulator."""
     key, first = backbone.unnorm_key, []
     if settings.benchmark != config.evaluate.benchmark:  # an old suite keeps the statistics that it was learnt with
         key = libero.pick_key(settings.benchmark, None, backbone.norm_stats, key)
@@ -362,7 +380,7 @@ def run_libero(backbone, config: Config, settings, storage: Storage, records: Re
         print(f"{name}: {restarts} simulator processes died and were replaced", file=sys.stderr)
     comparable = first and config.evaluate.target != "base" and settings.benchmark == config.evaluate.benchmark
     trained = training_picture(config, storage) if comparable else None
-    return watch.alarms() + ([] if trained is None else orientation_alarm(trained, np.mean(first, axis=0)))
+    records.add_alarms(watch.alarms() + ([] if trained is None else orientation_alarm(trained, np.mean(first, axis=0))))
 
 
 def open_questions(config: Config, storage: Storage) -> ProbeSet:
@@ -377,21 +395,18 @@ def run_probe(backbone, probe: ProbeSet, settings, records: Records, name: str) 
     """
     kinds = probe.kinds(range(len(probe)))
 
-    def samples(items):
-        found = probe.samples(items)
-        return [replace(sample, image=center_crop(sample.image)) for sample in found] if settings.center_crop else found
+    def samples_of(items):
+        def samples(batch):
+            found = probe.samples([items[trial] for trial in batch])
+            return [replace(sample, image=center_crop(sample.image)) for sample in found] if settings.center_crop else found
+        return samples
 
     for kind in settings.questions or sorted(set(kinds) - {"instruction"}):
         items = [i for i, own in enumerate(kinds) if own == kind][:settings.questions_per_kind]
-        todo = [(trial, item) for trial, item in enumerate(items) if not records.has("question", kind, trial)]
-        for (trial, item), said in zip(todo, answer_questions(backbone, samples([item for _, item in todo]))):
-            records.add(kind="question", ability=kind, trial=trial, seed=item, success=said == probe.answers[item], value=None,
-                        crash=None, steps=0, answer=said, expected=probe.answers[item])
+        ask_questions(backbone, kind, samples_of(items), items, [probe.answers[item] for item in items], records)
     items = [i for i, kind in enumerate(kinds) if kind == "instruction"][:settings.retention_frames]
-    if name != "base" and items and not records.has("retention", "action_kl", len(items) - 1):
-        for trial, (item, value) in enumerate(zip(items, action_token_kl(backbone, samples(items)))):
-            records.add(kind="retention", ability="action_kl", trial=trial, seed=item, success=None, value=float(value),
-                        crash=None, steps=0)
+    if name != "base":
+        measure_retention(backbone, samples_of(items), items, records)
 
 
 def make_summary(name: str, rows: List[dict], drift, weights: str, benchmark: str = "tabletop") -> Dict:
@@ -422,8 +437,8 @@ def print_summary(summary: Dict) -> None:
     for alarm in summary["alarms"]:
         print(f"  ALARM: {alarm}")
     drift = "not measured" if summary["drift"] is None else f"{summary['drift']:.3f}"
-    measured = summary["retention_kl"]["n"] or summary["target"] == "base"
-    kl = f"{summary['retention_kl']['mean']:.4f}" if measured else "not measured"
+    kl = 0.0 if summary["target"] == "base" else summary["retention_kl"]["mean"]  # the base is the teacher
+    kl = "not measured" if kl is None else f"{kl:.4f}"
     print(f"  {'action-token KL':24s} {kl}   drift {drift}")
 
 

@@ -257,10 +257,10 @@ CURVES = [
         "Leak and shares",
         "Leak: share of the weight update that acts on protected inputs. Shares: the gradient's energy in fragile "
         "and plastic directions.",
-        [("leak", "-"), ("shed_f", "--"), ("share_f", "--"), ("shed_p", ":"), ("share_p", ":")],
+        [("leak", "-"), ("share_f", "--"), ("share_p", ":")],
         "share",
         False,
-        ("leak", "fragile", "fragile", "plastic", "plastic"),
+        ("leak", "fragile", "plastic"),
         True,
     ),
     Curve(
