@@ -48,8 +48,8 @@ REPLAY = "replay"  # the target that is no model
 GREY = 128
 FIRST_PICTURES = 20  # of a LIBERO evaluation, compared with the training data's
 # Fields of the evaluate section that change no trial, and those that one kind of benchmark does not read.
-# A probe is named by its hash; blank evaluations have a folder of their own; other suites have records of their own.
-NO_MATTER = ("target", "parallel", "workers", "videos", "probe", "blank", "other_suites")
+# A probe is named by its hash; blank evaluations have a folder of their own; other suites and new skills have records of their own.
+NO_MATTER = ("target", "parallel", "workers", "videos", "probe", "blank", "other_suites", "new_skill")
 LIBERO_ONLY = ("batch", "center_crop")
 
 
@@ -164,8 +164,9 @@ def run_evaluation(config: Config, storage: Storage) -> Path:
                 run_probe(backbone, probe, settings, records, name)
         else:
             alarms = run_tabletop(backbone, key, settings, records, name)
-        rows = records.rows()
-    return write_summary(folder, make_summary(name, rows, drift, weights, settings.benchmark), alarms, started)
+            alarms += tabletop.skill_alarm((trained_data(config, storage) or {}).get("datasets") or [], settings.new_skill)
+        rows = records.rows() if in_libero else tabletop.asked_rows(records.rows(), settings)
+    return write_summary(folder, make_summary(name, rows, drift, weights, settings.benchmark, settings.new_skill), alarms, started)
 
 
 def make_header(settings, weights: str, base: str, probe: Optional[ProbeSet] = None) -> Dict:
@@ -249,21 +250,26 @@ def drift_of(backbone, config: Config, storage: Storage, required: bool):
 
 
 def check_tabletop(settings) -> None:
-    asked = (("skills", settings.skills, tabletop.ALL_SKILLS), ("questions", settings.questions, tabletop.QUESTION_KINDS))
+    asked = (("skills", settings.skills, tabletop.ALL_SKILLS), ("questions", settings.questions, tabletop.QUESTION_KINDS),
+             ("new_skill", [settings.new_skill], tabletop.NEW_SKILLS))
     for key, names, known in asked:
         unknown = [name for name in names if name not in known]
         if unknown:
             raise ValueError(f"--evaluate.{key} {unknown}: must be among {', '.join(known)}")
 
 
+def trained_data(config: Config, storage: Storage) -> Optional[Dict]:
+    """The data section of the run's own configuration; None for what is no run."""
+    path = storage.runs / config.evaluate.target / "config.yaml"
+    return (yaml.safe_load(path.read_text()).get("data") or {}) if path.is_file() else None
+
+
 def crop_alarm(config: Config, storage: Storage, settings) -> List[str]:
     """One line when the evaluation crops and the training did not, or the other way round; reads the run's own configuration."""
-    path = storage.runs / config.evaluate.target / "config.yaml"
-    if not path.is_file():
+    data = trained_data(config, storage)
+    if data is None or bool(data.get("image_aug")) == settings.center_crop:
         return []
-    trained = bool((yaml.safe_load(path.read_text()).get("data") or {}).get("image_aug"))
-    if trained == settings.center_crop:
-        return []
+    trained = bool(data.get("image_aug"))
     cuts = "cuts" if settings.center_crop else "does not cut"
     return [f"the run was trained {'with' if trained else 'without'} random crops, and this evaluation {cuts} the centre: "
             f"--evaluate.center_crop {'true' if trained else 'false'} fits it"]
@@ -274,10 +280,9 @@ def renderer_alarm(config: Config, storage: Storage, key: str) -> List[str]:
 
     Of a base model pretrain-libero has noted it; one whose action statistics (`key`) are named as the official data was made from them.
     """
-    path = storage.runs / config.evaluate.target / "config.yaml"
-    if path.is_file():
-        names = (yaml.safe_load(path.read_text()).get("data") or {}).get("datasets") or []
-        made = {name: libero_setup.rendered_with(storage.data / name) for name in names if name.startswith("libero")}
+    data = trained_data(config, storage)
+    if data is not None:
+        made = {name: libero_setup.rendered_with(storage.data / name) for name in data.get("datasets") or [] if name.startswith("libero")}
     else:
         notes = find_checkpoint(config.backbone.checkpoint, storage.cache) / "PROVENANCE.json"
         noted = json.loads(notes.read_text()).get("renderers") if notes.is_file() else None
@@ -302,7 +307,7 @@ def training_picture(config: Config, storage: Storage) -> Optional[np.ndarray]:
 
 def run_tabletop(backbone, key, settings, records: Records, name: str) -> List[str]:
     """Episodes of every skill, questions of every kind, and the KL on frames of the old skills. Returns alarms."""
-    policy, skills = ActionPolicy(backbone, key), settings.skills or tabletop.ALL_SKILLS
+    policy, skills = ActionPolicy(backbone, key), tabletop.asked_skills(settings.skills, settings.new_skill)
     first = tabletop.EVALUATION + settings.seed
     tabletop.run_skill_episodes(policy, skills, settings.episodes, first, settings.parallel, records, desc=name)
     for kind in tqdm(settings.questions or tabletop.QUESTION_KINDS, desc=f"{name}: questions", leave=False):
@@ -392,16 +397,18 @@ def run_probe(backbone, probe: ProbeSet, settings, records: Records, name: str) 
                         crash=None, steps=0)
 
 
-def make_summary(name: str, rows: List[dict], drift, weights: str, benchmark: str = "tabletop") -> Dict:
+def make_summary(name: str, rows: List[dict], drift, weights: str, benchmark: str = "tabletop",
+                 new_skill: str = tabletop.NEW_SKILL) -> Dict:
     """The summary.json of docs/formats.md from the trial records. A LIBERO suite is one skill, with its tasks listed below it."""
     groups = summarise(rows)
-    learnt = benchmark if benchmark in libero.SUITES else tabletop.NEW_SKILL
+    learnt = benchmark if benchmark in libero.SUITES else new_skill
     abilities = {ability: dict(value, group=kind) for (kind, ability), value in groups.items()
-                 if kind in ("skill", "question") and ability != learnt}
+                 if kind in ("skill", "question") and ability not in (learnt, tabletop.CONTROLS.get(learnt))}
     new = groups.get(("skill", learnt))
     kl = [row["value"] for row in rows if row["kind"] == "retention"]
     summary = {"target": name, "weights": weights, "new_skill": dict(new, name=learnt) if new else None, "abilities": abilities,
                "retention_kl": mean_interval(kl), "drift": drift}
+    summary.update(tabletop.followed(rows))
     return dict(summary, tasks=libero.by_task(rows)) if benchmark in libero.SUITES else summary
 
 
@@ -417,6 +424,8 @@ def print_summary(summary: Dict) -> None:
         line(f"({value['n']} episodes)", value, end=f"  {task}")
     for ability, value in summary["abilities"].items():
         line(ability, value)
+    for skill, ends in summary.get("followed", {}).items():
+        print(f"  {'prompt of ' + skill:24s} ends at " + ", ".join(f"{end} {ends[end]:.3f}" for end in tabletop.ENDS))
     for alarm in summary["alarms"]:
         print(f"  ALARM: {alarm}")
     drift = "not measured" if summary["drift"] is None else f"{summary['drift']:.3f}"
