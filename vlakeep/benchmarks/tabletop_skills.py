@@ -39,10 +39,10 @@ SIDES = {"left": (0.12, None), "right": (0.88, None), "top": (None, 0.12), "bott
 EDGES = [x if y is None else y for x, y in SIDES.values()]
 # Steps running for which the condition must hold: whoever merely passes through on the way to something else has moved on by then.
 HOLD = {"reach": 3, "side": 2, "pick": 2, "tap": 1, "drop": 1, "place": 1, "corner": 1,
-        "path": 2, "order": 1, "relation": 1, "repeat": 1, "carry": 3, "blue": 1, "red": 1}
+        "path": 1, "order": 1, "relation": 1, "repeat": 1, "carry": 3, "blue": 1, "red": 1}
 STILL = 0.05  # an object that is nearer than this to where it started has not been moved
 MAX_STEPS = {"reach": 16, "side": 14, "pick": 20, "tap": 20, "drop": 12, "place": 32, "corner": 32,
-             "path": 30, "order": 56, "relation": 32, "repeat": 34, "carry": 26, "blue": 32, "red": 32}
+             "path": 32, "order": 56, "relation": 32, "repeat": 34, "carry": 26, "blue": 32, "red": 32}
 ON = 0.09  # a thing whose centre is nearer than this to another's lies on it
 
 # path: y of the lane along the top, below the strip of `side`; y down to which it counts; half width of the target's column
@@ -134,7 +134,7 @@ def conditions(world, untouched_N, let_go_N, goal_moved_N) -> dict:
     on_goal_N = let_go_N & (np.linalg.norm(target_N2 - goal_N2, axis=1) < ON) & (goal_moved_N < STILL)
     return {
         "corner": let_go_N & (np.linalg.norm(target_N2 - TRAY, axis=1) < TRAY_RADIUS),
-        "path": (world.stage_N == 1) & (np.linalg.norm(target_N2 - world.grip_N2, axis=1) < 0.08) & (world.z_N > 0.6)
+        "path": (world.stage_N == 1) & (np.linalg.norm(target_N2 - world.grip_N2, axis=1) < 0.09) & (world.z_N > 0.6)
         & world.closed_N & untouched_N,
         "order": (world.stage_N == 1) & at_bottom(world, world.target_N) & at_bottom(world, goal_N) & let_go_N,
         "relation": let_go_N & (off_N2[:, 0] < BESIDE_X) & (off_N2[:, 1] < BESIDE_Y) & (goal_moved_N < STILL),
