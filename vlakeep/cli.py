@@ -123,9 +123,9 @@ def run(argv: List[str]) -> int:
         print(usage())
         return 0 if argv else 2
     if argv[0] in ("-V", "--version"):
-        import vlakeep
+        from vlakeep.provenance import version_line
 
-        print(f"vlakeep {vlakeep.__version__}")
+        print(version_line())
         return 0
     name, rest = argv[0], argv[1:]
     if name not in STAGES:

@@ -22,7 +22,7 @@ from vlakeep.backbones.tiny import build_tiny_tokenizer
 from vlakeep.config import BackboneConfig
 from vlakeep.data.prompts import encode_text
 from vlakeep.data.sample import IGNORE_INDEX, Batch
-from vlakeep.rundir import library_versions, source_commit
+from vlakeep.provenance import library_versions, source_commit
 
 WARM_UP = 500  # steps
 
