@@ -273,8 +273,8 @@ def _number(name: str, text: str) -> float:
 def main(argv: List[str]) -> int:
     large, argv = _take(argv, "--large_file_gb", "1")
     stage, argv = _take(argv, "--stage", "train")
-    gpus, argv = _take(argv, "--gpus", "1")
-    large_file_gb, gpus = _number("--large_file_gb", large), int(_number("--gpus", gpus))
+    count, argv = _take(argv, "--gpus", "1")
+    large_file_gb, gpus = _number("--large_file_gb", large), int(_number("--gpus", count))
     config_path, rest = _take(argv, "--config", "")
     where = f"correct it in {config_path} or on the command line" if config_path else "correct it on the command line"
     try:

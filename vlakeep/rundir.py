@@ -12,6 +12,7 @@ run_root_dir/<name>/
 
 import errno
 import fcntl
+import io
 import json
 import math
 import os
@@ -99,7 +100,10 @@ class RunDir:
     def __init__(self, folder: Path, is_main: bool):
         self.folder, self.is_main = Path(folder), is_main
         self.resume_from: Optional[Path] = None
-        self._lock = self._metrics = self._tensorboard = self._wandb = None
+        self._lock: Optional[RunLock] = None
+        self._metrics: Optional[io.FileIO] = None
+        self._tensorboard: Any = None
+        self._wandb: Any = None
         self._provenance: Dict[str, Any] = {}
 
     @classmethod
@@ -257,7 +261,8 @@ class RunDir:
         """Append one line to metrics.jsonl (and the boards). Values: numbers, bools, 0-d tensors, strings. Raises DiskFull."""
         if not self.is_main:
             return
-        row, bad, numbers = {"step": int(step)}, [], {}
+        row: Dict[str, Any] = {"step": int(step)}
+        bad, numbers = [], {}
         for key, value in values.items():
             if hasattr(value, "item"):
                 value = value.item()

@@ -13,7 +13,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Optional
 
 import torch
 from tqdm import tqdm
@@ -114,7 +114,8 @@ class Guard:
     """Stops a run that has gone wrong: non-finite loss or gradient, or hidden states that blow up. Reads only logged values."""
 
     def __init__(self, factor: float):
-        self._factor, self._first = factor, None
+        self._factor = factor
+        self._first: Optional[float] = None
 
     def check(self, step: int, row: Dict[str, float], scaler, kept: str) -> None:
         for key in ("loss", "grad_norm"):
