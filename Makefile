@@ -1,7 +1,8 @@
 # make demo   the whole pipeline on the small model that ships with vlakeep (set VLAKEEP_ROOT to choose where files go)
 # make test   all tests; TESTS=tests/test_storage.py runs one file, WORKERS=4 uses more processes
 # make test-openvla-env   the tests on the library versions of the official OpenVLA environment
-# make lint   ruff
+# make lint   ruff and mypy
+# make wheel  build sdist and wheel into dist/, and run what the wheel installs into an empty virtual environment
 # make libero the LIBERO simulator into .venv (about 2 GB), and a check that it renders
 # make clean  remove the virtual environments
 #
@@ -18,7 +19,7 @@ EXTRAS ?= dev,hdf5,lerobot
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: demo test test-openvla-env lint libero clean setup
+.PHONY: demo test test-openvla-env lint wheel libero clean setup
 
 demo: setup
 	@$(VENV)/bin/vlakeep demo $(ARGS)
@@ -32,7 +33,11 @@ test-openvla-env:
 	@$(MAKE) --no-print-directory test VENV=.venv-openvla CONSTRAINTS=constraints-openvla.txt NEWEST='(3, 11)'
 
 lint: setup
-	@$(PY) -m ruff check vlakeep tests benchmarks
+	@$(PY) -m ruff check vlakeep tests benchmarks scripts setup.py
+	@$(PY) -m mypy
+
+wheel: setup
+	@PY="$(abspath $(PY))" TORCH_INDEX="$(TORCH_INDEX)" .ci/wheel
 
 # The simulator's own pins (robosuite 1.4.0) agree with constraints.txt. What renders in software is a system library; the check names it.
 libero: setup
@@ -40,7 +45,7 @@ libero: setup
 	@$(VENV)/bin/vlakeep libero-check $(ARGS)
 
 clean:
-	rm -rf .venv .venv-openvla build vlakeep.egg-info
+	rm -rf .venv .venv-openvla .mypy_cache build dist vlakeep.egg-info
 
 # Makes the environment in $(VENV), unless it stands already for these very files.
 setup:

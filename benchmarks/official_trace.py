@@ -88,7 +88,7 @@ def run_official(openvla: Path, checkpoint: Path, data: Path, out: Path, steps: 
 
 def run_ours(checkpoint: Path, batches, start, rank: int, source: str, openvla: Path):
     """Losses of our training step with the official preset on these batches, from these adapters."""
-    recipe = str(Path(__file__).parents[1] / "configs" / "openvla_official_recipe.yaml")
+    recipe = "openvla_official_recipe"
     config = load_config(recipe, ["--backbone.checkpoint", str(checkpoint), "--backbone.dtype", "float32", "--train.autocast", "none",
                                   "--lora.rank", str(rank), "--lora.alpha", str(min(rank, 16)), "--backbone.source", source,
                                   "--backbone.openvla_dir", str(openvla)])

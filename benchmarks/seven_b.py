@@ -103,7 +103,7 @@ def main() -> int:
     measured("write random checkpoint", device, lambda: write_random_checkpoint(base, Path(args.tokenizer), device, args.layers), rows)
     if args.write_only:
         return 0
-    file = str(Path(__file__).parents[1] / "configs" / "openvla_libero.yaml")
+    file = "openvla_libero"
     common = ["--root", args.root, "--backbone.checkpoint", str(base), "--data.datasets", "[tabletop_corner]", "--probe.name", "tabletop",
               "--train.steps", str(args.steps), "--train.log_every", "1", "--thermostat.every", "5",
               "--train.save_every", str(args.steps), *rest]

@@ -130,14 +130,14 @@ def test_mistakes_on_the_command_line(refused, tmp_path, argv, words):
 
 
 @pytest.mark.parametrize("content, words", [
-    (b"", ["must hold `key: value` pairs as the files in configs/ do, not nothing"]),
+    (b"", ["must hold `key: value` pairs as the files in vlakeep/configs/ do, not nothing"]),
     (b"train: 3\n", ["`train` in ", "is a section", "train: {steps: ...}"]),
     (b"train:\nname: x\n", ["`train` in ", "is a section"]),
     (b"train: {lr: 1}\nname: x\ntrain: {steps: 3}\n", ["not valid YAML: `train` comes twice", "line 3"]),
     (b"train: {resume: 3}\n", ["--train.resume must be true or false, not 3 (in "]),
     (b"hsw: {layers: [1, x]}\n", ["--hsw.layers must be a list of whole numbers"]),
     (b"\xff\xfe\x00", ["cannot be read as text", "configs/"]),
-    (None, ["no configuration file at", "configs/"]),
+    (None, ["no configuration file at", "those that ship are baseline_lora, method_icsm_hsw_thermostat"]),
 ])
 def test_files_that_are_no_configuration(refused, tmp_path, content, words):
     path = tmp_path / "c.yaml"

@@ -6,6 +6,7 @@ import pytest
 
 from vlakeep import cli
 from vlakeep.config import Config, ConfigError, config_from_argv, known_keys, load_config, save_config, to_dict
+from vlakeep.schema import SHIPPED
 
 
 def test_round_trip(tmp_path):
@@ -23,6 +24,21 @@ def test_command_line_over_file_over_default(tmp_path):
     assert config_from_argv([f"--config={tmp_path / 'c.yaml'}"]).train.lr == 0.5
     assert load_config(None, ["--data.datasets", "[a, b]"]).data.datasets == ["a", "b"]
     assert load_config(None, ["--thermostat.gamma_min", "0.1"]).thermostat.gamma_min == 0.1
+
+
+def test_a_configuration_that_ships_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = load_config(str(SHIPPED / "method_icsm_hsw_thermostat.yaml"))
+    for name in ("configs/method_icsm_hsw_thermostat.yaml", "method_icsm_hsw_thermostat.yaml", "method_icsm_hsw_thermostat"):
+        assert config_from_argv(["--config", name]) == shipped and shipped.method != Config().method
+    (tmp_path / "method_icsm_hsw_thermostat").mkdir()  # a folder is no configuration file
+    assert load_config("method_icsm_hsw_thermostat") == shipped
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "baseline_lora.yaml").write_text("name: mine\n")
+    assert load_config("configs/baseline_lora.yaml").name == "mine" != load_config("baseline_lora").name
+    for name in ("baseline", "other/baseline_lora", "configs/configs/baseline_lora.yaml", "configs", ""):
+        with pytest.raises(ConfigError, match="no configuration file at .*those that ship are baseline_lora, method_icsm_hsw"):
+            load_config(name)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ OWN = set("config help version gpus stage large_file_gb runs out title seconds t
           "approach patch key compile "
           "questions data episodes steps".split())
 OTHER = {"standalone", "nproc-per-node", "signals-to-handle", "local-dir"}
-TEXTS = [*DOCUMENTS, *sorted((REPO / "configs").rglob("*.yaml")), *sorted(p for p in (REPO / "scripts").iterdir() if p.is_file())]
+TEXTS = [*DOCUMENTS, *sorted((PACKAGE / "configs").rglob("*.yaml")), *sorted(p for p in (REPO / "scripts").iterdir() if p.is_file())]
 PAIRS = [("README.md", "README.zh-CN.md"), ("docs/RESEARCH_PIPELINE.md", "docs/RESEARCH_PIPELINE.zh-CN.md")]
 FENCE = re.compile(r"^ *```.*?^ *```$", re.M | re.S)
 METRICS = re.compile(r"<!-- metrics-fields -->(.*?)<!-- /metrics-fields -->", re.S)

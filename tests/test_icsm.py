@@ -98,7 +98,7 @@ def test_sensitivity_from_cached_activations_is_the_full_forward(teacher, offset
     with torch.no_grad():
         clean = torch.log_softmax(backbone.logits(backbone.run_layers(prefix)[where]), -1)
         for k in range(2):
-            def push(module, args, output):
+            def push(module, args, output, k=k):
                 hidden = output[0] if isinstance(output, tuple) else output
                 hidden = hidden + mask_BS[..., None] * (0.5 * directions[:, k].float())
                 return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

@@ -68,7 +68,7 @@ def test_dirty_diff_is_kept(storage, monkeypatch, tmp_path):
         subprocess.run([*git, *arguments], check=True)
     (code / "x.py").write_text("two\n")
     (code / "new.py").write_text("")
-    monkeypatch.setattr("vlakeep.rundir.__file__", str(code / "rundir.py"))
+    monkeypatch.setattr("vlakeep.provenance.__file__", str(code / "provenance.py"))
     run = short_run(storage, make(), 1)
     source = provenance(run)["sessions"][0]["source"]
     assert (

@@ -140,19 +140,20 @@ def test_left_means_left_in_the_image():
     rng = np.random.default_rng(0)
     world = TabletopWorld(["reach"] * 40, range(40))
     seen = 0
+
+    def column(i, name):
+        color, shape = name.split()
+        for slot in np.flatnonzero(world.present_NK[i]):
+            shapes = ["circle", "square", "triangle", "cross"]
+            if (list(COLORS)[world.color_NK[i, slot]], shapes[world.shape_NK[i, slot]]) == (color, shape):
+                return world.xy_NK2[i, slot, 0]
+
     for i in range(world.n):
         found = ask(world, i, "left", rng)
         if found is None:
             continue
         first, second = found[0].removeprefix("is the ").removesuffix("?").split(" left of the ")
-
-        def column(name):
-            color, shape = name.split()
-            for slot in np.flatnonzero(world.present_NK[i]):
-                shapes = ["circle", "square", "triangle", "cross"]
-                if (list(COLORS)[world.color_NK[i, slot]], shapes[world.shape_NK[i, slot]]) == (color, shape):
-                    return world.xy_NK2[i, slot, 0]
-        assert (found[1] == "yes") == (column(first) < column(second))
+        assert (found[1] == "yes") == (column(i, first) < column(i, second))
         seen += 1
     assert seen > 20
 

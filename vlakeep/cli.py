@@ -96,13 +96,12 @@ def config_help() -> str:
         return found
 
     def section(cls, prefix: str):
-        notes, hints, later = comments(cls), typing.get_type_hints(cls), []
+        notes, hints, defaults, later = comments(cls), typing.get_type_hints(cls), cls(), []
         for field in dataclasses.fields(cls):
             if dataclasses.is_dataclass(hints[field.name]):
                 later.append((hints[field.name], f"{prefix}{field.name}."))
                 continue
-            default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-            lines.append(f"  --{prefix}{field.name} {default}")
+            lines.append(f"  --{prefix}{field.name} {getattr(defaults, field.name)}")
             if notes.get(field.name):
                 lines.append(f"      {notes[field.name]}")
         for cls_, prefix_ in later:
@@ -123,9 +122,9 @@ def run(argv: List[str]) -> int:
         print(usage())
         return 0 if argv else 2
     if argv[0] in ("-V", "--version"):
-        import vlakeep
+        from vlakeep.provenance import version_line
 
-        print(f"vlakeep {vlakeep.__version__}")
+        print(version_line())
         return 0
     name, rest = argv[0], argv[1:]
     if name not in STAGES:

@@ -391,7 +391,7 @@ def known_keys() -> List[str]:
 
 
 def load_config(path: Optional[str] = None, overrides: Optional[List[str]] = None) -> Config:
-    """The configuration of a YAML file with command-line overrides (`--train.lr 1e-3` or `--train.lr=1e-3`).
+    """The configuration of a YAML file, or of one that ships by its name, with overrides (`--train.lr 1e-3` or `--train.lr=1e-3`).
 
     Raises ConfigError naming every unknown key, the first value of a wrong type, or all values out of range.
     """
@@ -412,7 +412,7 @@ def config_from_argv(argv: List[str]) -> Config:
             if arg == "--config":
                 position += 1
                 if position == len(argv):
-                    raise ConfigError("--config needs a file name; the ones that ship are in configs/")
+                    raise ConfigError("--config needs a file, or the name of a configuration that ships, such as baseline_lora")
             path = argv[position].split("=", 1)[1] if arg.startswith("--config=") else argv[position]
         else:
             rest.append(arg)

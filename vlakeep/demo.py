@@ -17,18 +17,17 @@ from typing import Dict, List
 
 from vlakeep.config import Config, load_config
 
-CONFIGS = Path(__file__).parent.parent / "configs"
-# Arm -> (configuration file, what differs from it). Every arm gets the same seed, data, steps and evaluation states.
+# Arm -> (configuration that ships, what differs from it). Every arm gets the same seed, data, steps and evaluation states.
 ARMS = {
-    "baseline": ("baseline_lora.yaml", []),
-    "method": ("method_icsm_hsw_thermostat.yaml", []),
-    "method_lora_input": ("method_icsm_hsw_thermostat.yaml", ["--hsw.site", "lora_input"]),
+    "baseline": ("baseline_lora", []),
+    "method": ("method_icsm_hsw_thermostat", []),
+    "method_lora_input": ("method_icsm_hsw_thermostat", ["--hsw.site", "lora_input"]),
 }
 
 
 def arm_config(arm: str, extra: List[str]) -> Config:
     file, changes = ARMS[arm]
-    return load_config(str(CONFIGS / file), changes + extra + ["--name", f"demo-{arm}"])
+    return load_config(file, changes + extra + ["--name", f"demo-{arm}"])
 
 
 def main(argv: List[str]) -> int:

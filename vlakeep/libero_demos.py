@@ -118,7 +118,8 @@ def collect(suite: str, tasks: List[int], demos: int, first: int, workers: int, 
     tried only for what is missing when all earlier ones are known, so which are used does not depend on the order of endings.
     """
     found: Dict[int, Dict[int, bool]] = {task: {} for task in tasks}
-    empty = Demo(*np.zeros((2, 0, 7), np.float32), np.zeros((0, 0)), np.zeros((0, 8), np.float32))
+    nothing_TA = np.zeros((0, 7), np.float32)
+    empty = Demo(nothing_TA, nothing_TA, np.zeros((0, 0)), np.zeros((0, 8), np.float32))
     with Workers(functools.partial(LiberoEnv, render=False), functools.partial(record, manner=manner), workers) as pool:
         while True:
             wanted = [(task, first + len(found[task]) + i) for task in tasks if sum(found[task].values()) or not found[task]

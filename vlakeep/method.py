@@ -4,7 +4,7 @@ An arm is a Method; the loop in train.py asks it the same things whichever it is
 difference between `Baseline` and `IcsmHswThermostat`.
 """
 
-from typing import Dict, List, Optional, Protocol, Union
+from typing import Any, Dict, List, Optional, Protocol, Union
 
 import torch
 
@@ -75,7 +75,8 @@ class IcsmHswThermostat:
         """`artifact` (icsm.artifact.Artifact) unless every feature is off; `make_thermometer(backbone)` builds the drift sensor."""
         self._config, self._artifact, self._make_thermometer = config, artifact, make_thermometer
         self._sites: Dict[str, Union[ResidualSite, LoraInputSite]] = {}  # by the names that hsw.site has
-        self._thermometer, self._controller = None, None
+        self._thermometer: Any = None
+        self._controller: Optional[Controller] = None
         self._fixed = Gains(beta=config.hsw.beta, gamma=config.hsw.gamma)
         self._observe = False
 
@@ -107,7 +108,7 @@ class IcsmHswThermostat:
         loaded = {rep: self._artifact.residual_basis(rep) for rep in sorted({mapping[layer] for layer in layers})}
         return {layer: self._ablate(loaded[mapping[layer]], mapping[layer]) for layer in layers}
 
-    def _input_bases(self, adapted) -> Dict[str, tuple]:
+    def _input_bases(self, adapted) -> Dict[str, Dict[str, torch.Tensor]]:
         bases = self._artifact.token_bases()
         missing = [name for name in adapted if input_key(name) not in bases]
         if missing:

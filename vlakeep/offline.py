@@ -25,7 +25,7 @@ from vlakeep.icsm.sensitivity import order_by_fragility, sensitivities
 from vlakeep.parallel import pick_device, set_threads
 from vlakeep.probe.batches import prompt_batches
 from vlakeep.probe.probe_set import ProbeSet, evenly
-from vlakeep.rundir import library_versions, source_commit
+from vlakeep.provenance import library_versions, source_commit
 from vlakeep.storage import Storage, need_free
 
 ANSWER_TOKENS = 8  # seven action tokens and the end of sequence

@@ -30,6 +30,7 @@ from vlakeep.checks import GREEN, RED, YELLOW, Line
 from vlakeep.compat import NUMPY_1, numpy_trouble
 from vlakeep.config import Config, ConfigError, config_from_argv
 from vlakeep.errors import human_bytes, quoted
+from vlakeep.schema import find_config
 from vlakeep.storage import Storage, code_trees, peek, scan_large_files
 
 STAGES = ("offline", "train", "evaluate")
@@ -274,8 +275,8 @@ def _number(name: str, text: str) -> float:
 def main(argv: List[str]) -> int:
     large, argv = _take(argv, "--large_file_gb", "1")
     stage, argv = _take(argv, "--stage", "train")
-    gpus, argv = _take(argv, "--gpus", "1")
-    large_file_gb, gpus = _number("--large_file_gb", large), int(_number("--gpus", gpus))
+    count, argv = _take(argv, "--gpus", "1")
+    large_file_gb, gpus = _number("--large_file_gb", large), int(_number("--gpus", count))
     config_path, rest = _take(argv, "--config", "")
     where = f"correct it in {config_path} or on the command line" if config_path else "correct it on the command line"
     try:
@@ -292,10 +293,10 @@ def main(argv: List[str]) -> int:
 
 def _parse_unchecked(config_path: str, overrides: List[str]) -> Optional[Config]:
     """The configuration without its range checks; None when a key is unknown or a type is wrong."""
-    args = ["--config_path", config_path] if config_path else []
-    for arg in overrides:
-        args += arg.split("=", 1) if arg.startswith("--") else [arg]
     try:
+        args = ["--config_path", str(find_config(config_path))] if config_path else []
+        for arg in overrides:
+            args += arg.split("=", 1) if arg.startswith("--") else [arg]
         with contextlib.redirect_stderr(io.StringIO()):  # argparse prints its usage there
             return draccus.parse(Config, args=args)
     except (Exception, SystemExit):

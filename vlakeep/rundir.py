@@ -12,16 +12,12 @@ run_root_dir/<name>/
 
 import errno
 import fcntl
-import hashlib
-import importlib.metadata
+import io
 import json
 import math
 import os
-import platform
-import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 import traceback
@@ -34,80 +30,14 @@ import yaml
 from vlakeep.checkpoint import latest_intact, list_checkpoints
 from vlakeep.config import Config, to_dict
 from vlakeep.errors import DiskFull, Interrupted, RunDirError, is_disk_full, quoted
+from vlakeep.provenance import hardware, library_versions, source_state
 from vlakeep.storage import Storage, atomic_write, free_bytes, remove_leftovers
 
-LIBRARIES = ["torch", "transformers", "timm", "peft", "tokenizers", "safetensors", "numpy", "draccus"]
 # What may differ when a run goes on: it changes no number of the steps that follow.
 FREE_KEYS = set(
     "name root cache_dir data_root_dir probe_root_dir artifact_dir run_root_dir tmp_dir data.workers train.steps train.log_every "
     "train.save_every train.keep_last train.tensorboard train.use_wandb train.resume".split()
 )
-
-
-def library_versions() -> Dict[str, Optional[str]]:
-    """Python and the libraries that decide results; None for one that is not installed."""
-    versions = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    versions["torch"] = torch.__version__  # with the build, e.g. +cu124
-    return versions
-
-
-def source_commit() -> Optional[str]:
-    """Commit of the checkout that vlakeep runs from; None outside one."""
-    return _git("rev-parse", "HEAD")
-
-
-def source_state() -> Dict[str, Any]:
-    """commit, dirty, diff (text against the commit), diff_sha256, untracked; None values outside a git work tree."""
-    commit = source_commit()
-    if commit is None:
-        return {"commit": None, "dirty": None, "diff": "", "diff_sha256": None, "untracked": []}
-    diff = _git("diff", "HEAD", "--no-color", strip=False) or ""
-    untracked = [line for line in (_git("ls-files", "--others", "--exclude-standard", "--full-name", ":/") or "").splitlines()]
-    digest = hashlib.sha256(diff.encode()).hexdigest() if diff else None
-    return {"commit": commit, "dirty": bool(diff or untracked), "diff": diff, "diff_sha256": digest, "untracked": untracked}
-
-
-def _git(*args: str, strip: bool = True) -> Optional[str]:
-    try:
-        done = subprocess.run(
-            ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20, errors="replace"
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if done.returncode != 0:
-        return None
-    return done.stdout.strip() if strip else done.stdout
-
-
-def hardware() -> Dict[str, Any]:
-    """Host, CPU model and cores, memory, GPUs."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
-        memory = int(re.search(r"MemTotal:\s*(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
-    except (OSError, TypeError):
-        memory = None
-    gpus = []
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            gpus.append(
-                {"name": properties.name, "memory": properties.total_memory, "capability": [properties.major, properties.minor]}
-            )
-    return {
-        "host": socket.gethostname(),
-        "system": platform.platform(),
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "memory": memory,
-        "gpus": gpus,
-        "cuda": torch.version.cuda,
-    }
 
 
 def config_differences(old: dict, new: dict) -> List[str]:
@@ -170,7 +100,10 @@ class RunDir:
     def __init__(self, folder: Path, is_main: bool):
         self.folder, self.is_main = Path(folder), is_main
         self.resume_from: Optional[Path] = None
-        self._lock = self._metrics = self._tensorboard = self._wandb = None
+        self._lock: Optional[RunLock] = None
+        self._metrics: Optional[io.FileIO] = None
+        self._tensorboard: Any = None
+        self._wandb: Any = None
         self._provenance: Dict[str, Any] = {}
 
     @classmethod
@@ -328,7 +261,8 @@ class RunDir:
         """Append one line to metrics.jsonl (and the boards). Values: numbers, bools, 0-d tensors, strings. Raises DiskFull."""
         if not self.is_main:
             return
-        row, bad, numbers = {"step": int(step)}, [], {}
+        row: Dict[str, Any] = {"step": int(step)}
+        bad, numbers = [], {}
         for key, value in values.items():
             if hasattr(value, "item"):
                 value = value.item()

@@ -12,6 +12,9 @@ from typing import Any, Iterator, List, Optional, Tuple, get_args, get_origin, g
 import draccus
 import yaml
 
+# Configurations that come with the package.
+SHIPPED = Path(__file__).parent / "configs"
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key, the place and the remedy."""
@@ -82,23 +85,37 @@ def _refuse_section(cls, key: str, where: str) -> None:
                       f"(in YAML: `{key}: {{{example}: ...}}`)")
 
 
-def read_yaml(cls, path: str) -> dict:
+def find_config(name) -> Path:
+    """The file that `--config` names: a path that exists, else a configuration that ships, as `configs/x.yaml`, `x.yaml` or `x`.
+
+    Raises ConfigError listing those that ship.
+    """
+    given = Path(name)
+    if given.is_file():
+        return given
+    short = given.parts[1:] if given.parts[:1] == ("configs",) else given.parts
+    shipped = sorted(SHIPPED.glob("*.yaml"))
+    for path in shipped:
+        if short in ((path.name,), (path.stem,)):
+            return path
+    raise ConfigError(f"no configuration file at {name}; those that ship are {', '.join(path.stem for path in shipped)}")
+
+
+def read_yaml(cls, path: Path) -> dict:
     """The tree of a YAML file whose keys are all in `cls`. Raises ConfigError naming the file."""
-    if not Path(path).is_file():
-        raise ConfigError(f"no configuration file at {path}; the ones that ship are in configs/")
     try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _StrictLoader)
+        tree = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as text ({error}); --config takes a YAML file as in configs/") from error
+        raise ConfigError(f"{path} cannot be read as text ({error}); --config takes a YAML file as in vlakeep/configs/") from error
     if not isinstance(tree, dict):
         what = "nothing" if tree is None else type(tree).__name__
-        raise ConfigError(f"{path} must hold `key: value` pairs as the files in configs/ do, not {what}")
-    _refuse_unknown(cls, _flatten(tree), path)
+        raise ConfigError(f"{path} must hold `key: value` pairs as the files in vlakeep/configs/ do, not {what}")
+    _refuse_unknown(cls, _flatten(tree), str(path))
     for key, value in tree.items():
         if is_dataclass(type_of(cls, key)) and not isinstance(value, dict):
-            _refuse_section(cls, key, path)
+            _refuse_section(cls, key, str(path))
     return tree
 
 
@@ -126,7 +143,7 @@ def read_pairs(cls, argv: List[str]) -> List[Tuple[str, str]]:
     return pairs
 
 
-def _wrong_type(cls, error, pairs: List[Tuple[str, str]], tree: dict, path: Optional[str]) -> ConfigError:
+def _wrong_type(cls, error, pairs: List[Tuple[str, str]], tree: dict, path: Optional[Path]) -> ConfigError:
     parts, known = [str(part) for part in error.key_path], known_keys(cls)
     while parts and ".".join(parts) not in known:  # an element of a list carries its number
         parts.pop()
@@ -141,7 +158,7 @@ def _wrong_type(cls, error, pairs: List[Tuple[str, str]], tree: dict, path: Opti
     return ConfigError(f"wrong type: --{key} must be {in_words(type_of(cls, key))}, not {value!r} ({where})")
 
 
-def _refuse_fractions(cls, pairs: List[Tuple[str, str]], tree: dict, path: Optional[str]) -> None:
+def _refuse_fractions(cls, pairs: List[Tuple[str, str]], tree: dict, path: Optional[Path]) -> None:
     """Older versions of draccus cut 1.5 down to 1 without a word."""
     given = [(key, value, "on the command line") for key, value in pairs]
     for key in known_keys(cls):
@@ -161,9 +178,10 @@ def _refuse_fractions(cls, pairs: List[Tuple[str, str]], tree: dict, path: Optio
             raise ConfigError(f"wrong type: --{key} must be {in_words(kind)}, not {value!r} ({where})")
 
 
-def parse(cls, path: Optional[str], argv: List[str]):
-    """An instance of `cls` from a YAML file and overrides. Raises ConfigError."""
+def parse(cls, name: Optional[str], argv: List[str]):
+    """An instance of `cls` from a YAML file, or a configuration that ships, and overrides. Raises ConfigError."""
     pairs = read_pairs(cls, argv)
+    path = find_config(name) if name is not None else None
     tree = read_yaml(cls, path) if path is not None else {}
     _refuse_fractions(cls, pairs, tree, path)
     args = ["--config_path", str(path)] if path is not None else []

@@ -21,6 +21,7 @@ import yaml
 from tqdm import tqdm
 
 from vlakeep.errors import DiskFull, StorageError, human_bytes, is_disk_full, quoted
+from vlakeep.schema import find_config
 
 DEFAULT_ROOT = Path("/opt/data/private/vlakeep")
 DEMO_ROOT = Path("~/.cache/vlakeep")
@@ -210,13 +211,13 @@ def pick_root(given: Optional[str] = None, demo: bool = False, quiet: bool = Fal
 def peek(argv: List[str], demo: bool = False) -> "Storage":
     """The storage that a raw command line asks for, from its root and folder keys alone; nothing is made or checked beyond.
 
-    Raises what Storage raises, and OSError or yaml.YAMLError for a configuration file that cannot be read.
+    Raises what Storage raises, and ConfigError, OSError or yaml.YAMLError for a configuration file that cannot be read.
     """
     pairs = {}
     for arg, following in zip(argv, [*argv[1:], ""]):
         name, equals, value = arg.partition("=")
         pairs[name] = value if equals else following
-    tree = yaml.safe_load(Path(pairs["--config"]).read_text()) if "--config" in pairs else {}
+    tree = yaml.safe_load(find_config(pairs["--config"]).read_text()) if "--config" in pairs else {}
     tree = tree if isinstance(tree, dict) else {}
     wanted = {key: pairs.get(f"--{key}") or tree.get(key) for key in ["root", *KEYS]}
     return Storage(pick_root(wanted.pop("root"), demo, quiet=True), wanted)

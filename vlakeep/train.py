@@ -14,7 +14,7 @@ import threading
 import time
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import Dict, Iterator, List
+from typing import Dict, Iterator, List, Optional
 
 import torch
 from tqdm import tqdm
@@ -119,7 +119,8 @@ class Guard:
 
     def __init__(self, factor: float, config: Config):
         """`factor`: how much the hidden norm of the first logged step may grow; `config` decides which remedies are named."""
-        self._factor, self._first = factor, None
+        self._factor = factor
+        self._first: Optional[float] = None
         self._calmer = ("Residual surgery at small gains does this: raise --thermostat.gamma_min and --thermostat.beta_min, or use "
                         "--hsw.site lora_input" if acts_on_residual(config) else "Lower --train.lr, and keep --train.clip 1.0")
 

@@ -170,8 +170,8 @@ def _check_batches(pair: Pair, images, actions, official_pixels) -> List[Row]:
     collator = code.PaddedCollatorForActionPrediction(processor.tokenizer.model_max_length, processor.pad_token_id, padding_side="right")
     for item in encoded:
         item["dataset_name"] = b"x"
-    theirs, ours = collator(encoded), encode_batch(samples, processor)
-    worst = max(difference(theirs[key], getattr(ours, key)) for key in ("input_ids", "labels", "attention_mask", "pixel_values"))
+    collated, batch = collator(encoded), encode_batch(samples, processor)
+    worst = max(difference(collated[key], getattr(batch, key)) for key in ("input_ids", "labels", "attention_mask", "pixel_values"))
     return rows + [Row("collated batch: ids, labels, mask, pixels", worst, 0)]
 
 

@@ -10,7 +10,7 @@ import os
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -87,8 +87,8 @@ class Backbone(nn.Module):
         super().__init__()
         self.model = model
         self.processor, self.norm_stats, self.checkpoint, self.unnorm_key = processor, norm_stats, checkpoint, unnorm_key
-        self.lora = None  # what add_lora added: a LoraInfo
-        self._weights_sha256 = None
+        self.lora: Any = None  # what add_lora added: a LoraInfo
+        self._weights_sha256: Optional[str] = None
 
     # What it is
 

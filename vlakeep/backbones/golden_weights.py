@@ -7,7 +7,7 @@ import json
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable, Dict, Optional
+from typing import Callable, Dict, Optional, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from vlakeep.backbones.action_tokenizer import ActionTokenizer
 from vlakeep.backbones.base import Backbone
 from vlakeep.backbones.format import complete_config
 from vlakeep.backbones.openvla import OpenVLA, parameters_on_meta
+from vlakeep.backbones.processor import Processor
 from vlakeep.compat import import_timm
 
 LAB_HEAD_DIM = 12  # of the tiny ViTs made for the golden data
@@ -136,4 +137,4 @@ def golden_backbone(folder, state: Optional[Dict[str, torch.Tensor]] = None) -> 
         empty_token_id=EMPTY_TOKEN,
         action_tokenizer=ActionTokenizer(vocabulary),
     )
-    return Backbone(model.eval(), ids_only, config.get("norm_stats") or {}, Path(folder))
+    return Backbone(model.eval(), cast(Processor, ids_only), config.get("norm_stats") or {}, Path(folder))

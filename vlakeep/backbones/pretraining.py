@@ -10,7 +10,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 from tqdm import tqdm
@@ -22,7 +22,7 @@ from vlakeep.backbones.tiny import build_tiny_tokenizer
 from vlakeep.config import BackboneConfig
 from vlakeep.data.prompts import encode_text
 from vlakeep.data.sample import IGNORE_INDEX, Batch
-from vlakeep.rundir import library_versions, source_commit
+from vlakeep.provenance import library_versions, source_commit
 
 WARM_UP = 500  # steps
 
@@ -124,7 +124,8 @@ class Step:
         self._backbone, self._optimizer, self._make_batch = backbone, optimizer, make_batch
         self._params = [p for group in optimizer.param_groups for p in group["params"]]
         self.pick_B = torch.zeros(size, dtype=torch.int64, device=device)
-        self._graph, self.out = None, None
+        self._graph = None
+        self.out: Any = None  # of the newest forward pass
         if device.type == "cuda":
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())

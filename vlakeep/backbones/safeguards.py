@@ -3,7 +3,7 @@
 Whatever can be refused before work is lost raises; what shows only in results is returned as text and goes into the summary.
 """
 
-from typing import Dict, List, Sequence
+from typing import Dict, List, Sequence, Union
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ class ActionWatch:
         self._distinct: Dict[bytes, int] = {}
         self._at_end, self._count, self._early = np.zeros(len(self._low)), 0, 0
 
-    def add(self, actions_NA: np.ndarray, early_N: Sequence[bool] = ()) -> None:
+    def add(self, actions_NA: np.ndarray, early_N: Union[Sequence[bool], np.ndarray] = ()) -> None:
         """early_N: bool, whether the answer ended before all action tokens were out."""
         self._early += int(np.sum(early_N))
         for action_A in np.asarray(actions_NA, dtype=float):

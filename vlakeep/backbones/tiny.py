@@ -10,17 +10,17 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import Any, Dict, List, Tuple
 
 from vlakeep.compat import import_timm
 
 TINY_IMAGE_SIZE = 64
-_SIZES = {
+_SIZES: Dict[str, Dict[str, Any]] = {
     "tiny": dict(img_size=TINY_IMAGE_SIZE, embed_dim=96, depth=4, num_heads=4, mlp_ratio=8 / 3),
     "small": dict(img_size=128, embed_dim=192, depth=5, num_heads=6, mlp_ratio=8 / 3),
 }
 # As timm's vit_*_reg4_dinov2 and vit_*_siglip. LayerScale starts at 1, not 1e-5, because these are trained from nothing.
-_KINDS = {
+_KINDS: Dict[str, Dict[str, Any]] = {
     "dinov2": dict(class_token=True, reg_tokens=4, no_embed_class=True, init_values=1.0),
     "siglip": dict(class_token=False, global_pool="map"),
 }

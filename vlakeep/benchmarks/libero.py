@@ -6,7 +6,7 @@ An episode is a function of (task, initial state, seed) and of the policy: neith
 import re
 import sys
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 from tqdm import tqdm
@@ -55,13 +55,14 @@ class FixedBatch:
 
 
 def stage_options(argv: List[str], defaults: Dict[str, str],
-                  choices: Optional[Dict[str, Sequence[str]]] = None) -> Tuple[dict, List[str]]:
+                  choices: Optional[Mapping[str, Sequence[str]]] = None) -> Tuple[dict, List[str]]:
     """(a stage's own options, numbers as such; the arguments for the configuration). Raises ValueError for a bad value.
 
     Options whose default is a whole number take whole numbers, those with a point in it take numbers from 0 on; `suite` must be a
     suite, `tasks` becomes a list of task numbers. choices: option -> the values that it may have.
     """
-    own, rest, arguments = dict(defaults), [], iter(argv)
+    own: Dict[str, Any] = dict(defaults)
+    rest, arguments = [], iter(argv)
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if key[:2] == "--" and key[2:] in defaults:
@@ -135,7 +136,7 @@ class Replay:
     1 = open. Initial state k gets demonstration k, from the first again after the last: the result is that of no single one.
     """
 
-    def __init__(self, demos: Dict[str, Sequence[np.ndarray]]):
+    def __init__(self, demos: Mapping[str, Sequence[np.ndarray]]):
         self._demos = demos
 
     def __call__(self, jobs: Sequence[Job], seen: Sequence[Seen]) -> List[np.ndarray]:

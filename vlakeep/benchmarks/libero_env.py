@@ -13,7 +13,7 @@ picture that nobody looks at. tests/test_libero.py compares all of it with the p
 import contextlib
 import io
 import os
-from typing import List, Sequence, Tuple
+from typing import List, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -198,7 +198,7 @@ class LiberoEnv:
             model.body_pos[body] = np.array(element.get("pos", "0 0 0").split(), dtype=float)
             model.body_quat[body] = np.array(element.get("quat", "1 0 0 0").split(), dtype=float)
 
-    def step(self, action: Sequence[float]) -> Tuple[dict, float, bool]:
+    def step(self, action: Union[Sequence[float], np.ndarray]) -> Tuple[dict, float, bool]:
         """(observation, reward, success) of one 50 ms control step, action in the simulator's units."""
         with _one_evaluation_per_substep(self.control.sim):
             observation, reward, done, _ = self.control.step(list(action))

@@ -5,7 +5,7 @@ An action is a world-frame displacement of the hand / 0.05 m [3], a rotation vec
 between two.
 """
 
-from typing import Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Callable, Dict, Generator, Iterator, List, Optional, Tuple
 
 import numpy as np
 
@@ -133,7 +133,7 @@ class Expert:
         self.rotation = grasp.rotation
         return grasp
 
-    def grasp(self, name: str, release: Optional[Release]) -> Iterator:
+    def grasp(self, name: str, release: Optional[Release]) -> Generator[np.ndarray, None, Grasp]:
         """Approach from above and close. Returns the Grasp."""
         grasp = self._plan(name, release)
         hand, safe = self.scene.hand(), grasp.top + 0.06
@@ -151,7 +151,7 @@ class Expert:
                 break
         return grasp
 
-    def grasp_from_the_side(self, name: str, release: Optional[Release]) -> Iterator:
+    def grasp_from_the_side(self, name: str, release: Optional[Release]) -> Generator[np.ndarray, None, Grasp]:
         """Come down beside the thing, slide over it, close on the way, and go up. Returns the Grasp.
 
         Fingers that close are next to invisible in a small picture. Where the hand comes down and goes up the same way, with a

@@ -12,7 +12,7 @@ as large as the motion that it disturbs: at its last few millimetres a hand that
 
 import zipfile
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Tuple
 
 import numpy as np
 
@@ -162,6 +162,7 @@ def render(env: LiberoEnv, job: Job):
         reason = str(error)
     if reason:
         raise ValueError(f"{job.source} does not replay ({reason}): it was made with another version of the simulator; delete it")
-    np.savez(job.target, **{key: np.array(values) for key, values in seen.items()})
+    pictures: Dict[str, Any] = {key: np.array(values) for key, values in seen.items()}
+    np.savez(job.target, **pictures)
     return len(stored.actions)
     yield

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional
+from typing import Callable, Dict, List, NamedTuple, Optional
 
 INSTALL = "make libero   (in an environment of your own: pip install 'vlakeep[libero]')"
 OSMESA = "apt-get install -y --no-install-recommends libosmesa6"
@@ -25,7 +25,7 @@ class Libero(NamedTuple):
     """The two entry points of the simulator."""
 
     suites: Dict[str, type]  # suite name -> class with get_task and get_task_init_states
-    path: callable  # "bddl_files" or "init_states" -> folder
+    path: Callable[[str], str]  # "bddl_files" or "init_states" -> folder
     environment: type  # ControlEnv: simulates, and renders when asked to
 
 

@@ -10,8 +10,9 @@ import multiprocessing
 import signal
 import time
 from dataclasses import dataclass
-from multiprocessing.connection import wait
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, cast
 
 import numpy as np
 
@@ -74,8 +75,8 @@ def _serve(connection, open_env: Callable, play: Callable) -> None:
 
 @dataclass
 class _Worker:
-    process: multiprocessing.Process
-    connection: object
+    process: BaseProcess
+    connection: Connection
     job: Optional[Job] = None
     seen: Optional[Seen] = None
     since: float = 0.0  # when it was last told something
@@ -122,7 +123,7 @@ class Workers:
         worker.process.join()
         worker.connection.close()
 
-    def run(self, jobs: List[Job], act: Callable) -> Iterator[Tuple[Job, object, Optional[str]]]:
+    def run(self, jobs: List[Job], act: Callable) -> Iterator[Tuple[Job, Any, Optional[str]]]:
         """Play all jobs; yields (job, result, None) or (job, None, error), in the order in which they end.
 
         act(jobs, [Seen]) -> per job an action [A], or the text of an error that ends its episode. It is asked as soon as half
@@ -180,11 +181,11 @@ class Workers:
         except OSError:
             pass  # it is dead; _listen will find that out
 
-    def _listen(self) -> List[Tuple[_Worker, str, object]]:
+    def _listen(self) -> List[Tuple[_Worker, str, Any]]:
         """What busy workers have to say: at least one message, unless the policy can be asked anyway."""
         busy = {worker.connection: worker for worker in self._workers if worker.job is not None and worker.seen is None}
-        ready = wait(list(busy), timeout=5.0) if busy else []
-        found = []
+        ready = cast(List[Connection], wait(list(busy), timeout=5.0)) if busy else []
+        found: List[Tuple[_Worker, str, Any]] = []
         for connection in ready:
             try:
                 kind, value = connection.recv()

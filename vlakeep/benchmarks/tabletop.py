@@ -92,8 +92,9 @@ def mixed_frames(n: int, seed: int, questions: float, skills: Optional[List[str]
             live = np.flatnonzero(~done & (rng.random(batch) < keep))
             if len(live):
                 view = world.subset(live)
-                texts, answers, kinds = list(view.instructions), [None] * len(live), view.skills.tolist()
-                for i in np.flatnonzero(rng.random(len(live)) < questions):
+                texts, kinds = list(view.instructions), view.skills.tolist()
+                answers: List[Optional[str]] = [None] * len(live)
+                for i in np.flatnonzero(rng.random(len(live)) < questions).tolist():
                     kind = QUESTION_KINDS[rng.integers(len(QUESTION_KINDS))]
                     found = ask(view, i, kind, rng)
                     if found is not None:

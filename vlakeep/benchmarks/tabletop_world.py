@@ -7,7 +7,7 @@ Actions [N, 7] as LIBERO's: dx dy dz droll dpitch dyaw in [-1, 1] (rotations are
 Axes: N tables, K object slots.
 """
 
-from typing import List, Sequence
+from typing import List, Sequence, Union
 
 import numpy as np
 
@@ -41,7 +41,7 @@ from vlakeep.benchmarks.tabletop_skills import (  # noqa: F401 (the facts of the
 class TabletopWorld:
     """`skills[n]` and `seeds[n]` define table n; the same pair gives the same start whatever N."""
 
-    def __init__(self, skills: Sequence[str], seeds: Sequence[int]):
+    def __init__(self, skills: Union[Sequence[str], np.ndarray], seeds: Union[Sequence[int], np.ndarray]):
         unknown = sorted(set(skills) - set(ALL_SKILLS))
         if unknown:
             raise ValueError(f"unknown tabletop skills {unknown}; known are {', '.join(ALL_SKILLS)}")

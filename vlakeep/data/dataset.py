@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple, cast
 
 import numpy as np
 
@@ -46,8 +46,8 @@ class EpisodeIndex:
 
     def save(self, path: Path) -> None:
         with atomic_write(path) as file:  # a text list goes in as JSON: arrays of objects would need pickle
-            core = {"start_E": self.start_E, "text_N": self.text_N, "actions_NA": self.actions_NA}
-            np.savez(file, **core, texts=np.array(json.dumps(self.texts)), **self.places)
+            arrays: Dict[str, Any] = {"start_E": self.start_E, "text_N": self.text_N, "actions_NA": self.actions_NA}
+            np.savez(file, **arrays, texts=np.array(json.dumps(self.texts)), **cast(Dict[str, Any], self.places))
 
     @classmethod
     def load(cls, path: Path) -> "EpisodeIndex":

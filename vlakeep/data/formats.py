@@ -7,14 +7,14 @@
 
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Type, Union
 
 from vlakeep.data.dataset import USUAL, Conventions, DemoDataset
 from vlakeep.data.hdf5 import Hdf5Dataset, demo_files
 from vlakeep.data.lerobot import INFO, LeRobotDataset
 from vlakeep.data.rlds import RldsDataset
 
-FORMATS: Dict[str, type] = {"rlds": RldsDataset, "hdf5": Hdf5Dataset, "lerobot": LeRobotDataset}
+FORMATS: Dict[str, Type[Any]] = {"rlds": RldsDataset, "hdf5": Hdf5Dataset, "lerobot": LeRobotDataset}
 
 
 def find_format(folder) -> str:
@@ -44,7 +44,7 @@ def open_dataset(folder, fraction: float = 1.0, cache_dir=None, conventions: Con
     return FORMATS[find_format(folder)](folder, "train", fraction, cache_dir, conventions)
 
 
-def open_datasets(root, names: List[str], fraction: float = 1.0, cache_dir: Optional[str] = None,
+def open_datasets(root, names: List[str], fraction: float = 1.0, cache_dir: Union[str, Path, None] = None,
                   conventions: Conventions = USUAL) -> List[DemoDataset]:
     """The data sets `names` below `root`, in that order. Whoever opens them closes them; when one cannot be opened, none stays open."""
     if not names:

@@ -17,7 +17,7 @@ import json
 import re
 import threading
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import Any, Dict, List, Tuple
 
 import numpy as np
 from tqdm import tqdm
@@ -124,7 +124,7 @@ class Hdf5Dataset(DemoDataset):
 
     def __init__(self, folder, split: str = "train", fraction: float = 1.0, cache_dir=None, conventions: Conventions = USUAL):
         folder = Path(folder)
-        self._open_files: Dict[int, object] = {}
+        self._open_files: Dict[int, Any] = {}
         self._lock = threading.Lock()
         self._paths = demo_files(folder)
         if not self._paths:

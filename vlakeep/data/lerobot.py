@@ -14,7 +14,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 from tqdm import tqdm
@@ -210,7 +210,8 @@ def build_index(info: Info, name: str) -> EpisodeIndex:
     places, tasks = read_places(info), read_tasks(info)
     if info.video:
         _check_videos(info, places)
-    builder, rows, times = IndexBuilder(name), [], []
+    builder, rows = IndexBuilder(name), []
+    times: List[np.ndarray] = []
     columns = [info.action_key, "episode_index", "frame_index", "timestamp", "task_index"]
     unread = [] if info.video else [info.camera]
     table, opened = None, None
@@ -238,7 +239,7 @@ def build_index(info: Info, name: str) -> EpisodeIndex:
         "data_E2": np.array([place.data for place in places], dtype=np.int64), "row_E": np.array(rows, dtype=np.int64),
         "video_E2": np.array([place.video for place in places], dtype=np.int64),
         "start_seconds_E": np.array([place.start for place in places], dtype=np.float64),
-        "seconds_N": np.concatenate(times or [[]])})
+        "seconds_N": np.concatenate(times or [np.empty(0)])})
 
 
 class _ParquetPictures:
@@ -247,7 +248,7 @@ class _ParquetPictures:
     def __init__(self, column: str):
         self._column, self._lock = column, threading.Lock()
         self._starts: Dict[Path, np.ndarray] = {}
-        self._groups: "OrderedDict[Tuple[Path, int], list]" = OrderedDict()
+        self._groups: "OrderedDict[Tuple[Path, int], Any]" = OrderedDict()
         self._bytes = 0
 
     def read(self, path: Path, row: int) -> dict:

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable, Dict, List, Optional
+from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Union
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from vlakeep.data.images import resize_uint8
 from vlakeep.data.order import SampleOrder
 from vlakeep.data.prompts import encode_batch
 from vlakeep.data.sample import Batch, Sample
+
+if TYPE_CHECKING:  # make_stream imports it where it is used
+    from vlakeep.data.official import OfficialStream
 
 _STATE_FORMAT = 1
 _AHEAD = 2  # batches in flight per thread
@@ -141,7 +144,7 @@ class BatchStream:
 
 
 def make_stream(data, data_root_dir, processor, batch_size: int, seed: int, rank: int = 0, world: int = 1,
-                cache_dir=None, openvla_dir=None) -> BatchStream:
+                cache_dir=None, openvla_dir=None) -> "Union[BatchStream, OfficialStream]":
     """The stream of the configuration section `data` (DataConfig): data sets below data_root_dir, indexes kept in cache_dir."""
     if data.source == "official":
         from vlakeep.data.official import OfficialStream

@@ -6,7 +6,7 @@ comes exactly once per epoch, and a resumed run starts at a position instead of 
 block >= frames each epoch is a full shuffle.
 """
 
-from typing import Tuple
+from typing import Any, Tuple
 
 import numpy as np
 
@@ -20,8 +20,8 @@ class SampleOrder:
             raise ValueError(f"data.shuffle_buffer {block} must be at least 1")
         self.frames = int(self._lengths.sum())
         self._block, self._seed = min(block, self.frames), seed
-        self._epoch = (-1, None, None)  # epoch, episodes in order, end position of each
-        self._cached = ((-1, -1), None)  # (epoch, block), its (episode, frame) rows
+        self._epoch: Tuple[int, Any, Any] = (-1, None, None)  # epoch, episodes in order, end position of each
+        self._cached: Tuple[Tuple[int, int], Any] = ((-1, -1), None)  # (epoch, block), its (episode, frame) rows
 
     def _line(self, epoch: int) -> Tuple[np.ndarray, np.ndarray]:
         if self._epoch[0] != epoch:

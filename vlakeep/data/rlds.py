@@ -77,7 +77,9 @@ def _read_episode(payload: bytes, image_key: str) -> Tuple[np.ndarray, List[str]
 
 def build_index(shards: List[Path], episodes: List[int], image_key: str, name: str) -> EpisodeIndex:
     """Read and check every shard. Errors name file, record and byte offset (RecordError, ValueError)."""
-    builder, shard_E, offsets, sizes = IndexBuilder(name), [], [], []
+    builder, shard_E = IndexBuilder(name), []
+    offsets: List[np.ndarray] = []
+    sizes: List[np.ndarray] = []
     total = sum(shard.stat().st_size for shard in shards)
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"index {name}", disable=total < _BAR_FROM_BYTES) as bar:
         for number, (shard, expected) in enumerate(zip(shards, episodes)):
@@ -96,8 +98,8 @@ def build_index(shards: List[Path], episodes: List[int], image_key: str, name: s
                 raise ValueError(f"{shard} holds {record + 1} episodes and dataset_info.json says {expected}; copy or make the "
                                  "data set again")
     # shard of each episode, byte offset of each frame's encoded picture in it, and its bytes
-    return builder.index({"shard_E": np.array(shard_E, dtype=np.int32), "offset_N": np.concatenate(offsets or [[]]),
-                          "length_N": np.concatenate(sizes or [[]])})
+    return builder.index({"shard_E": np.array(shard_E, dtype=np.int32), "offset_N": np.concatenate(offsets or [np.empty(0)]),
+                          "length_N": np.concatenate(sizes or [np.empty(0)])})
 
 
 class RldsDataset(DemoDataset):

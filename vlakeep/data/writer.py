@@ -120,7 +120,9 @@ def _fill(partial: Path, final: Path, name: str, episodes, encode, image_format:
             raise ValueError(f"data set {name} would have no episodes")
         for i in range(len(lengths)):
             (partial / f"shard-{i}").rename(partial / f"{name}-train.tfrecord-{i:05d}-of-{len(lengths):05d}")
-        (partial / "features.json").write_text(json.dumps(_features_json(*shape, image_format), indent=4))
+        height, width, actions, states = shape
+        features = _features_json(height, width, actions, states, image_format)
+        (partial / "features.json").write_text(json.dumps(features, indent=4))
         (partial / "dataset_info.json").write_text(json.dumps({
             "description": f"{name}, written by vlakeep", "fileFormat": "tfrecord", "moduleName": "vlakeep.data.writer",
             "name": name,

@@ -27,6 +27,11 @@ def sensitivities(backbone, batches: List[Tuple], layer: int, candidates_DK: tor
     device = backbone.device
     total_K = torch.zeros(candidates_DK.shape[1], dtype=torch.float64)
     positions = 0
+
+    def log_probabilities(prefix, hidden_BSD, where_BS):
+        upper_BSD = backbone.run_layers(prefix._replace(hidden_BSD=hidden_BSD), start=layer + 1)
+        return torch.log_softmax(backbone.logits(upper_BSD[where_BS]).float(), dim=-1)
+
     with tqdm(total=len(batches) * candidates_DK.shape[1], desc=f"sensitivity of layer {layer}", leave=False) as bar:
         for batch, mask_BL in batches:
             mask_BS = sequence_mask(mask_BL, backbone.num_patches).to(device)
@@ -38,16 +43,11 @@ def sensitivities(backbone, batches: List[Tuple], layer: int, candidates_DK: tor
             if not where_BS.any():
                 bar.update(candidates_DK.shape[1])
                 continue
-
-            def log_probabilities(hidden_BSD):
-                upper_BSD = backbone.run_layers(prefix._replace(hidden_BSD=hidden_BSD), start=layer + 1)
-                return torch.log_softmax(backbone.logits(upper_BSD[where_BS]).float(), dim=-1)
-
-            clean_TV = log_probabilities(hidden_BSD)
+            clean_TV = log_probabilities(prefix, hidden_BSD, where_BS)
             probabilities_TV = clean_TV.exp()
             for k in range(candidates_DK.shape[1]):
                 push_BSD = mask_BS[..., None] * (step * candidates_DK[:, k].to(device, hidden_BSD.dtype))
-                kl_T = (probabilities_TV * (clean_TV - log_probabilities(hidden_BSD + push_BSD))).sum(-1)
+                kl_T = (probabilities_TV * (clean_TV - log_probabilities(prefix, hidden_BSD + push_BSD, where_BS))).sum(-1)
                 total_K[k] += kl_T.double().sum().cpu()
                 bar.update()
             positions += int(where_BS.sum())

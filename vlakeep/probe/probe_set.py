@@ -75,13 +75,15 @@ def evenly(count: int, size: int) -> List[int]:
 class ProbeSet:
     """A probe folder, verified against its hash when it is opened; pictures stay memory-mapped.
 
-    Attributes: folder, sha256, items (list of dict). Raises ProbeError (missing, truncated or changed files).
+    Attributes: folder, sha256, items (list of dict), answers (item number -> answer; empty unless a reader of answers.jsonl fills it).
+    Raises ProbeError (missing, truncated or changed files).
     """
 
     def __init__(self, folder):
         self.folder = Path(folder)
         info = self._info()
         self.items = self._items()
+        self.answers: Dict[int, str] = {}
         self._images = self._open_images()
         if not (info["count"] == len(self.items) == len(self._images)):
             raise ProbeError(f"{self.folder}: probe.json says {info['count']} items, items.jsonl has {len(self.items)} and "

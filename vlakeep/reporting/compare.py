@@ -187,8 +187,8 @@ class Comparison:
             return Difference("unpaired", one.mean - two.mean, note=why)
         if key == "kl":
             return _judged(paired_mean([a - b for a, b in pairs]), measure, len(pairs), dropped)
-        cells = [sum(a == x and b == y for a, b in pairs) for x, y in ((1, 1), (1, 0), (0, 1), (0, 0))]
-        return _judged(newcombe(*cells, self.wilson), measure, len(pairs), dropped)
+        both, first, second, neither = (sum(a == x and b == y for a, b in pairs) for x, y in ((1, 1), (1, 0), (0, 1), (0, 0)))
+        return _judged(newcombe(both, first, second, neither, self.wilson), measure, len(pairs), dropped)
 
     def _trials(self, arm: Arm, key: str) -> Trials:
         if key == "new":

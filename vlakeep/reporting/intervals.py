@@ -24,7 +24,7 @@ def newcombe(both: int, first: int, second: int, neither: int, wilson: Callable[
     margins = (both + first) * (second + neither) * (both + second) * (first + neither)
     phi = 0.0
     if margins:
-        numerator = both * neither - first * second
+        numerator: float = both * neither - first * second
         if numerator > 0:  # method 10's continuity correction, only against a positive correlation
             numerator = max(numerator - n / 2, 0.0)
         phi = numerator / math.sqrt(margins)

@@ -42,7 +42,7 @@ def rows_csv(comparison: Comparison) -> List[Dict[str, object]]:
     for measure in comparison.measures:
         for arm in comparison.arms.values():
             value = comparison.value(arm, measure.key)
-            row = {
+            row: Dict[str, object] = {
                 "measure": measure.key,
                 "label": measure.label,
                 "section": measure.section,

@@ -1,7 +1,7 @@
 """What the numbers say, in sentences: headline, harm report per arm, and the Chinese summary, all from the same facts."""
 
 from dataclasses import dataclass
-from typing import List, NamedTuple, Optional
+from typing import Dict, List, NamedTuple, Optional
 
 from vlakeep.reporting.arms import Arm
 from vlakeep.reporting.compare import Comparison, Difference, Measure, Value
@@ -279,7 +279,7 @@ def _against_baseline(comparison: Comparison, arm: Arm, baseline: Arm) -> List[F
                 f"matched success (the interval allows it to be up to {number(-min(new.low, 0.0), 'percent')} points lower).",
             )
         )
-    verdicts = {}
+    verdicts: Dict[str, list] = {}
     for measure in comparison.measures:
         if measure.key in [*comparison.parts("mean"), "kl"]:
             d = comparison.difference(arm, baseline, measure.key)
