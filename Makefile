@@ -1,6 +1,7 @@
 # make demo   the whole pipeline on the small model that ships with vlakeep (set VLAKEEP_ROOT to choose where files go)
 # make test   all tests; TESTS=tests/test_storage.py runs one file, WORKERS=4 uses more processes
 # make test-openvla-env   the tests on the library versions of the official OpenVLA environment
+# make mutations   plants the faults of tests/mutations.txt one by one and sees that the tests catch them (an hour; FAULT=text takes some)
 # make lint   ruff
 # make libero the LIBERO simulator into .venv (about 2 GB), and a check that it renders
 # make clean  remove the virtual environments
@@ -18,7 +19,9 @@ EXTRAS ?= dev,hdf5,lerobot
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: demo test test-openvla-env lint libero clean setup
+FAULT ?=
+
+.PHONY: demo test test-openvla-env mutations lint libero clean setup
 
 demo: setup
 	@$(VENV)/bin/vlakeep demo $(ARGS)
@@ -30,6 +33,10 @@ test: setup
 # The same suite with the libraries that the official OpenVLA environment pins, in a virtual environment of its own.
 test-openvla-env:
 	@$(MAKE) --no-print-directory test VENV=.venv-openvla CONSTRAINTS=constraints-openvla.txt NEWEST='(3, 11)'
+
+# In copies of the sources, WORKERS at a time: the checkout stays as it is.
+mutations: setup
+	@$(PY) tests/mutations.py --workers $(WORKERS) "$(FAULT)"
 
 lint: setup
 	@$(PY) -m ruff check vlakeep tests benchmarks
