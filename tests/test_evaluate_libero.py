@@ -107,7 +107,8 @@ def place(world):
     def evaluation(*options):
         done = evaluate.run_evaluation(make_config(BASELINE, *common, "--probe.size", 8, "--evaluate.benchmark", OBJECT,
                                                    "--evaluate.batch", 2, *options), storage)
-        return read(done)[1:], json.loads((done / "summary.json").read_text()), done
+        trials = [row for row in read(done)[1:] if row["kind"] in ("skill", "question", "retention")]
+        return trials, json.loads((done / "summary.json").read_text()), done
 
     return SimpleNamespace(storage=storage, evaluation=evaluation, models=models, statistics=statistics, demos=demos)
 
