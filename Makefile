@@ -1,6 +1,7 @@
 # make demo   the whole pipeline on the small model that ships with vlakeep (set VLAKEEP_ROOT to choose where files go)
 # make test   all tests; TESTS=tests/test_storage.py runs one file, WORKERS=4 uses more processes
 # make test-openvla-env   the tests on the library versions of the official OpenVLA environment
+# make mutations   plants the faults of tests/mutations.txt one by one and sees that the tests catch them (an hour; FAULT=text takes some)
 # make lint   ruff and mypy
 # make wheel  build sdist and wheel into dist/, and run what the wheel installs into an empty virtual environment
 # make libero the LIBERO simulator into .venv (about 2 GB), and a check that it renders
@@ -19,7 +20,9 @@ EXTRAS ?= dev,hdf5,lerobot
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: demo test test-openvla-env lint wheel libero clean setup
+FAULT ?=
+
+.PHONY: demo test test-openvla-env mutations lint wheel libero clean setup
 
 demo: setup
 	@$(VENV)/bin/vlakeep demo $(ARGS)
@@ -31,6 +34,10 @@ test: setup
 # The same suite with the libraries that the official OpenVLA environment pins, in a virtual environment of its own.
 test-openvla-env:
 	@$(MAKE) --no-print-directory test VENV=.venv-openvla CONSTRAINTS=constraints-openvla.txt NEWEST='(3, 11)'
+
+# In copies of the sources, WORKERS at a time: the checkout stays as it is.
+mutations: setup
+	@$(PY) tests/mutations.py --workers $(WORKERS) "$(FAULT)"
 
 lint: setup
 	@$(PY) -m ruff check vlakeep tests benchmarks scripts setup.py

@@ -5,16 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+from commands import all_options, wrong_options
 from test_layout import DOCUMENTS, PACKAGE, REPO, SOURCES
 
 from vlakeep import cli
-from vlakeep.config import known_keys
 
-# Options that are not configuration keys: of vlakeep's stages, of the scripts, and of other programs in the examples.
-OWN = set("config help version gpus stage large_file_gb runs out title seconds tokenizer minutes frames device suite demos tasks workers "
-          "per_worker resolution first noise format camera items questions_per_scene split tarball openvla_dir checkpoint dtype "
-          "approach patch key compile "
-          "questions data episodes steps".split())
+# Options of other programs in the examples.
 OTHER = {"standalone", "nproc-per-node", "signals-to-handle", "local-dir"}
 TEXTS = [*DOCUMENTS, *sorted((PACKAGE / "configs").rglob("*.yaml")), *sorted(p for p in (REPO / "scripts").iterdir() if p.is_file())]
 PAIRS = [("README.md", "README.zh-CN.md"), ("docs/RESEARCH_PIPELINE.md", "docs/RESEARCH_PIPELINE.zh-CN.md")]
@@ -67,18 +63,35 @@ def test_links_resolve(path):
 
 
 def test_stages_and_flags_exist():
-    keys, wrong, stages, flags = {*known_keys(), *OWN, *OTHER}, [], 0, 0
+    """A flag behind a command is one of that command; one that stands alone is one of any."""
+    keys, wrong, stages, flags = {*all_options(), *OTHER}, [], 0, 0
     for path in TEXTS:
         text = path.read_text(encoding="utf-8")
         code = text if path not in DOCUMENTS else "\n".join(FENCE.findall(text) + re.findall(r"`[^`\n]+`", prose(path)))
         for name in re.findall(r"(?<![\w./-])vlakeep ([a-z][a-z-]+)", code):
             stages += 1
             wrong += [f"{path.name}: vlakeep {name}"] if name not in cli.STAGES else []
+        wrong += [f"{path.name}: {command}" for command in wrong_options(code)]
         for flag in re.findall(r"(?<![\w-])--([A-Za-z][\w.-]*)", text if path.suffix != ".py" else ""):
             flags += 1
             wrong += [f"{path.name}: --{flag}"] if flag.rstrip(".-") not in keys else []
     assert wrong == []
     assert stages > 40 and flags > 100, "the patterns of this test are broken"
+
+
+@pytest.mark.parametrize("command, wrong", [
+    ("vlakeep train --config x.yaml --demos 3", ["vlakeep train: --demos"]),
+    ("vlakeep libero-demos --demos 3 --train.lr=1", []),
+    ("vlakeep fetch openvla/openvla-7b --config x.yaml", ["vlakeep fetch: --config"]),
+    ("vlakeep train && vlakeep preflight --gpus 8 | tee --append log", []),
+    ("vlakeep storage-check --gpus 8", ["vlakeep storage-check: --gpus"]),
+    ("vlakeep pretrain-tabletop --minutes 8 \\\n    --train.lr 1", ["vlakeep pretrain-tabletop: --train.lr"]),
+    ("torchrun --standalone -m vlakeep.cli train --train.lr 1 --minutes 8", ["vlakeep.cli train: --minutes"]),
+    ("scripts/run_method_train.sh --gpus 8 --demos 3", ["scripts/run_method_train.sh --gpus: --demos"]),
+    ("python benchmarks/step_time.py --rounds 3 --demos 3", ["python benchmarks/step_time.py: --demos"]),
+])
+def test_an_option_of_another_stage_is_found(command, wrong):
+    assert wrong_options(command) == wrong
 
 
 def defined(path: Path):

@@ -117,6 +117,25 @@ def test_pooling_does_not_depend_on_the_batch_size(teacher):
     assert all(torch.allclose(a.states[layer], b.states[layer], atol=1e-4) for layer in layers) and a.kept == list(range(8))
 
 
+@torch.no_grad()
+def test_pooled_states_and_their_scale_are_those_of_single_prompts(teacher):
+    """Text token j stands at position patches + j; the scale is the mean norm over the instruction tokens of all items."""
+    backbone, batches = teacher
+    layers = [1, backbone.num_layers - 2]
+    found = pooled_states(backbone, batches(3), layers, quiet=True)
+    norms = {layer: [] for layer in layers}
+    for item, (batch, mask_BL) in enumerate(batches(1)):
+        states = backbone.hidden_states(batch)
+        positions = [backbone.num_patches + j for j in range(1, batch.input_ids.shape[1]) if mask_BL[0, j]]
+        assert len(positions) == mask_BL.sum() > 1
+        for layer in layers:
+            tokens_TD = states[layer + 1][0, positions]
+            assert torch.allclose(found.states[layer][item], tokens_TD.mean(0), atol=1e-4)
+            norms[layer] += tokens_TD.norm(dim=-1).tolist()
+    for layer in layers:
+        assert found.scale[layer] == pytest.approx(sum(norms[layer]) / len(norms[layer]), rel=1e-4)
+
+
 def test_empty_masks_are_counted_and_left_out_and_all_empty_is_an_error(teacher):
     backbone, batches = teacher
     (batch, mask), = batches()
@@ -180,6 +199,21 @@ def test_artefact_files_shapes_and_meta_are_complete(made):
     assert {"layers", "layer_map", "r", "epsilon", "probe_sha256", "versions", "commit", "weights_sha256", "empty_masks"} <= set(found.meta)
     states, items = found.teacher_states()
     assert all(len(x) == len(items) for x in states.values())
+
+
+def test_the_artefact_holds_the_statistics_and_the_ranked_directions_of_the_teachers_states(made):
+    found, config = made
+    states, _ = found.teacher_states()
+    for layer in found.layers:
+        x_ND, notes = states[layer].double(), found.meta["per_layer"][str(layer)]
+        mean_D, covariance_DD = found.teacher_statistics(layer)
+        assert torch.allclose(mean_D.double(), x_ND.mean(0), atol=1e-5)
+        assert torch.allclose(covariance_DD.double(), torch.cov(x_ND.T), rtol=1e-4, atol=1e-5)
+        fragile_DK, plastic_DK = found.residual_basis(layer)
+        assert fragile_DK.shape[1] == notes["r_f"] == 12 and sorted(notes["svd_order"]) == list(range(24))
+        assert notes["kl"] == sorted(notes["kl"], reverse=True) and notes["kl"][0] > notes["kl"][-1]
+        ranked_DK = pooled_candidates(x_ND, 24)[0][:, notes["svd_order"]].float()
+        assert torch.allclose(torch.cat([fragile_DK, plastic_DK], dim=1), ranked_DK, atol=1e-3)
 
 
 def test_the_same_probe_and_seed_give_the_same_files(world, made):

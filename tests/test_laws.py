@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import BASELINE, METHOD, SMALL, final_adapter
 
+from vlakeep import train
 from vlakeep.rundir import read_metrics
 from vlakeep.train import TrainingStopped, run_training
 
@@ -44,6 +45,29 @@ def test_gains_held_at_one_are_the_baseline_bitwise(world, baseline, site):
 
 
 @pytest.mark.parametrize("site", ["residual", "lora_input"])
+def test_gains_of_one_through_the_whole_arithmetic_are_the_baseline_bitwise(world, baseline, site, monkeypatch):
+    """As above without the short cut for gains of one: it saves time, and what it skips adds an exact zero (the weights are gain - 1)."""
+    from vlakeep.hsw import lora_input, residual
+    from vlakeep.hsw.transform import Gains
+    calls, surgery, product, start = [], residual.surgery, lora_input.InputSpace._thin_product, lora_input.InputSpace.__init__
+
+    def begin(self, *args):
+        start(self, *args)
+        self.set_gains(Gains())
+
+    monkeypatch.setattr(Gains, "identity", False)
+    monkeypatch.setattr(lora_input.InputSpace, "__init__", begin)
+    monkeypatch.setattr(lora_input, "DENSE", 0)
+    monkeypatch.setattr(residual, "surgery", lambda *args: calls.append("residual") or surgery(*args))
+    monkeypatch.setattr(lora_input.InputSpace, "_thin_product", lambda *args: calls.append("lora_input") or product(*args))
+    storage, make_config = world
+    whole = run_training(make_config(METHOD, "--name", f"law-whole-ones-{site}", "--hsw.site", site, "--thermostat.gamma_min", 1.0,
+                                     "--thermostat.beta_min", 1.0), storage)
+    assert set(calls) == {site}
+    assert final_adapter(whole) == final_adapter(baseline)
+
+
+@pytest.mark.parametrize("site", ["residual", "lora_input"])
 def test_gains_below_one_change_the_result(world, baseline, site):
     storage, make_config = world
     run = run_training(make_config(METHOD, "--name", f"law-strong-{site}", "--hsw.site", site, "--hsw.gamma", 0.3, "--hsw.beta", 0.8,
@@ -66,6 +90,36 @@ def test_resume_is_the_uninterrupted_run_bitwise(world, site):
     def numbers(folder):
         return [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(folder)]  # the calibration rows too
     assert numbers(part) == numbers(whole)
+
+
+def test_a_cosine_that_broke_off_goes_on_as_if_it_had_not_bitwise(world, monkeypatch, capsys):
+    """The same train.steps in both parts: the fifth step fails, and the checkpoint of the third is where the run goes on."""
+    storage, make_config = world
+    kind = [METHOD, "--hsw.site", "lora_input", "--lora.dropout", 0.1, "--train.schedule", "cosine", "--name"]
+    whole = run_training(make_config(*kind, "law-cosine"), storage)
+    step = train.train_step
+    with monkeypatch.context() as broken:
+        broken.setattr(train, "train_step", lambda *args: step(*args) if args[6] < 5 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_training(make_config(*kind, "law-broken"), storage)
+    assert [row["step"] for row in read_metrics(storage.run_folder("law-broken")) if row["step"]] == [1, 2, 3, 4]
+    part = run_training(make_config(*kind, "law-broken", "--train.resume", True), storage)
+    assert final_adapter(part) == final_adapter(whole)
+    rates = [[row["lr"] for row in read_metrics(folder) if row["step"]] for folder in (part, whole)]
+    assert rates[0] == rates[1] and len(set(rates[0])) > 4
+    assert "note: --train.steps" not in capsys.readouterr().err
+
+
+def test_a_cosine_with_another_end_is_another_run_and_that_is_said(world, capsys):
+    storage, make_config = world
+    kind = [BASELINE, "--train.schedule", "cosine", "--name"]
+    whole = run_training(make_config(*kind, "law-six"), storage)
+    run_training(make_config(*kind, "law-three", "--train.steps", 3), storage)
+    part = run_training(make_config(*kind, "law-three", "--train.resume", True), storage)
+    assert final_adapter(part) != final_adapter(whole)
+    assert capsys.readouterr().err.count("law-three: note: --train.steps was 3 and is 6 now") == 1
+    constant, cosine = ({"train": {"steps": 3, "schedule": name}} for name in ("constant", "cosine"))
+    assert train.schedule_note(constant, {"train": {"steps": 6, "schedule": "constant"}}) == train.schedule_note(cosine, cosine) == ""
 
 
 def command(root, *args):

@@ -1,5 +1,6 @@
 """Every module's small sanity check runs: the lines `if __name__ == "__main__":  # sanity check: python -m MODULE ARGUMENTS`."""
 
+import ast
 import os
 import re
 import runpy
@@ -30,6 +31,13 @@ KEY_MODULES = [
 
 def test_key_modules_have_one():
     assert [name for name in KEY_MODULES if name not in FOUND] == []
+
+
+@pytest.mark.parametrize("module", KEY_MODULES)
+def test_what_a_key_module_prints_is_asserted(module):
+    """A deviation that nobody compares with anything would only be printed."""
+    block = ast.parse((REPO / (module.replace(".", "/") + ".py")).read_text()).body[-1]
+    assert isinstance(block, ast.If) and any(isinstance(node, ast.Assert) for node in ast.walk(block))
 
 
 @pytest.mark.parametrize("module", FOUND)

@@ -2,11 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from conftest import METHOD
 
 from vlakeep.thermostat.controller import Controller, Law, replay
 from vlakeep.thermostat.drift import covariance, covariance_drift, paired_drift
+from vlakeep.thermostat.thermometer import Thermometer
 
 
 def law(**changes):
@@ -20,7 +23,7 @@ def test_larger_drift_gives_smaller_gains_and_beta_never_reaches_zero():
     gains = [law().target(d, threshold=1.0, noise=0.1) for d in torch.linspace(0, 1000, 200).tolist()]
     betas, gammas = zip(*gains)
     assert all(a >= b for a, b in zip(betas, betas[1:])) and all(a >= b for a, b in zip(gammas, gammas[1:]))
-    assert gammas[-1] < gammas[100] < gammas[1] == 1.0 or gammas[0] == 1.0
+    assert gammas[-1] < gammas[100] < gammas[1] < gammas[0] == 1.0 and betas[-1] < betas[100] < betas[1] < betas[0] == 1.0
     assert min(betas) >= 0.4 > 0 and min(gammas) >= 0
 
 
@@ -100,3 +103,66 @@ def test_paired_drift_is_zero_at_zero_drift_and_relative_otherwise():
     assert paired_drift({0: x}, {0: x}, mean).item() == 0.0
     scaled = mean[0] + 1.25 * (x - mean[0])
     assert paired_drift({0: scaled}, {0: x}, mean).item() == pytest.approx(0.25, rel=1e-5)
+
+
+SEED, DRAW = 11, 12
+
+
+@pytest.fixture(scope="module")
+def student(world):
+    """(backbone with dropout and adapters that do something, in training mode; items; pooled states of teacher and student; batches)."""
+    from vlakeep.backbones.base import make_backbone
+    from vlakeep.backbones.lora import add_lora
+    from vlakeep.icsm.collect import pooled_states
+    from vlakeep.probe.batches import prompt_batches
+    from vlakeep.probe.probe_set import ProbeSet
+
+    storage, make_config = world
+    config = make_config(METHOD, "--lora.dropout", 0.5)
+    backbone, probe = make_backbone(config.backbone).eval(), ProbeSet(storage.probe_folder(config.probe.name))
+    items, layers = list(range(30)), [3, 5]
+
+    def pooled():
+        return pooled_states(backbone, prompt_batches(probe, items, backbone.processor, 7), layers, quiet=True).states
+
+    teacher = pooled()
+    add_lora(backbone, config.lora, 0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for linear in backbone.adapted_linears().values():
+            weight = linear.lora_B["default"].weight
+            weight.copy_(0.02 * torch.randn(weight.shape, generator=generator))
+    moved = pooled()
+    return backbone.train(), items, teacher, moved, lambda: prompt_batches(probe, items, backbone.processor, 7)
+
+
+@pytest.mark.parametrize("estimator", ["paired", "covariance"])
+def test_a_measurement_is_the_drift_of_the_items_that_it_draws(student, estimator):
+    """Only the layers above the first adapter are run, without dropout, and the model is left as it was."""
+    backbone, items, teacher, moved, batches = student
+    mean, wide = ({layer: function(x) for layer, x in teacher.items()} for function in (lambda x: x.mean(0), covariance))
+    thermometer = Thermometer(backbone, batches(), items, [3, 5], backbone.first_adapted_layer(), estimator, DRAW, SEED, mean, wide,
+                              teacher)
+    assert backbone.training
+    for number in (0, 4):
+        rows = np.sort(np.random.default_rng([SEED, number]).choice(len(items), DRAW, replace=False))
+        some = {layer: x[rows] for layer, x in moved.items()}
+        expected = (covariance_drift(some, wide) if estimator == "covariance" else
+                    paired_drift(some, {layer: x[rows] for layer, x in teacher.items()}, mean))
+        assert float(expected) > 0.01 and thermometer.measure(number) == pytest.approx(float(expected), rel=1e-3)
+    assert backbone.training and thermometer.measure(0) != thermometer.measure(4)
+    with pytest.raises(ValueError, match="thermostat.batch_size 31 is larger than the 30"):
+        Thermometer(backbone, batches(), items, [3, 5], 0, estimator, 31, SEED, mean, wide, teacher)
+
+
+def test_drift_is_the_mean_over_layers():
+    torch.manual_seed(0)
+    one, other = torch.randn(30, 8), torch.randn(30, 8)
+    wide = {0: covariance(one), 1: covariance(other)}
+    single = covariance_drift({1: 1.5 * other}, {1: wide[1]}).item()
+    assert covariance_drift({0: one, 1: 1.5 * other}, wide).item() == pytest.approx(single / 2)
+    mean, scaled = {0: one.mean(0), 1: other.mean(0)}, other.mean(0) + 1.25 * (other - other.mean(0))
+    assert paired_drift({0: one, 1: scaled}, {0: one, 1: other}, mean).item() == pytest.approx(0.125, rel=1e-5)
+    half = one + 0.5 * (other - one)
+    wanted = 0.5 * (other - one).square().sum(1).mean().sqrt() / (one - one.mean(0)).square().sum(1).mean().sqrt()
+    assert paired_drift({0: half}, {0: one}, {0: one.mean(0)}).item() == pytest.approx(wanted.item(), rel=1e-5)

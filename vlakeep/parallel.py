@@ -153,10 +153,8 @@ def broadcast_float(value: float) -> float:
 
 if __name__ == "__main__":  # sanity check: torchrun --nproc-per-node 2 -m vlakeep.parallel
     with Distributed("cpu") as job:
-        print(
-            job.rank,
-            job.gather({"rank": job.rank}),
-            job.mean_metrics({"x": job.rank}),
-            job.broadcast([job.rank, "from 0"]),
-            job.any(job.rank == 1),
-        )
+        gathered, mean = job.gather({"rank": job.rank}), job.mean_metrics({"x": job.rank})
+        told, any_second = job.broadcast([job.rank, "from 0"]), job.any(job.rank == 1)
+        print(job.rank, gathered, mean, told, any_second)
+        assert mean == {"x": (job.world - 1) / 2} and told == [0, "from 0"] and any_second == (job.world > 1)
+        assert gathered == [{"rank": rank} for rank in range(job.world)]

@@ -33,7 +33,7 @@ from vlakeep.errors import DiskFull, Interrupted, RunDirError, is_disk_full, quo
 from vlakeep.provenance import hardware, library_versions, source_state
 from vlakeep.storage import Storage, atomic_write, free_bytes, remove_leftovers
 
-# What may differ when a run goes on: it changes no number of the steps that follow.
+# What may differ when a run goes on: it changes no number of the steps that follow, but for train.steps with a cosine (schedule_note).
 FREE_KEYS = set(
     "name root cache_dir data_root_dir probe_root_dir artifact_dir run_root_dir tmp_dir data.workers train.steps train.log_every "
     "train.save_every train.keep_last train.tensorboard train.use_wandb train.resume".split()

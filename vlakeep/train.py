@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Dict, Iterator, List, Optional
 
 import torch
+import yaml
 from tqdm import tqdm
 
 from vlakeep import checkpoint as ckpt
@@ -81,6 +82,15 @@ def learning_rate(step: int, config) -> float:
         return config.lr
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)
     return config.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def schedule_note(old: dict, new: dict) -> str:
+    """A line for a run that goes on towards another end of its cosine; empty for all others. Both are configurations as dictionaries."""
+    was, now = old.get("train", {}).get("steps"), new["train"]["steps"]
+    if new["train"]["schedule"] != "cosine" or was in (None, now):
+        return ""
+    return (f"note: --train.steps was {was} and is {now} now: with --train.schedule cosine the learning rates from here on are those of "
+            f"{now} steps, so the result is neither a run of {was} steps that went on nor one of {now} from the start")
 
 
 def make_optimizer(params, config):
@@ -182,6 +192,9 @@ def refuse_early(config: Config, storage: Storage, dist: Distributed) -> None:
         lock = RunLock(run.folder)
         try:
             run.look(config)
+            if config.train.resume and ckpt.list_checkpoints(run.folder):
+                if note := schedule_note(yaml.safe_load((run.folder / "config.yaml").read_text()), to_dict(config)):
+                    print(f"{run.folder.name}: {note}", file=sys.stderr)
         finally:
             lock.release()
 

@@ -187,4 +187,7 @@ if __name__ == "__main__":  # sanity check: python -m vlakeep.benchmarks.records
             crash = "ValueError: an example" if trial == 9 else None
             row = dict(kind="skill", ability="reach", trial=trial, seed=trial, success=trial < 6, value=None, crash=crash, steps=1)
             records.add(**row)
-        print("9 trials and a crash:", summarise(records.rows())[("skill", "reach")])
+        found = summarise(records.rows())[("skill", "reach")]
+        print("9 trials and a crash:", found)
+        assert (found["n"], found["crashes"]) == (9, 1) and abs(found["mean"] - 6 / 9) < 1e-9
+        assert abs(found["low"] - 0.3542) < 1e-4 and abs(found["high"] - 0.8794) < 1e-4  # Wilson by hand

@@ -205,3 +205,4 @@ if __name__ == "__main__":  # sanity check: python -m vlakeep.benchmarks.tableto
         given = Counter(answer for name, answer in zip(sample_frames.kinds, sample_frames.answers) if name == kind)
         asked = Counter(trial.sample.answer for trial in question_trials(kind, 20, 0))
         print(f"{kind}: answers in these frames {dict(given)}, in 20 evaluation questions {dict(asked)}")
+        assert set(given) == set(asked) == set(ANSWERS[kind]) and max(asked.values()) - min(asked.values()) <= 1

@@ -138,6 +138,10 @@ if __name__ == "__main__":  # sanity check: python -m vlakeep.hsw.lora_input
     linear.lora_A, linear.lora_B = (nn.ModuleDict({"default": nn.Linear(*size, bias=False)}) for size in ((32, 4), (4, 16)))
     basis_DK = torch.linalg.qr(torch.randn(32, 12, generator=torch.Generator().manual_seed(0)))[0]
     site = LoraInputSite({"linear": linear}, {"linear": {"f": basis_DK[:, :6], "p": basis_DK[:, 6:]}})
+    odds = None  # of Uf against the rest: they fall with gamma squared
     for gamma in (1.0, 0.2, 0.0):
         site.set_gains(Gains(beta=0.8, gamma=gamma))
-        print(f"gamma {gamma}: share of the update that acts on inputs in Uf {site.leak():.4f}")
+        leak = site.leak()
+        print(f"gamma {gamma}: share of the update that acts on inputs in Uf {leak:.4f}")
+        odds = leak / (1 - leak) if odds is None else odds
+        assert odds > 0.01 and abs(leak / (1 - leak) - gamma ** 2 * odds) < 1e-5

@@ -75,4 +75,7 @@ if __name__ == "__main__":  # sanity check: python -m vlakeep.hsw.residual
         site.set_gains(gains)
         site.meter.start(True)
         layers[1](layers[0](torch.ones(2, 5, 32))).square().sum().backward()
-        print(f"beta {gains.beta} gamma {gains.gamma}:", {key: round(value, 4) for key, value in site.meter.read().items()})
+        row = site.meter.read()
+        print(f"beta {gains.beta} gamma {gains.gamma}:", {key: round(value, 4) for key, value in row.items()})
+        shed = (1 - gains.gamma ** 2) * row["share_f"] + (1 - gains.beta ** 2) * row["share_p"]
+        assert abs(row["shed"] - shed) < 1e-5 and row["share_f"] > 0.01

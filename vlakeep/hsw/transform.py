@@ -90,5 +90,7 @@ if __name__ == "__main__":  # sanity check: python -m vlakeep.hsw.transform
     gains = Gains(beta=0.7, gamma=0.2)
     gf, gp, gn = split(g, U[:, :8], U[:, 8:])
     edited = surgery(g, U, gain_weights(gains, 8, 24), 1e-12)
-    print(f"deviation from gn + beta gp + gamma gf: {(edited - (gn + 0.7 * gp + 0.2 * gf)).abs().max():.1e}")
+    deviation = (edited - (gn + 0.7 * gp + 0.2 * gf)).abs().max()
+    print(f"deviation from gn + beta gp + gamma gf: {deviation:.1e}")
     print(f"||g|| {g.norm():.4f} -> ||g'|| {edited.norm():.4f}")
+    assert deviation < 1e-5 and edited.norm() < g.norm()

@@ -60,5 +60,7 @@ if __name__ == "__main__":  # sanity check: python -m vlakeep.icsm.decompose
     planted_DK = torch.linalg.qr(torch.randn(64, 4))[0]
     states_ND = 3.0 + torch.randn(200, 4) * torch.tensor([8.0, 6.0, 4.0, 2.0]) @ planted_DK.T + 0.01 * torch.randn(200, 64)
     basis_DK, singular, _ = pooled_candidates(states_ND, 4)
-    print(f"planted directions found, smallest cosine: {torch.linalg.svdvals(basis_DK.T @ planted_DK.double()).min():.6f}")
-    print(f"energy in 4 of {len(singular)} directions: {singular[:4].square().sum() / singular.square().sum():.4%}")
+    cosine, energy = torch.linalg.svdvals(basis_DK.T @ planted_DK.double()).min(), singular[:4].square().sum() / singular.square().sum()
+    print(f"planted directions found, smallest cosine: {cosine:.6f}")
+    print(f"energy in 4 of {len(singular)} directions: {energy:.4%}")
+    assert cosine > 0.9999 and energy > 0.999

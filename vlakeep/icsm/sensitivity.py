@@ -69,4 +69,6 @@ if __name__ == "__main__":  # sanity check: python -m vlakeep.icsm.sensitivity
     clean_TV = torch.log_softmax(hidden_TD @ head_VD.T, -1)
     pushed = [torch.log_softmax((hidden_TD + 0.3 * push_D) @ head_VD.T, -1) for push_D in torch.eye(6)]
     kl_K = torch.stack([(clean_TV.exp() * (clean_TV - other_TV)).sum(-1).mean() for other_TV in pushed])
-    print(f"fragility order {order_by_fragility(torch.eye(6), kl_K, 0.5)[2].tolist()}, planted [1, 3, 5, 2, 4, 0]")
+    found, planted = order_by_fragility(torch.eye(6), kl_K, 0.5)[2].tolist(), [1, 3, 5, 2, 4, 0]
+    print(f"fragility order {found}, planted {planted}")
+    assert found == planted

@@ -28,3 +28,4 @@ if __name__ == "__main__":  # sanity check: python -m vlakeep.probe.pooling
     pooled_BD, empty_B = masked_mean(hidden_BTD, torch.tensor([[True, True, False], [False, False, False]]))
     print(f"mean of 1 and 3 beside a dropped NaN: {pooled_BD[0].item()}")
     print(f"a row without kept positions: {pooled_BD[1].item()}, flagged {empty_B.tolist()}")
+    assert pooled_BD.tolist() == [[2.0], [0.0]] and empty_B.tolist() == [False, True]

@@ -132,5 +132,9 @@ def replay(law: Law, drifts: Iterable[float]) -> List[Dict[str, float]]:
 if __name__ == "__main__":  # sanity check: python -m vlakeep.thermostat.controller
     law = Law(gamma_min=0.0, gamma_max=1.0, beta_min=0.5, beta_max=1.0, calibration=3, threshold_sigmas=2.0, half_excess=0.5,
               ema=0.5, dead_band=0.02, rate_limit=0.25)
-    for row in replay(law, [1.0, 1.1, 0.9, 1.0, 1.5, 2.5, 4.0, 4.0, 4.0, 1.0, 1.0, 1.0, 1.0]):
+    rows = replay(law, [1.0, 1.1, 0.9, 1.0, 1.5, 2.5, 4.0, 4.0, 4.0, 1.0, 1.0, 1.0, 1.0])
+    for row in rows:
         print("  ".join(f"{key} {value:.3f}" for key, value in row.items() if value is not None))
+    gammas, falling, rising = [row["gamma"] for row in rows], range(3, 8), range(8, 12)
+    assert gammas[:4] == [1.0] * 4 and all(row["beta"] >= law.beta_min for row in rows)
+    assert all(0 < gammas[k] - gammas[k + 1] <= law.rate_limit for k in falling) and all(gammas[k] < gammas[k + 1] for k in rising)

@@ -42,6 +42,10 @@ if __name__ == "__main__":  # sanity check: python -m vlakeep.thermostat.drift
     torch.manual_seed(0)
     teacher_ND = torch.randn(500, 32)
     stretched_ND = teacher_ND * torch.tensor([2.0] + [1.0] * 31)
-    for name, student_ND in (("unchanged", teacher_ND), ("64 of 500 items", teacher_ND[:64]), ("stretched", stretched_ND)):
-        print(f"covariance drift, {name}: {covariance_drift({0: student_ND}, {0: covariance(teacher_ND)}):.3f}")
-    print(f"paired drift, stretched: {paired_drift({0: stretched_ND}, {0: teacher_ND}, {0: teacher_ND.mean(0)}):.3f}")
+    unchanged, some, stretched = (float(covariance_drift({0: student_ND}, {0: covariance(teacher_ND)}))
+                                  for student_ND in (teacher_ND, teacher_ND[:64], stretched_ND))
+    print(f"covariance drift, unchanged: {unchanged:.3f}, of 64 of 500 items: {some:.3f}, stretched: {stretched:.3f}")
+    paired = float(paired_drift({0: stretched_ND}, {0: teacher_ND}, {0: teacher_ND.mean(0)}))
+    print(f"paired drift, stretched: {paired:.3f}")
+    # Doubling one of 32 directions of variance 1: (4 - 1) on the diagonal, 1 in a row and a column of noise; sqrt(1 / 32) when paired.
+    assert unchanged == 0 and 0 < some < 10 and abs(stretched - 3) < 0.3 and abs(paired - 32 ** -0.5) < 0.02

@@ -1,0 +1,136 @@
+"""Plant the faults of tests/mutations.txt one by one in a copy of the sources and see that the named tests catch each of them.
+
+    make mutations                                   # all of them, WORKERS side by side
+    make mutations FAULT="gripper"                   # those whose name holds this text
+    python tests/mutations.py --workers 4 --limit 900
+
+The working tree stays as it is. Exit status 1 when a fault survives, when one gives no answer, or when the tests fail without it.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Callable, List, NamedTuple, Sequence, Tuple
+
+from tqdm import tqdm
+
+REPO = Path(__file__).resolve().parents[1]
+LIST = Path(__file__).with_suffix(".txt")
+SEPARATOR = " :: "
+LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", "__pycache__", ".*_cache", "build", "*.egg-info")
+CAUGHT, SURVIVED, UNKNOWN = "caught by", "SURVIVED", "NO ANSWER"
+
+
+class Fault(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: Tuple[str, ...]
+
+
+class Outcome(NamedTuple):
+    """verdict: one of the three above; what: the first failing test, or why there is no answer."""
+
+    verdict: str
+    what: str = ""
+
+
+def read_faults(path: Path = LIST) -> List[Fault]:
+    """The faults of a list. ValueError names the line that has not five fields."""
+    faults = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        fields = line.split(SEPARATOR)
+        if len(fields) != 5 or not all(field.strip() for field in (*fields[:3], fields[4])):
+            raise ValueError(f"{path} line {number}: not name{SEPARATOR}file{SEPARATOR}old{SEPARATOR}new{SEPARATOR}tests")
+        faults.append(Fault(*(field.strip() for field in fields[:2]), *fields[2:4], tuple(fields[4].split())))
+    return faults
+
+
+def mutated(fault: Fault, repo: Path) -> str:
+    """The file's text with the fault in it. ValueError unless the old text occurs exactly once."""
+    text = (repo / fault.file).read_text(encoding="utf-8")
+    if text.count(fault.old) != 1:
+        raise ValueError(f"{fault.name}: {fault.old!r} occurs {text.count(fault.old)} times in {fault.file}, and must occur once")
+    return text.replace(fault.old, fault.new)
+
+
+def run_tests(copy: Path, tests: Sequence[str], limit: float) -> Outcome:
+    """What pytest says about `tests` in a copy of the repository."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--color=no", "-p", "no:cacheprovider", f"--basetemp={copy.parent / 'tmp'}"]
+    environment = dict(os.environ, PYTHONPATH=str(copy), OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1", COLUMNS="400")
+    run = subprocess.Popen([*command, *tests], cwd=copy, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                           errors="replace", start_new_session=True)
+    try:
+        said = run.communicate(timeout=limit)[0].splitlines()
+    except subprocess.TimeoutExpired:
+        return Outcome(UNKNOWN, f"not done after {limit:.0f} s")
+    finally:
+        if run.poll() is None:  # with the processes that the tests have started
+            os.killpg(run.pid, signal.SIGKILL)
+            run.communicate()
+    failed = [line.split()[1] for line in said if line.startswith(("FAILED ", "ERROR ")) and len(line.split()) > 1]
+    if run.returncode == 0:
+        return Outcome(SURVIVED)
+    if run.returncode in (1, 2) and failed:
+        return Outcome(CAUGHT, failed[0].removeprefix("tests/"))
+    return Outcome(UNKNOWN, f"pytest ended with status {run.returncode}: {' '.join(said[-1:])}")
+
+
+def in_copy(repo: Path, plant: Callable[[Path], None], tests: Sequence[str], limit: float) -> Outcome:
+    """run_tests in a fresh copy of the repository that `plant` may change."""
+    with tempfile.TemporaryDirectory(prefix="vlakeep-fault-") as folder:
+        copy = Path(folder) / "repo"
+        shutil.copytree(repo, copy, ignore=LEFT_OUT)
+        plant(copy)
+        return run_tests(copy, tests, limit)
+
+
+def plant(fault: Fault, copy: Path) -> None:
+    (copy / fault.file).write_text(mutated(fault, copy), encoding="utf-8")
+
+
+def check_all(faults: List[Fault], repo: Path, workers: int, limit: float) -> bool:
+    """Run everything, print the table; True when the tests pass without a fault and catch every one."""
+    files = sorted({name for fault in faults for name in fault.tests})
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(files) + len(faults), desc="mutations", mininterval=1.0) as bar:
+        jobs = {pool.submit(in_copy, repo, lambda copy: None, [name], limit): name for name in files}
+        jobs.update({pool.submit(in_copy, repo, lambda copy, fault=fault: plant(fault, copy), fault.tests, limit): fault
+                     for fault in faults})
+        outcomes = {}
+        for job in as_completed(jobs):
+            outcomes[jobs[job]] = job.result()
+            bar.update()
+    ill = {name: outcomes[name] for name in files if outcomes[name].verdict != SURVIVED}
+    for name, outcome in ill.items():
+        print(f"without any fault {name} fails: {outcome.what}")
+    width = max(len(fault.name) for fault in faults)
+    for fault in faults:
+        print(f"{fault.name:{width}s}  {outcomes[fault].verdict} {outcomes[fault].what}".rstrip())
+    caught = sum(outcomes[fault].verdict == CAUGHT for fault in faults)
+    print(f"{caught} of {len(faults)} faults caught")
+    return caught == len(faults) and not ill
+
+
+def main(argv: List[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("fault", nargs="?", default="", help="only faults whose name holds this text")
+    parser.add_argument("--workers", type=int, default=int(os.environ.get("WORKERS", "2")), help="faults side by side")
+    parser.add_argument("--limit", type=float, default=900.0, help="seconds for the tests of one fault")
+    options = parser.parse_args(argv)
+    faults = [fault for fault in read_faults() if options.fault in fault.name]
+    if not faults:
+        parser.error(f"no fault of {LIST.name} is called like {options.fault!r}")
+    return 0 if check_all(faults, REPO, options.workers, options.limit) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
