@@ -207,6 +207,7 @@ def control_law(config: Config) -> Law:
 
 
 def needs_artifact(config: Config) -> bool:
+    """Whether the arm reads the ICSM artefact."""
     return config.method == "icsm_hsw_thermostat" and (config.hsw.enabled or config.thermostat.enabled)
 
 

@@ -20,20 +20,26 @@ from tqdm import tqdm
 
 from vlakeep import checkpoint as ckpt
 from vlakeep.backbones.base import make_backbone
-from vlakeep.backbones.lora import add_lora, load_trainable, save_adapter, trainable_state
+from vlakeep.backbones.lora import adapters_disabled, add_lora, load_trainable, save_adapter, trainable_state
 from vlakeep.backbones.safeguards import check_vision
 from vlakeep.compat import grad_scaler
 from vlakeep.config import Config, config_from_argv, to_dict
 from vlakeep.data.loader import make_stream
+from vlakeep.data.prompts import encode_prompts
 from vlakeep.data.statistics import save_statistics
 from vlakeep.errors import TrainingStopped
 from vlakeep.icsm import artifact as icsm_artifact
 from vlakeep.method import build_method, estimator, needs_artifact
+from vlakeep.methods import graded_offline
+from vlakeep.methods.graded import Graded
 from vlakeep.parallel import Distributed, set_threads
 from vlakeep.probe.batches import prompt_batches
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.rundir import RunDir, RunLock
 from vlakeep.storage import Storage, need_free
+from vlakeep.teacher import artifact as graded_artifact
+from vlakeep.teacher.answers import Answered, teacher_answers
+from vlakeep.thermostat.kl_sensor import KLSensor, batched
 from vlakeep.thermostat.thermometer import Thermometer
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -87,6 +93,8 @@ def make_optimizer(params, config):
 
 def prepare_method(config: Config, storage: Storage, backbone):
     """The arm's Method with its artefact and drift sensor; a mismatched or missing input is an error before anything is built."""
+    if config.method == "graded":
+        return prepare_graded(config, storage, backbone)
     if not needs_artifact(config):
         return build_method(config), {}
     probe = ProbeSet(storage.probe_folder(config.probe.name))
@@ -108,6 +116,35 @@ def prepare_method(config: Config, storage: Storage, backbone):
             mean, covariance, teacher)
 
     return build_method(config, artifact, make_thermometer), {"artifact": artifact.meta["files"], "probe": probe.sha256}
+
+
+def prepare_graded(config: Config, storage: Storage, backbone):
+    """Method graded with its artefact and the sensors of the divergence, on probe items and on the new task's own prompts."""
+    if not (config.gains.enabled or config.thermostat.enabled):
+        return Graded(config, None, None), {}
+    probe = ProbeSet(storage.probe_folder(config.probe.name))
+    artifact = graded_artifact.load_artifact(graded_offline.artifact_folder(config, storage, backbone.name))
+    problems = graded_artifact.check(artifact, backbone.weights_sha256, probe.sha256, config.probe.size, backbone.num_layers,
+                                     config.backbone.dtype, graded_offline.deciding(config))
+    if problems:
+        raise graded_artifact.GradedArtifactError("\n".join(problems))
+    size = config.icsm.batch_size
+
+    def make_sensors(backbone):
+        answered, items = artifact.answers()
+        count = min(config.thermostat.batch_size, len(items))
+        rows = torch.tensor([i * len(items) // count for i in range(count)])
+        sensor = KLSensor(backbone, Answered(*[value[rows] for value in answered]),
+                          batched(probe.samples([items[i] for i in rows]), backbone.processor, encode_prompts, size), size)
+        new = graded_offline.new_samples(config, storage, graded_offline.picture_size(backbone), count)
+        samples = [sample for group in new.values() for sample in group]
+        if not samples:
+            return {"kl": sensor, "kl_new": None}
+        with adapters_disabled(backbone):
+            own = teacher_answers(backbone, graded_offline.answered_samples(backbone, samples, size))
+        return {"kl": sensor, "kl_new": KLSensor(backbone, own, batched(samples, backbone.processor, encode_prompts, size), size)}
+
+    return Graded(config, artifact, make_sensors), {"artifact": artifact.meta["files"], "probe": probe.sha256}
 
 
 class Guard:
