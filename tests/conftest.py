@@ -17,6 +17,7 @@ SMALL = ["--threads", "1", "--device", "cpu", "--probe.size", "48", "--icsm.rank
          "--lora.alpha", "4", "--thermostat.every", "1", "--thermostat.batch_size", "16", "--thermostat.calibration", "2",
          "--data.shuffle_buffer", "64"]
 METHOD, BASELINE = "configs/method_icsm_hsw_thermostat.yaml", "configs/baseline_lora.yaml"
+GRADED = "configs/method_graded.yaml"
 
 
 @pytest.fixture(scope="session")

@@ -53,11 +53,12 @@ class GradedInput:
         rest_open = self.count == self.dim or self.gain_rest == 1.0
         self.identity = scale == 1.0 and rest_open and bool((self.gains_K == 1.0).all())
         weights_K = (self.gains_K - self.gain_rest).to(self._vectors_DK.device)
+        self._weights_K = _renew(self._weights_K, weights_K.float())
         if self.dim <= DENSE:
             vectors_DK = self._vectors_DK.double()
             eye_DD = torch.eye(self.dim, dtype=torch.float64, device=vectors_DK.device)
-            self._matrix_DD = (self.gain_rest * eye_DD + (vectors_DK * weights_K) @ vectors_DK.T).float()
-        self._weights_K = weights_K.float()
+            matrix_DD = self.gain_rest * eye_DD + (vectors_DK * weights_K) @ vectors_DK.T
+            self._matrix_DD = _renew(self._matrix_DD, matrix_DD.float())
 
     def contract(self, x_RD: torch.Tensor) -> torch.Tensor:
         """x V diag(g) V^T in float32, without the scale."""
@@ -75,6 +76,11 @@ class GradedInput:
     def open_rank(self) -> float:
         """Sum of g^2: how many directions are open, a half-open one counted by its square."""
         return float(self.gains_K.square().sum()) + self.gain_rest ** 2 * (self.dim - self.count)
+
+
+def _renew(old, new: torch.Tensor) -> torch.Tensor:
+    """`new` in the memory of `old` once there is one: a captured CUDA graph goes on reading the place that it was captured with."""
+    return new if old is None else old.copy_(new)
 
 
 class GradedA(nn.Module):

@@ -65,9 +65,8 @@ def leading(moment_DD: torch.Tensor, columns: int, seed: int = 0):
 
 
 def gains(values: torch.Tensor, lam: float, steepness: float) -> torch.Tensor:
-    """g_k [K] float64 of eigenvalues [K]. lam >= 0; exactly 1 where sigma is below the resolution of lam."""
-    values = values.double()
-    return torch.where(values > 0, lam / (values + lam), torch.ones_like(values)) ** steepness
+    """g_k = (lam / (sigma_k + lam))^p [K] float64 of eigenvalues [K], in (0, 1]; exactly 1 where sigma / lam is below rounding."""
+    return (1.0 + values.double() / lam) ** -steepness
 
 
 def to_tensors(spectra: Dict[str, Spectrum]) -> Dict[str, torch.Tensor]:

@@ -1,14 +1,15 @@
 """Thermostat with a set-point: how far the LoRA inputs are opened, so that the measured divergence meets what the user allows.
 
-The divergence d is measured in nats on held-out probe items (thermostat/kl_sensor.py). The actuator is the opening r (hsw/graded.py):
-along the directions of old inputs the update is proportional to r^p, and the divergence, quadratic in the update, to r^(2p). So what
-is measured now tells which opening would have met the target, and the law goes there at once:
+The divergence d is measured in nats on held-out probe items (thermostat/kl_sensor.py). The actuator is the opening r (hsw/graded.py).
+Along the directions of old inputs the update is proportional to r^p, and the divergence of a single linear, quadratic in the update, to
+r^(2 p); of a whole network it was measured to rise with r^(2 p) to r^(4 p). The law reckons with RESPONSE = 4: it reaches the target from
+either side without crossing it when the response is weaker, where reckoning with 2 made the loop swing (docs/log.md).
 
-    r <- r * clip((target / d')^(1 / (2 p)), 1 / close, open)        within [r_min, r_max]
-    d' = d * clip(growth, 1, limit)      growth = (d / d_before) / (r / r_before)^(2 p)
+    r <- r * clip((target / d')^(1 / (4 p)), 1 / close, open)        within [r_min, r_max]
+    d' = d * clip(growth, 1, limit)      growth = (d / d_before) / (r / r_before)^(e p), e = 2 after opening and 4 after closing
 
 d' is the divergence to be expected at the next measurement: what training adds in an interval beyond the change of the gains, taken
-from the last interval. Larger d gives a smaller r at every moment. The opening is the only state that accumulates, and it is clipped, so
+from the last interval with the response that makes it larger, so that the loop rather stays below its target. Larger d gives a smaller r at every moment. The opening is the only state that accumulates, and it is clipped, so
 nothing winds up. Opening is limited to a factor per measurement, closing to a larger one. The trajectory is a function of the measured
 values alone: `replay`. Plain Python, no torch.
 """
@@ -17,6 +18,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Dict, Iterable, List, Optional
 
+# Exponents of the divergence over the size of the update: of one linear layer, and the steepest that was measured of a network.
+LINEAR_RESPONSE, RESPONSE = 2.0, 4.0
 
 @dataclass(frozen=True)
 class SetPoint:
@@ -58,7 +61,8 @@ class SetPointController:
         """d': the divergence to be expected at the next measurement with the present opening."""
         if self.before is None or self.before <= 0:
             return divergence
-        growth = (divergence / self.before) / self.moved ** (2 * self.law.steepness)
+        exponent = LINEAR_RESPONSE if self.moved > 1 else RESPONSE
+        growth = (divergence / self.before) / self.moved ** (exponent * self.law.steepness)
         return divergence * min(max(growth, 1.0), self.law.growth_limit)
 
     def update(self, divergence: float) -> Dict[str, float]:
@@ -70,7 +74,7 @@ class SetPointController:
             return {"kl": divergence, "opening": acted, "next_opening": acted}
         law = self.law
         expected = self.expected(divergence)
-        factor = (law.target / expected) ** (1 / (2 * law.steepness)) if expected > 0 else law.open_factor
+        factor = (law.target / expected) ** (1 / (RESPONSE * law.steepness)) if expected > 0 else law.open_factor
         factor = min(max(factor, 1 / law.close_factor), law.open_factor)
         self.opening = min(max(acted * factor, law.lowest), law.highest)
         self.before, self.moved = divergence, self.opening / acted
