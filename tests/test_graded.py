@@ -284,7 +284,7 @@ def test_an_artefact_of_something_else_is_refused(artefact):
 
 
 def law(**changes):
-    return SetPoint(**dict(dict(target=0.01, start=1e-3, lowest=1e-6, highest=1.0, steepness=1.0, open_factor=2.0, close_factor=4.0),
+    return SetPoint(**dict(dict(target=0.01, start=1e-3, lowest=1e-6, highest=1.0, steepness=1.0, open_factor=1.5, close_factor=4.0),
                            **changes))
 
 
@@ -297,7 +297,7 @@ def test_larger_divergence_gives_a_smaller_opening_at_every_moment():
 
 
 def test_the_loop_opens_from_closed_meets_its_target_and_does_not_wind_up():
-    for response in (2.0, 3.0, 4.0):
+    for response in (2.0, 3.0, 4.0, 6.0, 7.0):
         controller, size, found = SetPointController(law()), 0.0, []
         for k in range(80):
             size += 1.0 if k < 40 else 0.02  # training slows down as its rate falls
@@ -315,7 +315,7 @@ def test_the_loop_opens_from_closed_meets_its_target_and_does_not_wind_up():
 
 def test_rate_limits_values_that_are_no_numbers_and_state():
     rows = replay(law(), [0.0, 0.0, 100.0])
-    assert [row["next_opening"] for row in rows] == pytest.approx([2e-3, 4e-3, 1e-3])
+    assert [row["next_opening"] for row in rows] == pytest.approx([1.5e-3, 2.25e-3, 2.25e-3 / 4])
     controller = SetPointController(law())
     controller.update(0.001)
     before = (controller.opening, controller.before)

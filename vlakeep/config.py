@@ -165,9 +165,9 @@ class ThermostatConfig:
     # kl (method graded): KL(teacher || student) at the teacher's own answers to held-out probe prompts.
     estimator: Optional[str] = None
     # Method graded: how much may be forgotten, in nats per answer token; the loop finds the gains that use this budget.
-    target: float = 0.005
+    target: float = 0.002
     # Method graded: largest factors by which the opening may grow and shrink in one measurement.
-    open_factor: float = 2.0
+    open_factor: float = 1.5
     close_factor: float = 4.0
     # Measure every K optimizer steps, on a probe batch of this size.
     every: int = 50

@@ -2,14 +2,14 @@
 
 The divergence d is measured in nats on held-out probe items (thermostat/kl_sensor.py). The actuator is the opening r (hsw/graded.py).
 Along the directions of old inputs the update is proportional to r^p, and the divergence of a single linear, quadratic in the update, to
-r^(2 p); of a whole network it was measured to rise with r^(2 p) to r^(4 p). The law reckons with RESPONSE = 4: it reaches the target from
-either side without crossing it when the response is weaker, where reckoning with 2 made the loop swing (docs/log.md).
+r^(2 p); of a whole network it was measured to rise with r^(2 p) to r^(7 p). So the law begins by reckoning with a response e = 4 and
+learns a steeper one from what earlier moves of r did; reckoning with too flat a one makes a loop swing (docs/log.md).
 
-    r <- r * clip((target / d')^(1 / (4 p)), 1 / close, open)        within [r_min, r_max]
-    d' = d * clip(growth, 1, limit)      growth = (d / d_before) / (r / r_before)^(e p), e = 2 after opening and 4 after closing
+    r <- r * clip((target / d')^(1 / (e p)), 1 / close, open)        within [r_min, r_max]
+    d' = d * clip(growth, 1, limit)      growth = (d / d_before) / (r / r_before)^(e p), with 2 for e until the target is first neared
 
 d' is the divergence to be expected at the next measurement: what training adds in an interval beyond the change of the gains, taken
-from the last interval with the response that makes it larger, so that the loop rather stays below its target. Larger d gives a smaller r at every moment. The opening is the only state that accumulates, and it is clipped, so
+from the last interval; on the first approach with the flattest response, so that the loop rather arrives from below. Larger d gives a smaller r at every moment. The opening is the only state that accumulates, and it is clipped, so
 nothing winds up. Opening is limited to a factor per measurement, closing to a larger one. The trajectory is a function of the measured
 values alone: `replay`. Plain Python, no torch.
 """
@@ -18,8 +18,11 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Dict, Iterable, List, Optional
 
-# Exponents of the divergence over the size of the update: of one linear layer, and the steepest that was measured of a network.
-LINEAR_RESPONSE, RESPONSE = 2.0, 4.0
+# Exponents of the divergence over the size of the update: of one linear layer, what the law begins with, and the steepest that it learns.
+LINEAR_RESPONSE, RESPONSE, STEEPEST = 2.0, 4.0, 12.0
+LEAST_MOVE = 0.05  # change of log r below which a measurement says nothing about the response
+SMALL = 1e-3  # share of the target below which a divergence is rounding
+FORGET = 0.97  # what is left of a learnt steepness after each further measurement
 
 @dataclass(frozen=True)
 class SetPoint:
@@ -51,6 +54,8 @@ class SetPointController:
     opening: Optional[float] = None
     before: Optional[float] = None  # divergence of the last measurement
     moved: float = 1.0  # factor by which the opening changed after it
+    response: float = RESPONSE  # e: the exponent that the law reckons with
+    neared: bool = False  # whether the divergence has come near the target before
     measurements: int = 0
     rejected: int = 0  # measurements that were NaN, infinite or negative: the opening is held, the value ignored
 
@@ -61,9 +66,18 @@ class SetPointController:
         """d': the divergence to be expected at the next measurement with the present opening."""
         if self.before is None or self.before <= 0:
             return divergence
-        exponent = LINEAR_RESPONSE if self.moved > 1 else RESPONSE
-        growth = (divergence / self.before) / self.moved ** (exponent * self.law.steepness)
+        response = self.response if self.neared else LINEAR_RESPONSE
+        growth = (divergence / self.before) / self.moved ** (response * self.law.steepness)
         return divergence * min(max(growth, 1.0), self.law.growth_limit)
+
+    def _learn(self, divergence: float) -> None:
+        """The response that this measurement shows, for the following ones: the law itself must not flatten as d grows."""
+        move = math.log(self.moved) * self.law.steepness
+        self.response = RESPONSE + FORGET * (self.response - RESPONSE)
+        if abs(move) >= LEAST_MOVE and self.before and self.before > SMALL * self.law.target and divergence > 0:
+            shown = math.log(divergence / self.before) / move
+            self.response = max(self.response, min(shown, STEEPEST))
+        self.neared = self.neared or divergence >= 0.8 * self.law.target
 
     def update(self, divergence: float) -> Dict[str, float]:
         """Take one measurement; returns the log fields kl, opening (that acted) and next_opening."""
@@ -74,9 +88,10 @@ class SetPointController:
             return {"kl": divergence, "opening": acted, "next_opening": acted}
         law = self.law
         expected = self.expected(divergence)
-        factor = (law.target / expected) ** (1 / (RESPONSE * law.steepness)) if expected > 0 else law.open_factor
+        factor = (law.target / expected) ** (1 / (self.response * law.steepness)) if expected > 0 else law.open_factor
         factor = min(max(factor, 1 / law.close_factor), law.open_factor)
         self.opening = min(max(acted * factor, law.lowest), law.highest)
+        self._learn(divergence)
         self.before, self.moved = divergence, self.opening / acted
         return {"kl": divergence, "opening": acted, "next_opening": self.opening}
 
