@@ -8,6 +8,7 @@ import subprocess
 import pytest
 import torch
 from conftest import BASELINE, GRADED, SMALL, final_adapter
+from safetensors.torch import load_file
 from test_laws import REPOSITORY, command
 from torch import nn
 
@@ -24,7 +25,7 @@ from vlakeep.offline import run_offline
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.rundir import read_metrics
 from vlakeep.teacher import artifact, coverage
-from vlakeep.teacher.answers import Answered, divergence, split_log_probabilities, teacher_answers
+from vlakeep.teacher.answers import Answered, divergence, run_below, split_log_probabilities, teacher_answers
 from vlakeep.teacher.spectrum import Spectrum, gains, spectrum
 from vlakeep.thermostat.kl_sensor import KLSensor, batched
 from vlakeep.thermostat.setpoint import SetPoint, SetPointController, replay
@@ -125,7 +126,7 @@ def test_a_truncated_spectrum_acts_as_the_whole_one_where_it_matters():
         made.append((space.contract(x), space.passed_energy(1e-2 * one.mean, 1.0, 10.0)))
     # The cut lies in the flank on purpose: what is left out differs by a factor of nine in energy and shares one gain.
     assert float((made[0][0] - made[1][0]).norm() / made[0][0].norm()) < 0.25
-    assert made[1][1] == pytest.approx(made[0][1], rel=0.05)
+    assert made[1][1] == pytest.approx(made[0][1], rel=0.15)
 
 
 def test_the_starting_point_follows_from_the_spectrum():
@@ -203,7 +204,7 @@ def test_the_sensor_agrees_with_evaluation_on_action_prompts(world, student):
     probe = ProbeSet(world[0].probe_folder("tabletop"))
     samples = [s for s in probe.samples(range(len(probe))) if not s.question][:6]
     with adapters_disabled(student):
-        own = teacher_answers(student, graded_offline.answered_samples(student, samples, 3))
+        own = teacher_answers(student, run_below(student, graded_offline.answered_samples(student, samples, 3), 2), 2)
     assert own.count_N.tolist() == [8] * 6
     found = KLSensor(student, own, batched(samples, student.processor, encode_prompts, 3), 3).per_item()
     wanted = action_token_kl(student, samples)
@@ -229,8 +230,13 @@ def test_artefact_spectra_are_those_of_the_inputs_and_the_probe_is_split(world, 
     sensitivity = artefact.sensitivity()
     assert set(sensitivity) == set(select_linears(backbone, "all", ["attention", "mlp"])) and min(sensitivity.values()) > 0
     report = json.loads((artefact.folder / "coverage.json").read_text())["groups"]
-    assert report["probe"]["passed"] == pytest.approx(coverage.REFERENCE, rel=0.01)
+    assert report["probe"]["ratio"] == pytest.approx(1.0)
     assert any(group.startswith("held out:") for group in report) and "new:tabletop_corner" in report
+    # The energy of a group along the directions, by the moment of its inputs.
+    new = graded_offline.new_samples(config, storage, (64, 64))["tabletop_corner"]
+    other = token_moments(backbone, [w for _, w in graded_offline.answered_samples(backbone, new, 9)], linears)[input_key(name)].double()
+    stored = load_file(artefact.folder / "energy.safetensors")[f"new:tabletop_corner/{name}"]
+    assert torch.allclose(stored[:-1], (vectors.T @ other @ vectors).diagonal(), rtol=1e-3, atol=1e-6 * float(other.trace()))
 
 
 def test_sensitivity_is_the_squared_gradient_of_the_answers(world):
@@ -241,7 +247,7 @@ def test_sensitivity_is_the_squared_gradient_of_the_answers(world):
     name = "layers.4.mlp.up_proj"
     linears = {name: select_linears(backbone, "all", ["mlp"])[name]}
     pairs = list(graded_offline.answered_samples(backbone, samples, 2))
-    found = graded_offline.output_sensitivity(backbone, (w for _, w in pairs), teacher_answers(backbone, pairs), linears)[name]
+    found = graded_offline.output_sensitivity(backbone, run_below(backbone, pairs, 4), 4, linears)[name]
     total, tokens = 0.0, 0
     for sample in samples:
         (prompt, whole), = graded_offline.answered_samples(backbone, [sample], 1)
@@ -259,15 +265,13 @@ def test_sensitivity_is_the_squared_gradient_of_the_answers(world):
 
 
 def test_coverage_tells_inputs_like_the_probe_from_others():
-    one, vectors, values = random_spectrum()
+    one, _, values = random_spectrum()
     spectra = {"layers.0.x": one}
-    like = torch.cat([values, torch.zeros(1)])
-    other = torch.cat([values.flip(0), torch.zeros(1)])
+    like, other = coverage.own_energy(one), torch.cat([values.flip(0), torch.zeros(1)])
     found = coverage.report({"probe": {"layers.0.x": like}, "held out:a": {"layers.0.x": 2 * like}, "keep:b": {"layers.0.x": other},
                              "new:c": {"layers.0.x": like}}, spectra, 1.0)
-    assert found["held out:a"]["ratio"] == pytest.approx(1.0) and found["keep:b"]["ratio"] > coverage.NOT_COVERED
-    lines = coverage.warnings(found)
-    assert [line.split(":")[0] for line in lines] == ["keep", "new"]
+    assert found["held out:a"]["ratio"] == pytest.approx(2.0) and found["keep:b"]["ratio"] > coverage.NOT_COVERED
+    assert [line.split(":")[0] for line in coverage.warnings(found)] == ["keep", "new"]
 
 
 def test_an_artefact_of_something_else_is_refused(artefact):

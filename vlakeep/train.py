@@ -38,7 +38,7 @@ from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.rundir import RunDir, RunLock
 from vlakeep.storage import Storage, need_free
 from vlakeep.teacher import artifact as graded_artifact
-from vlakeep.teacher.answers import Answered, teacher_answers
+from vlakeep.teacher.answers import Answered, run_below, teacher_answers
 from vlakeep.thermostat.kl_sensor import KLSensor, batched
 from vlakeep.thermostat.thermometer import Thermometer
 
@@ -141,7 +141,8 @@ def prepare_graded(config: Config, storage: Storage, backbone):
         if not samples:
             return {"kl": sensor, "kl_new": None}
         with adapters_disabled(backbone):
-            own = teacher_answers(backbone, graded_offline.answered_samples(backbone, samples, size))
+            first = backbone.first_adapted_layer()
+            own = teacher_answers(backbone, run_below(backbone, graded_offline.answered_samples(backbone, samples, size), first), first)
         return {"kl": sensor, "kl_new": KLSensor(backbone, own, batched(samples, backbone.processor, encode_prompts, size), size)}
 
     return Graded(config, artifact, make_sensors), {"artifact": artifact.meta["files"], "probe": probe.sha256}

@@ -20,12 +20,12 @@ from vlakeep.data.formats import open_datasets
 from vlakeep.data.images import resize_uint8
 from vlakeep.data.prompts import encode_prompts
 from vlakeep.data.sample import Batch, Sample
-from vlakeep.icsm.collect import input_key, token_moments, with_own_answers
+from vlakeep.icsm.collect import input_key, with_own_answers
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.rundir import library_versions, source_commit
 from vlakeep.storage import Storage, need_free
 from vlakeep.teacher import artifact, coverage
-from vlakeep.teacher.answers import Answered, teacher_answers
+from vlakeep.teacher.answers import Part, answer_columns, logits_at, run_below, teacher_answers
 from vlakeep.teacher.spectrum import Spectrum, spectrum, to_tensors
 
 ANSWER_TOKENS = 8  # seven action tokens and the end of sequence
@@ -88,12 +88,20 @@ def build(config: Config, storage: Storage, backbone) -> Path:
     need_free(folder, _bytes_needed(config, linears), "the artefact")
     print(f"teacher {backbone.name} ({backbone.num_layers} layers, D = {backbone.hidden_size}), probe {len(fit)} items for the spectra of "
           f"{len(linears)} linears' inputs and {len(held)} for the sensor")
-    size = config.icsm.batch_size
-    spectra = _spectra(config, backbone, probe, fit, linears)
-    pairs = list(answered_samples(backbone, probe.samples(held), size))
-    answers = teacher_answers(backbone, tqdm(pairs, desc="teacher's answers", leave=False))
-    sensitivity = output_sensitivity(backbone, (whole for _, whole in pairs), answers, linears)
-    groups = _groups(config, storage, backbone, probe, fit, held, linears, spectra)
+    first = min((int(name.split(".")[1]) for name in linears), default=0)
+
+    def parts(samples: List[Sample], desc: str) -> List[Part]:
+        size = config.icsm.batch_size
+        pairs = answered_samples(backbone, samples, size)
+        return run_below(backbone, tqdm(pairs, desc=f"teacher's answers: {desc}", total=-(-len(samples) // size), leave=False), first)
+
+    spectra = _spectra(config, backbone, parts(probe.samples(fit), "probe"), first, linears)
+    kept = parts(probe.samples(held), "held out")
+    answers = teacher_answers(backbone, kept, first)
+    sensitivity = output_sensitivity(backbone, kept, first, linears)
+    groups = {"probe": {key: coverage.own_energy(one) for key, one in spectra.items()}}
+    for made, labels in _groups(config, storage, backbone, probe, held, kept, parts):
+        groups.update(coverage.directional_energy(backbone, made, first, labels, linears, spectra, input_key))
     found = coverage.report(groups, spectra, config.gains.steepness)
     lines = coverage.warnings(found)
     tensors = {
@@ -123,25 +131,17 @@ def _bytes_needed(config: Config, linears) -> int:
     return 4 * sum(dim * (min(dim, config.gains.columns) + 1) for dim in inputs.values()) + 50_000_000
 
 
-def _spectra(config: Config, backbone, probe, items: List[int], linears) -> Dict[str, Spectrum]:
-    """Spectrum of every distinct input; where the moments exceed the memory budget the probe is passed several times."""
-    size = config.icsm.batch_size
-    groups = passes(linears, config.gains.columns, config.icsm.moments_gib * 2**30)
-    steps = -(-len(items) // size)
-
-    def wholes():
-        return (whole for _, whole in answered_samples(backbone, probe.samples(items), size))
-
-    answered = wholes() if len(groups) == 1 else list(tqdm(wholes(), desc="teacher's answers", total=steps, leave=False))
-    spectra = {}
-    for group in groups:
-        moments = token_moments(backbone, answered, group, total=steps)
+def _spectra(config: Config, backbone, parts: List[Part], first: int, linears) -> Dict[str, Spectrum]:
+    """Spectrum of every distinct input; where the moments exceed the memory budget the adapted layers are passed several times."""
+    spectra: Dict[str, Spectrum] = {}
+    for group in passes(linears, config.icsm.moments_gib * 2**30):
+        moments = coverage.input_moments(backbone, tqdm(parts, desc="second moments", leave=False), first, group, input_key)
         for key in tqdm(sorted(moments), desc="spectra", leave=False):
             spectra[key] = spectrum(moments.pop(key), config.gains.columns)
-    return spectra
+    return {key: spectra[key] for key in sorted(spectra)}
 
 
-def passes(linears, columns: int, limit_bytes: float) -> List[dict]:
+def passes(linears, limit_bytes: float) -> List[dict]:
     """`linears` in groups whose second moments fit the limit; those that share an input stay together."""
     by_input: Dict[str, dict] = {}
     for name, linear in linears.items():
@@ -158,85 +158,60 @@ def passes(linears, columns: int, limit_bytes: float) -> List[dict]:
     return groups
 
 
-def _groups(config: Config, storage: Storage, backbone, probe, fit, held, linears, spectra) -> Dict[str, Dict[str, torch.Tensor]]:
-    """Energy along the directions: of the probe itself, of each kind of its held-out items, of further probes, of the new data."""
-    size = config.icsm.batch_size
-
-    def measure(samples: List[Sample], desc: str):
-        wholes = (whole for _, whole in answered_samples(backbone, samples, size))
-        return coverage.directional_energy(backbone, wholes, linears, spectra, input_key, -(-len(samples) // size), desc)
-
-    groups = {"probe": measure(probe.samples(fit[::max(1, len(fit) // 100)]), "coverage of the probe")}
-    kinds = dict(zip(held, probe.kinds(held)))
-    for kind in sorted(set(kinds.values())):
-        groups[f"held out:{kind}"] = measure(probe.samples([i for i in held if kinds[i] == kind]), f"coverage of {kind}")
+def _groups(config: Config, storage: Storage, backbone, probe, held, kept: List[Part], parts) -> Iterator[Tuple[List[Part], List[str]]]:
+    """(parts, group of each row): kinds of the held-out items, further probes, the new data."""
+    yield kept, [f"held out:{kind}" for kind in probe.kinds(held)]
     for name in config.gains.keep:
         other = ProbeSet(storage.probe_folder(name))
-        for kind in sorted(set(other.kinds(range(len(other))))):
-            own = [i for i, k in enumerate(other.kinds(range(len(other)))) if k == kind][:NEW_FRAMES]
-            groups[f"keep:{name}/{kind}"] = measure(other.samples(own), f"coverage of {name}/{kind}")
+        kinds = other.kinds(range(len(other)))
+        chosen = [i for kind in sorted(set(kinds)) for i in [i for i, k in enumerate(kinds) if k == kind][:NEW_FRAMES]]
+        yield parts(other.samples(chosen), name), [f"keep:{name}/{kinds[i]}" for i in chosen]
     for name, samples in new_samples(config, storage, picture_size(backbone)).items():
-        groups[f"new:{name}"] = measure(samples, f"room for {name}")
-    return groups
+        yield parts(samples, name), [f"new:{name}"] * len(samples)
 
 
-def output_sensitivity(backbone, wholes, answers: Answered, linears) -> Dict[str, float]:
-    """Linear -> mean over tokens and outputs of the squared gradient of log p(answer) at its output, the teacher's own answers drawn
-    greedily: how strongly one unit of its output moves what the teacher says."""
+def output_sensitivity(backbone, parts: List[Part], first: int, linears) -> Dict[str, float]:
+    """Linear -> mean over tokens and outputs of the squared gradient of log p(answer) at its output: how strongly one unit of its output
+    moves what the teacher says, at its own greedy answers."""
     sums: Dict[str, torch.Tensor] = {}
-    handles, row, tokens, current = [], 0, 0, {"mask": None}
+    handles, tokens, mask_BS = [], 0, None
 
     def watch(name):
         def forward(module, args, output):
-            if current["mask"] is None or not output.requires_grad:
-                return
-            mask = current["mask"]
-
             def backward(grad):
-                sums[name] = sums.get(name, 0) + grad[mask].float().square().mean(-1).sum().double()
+                sums[name] = sums.get(name, 0) + (grad.float().square().mean(-1) * mask_BS).sum().double()
             output.register_hook(backward)
         return forward
 
-    first = min((int(name.split(".")[1]) for name in linears), default=0)
     try:
         for name, linear in linears.items():
             handles.append(linear.register_forward_hook(watch(name)))
-        for whole in wholes:
-            part = slice(row, row + len(whole.input_ids))
-            start_N, count_N = answers.start_N[part].to(backbone.device), answers.count_N[part].to(backbone.device)
-            with torch.no_grad():
-                prefix = backbone.embed(whole)
-                hidden_BSD = backbone.run_layers(prefix, stop=first) if first else prefix.hidden_BSD
-            current["mask"], row = prefix.attention_mask_BS, row + len(whole.input_ids)
-            tokens += int(prefix.attention_mask_BS.sum())
-            with torch.enable_grad():
-                lifted = prefix._replace(hidden_BSD=hidden_BSD.detach().requires_grad_(True))
-                last_BSD = backbone.run_layers(lifted, start=first, stop=backbone.num_layers)
-                _answer_log_probability(backbone, last_BSD, whole, start_N, count_N).backward()
-            current["mask"] = None
+        for part in tqdm(parts, desc="sensitivity of the answers", leave=False):
+            part = part.to(backbone.device)
+            mask_BS = part.prefix.attention_mask_BS
+            tokens += int(mask_BS.sum())
+            lifted = part.prefix._replace(hidden_BSD=part.prefix.hidden_BSD.detach().requires_grad_(True))
+            last_BSD = backbone.run_layers(lifted, start=first, stop=backbone.num_layers)
+            _answer_log_probability(backbone, last_BSD, part).backward()
     finally:
         for handle in handles:
             handle.remove()
     return {name: float(sums[name]) / max(tokens, 1) for name in linears}
 
 
-def _answer_log_probability(backbone, last_BSD, whole: Batch, start_N, count_N) -> torch.Tensor:
-    from vlakeep.teacher.answers import answer_columns, logits_at
-
-    steps = int(count_N.max())
-    length = whole.input_ids.shape[1]
-    log_p_NTV = torch.log_softmax(logits_at(backbone, last_BSD, length, start_N, steps).float(), -1)
-    said_NT = (answer_columns(start_N, steps) + 1).clamp(max=length - 1)
-    ids_NT = whole.input_ids.to(start_N.device).gather(1, said_NT)
-    chosen_NT = log_p_NTV.gather(-1, ids_NT[..., None])[..., 0]
-    return (chosen_NT * (torch.arange(steps, device=start_N.device) < count_N[:, None])).sum()
+def _answer_log_probability(backbone, last_BSD: torch.Tensor, part: Part) -> torch.Tensor:
+    steps, length = int(part.count_B.max()), part.text_BL.shape[1]
+    log_p_BTV = torch.log_softmax(logits_at(backbone, last_BSD, length, part.start_B, steps).float(), -1)
+    said_BT = part.text_BL.gather(1, (answer_columns(part.start_B, steps) + 1).clamp(max=length - 1))
+    chosen_BT = log_p_BTV.gather(-1, said_BT[..., None])[..., 0]
+    return (chosen_BT * (torch.arange(steps, device=last_BSD.device) < part.count_B[:, None])).sum()
 
 
 def show(found: Dict[str, dict], lines: List[str]) -> None:
     """The coverage report, one line a group."""
-    print(f"at gains that let {coverage.REFERENCE:.0%} of the probe's own energy pass, of other inputs there passes")
+    print(f"where gains let {coverage.REFERENCE:.0%} of the probe's energy pass, others' passes, as a multiple (largest of any linear)")
     for name, one in found.items():
         if name != "probe":
-            print(f"  {name:32s} {one['passed']:.2%}   {one['ratio']:6.1f} x")
+            print(f"  {name:32s} {one['ratio']:6.2f}   ({one['largest']:.1f})")
     for line in lines:
         print(f"  WARNING: {line}", file=sys.stderr)

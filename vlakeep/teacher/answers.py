@@ -7,11 +7,12 @@ vocabulary (merging outcomes never raises it); with 32 of them the difference is
 Axes: N items, L text tokens, T answer positions, K kept outcomes, V vocabulary.
 """
 
-from typing import Dict, Iterable, List, NamedTuple
+from typing import Dict, Iterable, List, NamedTuple, Tuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from vlakeep.backbones.base import Prefix
 from vlakeep.data.sample import Batch
 
 TOP = 32
@@ -58,40 +59,51 @@ def divergence(answered: Answered, logits_NTV: torch.Tensor) -> torch.Tensor:
     return (kl_NT * mask_NT).sum(1) / mask_NT.sum(1).clamp(min=1)
 
 
-def answer_rows(prompts: Batch, whole: Batch) -> tuple:
-    """(start [N], count [N]) of the answers in `whole`, which collect.with_own_answers made of `prompts`."""
-    start_N = prompts.attention_mask.sum(1).cpu()
-    return start_N, whole.attention_mask.sum(1).cpu() - start_N
+class Part(NamedTuple):
+    """A batch of prompts with the teacher's answers, run up to the first adapted layer; everything on the CPU."""
+
+    prefix: Prefix
+    text_BL: torch.Tensor  # int64, prompts and answers
+    start_B: torch.Tensor
+    count_B: torch.Tensor
+
+    def to(self, device) -> "Part":
+        return Part(Prefix(*[t.to(device) for t in self.prefix]), *[t.to(device) for t in self[1:]])
 
 
 @torch.no_grad()
-def teacher_answers(backbone, prompts_and_wholes: Iterable, top: int = TOP) -> Answered:
-    """The Answered of all items, on the CPU. Yields of the argument: (prompt Batch, the same with the teacher's answers)."""
-    parts: Dict[str, List] = {name: [] for name in Answered._fields}
+def run_below(backbone, prompts_and_wholes: Iterable[Tuple[Batch, Batch]], first: int) -> List[Part]:
+    """The Parts of batches (prompts, the same with the teacher's answers): the layers below `first` run once for all that follows."""
+    parts = []
     for prompts, whole in prompts_and_wholes:
-        start_N, count_N = answer_rows(prompts, whole)
-        steps = int(count_N.max())
-        logits_NTV = answer_logits(backbone, whole, start_N, steps)
-        top_NTK = logits_NTV.float().topk(min(top, logits_NTV.shape[-1] - 1), dim=-1).indices
-        kept_NTK, rest_NT = split_log_probabilities(logits_NTV, top_NTK)
-        for row in range(len(start_N)):
-            length, count = int(start_N[row] + count_N[row]), int(count_N[row])
-            for name, value in (("text_NL", whole.input_ids[row, :length]), ("valid_NL", torch.ones(length, dtype=torch.bool)),
-                                ("top_NTK", top_NTK[row, :count]), ("log_p_NTK", kept_NTK[row, :count]),
-                                ("log_rest_NT", rest_NT[row, :count])):
-                parts[name].append(value.cpu())
-        parts["start_N"].append(start_N)
-        parts["count_N"].append(count_N)
-    joined = {name: torch.cat(value) if name in ("start_N", "count_N") else pad_sequence(value, batch_first=True)
-              for name, value in parts.items()}
-    return Answered(**joined)
+        prefix = backbone.embed(whole)
+        if first:
+            prefix = prefix._replace(hidden_BSD=backbone.run_layers(prefix, stop=first))
+        start_B = prompts.attention_mask.sum(1).cpu()
+        count_B = whole.attention_mask.sum(1).cpu() - start_B
+        parts.append(Part(Prefix(*[t.cpu() for t in prefix]), whole.input_ids.cpu(), start_B, count_B))
+    return parts
 
 
-def answer_logits(backbone, whole: Batch, start_N: torch.Tensor, steps: int) -> torch.Tensor:
-    """Logits [N, T, V] at the columns that predict the answers; rows with fewer answer tokens repeat their last valid column."""
-    prefix = backbone.embed(whole)
-    hidden_BSD = backbone.run_layers(prefix, stop=backbone.num_layers)
-    return logits_at(backbone, hidden_BSD, whole.input_ids.shape[1], start_N, steps)
+@torch.no_grad()
+def teacher_answers(backbone, parts: Iterable[Part], first: int, top: int = TOP) -> Answered:
+    """The Answered of all items, on the CPU; the layers from `first` on are run."""
+    rows: Dict[str, List] = {name: [] for name in Answered._fields}
+    for part in parts:
+        part = part.to(backbone.device)
+        hidden_BSD = backbone.run_layers(part.prefix, start=first, stop=backbone.num_layers)
+        logits_BTV = logits_at(backbone, hidden_BSD, part.text_BL.shape[1], part.start_B, int(part.count_B.max()))
+        top_BTK = logits_BTV.float().topk(min(top, logits_BTV.shape[-1] - 1), dim=-1).indices
+        kept_BTK, rest_BT = split_log_probabilities(logits_BTV, top_BTK)
+        for row, (start, count) in enumerate(zip(part.start_B.tolist(), part.count_B.tolist())):
+            for name, value in (("text_NL", part.text_BL[row, :start + count]),
+                                ("valid_NL", torch.ones(start + count, dtype=torch.bool)), ("top_NTK", top_BTK[row, :count]),
+                                ("log_p_NTK", kept_BTK[row, :count]), ("log_rest_NT", rest_BT[row, :count])):
+                rows[name].append(value.cpu())
+        rows["start_N"].append(part.start_B.cpu())
+        rows["count_N"].append(part.count_B.cpu())
+    return Answered(**{name: torch.cat(value) if name in ("start_N", "count_N") else pad_sequence(value, batch_first=True)
+                       for name, value in rows.items()})
 
 
 def logits_at(backbone, hidden_BSD: torch.Tensor, length: int, start_N: torch.Tensor, steps: int) -> torch.Tensor:

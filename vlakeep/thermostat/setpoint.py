@@ -8,10 +8,10 @@ learns a steeper one from what earlier moves of r did; reckoning with too flat a
     r <- r * clip((target / d')^(1 / (e p)), 1 / close, open)        within [r_min, r_max]
     d' = d * clip(growth, 1, limit)      growth = (d / d_before) / (r / r_before)^(e p), with 2 for e until the target is first neared
 
-d' is the divergence to be expected at the next measurement: what training adds in an interval beyond the change of the gains, taken
-from the last interval; on the first approach with the flattest response, so that the loop rather arrives from below. Larger d gives a smaller r at every moment. The opening is the only state that accumulates, and it is clipped, so
-nothing winds up. Opening is limited to a factor per measurement, closing to a larger one. The trajectory is a function of the measured
-values alone: `replay`. Plain Python, no torch.
+d' is the divergence to be expected at the next measurement: what training adds in an interval beyond the change of the gains, taken from
+the last interval; on the first approach with the flattest response, so that the loop rather arrives from below. Larger d gives a smaller
+r at every moment. The opening is clipped and nothing else accumulates, so nothing winds up. Opening is limited to a factor per
+measurement, closing to a larger one. The trajectory is a function of the measured values alone: `replay`. Plain Python, no torch.
 """
 
 import math
