@@ -3,7 +3,8 @@
     python benchmarks/seven_b.py --tokenizer DIR [--gib 24] [--steps 20] [--root DIR] [--arms baseline,graded]
 
 Writes a random checkpoint of the 7B shapes (15 GB), then runs offline (of both methods), the arms (baseline, residual, lora_input, graded;
-all unless said) and export on tabletop pictures and prompts, each stage with its peak of allocated and reserved memory. DIR holds a Llama-2 tokenizer's files.
+all unless said) and export on tabletop pictures and prompts, each stage with its peak of allocated and reserved memory. DIR holds a
+Llama-2 tokenizer's files.
 """
 
 import argparse
@@ -128,7 +129,8 @@ def main() -> int:
             taken = {b["step"]: b["seconds"] - a["seconds"] for a, b in zip(steps[3:], steps[4:])}
             measuring = [value for step, value in taken.items() if step % 5 == 0]
             plain = statistics.median(value for step, value in taken.items() if step % 5)
-            rows[-1].update(seconds_per_step=round(plain, 4), measurement=round(statistics.median(measuring) - plain, 4), loss=[round(steps[0]["loss"], 3), round(steps[-1]["loss"], 3)])
+            rows[-1].update(seconds_per_step=round(plain, 4), measurement=round(statistics.median(measuring) - plain, 4),
+                            loss=[round(steps[0]["loss"], 3), round(steps[-1]["loss"], 3)])
             print(f"RESULT {json.dumps(rows[-1])}", flush=True)
     own, extra = list(arms.values())[-1]
     arm = load_config(own, common + extra + ["--name", list(arms)[-1]])

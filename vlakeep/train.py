@@ -136,7 +136,7 @@ def prepare_graded(config: Config, storage: Storage, backbone):
         rows = torch.tensor([i * len(items) // count for i in range(count)])
         sensor = KLSensor(backbone, Answered(*[value[rows] for value in answered]),
                           batched(probe.samples([items[i] for i in rows]), backbone.processor, encode_prompts, size), size)
-        new = graded_offline.new_samples(config, storage, graded_offline.picture_size(backbone), count)
+        new = graded_offline.new_samples(config, storage, graded_offline.picture_size(backbone), max(1, count // 4))
         samples = [sample for group in new.values() for sample in group]
         if not samples:
             return {"kl": sensor, "kl_new": None}

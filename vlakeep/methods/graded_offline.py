@@ -29,6 +29,7 @@ from vlakeep.teacher.answers import Part, answer_columns, logits_at, run_below, 
 from vlakeep.teacher.spectrum import Spectrum, spectrum, to_tensors
 
 ANSWER_TOKENS = 8  # seven action tokens and the end of sequence
+FEW = 4  # items whose activations are kept for a backward pass
 NEW_FRAMES = 64  # of the new task's data, for the coverage report and the divergence on its prompts
 
 
@@ -186,8 +187,9 @@ def output_sensitivity(backbone, parts: List[Part], first: int, linears) -> Dict
     try:
         for name, linear in linears.items():
             handles.append(linear.register_forward_hook(watch(name)))
-        for part in tqdm(parts, desc="sensitivity of the answers", leave=False):
-            part = part.to(backbone.device)
+        pieces = [few for part in parts for few in part.split(FEW)]
+        for piece in tqdm(pieces, desc="sensitivity of the answers", leave=False):
+            part = piece.to(backbone.device)
             mask_BS = part.prefix.attention_mask_BS
             tokens += int(mask_BS.sum())
             lifted = part.prefix._replace(hidden_BSD=part.prefix.hidden_BSD.detach().requires_grad_(True))

@@ -70,6 +70,11 @@ class Part(NamedTuple):
     def to(self, device) -> "Part":
         return Part(Prefix(*[t.to(device) for t in self.prefix]), *[t.to(device) for t in self[1:]])
 
+    def split(self, rows: int) -> List["Part"]:
+        """Parts of at most so many rows."""
+        cuts = [slice(start, start + rows) for start in range(0, len(self.text_BL), rows)]
+        return [Part(Prefix(*[t[cut] for t in self.prefix]), *[t[cut] for t in self[1:]]) for cut in cuts]
+
 
 @torch.no_grad()
 def run_below(backbone, prompts_and_wholes: Iterable[Tuple[Batch, Batch]], first: int) -> List[Part]:

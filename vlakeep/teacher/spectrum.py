@@ -45,7 +45,7 @@ def spectrum(moment_DD: torch.Tensor, columns: int) -> Spectrum:
         values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
         return Spectrum(fix_signs(vectors.float().cpu()).contiguous(), values.float().cpu(), 0.0)
     values, vectors = leading(moment_DD, columns)
-    rest = (float(moment_DD.double().diagonal().sum()) - float(values.double().sum())) / (dim - columns)
+    rest = (float(moment_DD.diagonal().double().sum()) - float(values.double().sum())) / (dim - columns)
     return Spectrum(fix_signs(vectors.float().cpu()).contiguous(), values.float().cpu(), max(rest, 0.0))
 
 

@@ -17,6 +17,9 @@ from vlakeep.data.sample import IGNORE_INDEX, Batch
 from vlakeep.parallel import broadcast_float
 from vlakeep.teacher.answers import Answered, divergence, logits_at
 
+KEEP = 256 * 2**20  # bytes of cached hidden states that stay on the device; more are sent there at each measurement
+MEASURED = 32  # items that run together in a measurement, which keeps nothing for a backward pass
+
 
 class KLSensor:
     """`measure()` gives the mean divergence over the items."""
@@ -25,7 +28,7 @@ class KLSensor:
         """pixels: pixel values [B, C, H, W] of the items in order, in batches of `batch_size`. ValueError without items."""
         if not len(answered.start_N):
             raise ValueError("the sensor kl has no items: enlarge the probe (--probe.size) and run `vlakeep offline` again")
-        self._backbone, self._batch = backbone, batch_size
+        self._backbone = backbone
         self._first = min(backbone.first_adapted_layer(), backbone.num_layers)
         hidden, valid = [], []
         with torch.no_grad():
@@ -39,6 +42,9 @@ class KLSensor:
                 hidden += list(prefix.hidden_BSD.cpu())
                 valid += list(prefix.attention_mask_BS.cpu())
         self._hidden_NSD, self._valid_NS = pad_sequence(hidden, batch_first=True), pad_sequence(valid, batch_first=True)
+        if self._hidden_NSD.nbytes <= KEEP:
+            self._hidden_NSD, self._valid_NS = self._hidden_NSD.to(backbone.device), self._valid_NS.to(backbone.device)
+        self._measured = max(batch_size, min(len(hidden), MEASURED))
         self._length = answered.text_NL.shape[1]
         device = backbone.device
         self._answered = Answered(*[value.to(device) for value in answered])
@@ -49,8 +55,8 @@ class KLSensor:
         backbone, device, found = self._backbone, self._backbone.device, []
         training = backbone.training
         backbone.eval()  # no dropout in a measurement
-        for start in range(0, len(self._hidden_NSD), self._batch):
-            part = slice(start, start + self._batch)
+        for start in range(0, len(self._hidden_NSD), self._measured):
+            part = slice(start, start + self._measured)
             prefix = Prefix(self._hidden_NSD[part].to(device), self._valid_NS[part].to(device))
             hidden_BSD = backbone.run_layers(prefix, start=self._first, stop=backbone.num_layers)
             answered = Answered(*[value[part] for value in self._answered])
