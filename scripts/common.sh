@@ -21,13 +21,16 @@ if [ "${CONDA_DEFAULT_ENV:-}" != "openvla" ]; then
   echo "note: the conda environment 'openvla' is not active (conda activate openvla); using $(command -v python3)" >&2
 fi
 
-# Prints the command it runs, so that a log alone is enough to run it again.
+# Prints the command it runs, so that a log alone is enough to run it again, and becomes that command: a scheduler's signal to the
+# script is then one to the trainer, which saves. Nothing after `launch` is run.
 launch() {
   local stage="$1"; shift
   local command=(python3 -m vlakeep.cli "$stage" "$@")
   if [ "$GPUS" -gt 1 ] && [ "$stage" = train ]; then
+    # torchrun hands SIGTERM on by itself; USR1 when it is asked to, and only newer versions read this.
+    export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}"
     command=(torchrun --standalone --nproc-per-node "$GPUS" -m vlakeep.cli "$stage" "$@")
   fi
-  echo "+ ${command[*]}" >&2
-  "${command[@]}"
+  echo "+$(printf ' %q' "${command[@]}")" >&2
+  exec "${command[@]}"
 }

@@ -1,10 +1,12 @@
 """Shared set-up: a storage root with a few real tabletop episodes, a small probe and its artefact, on the shipped base model."""
 
+import json
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +18,9 @@ SMALL = ["--threads", "1", "--device", "cpu", "--probe.size", "48", "--icsm.rank
          "--train.steps", "6", "--train.batch_size", "4", "--train.warmup", "2", "--train.save_every", "3", "--lora.rank", "4",
          "--lora.alpha", "4", "--thermostat.every", "1", "--thermostat.batch_size", "16", "--thermostat.calibration", "2",
          "--data.shuffle_buffer", "64"]
+# A seed that is not the default: what ignores it gives other start states.
+EVALUATION = ["--evaluate.skills", "[reach,pick,corner]", "--evaluate.episodes", "3", "--evaluate.questions", "[color,gripper]",
+              "--evaluate.questions_per_kind", "6", "--evaluate.retention_frames", "6", "--evaluate.seed", "11"]
 METHOD, BASELINE = "configs/method_icsm_hsw_thermostat.yaml", "configs/baseline_lora.yaml"
 GRADED = "configs/method_graded.yaml"
 
@@ -41,6 +46,34 @@ def world(tmp_path_factory):
         tabletop_data.EPISODES = episodes
     run_offline(config, storage)
     return storage, make_config
+
+
+@pytest.fixture(scope="session")
+def evaluated(world):
+    """(run folder, evaluation of the base, evaluation of the run): a baseline run that differs from the base, checkpoints 15 and 30."""
+    from vlakeep.evaluate import run_evaluation
+    from vlakeep.train import run_training
+
+    storage, make_config = world
+    run = run_training(make_config(BASELINE, "--name", "evaluated", "--train.steps", 30, "--train.lr", 5e-3, "--train.batch_size", 8,
+                                   "--train.save_every", 15), storage)
+    folders = [run_evaluation(make_config(BASELINE, *EVALUATION, "--evaluate.target", target), storage) for target in ("base", run.name)]
+    return run, *folders
+
+
+def read_evaluation(folder):
+    """(rows in a fixed order, summary without its seconds) of an evaluation's folder."""
+    rows = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()[1:]]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary.pop("seconds") > 0
+    return sorted(rows, key=lambda row: (row["kind"], row["ability"], row["trial"])), summary
+
+
+def wilson_by_roots(successes, n):
+    """(mean, low, high): Wilson's 95 % interval as the two solutions of (p - x)^2 = z^2 x (1 - x) / n."""
+    z2, p = 1.959964 ** 2, successes / n
+    low, high = sorted(np.roots([1 + z2 / n, -(2 * p + z2 / n), p * p]).real)
+    return p, pytest.approx(low, abs=1e-9), pytest.approx(high, abs=1e-9)
 
 
 def final_adapter(folder):

@@ -213,7 +213,7 @@ def artefact(world):
 @pytest.mark.parametrize("meta, words", [
     ("{", ["is damaged", "vlakeep offline"]),
     ("[]", ["has format None", "vlakeep offline"]),
-    ('{"format": 2}', ["lacks weights_sha256", "vlakeep offline"]),
+    ('{"format": 3}', ["lacks weights_sha256", "vlakeep offline"]),
 ])
 def test_damaged_meta_of_an_artefact(refused, small, artefact, meta, words):
     (artefact / "meta.json").write_text(meta)
@@ -553,7 +553,7 @@ def test_records_of_something_else_or_damaged(tmp_path):
     with Records(path, dict(header, weights="c")) as records:  # no trial was in it, so it belonged to nobody
         records.add(**trial(0))
     for change, words in (({}, "another model"), ({"base": "x"}, "another model and another base model"),
-                          ({"weights": "c", "evaluate": {}}, "other settings .evaluate.")):
+                          ({"weights": "c", "evaluate": {}}, "other settings .evaluate.episodes 1 -> .not set..")):
         with pytest.raises(ValueError, match=f"{path} holds the trials of {words}; .*rm -r {tmp_path}"):
             Records(path, {**header, **change})
     whole = path.read_bytes()

@@ -192,11 +192,11 @@ def test_the_same_probe_and_seed_give_the_same_files(world, made):
 def test_damaged_or_foreign_artefacts_are_refused_with_the_remedy(made):
     found, config = made
     section = {**vars(config.icsm)}
-    good = (found.meta["weights_sha256"], found.meta["probe_sha256"], section, found.meta["depth"], config.probe.size)
+    good = (found.meta["weights_sha256"], found.meta["probe_sha256"], section, found.meta["depth"], config.probe.size, "float32")
     assert artifact.check(found, *good) == []
     assert "other base weights" in artifact.check(found, "0" * 64, *good[1:])[0]
     assert "another probe" in artifact.check(found, good[0], "0" * 64, *good[2:])[0]
-    assert "decoder layers" in artifact.check(found, *good[:3], 18, good[4])[0]
+    assert "decoder layers" in artifact.check(found, *good[:3], 18, *good[4:])[0]
     changed = artifact.check(found, *good[:2], {**section, "rank": 12}, *good[3:])
     assert len(changed) == 1 and "icsm.rank 24" in changed[0] and "vlakeep offline" in changed[0]
     path = found.folder / f"U{found.layers[0]}_f.pt"
@@ -211,3 +211,50 @@ def test_damaged_or_foreign_artefacts_are_refused_with_the_remedy(made):
         artifact.load(found.folder)
     with pytest.raises(artifact.ArtifactError, match="vlakeep offline"):
         artifact.load(found.folder / "nowhere")
+
+
+# ---- what the artefact says of its making ----
+
+
+def test_an_artefact_of_another_type_is_refused_with_the_command(world):
+    from vlakeep.backbones.base import make_backbone
+    from vlakeep.train import prepare_method
+    storage, make_config = world
+    meta = artifact.load(storage.artifact_folder("icms_tabletop-base")).meta
+    assert (meta["format"], meta["dtype"], meta["quantisation"], meta["attn_implementation"]) == (3, "float32", "none", "sdpa")
+    config = make_config(METHOD, "--backbone.dtype", "bfloat16")
+    backbone = make_backbone(config.backbone, "cpu", storage.cache)
+    with pytest.raises(artifact.ArtifactError, match="made with float32 weights, this run has bfloat16 ones: run `vlakeep offline`"):
+        prepare_method(config, storage, backbone)
+    eager = make_config(METHOD, "--backbone.attn_implementation", "eager")  # recorded, and the same up to rounding
+    prepare_method(eager, storage, make_backbone(eager.backbone, "cpu", storage.cache))
+
+
+def test_quantisation_is_compared_and_older_artefacts_are_refused(world, tmp_path):
+    storage, _ = world
+    found = artifact.load(storage.artifact_folder("icms_tabletop-base"))
+    meta = found.meta
+    same = (meta["weights_sha256"], meta["probe_sha256"], meta["config"], meta["depth"], meta["probe_items"], "float32")
+    assert artifact.check(found, *same) == []
+    line, = artifact.check(found, *same, quantisation="4bit")
+    assert "quantised as none, this run as 4bit" in line
+    (tmp_path / "meta.json").write_text(json.dumps(dict(meta, format=2)))
+    with pytest.raises(artifact.ArtifactError, match="has format 2, this version reads 3.*data type.*vlakeep offline"):
+        artifact.load(tmp_path)
+
+
+def test_sensitivity_items_are_spread_over_all_usable_items(world, monkeypatch):
+    from vlakeep import offline
+    from vlakeep.probe.probe_set import evenly
+    storage, make_config = world
+    assert evenly(500, 64)[-1] == 492 and evenly(10, 10) == list(range(10)) and evenly(7, 3) == [0, 2, 4]
+    asked, prompt_batches = [], offline.prompt_batches
+
+    def noted(probe, items, *rest):
+        asked.append(list(items))
+        return prompt_batches(probe, items, *rest)
+
+    monkeypatch.setattr(offline, "prompt_batches", noted)
+    config = make_config(METHOD, "--icsm.name", "spread", "--icsm.sensitivity_items", 28, "--icsm.rank", 4, "--icsm.tokens", False)
+    offline.run_offline(config, storage)
+    assert asked[0] == list(range(48)) and asked[1] == [i * 48 // 28 for i in range(28)] and len(set(asked[1])) == 28

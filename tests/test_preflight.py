@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from vlakeep import compat, preflight
 from vlakeep import storage as storage_module
-from vlakeep.checks import RED, safetensors_problem
+from vlakeep.checks import RED, SPARE_BYTES, adapter_parameters, checkpoint_bytes, safetensors_problem
 from vlakeep.config import Config, save_config, to_dict
 from vlakeep.data.sample import Sample
 from vlakeep.icsm import artifact
@@ -60,7 +60,8 @@ def world(tmp_path, monkeypatch):
         }
         for layer in layers
     }
-    meta = {"weights_sha256": "w", "probe_sha256": probe, "depth": DEPTH, "layers": layers, "config": to_dict(config.icsm),
+    meta = {"weights_sha256": "w", "dtype": "float32", "quantisation": "none", "probe_sha256": probe, "depth": DEPTH, "layers": layers,
+            "config": to_dict(config.icsm),
             "layer_map": {str(member): layer for layer in layers for member in (layer - 1, layer)}, "probe_items": config.probe.size}
     artifact.write(root / "artifacts" / "icms_tiny", tensors, None, {}, meta)
     return config, root
@@ -331,3 +332,43 @@ def test_storage_check_passes_and_fails(tmp_path, monkeypatch, capsys):
     (tmp_path / ".git").mkdir()  # the current checkout is scanned as well
     assert preflight.storage_check(["--root", os.path.join(os.sep, "nonexistent-root", "x"), "--large_file_gb", "2"]) in (0, 1)
     assert str(tmp_path) in re.sub(r"[│\s]+", "", capsys.readouterr().out)
+
+
+def test_an_artefact_of_another_type_is_red(world):
+    config, _ = world
+    config.backbone.dtype = "bfloat16"
+    line, = [line for line in reds(config) if line.what == "ICSM artefact"]
+    assert "float32" in line.where and "bfloat16" in line.where and line.remedy == "vlakeep offline"
+
+
+# ---- space for checkpoints ----
+
+LLAMA_7B = {"text_config": {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}}
+
+
+def test_space_for_checkpoints_is_that_of_what_is_adapted():
+    """By hand for 7B: a linear [D_in, D_out] has rank * (D_in + D_out) trainable parameters."""
+    config = Config()
+    config.lora.rank, config.lora.layers = 32, "last:8"
+    attention, mlp = 4 * (4096 + 4096), 3 * (4096 + 11008)
+    assert adapter_parameters(config, LLAMA_7B) == 8 * 32 * (attention + mlp)
+    assert checkpoint_bytes(config, LLAMA_7B) == 16 * 8 * 32 * (attention + mlp)  # weights, their copy in the adapter, two moments
+    config.lora.layers = "all"
+    assert adapter_parameters(config, LLAMA_7B) == 32 * 32 * (attention + mlp)
+    config.lora.modules = ["attention"]
+    assert adapter_parameters(config, LLAMA_7B) == 32 * 32 * attention
+    config.lora.modules = ["q_proj", "v_proj"]
+    grouped = {"text_config": dict(LLAMA_7B["text_config"], num_key_value_heads=8)}
+    assert adapter_parameters(config, grouped) == 32 * 32 * ((4096 + 4096) + (4096 + 1024))
+    narrow = {"text_config": dict(grouped["text_config"], head_dim=64)}
+    assert adapter_parameters(config, narrow) == 32 * 32 * ((4096 + 2048) + (4096 + 512))
+    config.lora.dtype, config.backbone.dtype, config.train.optimizer = "model", "bfloat16", "sgd"
+    assert checkpoint_bytes(config, narrow) == 4 * adapter_parameters(config, narrow)
+
+
+def test_free_space_is_red_only_below_what_is_needed(world, monkeypatch):
+    config, root = world
+    need = 3 * checkpoint_bytes(config, json.loads((root / "hf_cache" / "tiny" / "config.json").read_text())) + SPARE_BYTES
+    for free, red in ((need - 1, True), (need + 1, False)):
+        monkeypatch.setattr("vlakeep.checks.free_bytes", lambda path, free=free: free)
+        assert any(line.what == "free space for checkpoints" for line in reds(config)) == red

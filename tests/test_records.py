@@ -19,7 +19,7 @@ def test_wilson_against_published_values(successes, n, low, high):
 
 
 def test_no_trials_say_nothing():
-    assert wilson(0, 0) == (0.0, 0.0, 1.0) and mean_interval([])["n"] == 0
+    assert wilson(0, 0) == (0.0, 0.0, 1.0) and mean_interval([]) == {"mean": None, "low": None, "high": None, "n": 0}
 
 
 def add(records, trial, success=True, crash=None):
@@ -48,6 +48,38 @@ def test_records_of_another_model_are_refused(tmp_path):
         add(records, 0)
     with pytest.raises(ValueError, match="another model"):
         Records(tmp_path / "r.jsonl", {"weights": "b"})
+
+
+def test_a_trial_counts_once(tmp_path):
+    path = tmp_path / "records.jsonl"
+    with Records(path, {"weights": "a"}) as records:
+        add(records, 0)
+        with pytest.raises(ValueError, match="records.jsonl has trial 0 of skill pick already"):
+            add(records, 0)
+        assert len(records.rows()) == 1
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines, lines[-1]]))
+    with pytest.raises(ValueError, match=r"line 3 is damaged \(the trial of line 2 again\)"):
+        Records(path, {"weights": "a"})
+
+
+def test_what_is_missing_comes_in_batches_of_fixed_composition(tmp_path):
+    with Records(tmp_path / "records.jsonl", {}) as records:
+        for trial in (0, 1, 3):
+            add(records, trial)
+        assert list(records.missing("skill", "pick", 7, 2)) == [(range(2, 4), [2]), (range(4, 6), [4, 5]), (range(6, 7), [6])]
+
+
+def test_alarms_are_kept_once_each_and_are_no_trials(tmp_path):
+    path = tmp_path / "records.jsonl"
+    with Records(path, {"weights": "a"}) as records:
+        add(records, 0)
+        before = summarise(records.rows())
+        records.add_alarms(["it stands still", "it is mute"])
+    with Records(path, {"weights": "a"}) as records:
+        records.add_alarms(["it is mute", "it is blind"])
+        assert records.alarms() == ["it stands still", "it is mute", "it is blind"]
+        assert summarise(records.rows()) == before
 
 
 def test_a_killed_process_loses_no_finished_trial(tmp_path):

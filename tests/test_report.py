@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import yaml
+from conftest import read_evaluation, wilson_by_roots
 
 from vlakeep.benchmarks.records import wilson
 from vlakeep.config import Config, ConfigError, to_dict
@@ -15,6 +16,7 @@ from vlakeep.report import arms_from_runs, build_report, main, split_options
 from vlakeep.reporting import words
 from vlakeep.reporting.arms import Arm, load_arms
 from vlakeep.reporting.compare import Comparison, pair
+from vlakeep.reporting.figures import figures, render
 from vlakeep.reporting.intervals import mean_of, newcombe, paired_mean
 from vlakeep.reporting.tables import differences_html
 from vlakeep.storage import Storage
@@ -55,7 +57,7 @@ def write_eval(folder, name, new, loss, trials=100, seed=1000, crashes=0, kl=0.3
             summary["new_skill"] = dict(value, name=ability)
         else:
             summary["abilities"][ability] = dict(value, group=kind)
-    summary["retention_kl"] = {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 0}
+    summary["retention_kl"] = {"mean": None, "low": None, "high": None, "n": 0}
     if name != "base":
         values = np.random.default_rng(3).gamma(2.0, (kl + loss) / 2, 200)
         rows += [
@@ -432,3 +434,120 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert split_options(["--out", "x", "--seed", "3"]) == ({"out": "x"}, ["--seed", "3"])
     storage = Storage(tmp_path)
     assert arms_from_runs("method=abc", storage)["method"]["run"] == storage.runs / "abc"
+
+
+def both_sites(tmp_path, grown_at=(), residual_grown=()):
+    """An arm with surgery at both sites, whose gradient grows at the LoRA input (or the residual stream) on the named steps."""
+    arms = make(tmp_path, {"base": RATES["base"], "baseline": RATES["baseline"], "method": RATES["method"]},
+                runs={"method": {"change": {"hsw.site": "both"}}})
+    path = tmp_path / "runs" / "method" / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row.update({"lora_input/g_norm": 2.0, "lora_input/g_prime_norm": 3.0 if row["step"] in grown_at else 1.0,
+                    "lora_input/share_f": 0.9, "lora_input/share_p": 0.05, "lora_input/shed": 0.1})
+        row.update({"g_prime_norm": 2 * row["g_norm"]} if row["step"] in residual_grown else {})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return arms
+
+
+def test_both_sites_are_judged_and_drawn(tmp_path):
+    good = said(compare(both_sites(tmp_path / "good")), "method")
+    assert "Residual stream: surgery never enlarged the gradient" in good and "LoRA input: surgery never enlarged the gradient" in good
+    text = said(compare(both_sites(tmp_path / "bad", grown_at=(3, 4))), "method")
+    assert "LoRA input: \u2016g\u2032\u2016 exceeds \u2016g\u2016 on 2 of 600 logged steps" in text
+    assert "LoRA input: surgery never" not in text and "Residual stream: surgery never enlarged the gradient" in text
+    text = said(compare(both_sites(tmp_path / "other", residual_grown=(3,))), "method")
+    assert "Residual stream: \u2016g\u2032\u2016 exceeds" in text and "LoRA input: surgery never enlarged the gradient" in text
+    one = said(compare(make(tmp_path / "one")), "method")
+    assert "Surgery never enlarged the gradient" in one and "Residual stream:" not in one  # a single site needs no name
+    drawn = {figure.name: figure for figure in figures(compare(both_sites(tmp_path / "drawn")))}
+    assert {"surgery_norms", "surgery_norms_lora_input", "leak", "shares_lora_input"} <= set(drawn)
+    lines = render(drawn["surgery_norms_lora_input"]).axes[0].get_lines()
+    assert sorted({float(max(line.get_ydata())) for line in lines}) == [1.0, 2.0]  # after and before surgery
+
+
+def test_a_penalty_that_was_not_finite_is_told(tmp_path):
+    arms = make(tmp_path)
+    path = tmp_path / "runs" / "method" / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(dict(row, penalty=None if row["step"] == 9 else 0.1)) + "\n" for row in rows))
+    assert "penalty on 1 logged steps" in said(compare(arms), "method")
+
+
+# The report of real evaluations
+
+
+@pytest.fixture(scope="module")
+def real(world, evaluated):
+    """(folder of the report, evaluation of the base, evaluation of the baseline)."""
+    storage, _ = world
+    run, base, baseline = evaluated
+    arms = {"base": {"eval": base, "run": None}, "baseline": {"eval": baseline, "run": run}}
+    return build_report(storage.root, arms, storage.report / "real").parent, base, baseline
+
+
+def by_ability(folder):
+    """Ability -> outcomes in the order of their trials, from the records of an evaluation."""
+    found = {}
+    for row in read_evaluation(folder)[0]:
+        found.setdefault(row["ability"], []).append(row["value"] if row["kind"] == "retention" else float(row["success"]))
+    return found
+
+
+def test_numbers_of_real_evaluations_come_from_their_records(real):
+    folder, *evaluations = real
+    summary = json.loads((folder / "summary.json").read_text())["arms"]
+    table = {(line["arm"], line["measure"]): line for line in csv.DictReader((folder / "tables" / "comparison.csv").open())}
+    outcomes = {arm: by_ability(evaluation) for arm, evaluation in zip(("base", "baseline"), evaluations)}
+    assert list(summary) == ["base", "baseline"] and outcomes["base"] != outcomes["baseline"]
+    names = {"new": "corner", "skill:pick": "pick", "skill:reach": "reach", "question:color": "color", "question:gripper": "gripper"}
+    for arm, own in outcomes.items():
+        rates = {}
+        for measure, ability in names.items():
+            mean, low, high = rates[measure] = wilson_by_roots(sum(own[ability]), len(own[ability]))
+            entry = summary[arm]["new_skill"] if measure == "new" else summary[arm]["abilities"][ability]
+            assert entry == {"mean": mean, "low": low, "high": high}
+            line = table[arm, measure]
+            assert [float(line[key]) for key in ("mean", "low", "high")] == [mean, low, high]
+            assert (int(line["n"]), int(line["crashes"])) == (len(own[ability]), 0)
+        old = [rates[measure][0] for measure in names if measure != "new"]
+        assert float(table[arm, "mean"]["mean"]) == pytest.approx(np.mean(old)) and int(table[arm, "mean"]["n"]) == 3 + 3 + 6 + 6
+        assert float(table[arm, "mean:skill"]["mean"]) == pytest.approx(np.mean([rates["skill:pick"][0], rates["skill:reach"][0]]))
+    kl = np.array(outcomes["baseline"]["action_kl"])
+    half = 1.959964 * kl.std(ddof=1) / 6 ** 0.5
+    line = table["baseline", "kl"]
+    assert [float(line[key]) for key in ("mean", "low", "high")] == pytest.approx([kl.mean(), kl.mean() - half, kl.mean() + half])
+    assert float(table["base", "kl"]["mean"]) == 0.0 == summary["base"]["drift"] < summary["baseline"]["drift"]
+    assert summary["base"]["train_seconds"] == 0.0 < summary["baseline"]["train_seconds"]
+
+
+def test_differences_of_real_evaluations_are_baseline_minus_base(real):
+    folder, *evaluations = real
+    base, baseline = (by_ability(evaluation) for evaluation in evaluations)
+    table = {(line["arm"], line["measure"]): line for line in csv.DictReader((folder / "tables" / "comparison.csv").open())}
+    moved = set()
+    for measure, ability in (("new", "corner"), ("skill:pick", "pick"), ("skill:reach", "reach"), ("question:color", "color")):
+        line = table["baseline", measure]
+        pairs = np.array(baseline[ability]) - np.array(base[ability])
+        assert float(line["minus_base"]) == pytest.approx(pairs.mean()) and int(line["pairs_base"]) == len(pairs)
+        assert float(line["minus_base_low"]) <= pairs.mean() <= float(line["minus_base_high"])
+        assert (line["vs_baseline"], table["base", measure]["vs_base"]) == ("absent", "absent")
+        moved.add(pairs.mean())
+    line = table["baseline", "kl"]
+    assert float(line["minus_base"]) == pytest.approx(np.mean(baseline["action_kl"])) and float(line["minus_base"]) > 0
+    assert line["vs_base"] == ("worse" if float(line["minus_base_low"]) > 0 else "noise")
+    drift = read_evaluation(evaluations[1])[1]["drift"]
+    assert float(table["baseline", "drift"]["minus_base"]) == drift > 0
+    assert moved != {0.0}, "the run must differ from the base in some rate, or a sign cannot be wrong"
+
+
+def test_alarms_of_an_evaluation_are_in_the_report(world, evaluated, tmp_path):
+    run, base, baseline = evaluated
+    for source in (base, baseline):
+        (tmp_path / source.name).mkdir()
+        for file in ("records.jsonl", "summary.json"):
+            (tmp_path / source.name / file).write_bytes((source / file).read_bytes())
+    summary = json.loads((tmp_path / baseline.name / "summary.json").read_text())
+    (tmp_path / baseline.name / "summary.json").write_text(json.dumps(dict(summary, alarms=["the policy stands still"])))
+    arms = {"base": {"eval": tmp_path / base.name, "run": None}, "baseline": {"eval": tmp_path / baseline.name, "run": run}}
+    assert "Alarm: the policy stands still." in said(compare(arms), "baseline")

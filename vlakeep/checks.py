@@ -4,17 +4,22 @@ Each check returns lines and raises nothing for what a user can cause, so that a
 """
 
 import json
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
-from vlakeep.config import Config, to_dict
-from vlakeep.errors import RunDirError, human_bytes
+from vlakeep.checkpoint import broken, check_base
+from vlakeep.config import LIBERO_SUITES, Config, to_dict
+from vlakeep.errors import CheckpointError, RunDirError, human_bytes, quoted
 from vlakeep.rundir import RunDir
 from vlakeep.storage import Storage, find_checkpoint, free_bytes
+from vlakeep.target import read_action_statistics, run_config, target_checkpoint
 
 GREEN, YELLOW, RED = "ok", "note", "FAIL"
+SPARE_BYTES = 50_000_000  # logs, boards and states beside the tensors of a run's checkpoints
+HASHED_AT_MOST = 1_000_000_000  # bytes of base weights; preflight hashes no more, which takes seconds
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ def safetensors_problem(path: Path) -> Optional[str]:
     return None if size == wanted else f"{'truncated' if size < wanted else 'too long'}: {size} of {wanted} bytes"
 
 
-def check_checkpoint(config: Config, cache: Path) -> Tuple[List[Line], dict]:
+def check_checkpoint(config: Config, cache: Path, stage: str = "train") -> Tuple[List[Line], dict]:
     """Lines about the base model's folder, and its config.json ({} when it cannot be read)."""
     what = "base model"
     try:
@@ -86,21 +91,22 @@ def check_checkpoint(config: Config, cache: Path) -> Tuple[List[Line], dict]:
     for group in (("tokenizer.json", "tokenizer.model"), ("tokenizer_config.json",), ("preprocessor_config.json",)):
         if not any((folder / name).is_file() for name in group):
             lines.append(Line(RED, what, f"{folder} has no {' or '.join(group)}", again))
-    lines += check_unnorm_key(config, folder, model)
+    lines += check_unnorm_key(config, folder, model, stage)
     if not any(line.status == RED for line in lines):
         depth, width = depth_and_width(model)
         lines.append(Line(GREEN, what, f"{folder}: {len(shards)} weight file(s) whole, {depth} decoder layers, D = {width}"))
     return lines, model
 
 
-def check_unnorm_key(config: Config, folder: Path, model: dict) -> List[Line]:
+def check_unnorm_key(config: Config, folder: Path, model: dict, stage: str) -> List[Line]:
+    """The base's action statistics, and whether the chosen key is among them; of an evaluation check_target looks at the key."""
     path = folder / "dataset_statistics.json"
     try:
         statistics = json.loads(path.read_text()) if path.is_file() else model.get("norm_stats")
     except ValueError as error:
         return [Line(RED, "action statistics", f"{path} is damaged: {error}", "fetch or copy the checkpoint again")]
     key = config.backbone.unnorm_key
-    if key is not None and key not in (statistics or {}) and key not in config.data.datasets:
+    if stage != "evaluate" and key is not None and key not in (statistics or {}) and key not in config.data.datasets:
         known = ", ".join(sorted(statistics)) if statistics else "none"
         return [
             Line(
@@ -247,7 +253,7 @@ def check_artifact(config: Config, storage: Storage, model: dict, probe_sha256: 
     from vlakeep.backbones.base import model_name
     from vlakeep.icsm import artifact as icsm
 
-    remedy = "vlakeep offline" + (f" --config {config_path}" if config_path else "")
+    remedy = "vlakeep offline" + (f" --config {quoted(config_path)}" if config_path else "")
     try:
         backbone = model_name(find_checkpoint(config.backbone.checkpoint, storage.cache))
     except FileNotFoundError as error:
@@ -257,7 +263,7 @@ def check_artifact(config: Config, storage: Storage, model: dict, probe_sha256: 
         found = icsm.load(folder)
         depth = depth_and_width(model)[0] if model else found.meta["depth"]
         weights, probe = found.meta["weights_sha256"], probe_sha256 or found.meta["probe_sha256"]
-        problems = icsm.check(found, weights, probe, to_dict(config.icsm), depth, config.probe.size)
+        problems = icsm.check(found, weights, probe, to_dict(config.icsm), depth, config.probe.size, config.backbone.dtype)
         problems += [f"{folder / name} is missing" for name in found.meta["files"] if not (folder / name).is_file()]
     except (ValueError, KeyError, OSError) as error:
         problems = [str(error)]
@@ -274,12 +280,11 @@ def check_run(config: Config, storage: Storage, model: dict) -> List[Line]:
         except RunDirError as error:
             lines.append(Line(RED, "run folder", str(error), "--name OTHER, or --train.resume true"))
     if model:
-        text = model.get("text_config") or {}
-        depth, width = depth_and_width(model)
-        mlp = int(text.get("intermediate_size", 11008))
-        # four attention linears [D, D] and three MLP ones [D, mlp] in float32; two moments of Adam; the adapter file once again
-        one = 4 * 4 * depth * config.lora.rank * (8 * width + 3 * (width + mlp))
-        need, free = one * (config.train.keep_last + 1) + 50_000_000, free_bytes(storage.runs)
+        try:
+            one = checkpoint_bytes(config, model, storage.cache)
+        except (ValueError, OSError):  # lora.layers, lora.modules or the weights: they have their own lines
+            one = 0
+        need, free = one * (config.train.keep_last + 1) + SPARE_BYTES, free_bytes(storage.runs)
         if free is not None and free < need:
             lines.append(
                 Line(
@@ -290,3 +295,118 @@ def check_run(config: Config, storage: Storage, model: dict) -> List[Line]:
                 )
             )
     return lines or [Line(GREEN, "run folder", str(run.folder))]
+
+
+def linear_shapes(model: dict) -> Dict[str, Tuple[int, int]]:
+    """(inputs, outputs) of the linears of a decoder layer, by the last part of their names, after a config.json."""
+    text = model.get("text_config") or {}
+    _, width = depth_and_width(model)
+    mlp, heads = int(text.get("intermediate_size", 11008)), int(text.get("num_attention_heads", 32))
+    head = int(text.get("head_dim") or width // heads)
+    queries, keys = heads * head, int(text.get("num_key_value_heads") or heads) * head
+    return {"q_proj": (width, queries), "k_proj": (width, keys), "v_proj": (width, keys), "o_proj": (queries, width),
+            "gate_proj": (width, mlp), "up_proj": (width, mlp), "down_proj": (mlp, width)}
+
+
+def adapter_parameters(config: Config, model: dict, cache: Optional[Path] = None) -> int:
+    """Trainable parameters of the lora section: rank * (inputs + outputs) for each adapted linear. Raises as lora.layer_numbers.
+
+    For all-linear the shapes come from the headers of the weights, which are looked for in `cache`.
+    """
+    from vlakeep.backbones.format import tensor_table, weight_files
+    from vlakeep.backbones.lora import layer_numbers, leaf_names
+
+    if list(config.lora.modules) == ["all-linear"]:
+        folder = find_checkpoint(config.backbone.checkpoint, cache)
+        tables = [item for file in weight_files(folder) for item in tensor_table(file).items()]
+        shapes = [entry["shape"] for name, entry in tables if name.endswith(".weight") and not name.endswith("embed_tokens.weight")]
+        return config.lora.rank * sum(shape[0] + math.prod(shape[1:]) for shape in shapes if len(shape) > 1)  # convolutions too
+    shapes = linear_shapes(model)
+    layers = layer_numbers(config.lora.layers, depth_and_width(model)[0])
+    return config.lora.rank * len(layers) * sum(sum(shapes[leaf]) for leaf in leaf_names(config.lora.modules))
+
+
+def checkpoint_bytes(config: Config, model: dict, cache: Optional[Path] = None) -> int:
+    """Bytes of one checkpoint: the trainable weights, their copy in the adapter, and with Adam two moments."""
+    width = 2 if config.lora.dtype == "model" and config.backbone.dtype != "float32" else 4
+    return adapter_parameters(config, model, cache) * width * (4 if config.train.optimizer == "adamw" else 2)
+
+
+def check_target(config: Config, storage: Storage, model: dict) -> List[Line]:
+    """What is to be evaluated: an intact checkpoint, of this base model, and action statistics of the chosen key."""
+    target, lines, own = config.evaluate.target, [], {}
+    if target == "replay" or not model:
+        return []
+    base = find_checkpoint(config.backbone.checkpoint, storage.cache)
+    if target != "base":
+        try:
+            folder = target_checkpoint(target, storage)
+            reason = broken(folder)
+            if reason:
+                raise CheckpointError(reason)
+            own = read_action_statistics(folder)
+        except (ValueError, OSError) as error:
+            return [Line(RED, "target", str(error), "--evaluate.target of another run or checkpoint, or make it with vlakeep train")]
+        lines += check_target_base(config, storage, base, folder)
+    return lines + check_action_key(config, base, model, own)
+
+
+def check_target_base(config: Config, storage: Storage, base: Path, folder: Path) -> List[Line]:
+    """Whether the checkpoint in `folder` was trained on this base model: by the hash of its weights where that is quick, else by name."""
+    from vlakeep.backbones.format import weight_files, weights_hash
+
+    size = sum(file.stat().st_size for file in weight_files(base))
+    if size > HASHED_AT_MOST:
+        good = Line(GREEN, "target", f"{folder}: intact; base weights ({human_bytes(size)}) are not hashed here, evaluate compares them")
+        named = ((run_config(str(folder), storage) or {}).get("backbone") or {}).get("checkpoint")
+        if named in (None, config.backbone.checkpoint):
+            return [good]
+        return [good, Line(YELLOW, "target", f"{folder} was trained on {named}, this evaluation names {config.backbone.checkpoint}",
+                           f"--backbone.checkpoint {quoted(named)}, unless both are one model")]
+    try:
+        check_base(folder, json.loads((folder / "state.json").read_text()), weights_hash(base))
+    except ValueError as error:
+        return [Line(RED, "target", str(error), "--backbone.checkpoint of the run, or another --evaluate.target")]
+    return [Line(GREEN, "target", f"{folder}: intact, trained on these base weights")]
+
+
+def check_action_key(config: Config, base: Path, model: dict, own: dict) -> List[Line]:
+    """Whether the actions of base and run (`own`: the run's statistics) are un-normalised by a key that is there, as evaluate picks it."""
+    from vlakeep.backbones.format import read_statistics
+    from vlakeep.benchmarks.libero import pick_key
+
+    key, only = config.backbone.unnorm_key, next(iter(own)) if len(own) == 1 else None
+    try:
+        known = {**read_statistics(base, model), **own}
+        only = next(iter(known)) if only is None and len(known) == 1 else only
+        if config.evaluate.benchmark in LIBERO_SUITES:
+            key = pick_key(config.evaluate.benchmark, key, known, only)
+        elif (key or only) not in known:
+            said = f"no action statistics of {key!r}" if key else "no key is chosen"
+            raise ValueError(f"{said} (there are {', '.join(known) or 'none'})")
+    except CheckpointError:
+        return []  # check_unnorm_key has a line about it
+    except ValueError as error:
+        names = ", ".join(known) or "none: train a run on your data first"
+        return [Line(RED, "--backbone.unnorm_key", str(error), f"--backbone.unnorm_key one of: {names}")]
+    return [Line(GREEN, "action statistics", f"un-normalised as {key or only}")]
+
+
+def check_evaluation_probes(config: Config, storage: Storage) -> List[Line]:
+    """The probe on which drift is measured, which a run on the tabletop must have, and in LIBERO that of evaluate.probe."""
+    from vlakeep.probe.heldout import open_heldout
+
+    lines, e, in_libero = [], config.evaluate, config.evaluate.benchmark in LIBERO_SUITES
+    if in_libero and e.target not in ("base", "replay") and not storage.probe_folder(config.probe.name).is_dir():
+        folder = storage.probe_folder(config.probe.name)
+        lines.append(Line(YELLOW, "probe", f"{folder} does not exist: the drift is not measured", "--probe.name of another probe"))
+    elif e.target not in ("base", "replay"):
+        lines += check_probe(config, storage)[0]
+    if in_libero and e.probe and not e.blank and e.target != "replay":
+        try:
+            probe = open_heldout(storage.probe_folder(e.probe), storage.probe_folder(config.probe.name))
+            lines.append(Line(GREEN, "--evaluate.probe", f"{probe.folder}: {len(probe.answers)} questions with answers"))
+        except (ValueError, OSError) as error:
+            lines.append(Line(RED, "--evaluate.probe", str(error), "vlakeep libero-vqa --split heldout --probe.name NAME, and "
+                              "--evaluate.probe NAME"))
+    return lines

@@ -16,7 +16,7 @@ import typing
 from pathlib import Path
 from typing import Dict, List, NamedTuple
 
-from vlakeep.errors import explain, is_user_error
+from vlakeep.errors import Interrupted, explain, is_user_error
 
 # Waiting OpenMP threads spin by default; beside any other busy process that makes a training step on two cores ten times slower. It must
 # be said before torch loads its OpenMP runtime. A value that the user has set is kept.
@@ -118,7 +118,7 @@ def _terminate(number, frame):
 
 
 def run(argv: List[str]) -> int:
-    """Run one stage; the exit status: 0 success, 1 a check failed, 2 a mistake of the user, 130 and 143 signals."""
+    """Run one stage; the exit status: 0 success, 1 a check failed, 2 a mistake of the user, 130, 138 and 143 signals."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if argv else 2
@@ -156,6 +156,8 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
+    except Interrupted as end:  # the stage has said so
+        return end.status
     except BrokenPipeError:  # `vlakeep --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

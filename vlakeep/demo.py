@@ -4,7 +4,8 @@
 
 tabletop-data -> offline -> train (baseline; method as frozen; method with hsw.site=lora_input) -> evaluate -> report
 
-writes: below the storage root the same folders as the single stages, run names starting with demo-; an earlier demo is replaced
+writes: below the storage root the same folders as the single stages, run names starting with demo-, the evaluation
+        of the base in eval/demo-base; an earlier demo is replaced
 """
 
 import json
@@ -44,10 +45,9 @@ def main(argv: List[str]) -> int:
     argv = argv + ["--root", str(storage.root)]
     configs: Dict[str, Config] = {arm: arm_config(arm, argv) for arm in ARMS}
     method = configs["method"]
-    for config in configs.values():  # a demo shows its own run, never a mixture with an earlier one
-        for folder in (storage.run_folder(config.name), storage.eval / config.name):
-            shutil.rmtree(folder, ignore_errors=True)
-    shutil.rmtree(storage.eval / "base", ignore_errors=True)
+    places = {arm: storage.eval / f"demo-{arm}" for arm in ["base", *ARMS]}
+    for folder in [*places.values(), *(storage.run_folder(config.name) for config in configs.values())]:
+        shutil.rmtree(folder, ignore_errors=True)  # a demo shows its own run, never a mixture with an earlier one
 
     headline("1/5 data: demonstrations of the new skill, and the probe")
     write_tabletop_data(method, storage)
@@ -62,16 +62,14 @@ def main(argv: List[str]) -> int:
             print(f"{arm} stopped: {error}", file=sys.stderr)
             runs[arm] = storage.run_folder(config.name)
     arms = {}
-    for arm in ["base", *ARMS]:
+    for arm, place in places.items():
         headline(f"4/5 evaluate: {arm}")
         config = configs.get(arm, method)
         config.evaluate.target = "base" if arm == "base" else config.name
         try:
-            folder = run_evaluation(config, storage)
+            arms[arm] = {"eval": run_evaluation(config, storage, place), "run": runs.get(arm)}
         except FileNotFoundError as error:
             print(f"{arm} cannot be evaluated: {error}", file=sys.stderr)
-            continue
-        arms[arm] = {"eval": folder, "run": runs.get(arm)}
     headline("5/5 report")
     page = build_report(storage.root, arms, storage.report / "demo", "vlakeep demo: a new tabletop skill", time.perf_counter() - started)
     summary = Path(page).parent / "summary.json"

@@ -2,6 +2,7 @@
 
 import errno
 import re
+import shlex
 
 
 class StorageError(ValueError):
@@ -30,6 +31,17 @@ class TrainingStopped(RuntimeError):
     """Training was stopped by a guard; the message says which, at which step, and what was kept."""
 
 
+class Interrupted(BaseException):
+    """A signal ended a stage, which has put its things in order. `status` is the exit status of the process: 128 + the signal.
+
+    As KeyboardInterrupt no Exception, so that what goes on after an error does not go on after a signal.
+    """
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
+
+
 def is_user_error(error: BaseException) -> bool:
     """Whether the message alone helps: a wrong value, a missing or forbidden file, a full disk, a failed call, a guard, an extra
     that is not installed."""
@@ -55,6 +67,11 @@ def is_disk_full(error: BaseException) -> bool:
         return True
     found = re.search(r"(?:os error |Os \{ code: )(\d+)", str(error))  # safetensors 0.8, safetensors 0.4
     return found is not None and int(found[1]) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def quoted(place) -> str:
+    """A path, or a name, as a shell reads it as one word: what is printed as part of a command is copied into one."""
+    return shlex.quote(str(place))
 
 
 def human_bytes(count: float) -> str:

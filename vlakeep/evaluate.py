@@ -8,6 +8,7 @@ writes: ROOT/eval/<target>/records.jsonl (one line per trial, resumable) and sum
         ROOT/eval/<suite>/<target>/, and videos/ with --evaluate.videos
 """
 
+import hashlib
 import json
 import sys
 import time
@@ -17,7 +18,6 @@ from typing import Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
-import yaml
 from tqdm import tqdm
 
 from vlakeep.backbones.base import make_backbone
@@ -28,7 +28,7 @@ from vlakeep.benchmarks.records import Records, mean_interval, summarise
 from vlakeep.compat import require_numpy
 from vlakeep.config import Config, EvaluateConfig, config_from_argv, to_dict
 from vlakeep.data.dataset import Conventions
-from vlakeep.data.formats import open_datasets
+from vlakeep.data.formats import closing_all, open_datasets
 from vlakeep.data.images import center_crop
 from vlakeep.data.prompts import encode_prompts, whole_prompt
 from vlakeep.data.sample import Sample
@@ -37,15 +37,18 @@ from vlakeep.icsm.artifact import default_layers, layer_map
 from vlakeep.icsm.collect import pooled_states
 from vlakeep.parallel import pick_device, set_threads
 from vlakeep.probe.batches import prompt_batches
+from vlakeep.probe.heldout import open_heldout
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.storage import Storage, atomic_write, find_checkpoint
-from vlakeep.target import load_manifest, read_action_statistics, target_checkpoint
+from vlakeep.target import load_manifest, read_action_statistics, run_config, target_checkpoint
 from vlakeep.thermostat.drift import covariance, covariance_drift
 
 ANSWER_TOKENS = 6
 TABLETOP_SEED = 1000
 REPLAY = "replay"  # the target that is no model
 GREY = 128
+QUESTION_BATCH, KL_BATCH = 250, 100
+ROUNDING = 1e-5  # nats, of a mean over float32 sums
 FIRST_PICTURES = 20  # of a LIBERO evaluation, compared with the training data's
 # Fields of the evaluate section that change no trial, and those that one kind of benchmark does not read.
 # A probe is named by its hash; blank evaluations have a folder of their own; other suites have records of their own.
@@ -67,7 +70,7 @@ def load_target(config: Config, storage: Storage, device):
     if backbone.unnorm_key is None and len(statistics) == 1:
         backbone.unnorm_key = next(iter(statistics))
     # A step of a run that was named by its folder gets its own records.
-    name = f"{folder.parents[1].name}-{folder.name}" if Path(target).name == folder.name else Path(target).name
+    name = f"{folder.absolute().parents[1].name}-{folder.name}" if Path(target).name == folder.name else Path(target).name
     return backbone.eval(), name, manifest
 
 
@@ -92,7 +95,7 @@ def attempt_actions(backbone, images, instructions, unnorm_key, width: int = 0) 
 
 
 @torch.inference_mode()
-def answer_questions(backbone, samples, batch_size: int = 250) -> List[str]:
+def answer_questions(backbone, samples, batch_size: int = QUESTION_BATCH) -> List[str]:
     """Greedy answers, lower case and stripped."""
     answers = []
     for start in range(0, len(samples), batch_size):
@@ -103,7 +106,7 @@ def answer_questions(backbone, samples, batch_size: int = 250) -> List[str]:
 
 
 @torch.inference_mode()
-def action_token_kl(backbone, samples, batch_size: int = 100) -> np.ndarray:
+def action_token_kl(backbone, samples, batch_size: int = KL_BATCH) -> np.ndarray:
     """KL(teacher || student) per frame [N], averaged over the teacher's own action tokens, both models fed those tokens."""
     values = []
     for start in range(0, len(samples), batch_size):
@@ -112,7 +115,9 @@ def action_token_kl(backbone, samples, batch_size: int = 100) -> np.ndarray:
             tokens_BT, _ = backbone.generate(batch, max_new_tokens=backbone.action_dim(), stop_at_eos=False)
             teacher = backbone.log_probabilities_of_continuation(batch, tokens_BT)
         student = backbone.log_probabilities_of_continuation(batch, tokens_BT)
-        values.append((teacher.exp() * (teacher - student)).sum(-1).mean(1).clamp(min=0).cpu().numpy())
+        kl_B = (teacher.exp() * (teacher - student)).sum(-1).mean(1)
+        assert not (kl_B < -ROUNDING).any(), f"a KL of {float(kl_B.min()):.3g} nats: teacher and student are not both distributions"
+        values.append(kl_B.clamp(min=0).cpu().numpy())
     return np.concatenate(values) if values else np.zeros(0)
 
 
@@ -133,8 +138,8 @@ def measure_drift(backbone, config: Config, storage: Storage) -> float:
     return float(covariance_drift(states(), teacher))
 
 
-def run_evaluation(config: Config, storage: Storage) -> Path:
-    """Evaluate one target and return its folder. Interrupted evaluations go on where they stopped."""
+def run_evaluation(config: Config, storage: Storage, folder: Optional[Path] = None) -> Path:
+    """Evaluate one target and return its folder (`folder`, or its own). Interrupted evaluations go on where they stopped."""
     set_threads(config.threads)
     require_numpy()
     started = time.perf_counter()
@@ -151,31 +156,45 @@ def run_evaluation(config: Config, storage: Storage) -> Path:
         backbone.unnorm_key = key
         name += "-blank" if settings.blank else ""
     backbone.action_statistics(key)  # raises for a key that would make every trial crash
-    folder = storage.eval / settings.benchmark / name if in_libero else storage.eval / name
+    folder = folder or (storage.eval / settings.benchmark / name if in_libero else storage.eval / name)
     probe = open_questions(config, storage) if in_libero and settings.probe and not settings.blank else None
-    header = make_header(settings, weights, backbone.weights_sha256, probe)
+    header = make_header(settings, weights, backbone.weights_sha256, probe, model_settings(backbone, config, key))
     with Records(folder / "records.jsonl", header) as records:
         drift = drift_of(backbone, config, storage, required=not in_libero)  # first, while a bad probe costs nothing yet
         if in_libero:
             alarms = crop_alarm(config, storage, settings) + renderer_alarm(config, storage, key)
             for suite in [settings.benchmark, *settings.other_suites]:
-                alarms += run_libero(backbone, config, of_suite(settings, suite), storage, records, folder, name)
+                run_libero(backbone, config, of_suite(settings, suite), storage, records, folder, name)
             if probe:
                 run_probe(backbone, probe, settings, records, name)
         else:
-            alarms = run_tabletop(backbone, key, settings, records, name)
-        rows = records.rows()
-    return write_summary(folder, make_summary(name, rows, drift, weights, settings.benchmark), alarms, started)
+            alarms = []
+            run_tabletop(backbone, key, settings, records, name)
+        summary = make_summary(name, records.rows(), drift, weights, settings.benchmark)
+        return write_summary(folder, summary, alarms + records.alarms(), started)
 
 
-def make_header(settings, weights: str, base: str, probe: Optional[ProbeSet] = None) -> Dict:
-    """What records must have in common to be of one evaluation."""
+def model_settings(backbone, config: Config, key: Optional[str]) -> Dict:
+    """What beside the weights decides about the actions: how the model computes, and how they are un-normalised."""
+    key, said = backbone.action_key(key), config.backbone
+    statistics = hashlib.sha256(json.dumps(backbone.action_statistics(key), sort_keys=True).encode()).hexdigest()
+    return {"unnorm_key": key, "statistics": statistics, "dtype": said.dtype, "attn_implementation": said.attn_implementation,
+            "source": said.source}
+
+
+def make_header(settings, weights: str, base: str, probe: Optional[ProbeSet] = None, model: Optional[Dict] = None) -> Dict:
+    """What records must have in common to be of one evaluation. `model`: model_settings, None for what is no model."""
     in_libero = settings.benchmark in libero.SUITES
     unread = NO_MATTER + (() if probe else ("questions", "questions_per_kind", "retention_frames") if in_libero else LIBERO_ONLY)
     unread += ("episodes",) if in_libero else ()  # an episode does not depend on their number, so more of them can be added
     return {"weights": weights, "base": base, "evaluate": {k: v for k, v in to_dict(settings).items() if k not in unread},
-            **({"probe": probe.sha256} if probe else {}),
-            **({"mujoco": libero_setup.versions().get("mujoco")} if in_libero else {})}
+            **({"model": model} if model else {}), **({"probe": probe.sha256} if probe else {}),
+            **({"mujoco": libero_setup.versions().get("mujoco")} if in_libero else {"tabletop": tabletop_rules(settings)})}
+
+
+def tabletop_rules(settings) -> Dict:
+    """What of the tabletop itself decides about an episode and is no setting."""
+    return {"max_steps": {skill: tabletop.MAX_STEPS[skill] for skill in settings.skills or tabletop.ALL_SKILLS}}
 
 
 def of_suite(settings: EvaluateConfig, suite: str) -> EvaluateConfig:
@@ -196,10 +215,11 @@ def own_key(backbone, suite: str) -> Optional[str]:
 def run_replay(config: Config, settings, storage: Storage, started: float) -> Path:
     """The control without a model: demonstrations replayed open loop from the evaluation's initial states."""
     data, tasks = config.data, libero.pick_tasks(settings.benchmark, settings.skills)
-    datasets = open_datasets(storage.data, data.datasets, 1.0, storage.cache, Conventions(data.camera, data.gripper, data.rotate))
-    act = libero.Replay(demonstrations(datasets, settings.benchmark, tasks, settings.episodes))
+    conventions = Conventions(data.camera, data.gripper, data.rotate)
+    with closing_all(open_datasets(storage.data, data.datasets, 1.0, storage.cache, conventions)) as datasets:
+        act = libero.Replay(demonstrations(datasets, settings.benchmark, tasks, settings.episodes))
+        identity = ",".join(dataset.fingerprint() for dataset in datasets)
     folder = storage.eval / settings.benchmark / REPLAY
-    identity = ",".join(dataset.fingerprint() for dataset in datasets)
     with Records(folder / "records.jsonl", make_header(settings, identity, "")) as records:
         libero.run_suite(act, settings, settings.center_crop, records, folder / "videos", desc=REPLAY)
         rows = records.rows()
@@ -251,17 +271,17 @@ def drift_of(backbone, config: Config, storage: Storage, required: bool):
 def check_tabletop(settings) -> None:
     asked = (("skills", settings.skills, tabletop.ALL_SKILLS), ("questions", settings.questions, tabletop.QUESTION_KINDS))
     for key, names, known in asked:
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise ValueError(f"--evaluate.{key} {unknown}: must be among {', '.join(known)}")
+        wrong = [name for name in names if name not in known or names.count(name) > 1]
+        if wrong:
+            raise ValueError(f"--evaluate.{key} {wrong}: must be among {', '.join(known)}, each once")
 
 
 def crop_alarm(config: Config, storage: Storage, settings) -> List[str]:
     """One line when the evaluation crops and the training did not, or the other way round; reads the run's own configuration."""
-    path = storage.runs / config.evaluate.target / "config.yaml"
-    if not path.is_file():
+    made_with = run_config(config.evaluate.target, storage)
+    if made_with is None:
         return []
-    trained = bool((yaml.safe_load(path.read_text()).get("data") or {}).get("image_aug"))
+    trained = bool((made_with.get("data") or {}).get("image_aug"))
     if trained == settings.center_crop:
         return []
     cuts = "cuts" if settings.center_crop else "does not cut"
@@ -274,9 +294,9 @@ def renderer_alarm(config: Config, storage: Storage, key: str) -> List[str]:
 
     Of a base model pretrain-libero has noted it; one whose action statistics (`key`) are named as the official data was made from them.
     """
-    path = storage.runs / config.evaluate.target / "config.yaml"
-    if path.is_file():
-        names = (yaml.safe_load(path.read_text()).get("data") or {}).get("datasets") or []
+    made_with = run_config(config.evaluate.target, storage)
+    if made_with is not None:
+        names = (made_with.get("data") or {}).get("datasets") or []
         made = {name: libero_setup.rendered_with(storage.data / name) for name in names if name.startswith("libero")}
     else:
         notes = find_checkpoint(config.backbone.checkpoint, storage.cache) / "PROVENANCE.json"
@@ -293,34 +313,46 @@ def training_picture(config: Config, storage: Storage) -> Optional[np.ndarray]:
                                  Conventions(data.camera, data.gripper, data.rotate))
     except (FileNotFoundError, ValueError):
         return None
-    pictures = [np.asarray(d.image(e, 0), dtype=float) for d in datasets for e in range(0, len(d), max(1, len(d) // 20))]
+    with closing_all(datasets):
+        pictures = [np.asarray(d.image(e, 0), dtype=float) for d in datasets for e in range(0, len(d), max(1, len(d) // 20))]
     sizes = [picture.shape for picture in pictures]
-    for dataset in datasets:
-        dataset.close()
     return np.mean([p for p in pictures if p.shape == sizes[0]], axis=0)
 
 
-def run_tabletop(backbone, key, settings, records: Records, name: str) -> List[str]:
-    """Episodes of every skill, questions of every kind, and the KL on frames of the old skills. Returns alarms."""
+def ask_questions(backbone, kind: str, samples, seeds: List[int], answers: List[str], records: Records) -> None:
+    """The trials of one question kind that `records` lacks; `samples(trials)` makes their questions."""
+    for trials, lacking in records.missing("question", kind, len(answers), QUESTION_BATCH):
+        for trial, said in zip(trials, answer_questions(backbone, samples(trials))):
+            if trial in lacking:
+                records.add(kind="question", ability=kind, trial=trial, seed=seeds[trial], success=said == answers[trial], value=None,
+                            crash=None, steps=0, answer=said, expected=answers[trial])
+
+
+def measure_retention(backbone, samples, seeds: List[int], records: Records) -> None:
+    """The KL of the frames that `records` lacks; `samples(trials)` makes them."""
+    for trials, lacking in records.missing("retention", "action_kl", len(seeds), KL_BATCH):
+        for trial, kl in zip(trials, action_token_kl(backbone, samples(trials))):
+            if trial in lacking:
+                records.add(kind="retention", ability="action_kl", trial=trial, seed=seeds[trial], success=None, value=float(kl),
+                            crash=None, steps=0)
+
+
+def run_tabletop(backbone, key, settings, records: Records, name: str) -> None:
+    """Episodes of every skill, questions of every kind, and the KL on frames of the old skills."""
     policy, skills = ActionPolicy(backbone, key), settings.skills or tabletop.ALL_SKILLS
-    first = tabletop.EVALUATION + settings.seed
-    tabletop.run_skill_episodes(policy, skills, settings.episodes, first, settings.parallel, records, desc=name)
+    tabletop.run_skill_episodes(policy, skills, settings.episodes, tabletop.EVALUATION + settings.seed, settings.parallel, records, name)
+    records.add_alarms(policy.watch.alarms())
     for kind in tqdm(settings.questions or tabletop.QUESTION_KINDS, desc=f"{name}: questions", leave=False):
         trials = tabletop.question_trials(kind, settings.questions_per_kind, settings.seed)
-        todo = [t for t in trials if not records.has("question", kind, t.trial)]
-        for trial, said in zip(todo, answer_questions(backbone, [t.sample for t in todo])):
-            records.add(kind="question", ability=kind, trial=trial.trial, seed=trial.seed, success=said == trial.sample.answer,
-                        value=None, crash=None, steps=0, answer=said, expected=trial.sample.answer)
-    if name != "base" and not records.has("retention", "action_kl", settings.retention_frames - 1):
+        ask_questions(backbone, kind, lambda numbers, trials=trials: [trials[number].sample for number in numbers],
+                      [trial.seed for trial in trials], [trial.sample.answer for trial in trials], records)
+    if name != "base":
         frames = tabletop.retention_frames(settings.retention_frames, settings.seed)
-        for index, value in enumerate(action_token_kl(backbone, frames)):
-            records.add(kind="retention", ability="action_kl", trial=index, seed=settings.seed, success=None, value=float(value),
-                        crash=None, steps=0)
-    return policy.watch.alarms()
+        measure_retention(backbone, lambda numbers: [frames[number] for number in numbers], [settings.seed] * len(frames), records)
 
 
-def run_libero(backbone, config: Config, settings, storage: Storage, records: Records, folder: Path, name: str) -> List[str]:
-    """Episodes of the suite's tasks in the simulator. Returns alarms."""
+def run_libero(backbone, config: Config, settings, storage: Storage, records: Records, folder: Path, name: str) -> None:
+    """Episodes of the suite's tasks in the simulator."""
     key, first = backbone.unnorm_key, []
     if settings.benchmark != config.evaluate.benchmark:  # an old suite keeps the statistics that it was learnt with
         key = libero.pick_key(settings.benchmark, None, backbone.norm_stats, key)
@@ -348,24 +380,12 @@ def run_libero(backbone, config: Config, settings, storage: Storage, records: Re
         print(f"{name}: {restarts} simulator processes died and were replaced", file=sys.stderr)
     comparable = first and config.evaluate.target != "base" and settings.benchmark == config.evaluate.benchmark
     trained = training_picture(config, storage) if comparable else None
-    return watch.alarms() + ([] if trained is None else orientation_alarm(trained, np.mean(first, axis=0)))
+    records.add_alarms(watch.alarms() + ([] if trained is None else orientation_alarm(trained, np.mean(first, axis=0))))
 
 
 def open_questions(config: Config, storage: Storage) -> ProbeSet:
     """The probe of evaluate.probe, whose `answers` map item numbers to answers. ValueError when it is the protected one."""
-    folder = storage.probe_folder(config.evaluate.probe)
-    if folder.resolve() == storage.probe_folder(config.probe.name).resolve():
-        raise ValueError(f"--evaluate.probe {config.evaluate.probe}: that is also probe.name, which the method protects; make "
-                         "another one with `vlakeep libero-vqa --split heldout --probe.name NAME`")
-    if not (folder / "answers.jsonl").is_file():
-        raise FileNotFoundError(f"no answers.jsonl in {folder}: --evaluate.probe takes a probe made by `vlakeep libero-vqa`")
-    probe = ProbeSet(folder)
-    rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
-    if any(row.get("split") == "probe" for row in rows):
-        raise ValueError(f"--evaluate.probe {config.evaluate.probe}: its scenes are those that a method may protect; make another one "
-                         "with `vlakeep libero-vqa --split heldout --probe.name NAME`")
-    probe.answers = {row["item"]: row["answer"] for row in rows}
-    return probe
+    return open_heldout(storage.probe_folder(config.evaluate.probe), storage.probe_folder(config.probe.name))
 
 
 def run_probe(backbone, probe: ProbeSet, settings, records: Records, name: str) -> None:
@@ -375,21 +395,18 @@ def run_probe(backbone, probe: ProbeSet, settings, records: Records, name: str) 
     """
     kinds = probe.kinds(range(len(probe)))
 
-    def samples(items):
-        found = probe.samples(items)
-        return [replace(sample, image=center_crop(sample.image)) for sample in found] if settings.center_crop else found
+    def samples_of(items):
+        def samples(batch):
+            found = probe.samples([items[trial] for trial in batch])
+            return [replace(sample, image=center_crop(sample.image)) for sample in found] if settings.center_crop else found
+        return samples
 
     for kind in settings.questions or sorted(set(kinds) - {"instruction"}):
         items = [i for i, own in enumerate(kinds) if own == kind][:settings.questions_per_kind]
-        todo = [(trial, item) for trial, item in enumerate(items) if not records.has("question", kind, trial)]
-        for (trial, item), said in zip(todo, answer_questions(backbone, samples([item for _, item in todo]))):
-            records.add(kind="question", ability=kind, trial=trial, seed=item, success=said == probe.answers[item], value=None,
-                        crash=None, steps=0, answer=said, expected=probe.answers[item])
+        ask_questions(backbone, kind, samples_of(items), items, [probe.answers[item] for item in items], records)
     items = [i for i, kind in enumerate(kinds) if kind == "instruction"][:settings.retention_frames]
-    if name != "base" and items and not records.has("retention", "action_kl", len(items) - 1):
-        for trial, (item, value) in enumerate(zip(items, action_token_kl(backbone, samples(items)))):
-            records.add(kind="retention", ability="action_kl", trial=trial, seed=item, success=None, value=float(value),
-                        crash=None, steps=0)
+    if name != "base":
+        measure_retention(backbone, samples_of(items), items, records)
 
 
 def make_summary(name: str, rows: List[dict], drift, weights: str, benchmark: str = "tabletop") -> Dict:
@@ -420,8 +437,8 @@ def print_summary(summary: Dict) -> None:
     for alarm in summary["alarms"]:
         print(f"  ALARM: {alarm}")
     drift = "not measured" if summary["drift"] is None else f"{summary['drift']:.3f}"
-    measured = summary["retention_kl"]["n"] or summary["target"] == "base"
-    kl = f"{summary['retention_kl']['mean']:.4f}" if measured else "not measured"
+    kl = 0.0 if summary["target"] == "base" else summary["retention_kl"]["mean"]  # the base is the teacher
+    kl = "not measured" if kl is None else f"{kl:.4f}"
     print(f"  {'action-token KL':24s} {kl}   drift {drift}")
 
 

@@ -24,7 +24,7 @@ from vlakeep.backbones.merge import RECORD, merge_checkpoint
 from vlakeep.backbones.processor import Processor
 from vlakeep.config import BackboneConfig, Config, config_from_argv
 from vlakeep.data.dataset import Conventions
-from vlakeep.data.formats import open_datasets
+from vlakeep.data.formats import closing_all, open_datasets
 from vlakeep.data.images import resize_uint8
 from vlakeep.data.prompts import encode_prompts
 from vlakeep.data.sample import Sample
@@ -46,14 +46,13 @@ def parity_samples(config: Config, storage: Storage, size) -> Tuple[List[Sample]
     except FileNotFoundError:
         rng = np.random.default_rng(config.seed)
         return [Sample(rng.integers(0, 256, (*size, 3), dtype=np.uint8), "pick up the red block") for _ in range(count)], "random pictures"
-    keys = [(d, e, t) for d in datasets for e, length in enumerate(d.lengths) for t in range(int(length))]
     samples = []
-    for index in np.linspace(0, len(keys) - 1, count).astype(int):
-        dataset, episode, frame = keys[index]
-        raw = dataset.frame(episode, frame)
-        samples.append(Sample(resize_uint8(raw.image, size), raw.instruction))
-    for dataset in datasets:
-        dataset.close()
+    with closing_all(datasets):
+        keys = [(d, e, t) for d in datasets for e, length in enumerate(d.lengths) for t in range(int(length))]
+        for index in np.linspace(0, len(keys) - 1, count).astype(int):
+            dataset, episode, frame = keys[index]
+            raw = dataset.frame(episode, frame)
+            samples.append(Sample(resize_uint8(raw.image, size), raw.instruction))
     return samples, "frames of " + ", ".join(config.data.datasets)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Callable, List
 
 from vlakeep.config import ConfigError, load_config
-from vlakeep.errors import is_disk_full
+from vlakeep.errors import is_disk_full, quoted
 from vlakeep.storage import Storage
 
 TRIES, FIRST_WAIT_S = 6, 5.0
@@ -56,7 +56,7 @@ def main(argv: List[str]) -> int:
     storage = Storage.from_config(load_config(None, argv[1:]))
     folder = storage.guard_write(storage.cache / names[0].split("/")[1], what="base model")
     path = with_retries(lambda: _download(names[0], folder))
-    print(f"fetched {path}; name it with --backbone.checkpoint {names[0]}")
+    print(f"fetched {path}; name it with --backbone.checkpoint {quoted(names[0])}")
     return 0
 
 

@@ -4,7 +4,7 @@ An arm is a Method; the loop in train.py asks it the same things whichever it is
 difference between `Baseline` and `IcsmHswThermostat`.
 """
 
-from typing import Dict, List, Optional, Protocol
+from typing import Dict, List, Optional, Protocol, Union
 
 import torch
 
@@ -74,7 +74,8 @@ class IcsmHswThermostat:
     def __init__(self, config: Config, artifact=None, make_thermometer=None):
         """`artifact` (icsm.artifact.Artifact) unless every feature is off; `make_thermometer(backbone)` builds the drift sensor."""
         self._config, self._artifact, self._make_thermometer = config, artifact, make_thermometer
-        self._sites, self._thermometer, self._controller = [], None, None
+        self._sites: Dict[str, Union[ResidualSite, LoraInputSite]] = {}  # by the names that hsw.site has
+        self._thermometer, self._controller = None, None
         self._fixed = Gains(beta=config.hsw.beta, gamma=config.hsw.gamma)
         self._observe = False
 
@@ -86,10 +87,10 @@ class IcsmHswThermostat:
         hsw, thermostat = self._config.hsw, self._config.thermostat
         if hsw.enabled and hsw.site in ("residual", "both"):
             dtype = torch.float32 if hsw.dtype == "float32" else backbone.dtype
-            self._sites.append(ResidualSite(backbone.decoder_layers, self._residual_bases(backbone), hsw.eps, dtype))
+            self._sites["residual"] = ResidualSite(backbone.decoder_layers, self._residual_bases(backbone), hsw.eps, dtype)
         if hsw.enabled and hsw.site in ("lora_input", "both"):
             adapted = backbone.adapted_linears()
-            self._sites.append(LoraInputSite(adapted, self._input_bases(adapted)))
+            self._sites["lora_input"] = LoraInputSite(adapted, self._input_bases(adapted))
         if thermostat.enabled:
             self._controller = Controller(control_law(self._config))
             self._thermometer = self._make_thermometer(backbone)
@@ -129,7 +130,7 @@ class IcsmHswThermostat:
         return basis_DK[:, :fragile], basis_DK[:, fragile:]
 
     def _apply(self) -> None:
-        for site in self._sites:
+        for site in self._sites.values():
             site.set_gains(self.gains)
 
     def before_training(self) -> List[Dict[str, float]]:
@@ -146,7 +147,7 @@ class IcsmHswThermostat:
 
     def before_step(self, step: int, observe: bool) -> None:
         self._observe = observe
-        for site in self._sites:
+        for site in self._sites.values():
             site.meter.start(observe)
 
     def penalty(self) -> Optional[torch.Tensor]:
@@ -156,14 +157,15 @@ class IcsmHswThermostat:
         metrics = {}
         if self._observe and self._sites:
             metrics = {"beta": self.gains.beta, "gamma": self.gains.gamma}  # those that acted in this step
-            for site, prefix in zip(self._sites, ("", "lora_input/")):
+            for name, site in self._sites.items():
+                prefix = "lora_input/" if name == "lora_input" and len(self._sites) > 1 else ""  # a single site needs no name
                 metrics.update({prefix + key: value for key, value in site.meter.read(loss_scale).items()})
         if self._controller and step % self._config.thermostat.every == 0:
             metrics.update(self._measure())
             self._apply()
-            leaks = [site.leak() for site in self._sites if isinstance(site, LoraInputSite)]
-            metrics.update({"leak": leaks[0]} if leaks else {})
-        for site in self._sites:
+            if "lora_input" in self._sites:
+                metrics["leak"] = self._sites["lora_input"].leak()
+        for site in self._sites.values():
             site.meter.start(False)
         return metrics
 
@@ -176,7 +178,7 @@ class IcsmHswThermostat:
         self._apply()
 
     def detach(self) -> None:
-        for site in self._sites:
+        for site in self._sites.values():
             site.detach()
         self._sites.clear()
 
@@ -204,6 +206,11 @@ def control_law(config: Config) -> Law:
     return Law(gamma_min=gamma_min, gamma_max=gamma_max, beta_min=beta_min, beta_max=beta_max,
                calibration=t.calibration, threshold_sigmas=t.threshold_sigmas, half_excess=t.half_excess, ema=t.ema,
                dead_band=t.dead_band, rate_limit=t.rate_limit, noise_floor=t.paired_noise if estimator(config) == "paired" else 0.0)
+
+
+def acts_on_residual(config: Config) -> bool:
+    """Whether the arm edits the gradient of the residual stream."""
+    return config.method == "icsm_hsw_thermostat" and config.hsw.enabled and config.hsw.site in ("residual", "both")
 
 
 def needs_artifact(config: Config) -> bool:

@@ -25,7 +25,7 @@ from vlakeep.icsm.sensitivity import order_by_fragility, sensitivities
 from vlakeep.methods import graded_offline
 from vlakeep.parallel import pick_device, set_threads
 from vlakeep.probe.batches import prompt_batches
-from vlakeep.probe.probe_set import ProbeSet
+from vlakeep.probe.probe_set import ProbeSet, evenly
 from vlakeep.rundir import library_versions, source_commit
 from vlakeep.storage import Storage, need_free
 
@@ -59,7 +59,7 @@ def run_offline(config: Config, storage: Storage) -> Path:
     pooled = pooled_states(backbone, batches(items), layers, total=steps, where=str(probe.folder))
     tensors, notes = {}, {}
     usable = [items[i] for i in pooled.kept]
-    some = usable[::max(1, len(usable) // config.icsm.sensitivity_items)][:config.icsm.sensitivity_items]
+    some = [usable[i] for i in evenly(len(usable), min(config.icsm.sensitivity_items, len(usable)))]
     for layer in layers:
         candidates_DK, values, mean_D = pooled_candidates(pooled.states[layer], config.icsm.rank)
         step = config.icsm.epsilon * pooled.scale[layer]
@@ -83,7 +83,8 @@ def run_offline(config: Config, storage: Storage) -> Path:
 
     tokens = _token_level(backbone, batches(items), linears, config, steps) if config.icsm.tokens else None
     meta = {
-        "backbone": backbone.name, "weights_sha256": backbone.weights_sha256, "depth": backbone.num_layers,
+        "backbone": backbone.name, "weights_sha256": backbone.weights_sha256, "dtype": config.backbone.dtype, "quantisation": "none",
+        "attn_implementation": config.backbone.attn_implementation, "depth": backbone.num_layers,
         "hidden_size": backbone.hidden_size, "layers": layers, "layer_map": {str(k): v for k, v in mapping.items()},
         "r": config.icsm.rank, "epsilon": config.icsm.epsilon, "per_layer": notes,
         "probe": config.probe.name, "probe_sha256": probe.sha256, "probe_items": len(items), "empty_masks": pooled.empty,

@@ -29,7 +29,7 @@ from vlakeep.benchmarks.libero_env import SUITES
 from vlakeep.checks import GREEN, RED, YELLOW, Line
 from vlakeep.compat import NUMPY_1, numpy_trouble
 from vlakeep.config import Config, ConfigError, config_from_argv
-from vlakeep.errors import human_bytes
+from vlakeep.errors import human_bytes, quoted
 from vlakeep.storage import Storage, code_trees, peek, scan_large_files
 
 STAGES = ("offline", "train", "evaluate")
@@ -74,8 +74,8 @@ def check_storage(make_storage, large_file_gb: float = 1.0, create: bool = True)
     for tree in code_trees():
         found = scan_large_files(tree, int(large_file_gb * 1e9))
         for path, size in found:
-            target = storage.root if storage else "DIR_BELOW_THE_STORAGE_ROOT"
-            remedy = f"mv {path} {target}/   (or delete it; if git knows it: git rm --cached {path})"
+            target = quoted(f"{storage.root}/") if storage else "DIR_BELOW_THE_STORAGE_ROOT/"
+            remedy = f"mv {quoted(path)} {target}   (or delete it; if git knows it: git rm --cached {quoted(path)})"
             lines.append(Line(RED, "large file in source tree", f"{path}, {human_bytes(size)}", remedy))
         if not found:
             lines.append(Line(GREEN, "source tree", f"{tree}: no file of {large_file_gb:g} GB or more"))
@@ -94,7 +94,7 @@ def check_folders(storage: Storage) -> List[Line]:
                 f"{folder} is not a writable folder" if parent == folder else f"{folder} cannot be made: {parent} is not writable"
             )
             lines.append(
-                Line(RED, f"storage {name}", problem, f"chmod u+rwx {parent}, or --root DIR, or export VLAKEEP_ROOT=DIR")
+                Line(RED, f"storage {name}", problem, f"chmod u+rwx {quoted(parent)}, or --root DIR, or export VLAKEEP_ROOT=DIR")
             )
         else:
             lines.append(Line(YELLOW, f"storage {name}", f"{folder} does not exist yet (the first stage makes it), {space}"))
@@ -198,15 +198,17 @@ def run_checks(
     lines += found + check_environment(config, gpus)
     if storage is None:
         return lines + [Line(YELLOW, "inputs", "not checked: they lie below the storage root")]
-    found, model = checks.check_checkpoint(config, storage.cache)
+    found, model = checks.check_checkpoint(config, storage.cache, stage)
     lines += found + (checks.check_layers(config, model) if model else [])
     uses_icsm = config.method != "baseline" and (config.hsw.enabled or config.thermostat.enabled)
     probe_sha256 = None
     if stage == "offline" or (stage == "train" and uses_icsm):
         found, probe_sha256 = checks.check_probe(config, storage)
         lines += found
-    if stage == "evaluate" and config.evaluate.benchmark in SUITES:
-        lines += check_libero()
+    if stage == "evaluate":
+        lines += check_libero() if config.evaluate.benchmark in SUITES else []
+        lines += checks.check_target(config, storage, model) + checks.check_evaluation_probes(config, storage)
+        lines += checks.check_data(config, storage) if config.evaluate.target == "replay" else []
     if stage == "train":
         lines += checks.check_data(config, storage)
         lines += checks.check_artifact(config, storage, model, probe_sha256, config_path) if uses_icsm else []

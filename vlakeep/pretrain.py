@@ -10,6 +10,7 @@ Not a stage of an experiment: its options are its own, and `--out` may lie outsi
 writes: OUT/ in the official checkpoint format, in bfloat16, with PROVENANCE.json (command, seed, data, versions, hashes, time)
 """
 
+import shlex
 import sys
 import time
 from typing import List
@@ -35,7 +36,7 @@ def main(argv: List[str]) -> int:
     backbone.norm_stats = {"tabletop": action_statistics(np.stack([s.action for s in samples if s.action is not None]), 0)}
     images = torch.from_numpy(np.ascontiguousarray(frames)).to(args.device)
     trained = fit(backbone, processor, samples, lambda pick_B: images[pick_B], args)
-    command = "vlakeep pretrain-tabletop " + " ".join(argv).replace(str(args.out), "vlakeep/assets/" + args.out.name)
+    command = shlex.join(["vlakeep", "pretrain-tabletop", *(arg.replace(str(args.out), "vlakeep/assets/" + args.out.name) for arg in argv)])
     save(backbone, args, command, trained, frames=len(samples))
     return 0
 

@@ -17,6 +17,7 @@ writes: OUT/ in the official checkpoint format, in bfloat16, with PROVENANCE.jso
 import json
 import multiprocessing
 import os
+import shlex
 import sys
 from typing import List, Tuple
 
@@ -69,7 +70,8 @@ def main(argv: List[str]) -> int:
     backbone, processor = new_model(args, corpus, words, args.image, "small")
     backbone.norm_stats = {args.key: statistics}
     trained = fit(backbone, processor, samples, Windows(images, args.image), args, args.share)
-    command = "vlakeep pretrain-libero " + " ".join(argv).replace(str(args.out), "OUT").replace(str(args.root), "ROOT")
+    shown = [arg.replace(str(args.out), "OUT").replace(str(args.root), "ROOT") for arg in argv]
+    command = shlex.join(["vlakeep", "pretrain-libero", *shown])
     names = args.data.split(",")
     save(backbone, args, command, trained, samples=len(samples), data=names,
          renderers={name: rendered_with(storage.data / name) for name in names})

@@ -33,7 +33,7 @@ import yaml
 
 from vlakeep.checkpoint import latest_intact, list_checkpoints
 from vlakeep.config import Config, to_dict
-from vlakeep.errors import DiskFull, RunDirError, is_disk_full
+from vlakeep.errors import DiskFull, Interrupted, RunDirError, is_disk_full, quoted
 from vlakeep.storage import Storage, atomic_write, free_bytes, remove_leftovers
 
 LIBRARIES = ["torch", "transformers", "timm", "peft", "tokenizers", "safetensors", "numpy", "draccus"]
@@ -203,7 +203,7 @@ class RunDir:
                 if self.resume_from is None and broken:
                     raise RunDirError(
                         f"{self.folder}: none of its checkpoints ({', '.join(broken)}) is intact, see above. Restore one, or "
-                        f"start over without --train.resume: take another --name, or rm -r {self.folder}"
+                        f"start over without --train.resume: take another --name, or rm -r {quoted(self.folder)}"
                     )
                 if self.resume_from is None:
                     print(f"{self.folder.name}: nothing to resume, starting at step 1", file=sys.stderr)
@@ -277,7 +277,7 @@ class RunDir:
                 raise RunDirError(
                     f"{self.folder} already holds a run (status: {old.get('status', 'unknown')}). "
                     "Go on in it with --train.resume true, "
-                    f"take another --name, or delete it: rm -r {self.folder}"
+                    f"take another --name, or delete it: rm -r {quoted(self.folder)}"
                 )
             return old  # a session that ended before its first logged step left nothing worth keeping
         if has_results:
@@ -410,7 +410,7 @@ class RunDir:
     def __exit__(self, kind, error, trace) -> None:
         if kind is None:
             self.close("finished")
-        elif issubclass(kind, KeyboardInterrupt) or (issubclass(kind, SystemExit) and _is_signal(error.code)):
+        elif issubclass(kind, (KeyboardInterrupt, Interrupted)) or (issubclass(kind, SystemExit) and _is_signal(error.code)):
             self.close("interrupted", f"{kind.__name__}: {error}")
         else:
             text = "".join(traceback.format_exception(kind, error, trace))

@@ -20,7 +20,7 @@ from typing import Dict, Iterator, List, Optional, Tuple
 import yaml
 from tqdm import tqdm
 
-from vlakeep.errors import DiskFull, StorageError, human_bytes, is_disk_full
+from vlakeep.errors import DiskFull, StorageError, human_bytes, is_disk_full, quoted
 
 DEFAULT_ROOT = Path("/opt/data/private/vlakeep")
 DEMO_ROOT = Path("~/.cache/vlakeep")
@@ -58,7 +58,7 @@ class Storage:
                     f"{'--' + key + ' ' + str(value) if value else folder} leads to {folder.resolve()}, "
                     f"outside the storage root {self.root}. "
                     + (
-                        f"Give a folder below it (--{key} {self.root / name}) or a root above both (--root ...)"
+                        f"Give a folder below it (--{key} {quoted(self.root / name)}) or a root above both (--root ...)"
                         if value
                         else "Replace the symbolic link by a folder, or move the whole root with --root"
                     )
@@ -100,7 +100,7 @@ class Storage:
                 ) from error
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise PermissionError(
-                    f"{folder} is not writable. Make it so (chmod u+rwx {folder}), or choose another storage root: "
+                    f"{folder} is not writable. Make it so (chmod u+rwx {quoted(folder)}), or choose another storage root: "
                     "--root DIR or export VLAKEEP_ROOT=DIR"
                 )
 
@@ -433,7 +433,7 @@ def find_checkpoint(name: str, cache: Path) -> Path:
         )
         candidates = [given, Path(cache) / given, Path(cache) / given.name, *reversed(hub)]
         remedy = (
-            f"fetch it with `vlakeep fetch {name}` (HF_ENDPOINT names a mirror)"
+            f"fetch it with `vlakeep fetch {quoted(name)}` (HF_ENDPOINT names a mirror)"
             if name.count("/") == 1 and not given.is_absolute()
             else "give the folder that has config.json with --backbone.checkpoint"
         )

@@ -10,36 +10,32 @@ writes: run_root_dir/<name>/ (rundir.py lists the files)
 import math
 import signal
 import sys
+import threading
 import time
-from contextlib import nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, Iterator, List
 
 import torch
 from tqdm import tqdm
 
 from vlakeep import checkpoint as ckpt
 from vlakeep.backbones.base import make_backbone
-from vlakeep.backbones.lora import adapters_disabled, add_lora, load_trainable, save_adapter, trainable_state
+from vlakeep.backbones.lora import add_lora, load_trainable, save_adapter, trainable_state
 from vlakeep.backbones.safeguards import check_vision
 from vlakeep.compat import grad_scaler
 from vlakeep.config import Config, config_from_argv, to_dict
 from vlakeep.data.loader import make_stream
-from vlakeep.data.prompts import encode_prompts
 from vlakeep.data.statistics import save_statistics
-from vlakeep.errors import TrainingStopped
+from vlakeep.errors import Interrupted, TrainingStopped
 from vlakeep.icsm import artifact as icsm_artifact
-from vlakeep.method import build_method, estimator, needs_artifact
-from vlakeep.methods import graded_offline
-from vlakeep.methods.graded import Graded
+from vlakeep.method import acts_on_residual, build_method, estimator, needs_artifact
+from vlakeep.methods import graded
 from vlakeep.parallel import Distributed, set_threads
 from vlakeep.probe.batches import prompt_batches
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.rundir import RunDir, RunLock
 from vlakeep.storage import Storage, need_free
-from vlakeep.teacher import artifact as graded_artifact
-from vlakeep.teacher.answers import Answered, run_below, teacher_answers
-from vlakeep.thermostat.kl_sensor import KLSensor, batched
 from vlakeep.thermostat.thermometer import Thermometer
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,7 +45,7 @@ def train_step(model, method, optimizer, scaler, batches, config, step: int, obs
     """One optimizer step over `batches` micro-batches; the same for every arm. Returns metrics, tensors left on the device."""
     method.before_step(step, observe)
     optimizer.zero_grad(set_to_none=True)
-    losses, correct, labelled, hidden_norm = [], 0, 0, 0
+    losses, penalties, correct, labelled, hidden_norm = [], [], 0, 0, 0
     for index, batch in enumerate(batches):
         last = index == len(batches) - 1
         with model.no_sync() if hasattr(model, "no_sync") and not last else nullcontext():
@@ -59,6 +55,7 @@ def train_step(model, method, optimizer, scaler, batches, config, step: int, obs
             loss = out.loss if penalty is None else out.loss + penalty
             scaler.scale(loss / len(batches)).backward()
         losses.append(out.loss.detach())
+        penalties += [] if penalty is None else [penalty.detach()]
         correct, labelled, hidden_norm = correct + out.correct, labelled + out.num_labelled, hidden_norm + out.last_hidden_norm
     scaler.unscale_(optimizer)
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -67,7 +64,9 @@ def train_step(model, method, optimizer, scaler, batches, config, step: int, obs
     scaler.step(optimizer)
     scaler.update()
     metrics = method.after_step(step, loss_scale)
-    return {"loss": torch.stack(losses).mean(), "accuracy": correct / labelled, "grad_norm": norm,
+    if penalties:
+        metrics["penalty"] = torch.stack(penalties).mean()
+    return {"loss": torch.stack(losses).mean(), "accuracy": correct / labelled.clamp(min=1), "grad_norm": norm,
             "hidden_norm": hidden_norm / len(batches), **metrics}
 
 
@@ -94,14 +93,14 @@ def make_optimizer(params, config):
 def prepare_method(config: Config, storage: Storage, backbone):
     """The arm's Method with its artefact and drift sensor; a mismatched or missing input is an error before anything is built."""
     if config.method == "graded":
-        return prepare_graded(config, storage, backbone)
+        return graded.prepare(config, storage, backbone)
     if not needs_artifact(config):
         return build_method(config), {}
     probe = ProbeSet(storage.probe_folder(config.probe.name))
     folder = storage.artifact_folder(config.icsm.name or icsm_artifact.artifact_name(backbone.name))
     artifact = icsm_artifact.load(folder)
     problems = icsm_artifact.check(artifact, backbone.weights_sha256, probe.sha256, to_dict(config.icsm), backbone.num_layers,
-                                   config.probe.size)
+                                   config.probe.size, config.backbone.dtype)
     if problems:
         raise icsm_artifact.ArtifactError("\n".join(problems))
 
@@ -118,47 +117,20 @@ def prepare_method(config: Config, storage: Storage, backbone):
     return build_method(config, artifact, make_thermometer), {"artifact": artifact.meta["files"], "probe": probe.sha256}
 
 
-def prepare_graded(config: Config, storage: Storage, backbone):
-    """Method graded with its artefact and the sensors of the divergence, on probe items and on the new task's own prompts."""
-    if not (config.gains.enabled or config.thermostat.enabled):
-        return Graded(config, None, None), {}
-    probe = ProbeSet(storage.probe_folder(config.probe.name))
-    artifact = graded_artifact.load_artifact(graded_offline.artifact_folder(config, storage, backbone.name))
-    problems = graded_artifact.check(artifact, backbone.weights_sha256, probe.sha256, config.probe.size, backbone.num_layers,
-                                     config.backbone.dtype, graded_offline.deciding(config))
-    if problems:
-        raise graded_artifact.GradedArtifactError("\n".join(problems))
-    size = config.icsm.batch_size
-
-    def make_sensors(backbone):
-        answered, items = artifact.answers()
-        count = min(config.thermostat.batch_size, len(items))
-        rows = torch.tensor([i * len(items) // count for i in range(count)])
-        sensor = KLSensor(backbone, Answered(*[value[rows] for value in answered]),
-                          batched(probe.samples([items[i] for i in rows]), backbone.processor, encode_prompts, size), size)
-        new = graded_offline.new_samples(config, storage, graded_offline.picture_size(backbone), max(1, count // 4))
-        samples = [sample for group in new.values() for sample in group]
-        if not samples:
-            return {"kl": sensor, "kl_new": None}
-        with adapters_disabled(backbone):
-            first = backbone.first_adapted_layer()
-            own = teacher_answers(backbone, run_below(backbone, graded_offline.answered_samples(backbone, samples, size), first), first)
-        return {"kl": sensor, "kl_new": KLSensor(backbone, own, batched(samples, backbone.processor, encode_prompts, size), size)}
-
-    return Graded(config, artifact, make_sensors), {"artifact": artifact.meta["files"], "probe": probe.sha256}
-
-
 class Guard:
-    """Stops a run that has gone wrong: non-finite loss or gradient, or hidden states that blow up. Reads only logged values."""
+    """Stops a run that has gone wrong: non-finite loss, penalty or gradient, or hidden states that blow up. Reads only logged values."""
 
-    def __init__(self, factor: float):
+    def __init__(self, factor: float, config: Config):
+        """`factor`: how much the hidden norm of the first logged step may grow; `config` decides which remedies are named."""
         self._factor, self._first = factor, None
+        self._calmer = ("Residual surgery at small gains does this: raise --thermostat.gamma_min and --thermostat.beta_min, or use "
+                        "--hsw.site lora_input" if acts_on_residual(config) else "Lower --train.lr, and keep --train.clip 1.0")
 
     def check(self, step: int, row: Dict[str, float], scaler, kept: str) -> None:
-        for key in ("loss", "grad_norm"):
+        for key in ("loss", "penalty", "grad_norm"):
             # With loss scaling an overflowing gradient is part of the procedure: that update is skipped and the scale is halved.
             skipped = key == "grad_norm" and scaler.is_enabled() and scaler.get_scale() >= 1.0
-            if not math.isfinite(row[key]) and not skipped:
+            if not math.isfinite(row.get(key, 0.0)) and not skipped:
                 remedy = "Lower --train.lr, keep --train.clip 1.0, or use --backbone.dtype float32"
                 if step == 1:
                     remedy = ("No update has been made yet, so the base weights are damaged (fetch them again) or too narrow "
@@ -169,8 +141,7 @@ class Guard:
         if not row["hidden_norm"] <= self._factor * self._first:
             raise TrainingStopped(
                 f"hidden states blew up: mean norm {row['hidden_norm']:.3g} at step {step}, {row['hidden_norm'] / self._first:.1f} times "
-                f"its value at the first step; {kept}. Residual surgery at small gains does this: raise --thermostat.gamma_min and "
-                "--thermostat.beta_min, or use --hsw.site lora_input")
+                f"its value at the first step; {kept}. {self._calmer}")
 
     def state_dict(self) -> dict:
         return {"first": self._first}
@@ -180,7 +151,8 @@ class Guard:
 
 
 def run_training(config: Config, storage: Storage) -> Path:
-    """Train, and return the run folder. Raises TrainingStopped after saving nothing but keeping the last good checkpoint."""
+    """Train, and return the run folder. Raises TrainingStopped after saving nothing but keeping the last good checkpoint, and
+    Interrupted after a signal, with the step's checkpoint saved."""
     set_threads(config.threads)
     with Distributed(config.device) as dist:
         refuse_early(config, storage, dist)
@@ -191,15 +163,15 @@ def run_training(config: Config, storage: Storage) -> Path:
         backbone.train()
         method, hashes = prepare_method(config, storage, backbone)
         method.attach(backbone)
-        stream = make_stream(config.data, storage.data, backbone.processor, config.train.batch_size, config.seed, dist.rank, dist.world,
-                             storage.cache, config.backbone.openvla_dir)
-        for line in stream.describe():
-            say(dist, line)
-        backbone.norm_stats = {**backbone.norm_stats, **stream.statistics}
-        hashes["base_weights"] = backbone.weights_sha256
-        with RunDir.open(storage, config, dist, hashes) as run:
-            _loop(config, dist, run, backbone, method, stream)
-            method.detach()
+        with closing(make_stream(config.data, storage.data, backbone.processor, config.train.batch_size, config.seed, dist.rank,
+                                 dist.world, storage.cache, config.backbone.openvla_dir)) as stream:
+            for line in stream.describe():
+                say(dist, line)
+            backbone.norm_stats = {**backbone.norm_stats, **stream.statistics}
+            hashes["base_weights"] = backbone.weights_sha256
+            with RunDir.open(storage, config, dist, hashes) as run:
+                _loop(config, dist, run, backbone, method, stream)
+                method.detach()
         return run.folder
 
 
@@ -222,7 +194,7 @@ def _loop(config: Config, dist: Distributed, run: RunDir, backbone, method, stre
     params = [p for p in backbone.parameters() if p.requires_grad]
     optimizer = make_optimizer(params, settings)
     scaler = grad_scaler(dist.device, enabled=settings.autocast == "float16")
-    guard = Guard(settings.blowup_factor)
+    guard = Guard(settings.blowup_factor, config)
     first = 1
     parts = {"scaler": scaler, "method": method, "guard": guard, "stream": stream}
     if dist.is_main:  # weights, their copy in the adapter, two moments of Adam; an old checkpoint goes only after the new one
@@ -239,10 +211,10 @@ def _loop(config: Config, dist: Distributed, run: RunDir, backbone, method, stre
         return
     say(dist, f"{run.folder.name}: {config.method}, {sum(p.numel() for p in params):,} trainable parameters, global batch "
               f"{settings.batch_size * settings.accumulation * dist.world}, steps {first} to {settings.steps}")
-    stop = _signal_flag()
     saved = first - 1 if first > 1 else None
     seconds = time.perf_counter()
-    with tqdm(total=settings.steps, initial=first - 1, desc=config.name, disable=not dist.is_main, mininterval=1.0) as progress:
+    bar = tqdm(total=settings.steps, initial=first - 1, desc=config.name, disable=not dist.is_main, mininterval=1.0)
+    with signals_noted() as noted, bar as progress:
         for step in range(first, settings.steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, settings)
@@ -259,15 +231,16 @@ def _loop(config: Config, dist: Distributed, run: RunDir, backbone, method, stre
                 progress.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
             progress.update()
             # With several processes the question costs a synchronisation, so it is asked on logged steps only.
-            stopping = stop["signal"] is not None if dist.world == 1 else observe and dist.any(stop["signal"] is not None)
+            stopping = noted["signal"] is not None if dist.world == 1 else observe and dist.any(noted["signal"] is not None)
             if step % settings.save_every == 0 or step == settings.steps or stopping:
                 _save(run, step, settings.keep_last, dist, backbone, optimizer, parts)
                 saved = step
             if stopping:
                 run.interrupted()
                 progress.close()  # the line below must not end up beside the bar
-                say(dist, f"stopped by a signal after step {step}; go on with --train.resume true")
-                raise SystemExit(128 + (stop["signal"] or signal.SIGTERM))
+                said = f"stopped by a signal after step {step}; go on with --train.resume true"
+                say(dist, said)
+                raise Interrupted(said, 128 + (noted["signal"] or signal.SIGTERM))
 
 
 def _save(run: RunDir, step: int, keep_last: int, dist: Distributed, backbone, optimizer, parts) -> None:
@@ -301,16 +274,27 @@ def _restore(folder: Path, backbone, optimizer, parts) -> int:
     return state["step"]
 
 
-def _signal_flag() -> dict:
-    """SIGTERM and SIGUSR1 (what schedulers send) ask the loop to save and leave at the end of the step."""
-    flag = {"signal": None}
+@contextmanager
+def signals_noted() -> Iterator[dict]:
+    """Within the block SIGTERM and SIGUSR1 (what schedulers send) are only noted, under "signal": the loop looks at the end of a step.
 
-    def remember(number, frame):
-        flag["signal"] = number
+    After it the handlers of before are back, and get a signal that came after the loop's last look. Outside the main thread Python
+    has no handlers to give, so nothing is noted there.
+    """
+    noted = {"signal": None}
 
-    signal.signal(signal.SIGTERM, remember)
-    signal.signal(signal.SIGUSR1, remember)
-    return flag
+    def note(number, frame):
+        noted["signal"] = number
+
+    mine = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1)} if mine else {}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not made by Python, which cannot put it back
+    if noted["signal"] is not None:
+        signal.raise_signal(noted["signal"])
 
 
 def say(dist: Distributed, text: str) -> None:

@@ -280,8 +280,9 @@ class Backbone(nn.Module):
     def action_dim(self, unnorm_key: Optional[str] = None) -> int:
         return len(self.action_statistics(unnorm_key)["q01"])
 
-    def action_statistics(self, unnorm_key: Optional[str] = None) -> dict:
-        """q01, q99 and mask of the data set whose actions the model speaks. Raises ValueError listing the keys there are."""
+    def action_key(self, unnorm_key: Optional[str] = None) -> str:
+        """Name of the data set whose actions the model speaks: the given one, its own, or the only one. Raises ValueError listing the
+        keys there are."""
         key = unnorm_key or self.unnorm_key
         known = ", ".join(self.norm_stats) or "none"
         if key is None:
@@ -292,7 +293,11 @@ class Backbone(nn.Module):
             raise ValueError(
                 f"{self.name} has no action statistics of {key!r} (it has {known}): give one of these with --backbone.unnorm_key"
             )
-        return self.norm_stats[key]["action"]
+        return key
+
+    def action_statistics(self, unnorm_key: Optional[str] = None) -> dict:
+        """q01, q99 and mask of the data set whose actions the model speaks. Raises ValueError listing the keys there are."""
+        return self.norm_stats[self.action_key(unnorm_key)]["action"]
 
     def unnormalise(self, actions_BA: np.ndarray, unnorm_key: Optional[str] = None) -> np.ndarray:
         """[-1, 1] to the data set's units, float64: 0.5 (x + 1) (q99 - q01) + q01 where the mask is true, else unchanged."""

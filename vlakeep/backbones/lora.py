@@ -68,16 +68,21 @@ def target_modules(backbone: Backbone, layers: str, modules: List[str]) -> List[
     """
     if list(modules) == ["all-linear"]:
         return all_linear(backbone)
-    leaves = [leaf for module in modules for leaf in GROUPS.get(module, [module])]
-    unknown = [leaf for leaf in leaves if leaf not in _PARENT]
-    if unknown or not leaves:
-        raise ValueError(f"--lora.modules {unknown or modules}: must be among attention, mlp, {', '.join(_PARENT)}")
-    leaves = [leaf for leaf in _PARENT if leaf in leaves]  # the order of the model, each once
+    leaves = leaf_names(modules)
     return [
         f"{LORA_PREFIX}layers.{number}.{_PARENT[leaf]}.{leaf}"
         for number in layer_numbers(layers, backbone.num_layers)
         for leaf in leaves
     ]
+
+
+def leaf_names(modules: List[str]) -> List[str]:
+    """Names inside a decoder layer, such as q_proj, in the model's order, each once. ValueError for unknown ones, or none."""
+    leaves = [leaf for module in modules for leaf in GROUPS.get(module, [module])]
+    unknown = [leaf for leaf in leaves if leaf not in _PARENT]
+    if unknown or not leaves:
+        raise ValueError(f"--lora.modules {unknown or modules}: must be among attention, mlp, {', '.join(_PARENT)}")
+    return [leaf for leaf in _PARENT if leaf in leaves]
 
 
 def all_linear(backbone: Backbone) -> List[str]:

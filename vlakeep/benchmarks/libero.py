@@ -95,12 +95,13 @@ def pick_tasks(suite: str, chosen: Sequence[str], option: str = "--evaluate.skil
 
 def pick_key(suite: str, given: Optional[str], known: Dict, own: Optional[str]) -> str:
     """The key of the action statistics: the given one, else the suite, else SUITE_no_noops (as the official script), else `own`,
-    the only data set that the run was trained on. ValueError when the model has none of these."""
-    for key in (given, suite, f"{suite}_no_noops", own):
+    the only data set that the run was trained on. ValueError when the model has none of these, or not the given one."""
+    for key in (suite, f"{suite}_no_noops", own) if given is None else (given,):
         if key is not None and key in known:
             return key
-    raise ValueError(f"the model has no action statistics of {given or f'{suite} or {suite}_no_noops'} (it has "
-                     f"{', '.join(known) or 'none'}): name one with --backbone.unnorm_key")
+    lacking = f"{suite} or {suite}_no_noops" if given is None else repr(given)
+    raise ValueError(f"the model has no action statistics of {lacking} (it has {', '.join(known) or 'none'}): name one with "
+                     "--backbone.unnorm_key")
 
 
 def check(settings) -> None:

@@ -2,6 +2,7 @@
 
 records.jsonl   first line {"header": ...}: what was evaluated and how; then one object per trial:
                 kind, ability, trial, seed, success (true, false, null), value, crash (null or the error), steps, ...
+                What looked wrong about the trials is kept in the same form, with the kind `alarm`.
 """
 
 import errno
@@ -10,8 +11,9 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
+from vlakeep.errors import quoted
 from vlakeep.storage import naming_full_disk
 
 
@@ -25,11 +27,11 @@ def wilson(successes: int, n: int, z: float = 1.959964) -> Tuple[float, float, f
     return p, max(0.0, centre - half), min(1.0, centre + half)
 
 
-def mean_interval(values: Sequence[float], z: float = 1.959964) -> Dict[str, float]:
-    """{"mean", "low", "high", "n"} of real values, normal interval."""
+def mean_interval(values: Sequence[float], z: float = 1.959964) -> Dict[str, Optional[float]]:
+    """{"mean", "low", "high", "n"} of real values, normal interval; without a value nothing is known, and all but n is None."""
     n = len(values)
     if n == 0:
-        return {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 0}
+        return {"mean": None, "low": None, "high": None, "n": 0}
     mean = sum(values) / n
     spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else 0.0
     return {"mean": mean, "low": mean - z * spread, "high": mean + z * spread, "n": n}
@@ -49,6 +51,28 @@ def summarise(rows: List[dict]) -> Dict[Tuple[str, str], dict]:
     return result
 
 
+def changes(old: dict, new: dict) -> List[str]:
+    """What of the header `new` is another in the header `old`, in words; empty when all of it is there."""
+    found = []
+    for key in (key for key in new if old.get(key) != new[key]):
+        was, now = old.get(key), new[key]
+        if key in ("weights", "base"):
+            found.append("another model" if key == "weights" else "another base model")
+        elif key not in old:
+            found.append(f"an evaluation whose header does not say {key} (an older version's, or one that did not need it)")
+        elif isinstance(was, dict) and isinstance(now, dict):
+            pairs = {name: (was.get(name, "(not set)"), now.get(name, "(not set)")) for name in sorted({**was, **now})}
+            inner = [f"{key}.{name} {one} -> {two}" for name, (one, two) in pairs.items() if one != two]
+            found.append(f"other settings ({', '.join(inner)})")
+        else:
+            found.append(f"other settings ({key} {was} -> {now})")
+    return found
+
+
+def _key(row: dict) -> Tuple[str, str, int]:
+    return row["kind"], row["ability"], row["trial"]
+
+
 class Records:
     """Append-only trial file. A half-written last line (the process was killed) is cut off when the file is opened again."""
 
@@ -60,7 +84,7 @@ class Records:
         try:
             self._lock()
             self._rows = self._resume(json.loads(json.dumps(header)))
-            self._seen = {(r["kind"], r["ability"], r["trial"]) for r in self._rows}
+            self._seen = {_key(row) for row in self._rows}
             if not self._rows:
                 self._file.truncate(0)
                 self._write({"header": header})
@@ -81,7 +105,7 @@ class Records:
         data = self.path.read_bytes()
         whole = data[:data.rfind(b"\n") + 1]
         self._file.truncate(len(whole))
-        lines = []
+        lines, seen = [], {}
         for number, line in enumerate(whole.split(b"\n")[:-1], 1):
             try:
                 lines.append(json.loads(line))
@@ -89,16 +113,14 @@ class Records:
                 missing = [key for key in wanted if key not in lines[-1]]
                 if missing:
                     raise ValueError(f"no {missing[0]}")
+                if number > 1 and seen.setdefault(_key(lines[-1]), number) != number:
+                    raise ValueError(f"the trial of line {seen[_key(lines[-1])]} again")
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{self.path} line {number} is damaged ({error}); delete that line, or start over: "
-                                 f"rm -r {self.path.parent}") from error
+                                 f"rm -r {quoted(self.path.parent)}") from error
         if len(lines) > 1 and lines[0]["header"] != header:
-            old, changed = lines[0]["header"], []
-            for key in header:
-                if old.get(key) != header[key]:
-                    changed.append({"weights": "another model", "base": "another base model"}.get(key, f"other settings ({key})"))
-            raise ValueError(f"{self.path} holds the trials of {' and '.join(changed) or 'an older version'}; put them aside or "
-                             f"delete them: rm -r {self.path.parent}")
+            raise ValueError(f"{self.path} holds the trials of {' and '.join(changes(lines[0]['header'], header)) or 'an older version'}; "
+                             f"put them aside or delete them: rm -r {quoted(self.path.parent)}")
         return lines[1:]
 
     def _write(self, row: dict) -> None:
@@ -111,9 +133,35 @@ class Records:
         return (kind, ability, trial) in self._seen
 
     def add(self, **row) -> None:
+        """Append a trial. ValueError for one that is there already: it would count twice."""
+        if self.has(*_key(row)):
+            raise ValueError(f"{self.path} has trial {row['trial']} of {row['kind']} {row['ability']} already")
         self._write(row)
         self._rows.append(row)
-        self._seen.add((row["kind"], row["ability"], row["trial"]))
+        self._seen.add(_key(row))
+
+    def missing(self, kind: str, ability: str, count: int, size: int) -> Iterator[Tuple[range, List[int]]]:
+        """(trials of a batch, those of them that are not there) for each batch of `size` among `count` trials that lacks one.
+
+        The last bits of a model's output depend on its batch, so that a batch is asked again as a whole.
+        """
+        for start in range(0, count, size):
+            batch = range(start, min(start + size, count))
+            lacking = [trial for trial in batch if not self.has(kind, ability, trial)]
+            if lacking:
+                yield batch, lacking
+
+    def add_alarms(self, texts: Sequence[str]) -> None:
+        """Keep what looked wrong beside the trials that showed it: an evaluation that goes on does not see them again."""
+        for text in texts:
+            known = self.alarms()
+            if text not in known:
+                self.add(kind="alarm", ability="actions", trial=len(known), seed=None, success=None, value=None, crash=None, steps=0,
+                         text=text)
+
+    def alarms(self) -> List[str]:
+        """The texts of all sessions, in the order in which they came."""
+        return [row["text"] for row in self.rows() if row["kind"] == "alarm"]
 
     def flush(self) -> None:
         """Make the trials safe against a power cut as well."""
@@ -121,7 +169,7 @@ class Records:
 
     def rows(self) -> List[dict]:
         """All trials in a fixed order, whatever the order in which they ended."""
-        return sorted(self._rows, key=lambda r: (r["kind"], r["ability"], r["trial"]))
+        return sorted(self._rows, key=_key)
 
     def __enter__(self) -> "Records":
         return self

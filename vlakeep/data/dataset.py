@@ -228,7 +228,10 @@ class DemoDataset:
         return digest.hexdigest()
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files; a picture that is asked for later opens them again."""
 
-    def __del__(self):
+    def __enter__(self) -> "DemoDataset":
+        return self
+
+    def __exit__(self, *error) -> None:
         self.close()

@@ -5,8 +5,9 @@
     data_root_dir/<name>/meta/info.json                   LeRobot v2.0, v2.1 or v3.0
 """
 
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, Iterator, List, Optional
 
 from vlakeep.data.dataset import USUAL, Conventions, DemoDataset
 from vlakeep.data.hdf5 import Hdf5Dataset, demo_files
@@ -45,14 +46,25 @@ def open_dataset(folder, fraction: float = 1.0, cache_dir=None, conventions: Con
 
 def open_datasets(root, names: List[str], fraction: float = 1.0, cache_dir: Optional[str] = None,
                   conventions: Conventions = USUAL) -> List[DemoDataset]:
-    """The data sets `names` below `root`, in that order."""
+    """The data sets `names` below `root`, in that order. Whoever opens them closes them; when one cannot be opened, none stays open."""
     if not names:
         raise ValueError("no data set is named; give --data.datasets, e.g. '[tabletop_corner]' after `vlakeep tabletop-data`")
     opened: List[DemoDataset] = []
-    for name in names:
-        opened.append(open_dataset(Path(root) / name, fraction, cache_dir, conventions))
-        for other in opened[:-1]:
-            if other.name == opened[-1].name and other.statistics != opened[-1].statistics:
-                raise ValueError(f"{other.folder} and {opened[-1].folder} are different data sets of one name, {other.name!r}, "
-                                 "and statistics are kept by name; rename one of them")
+    with ExitStack() as on_error:
+        for name in names:
+            opened.append(on_error.enter_context(open_dataset(Path(root) / name, fraction, cache_dir, conventions)))
+            for other in opened[:-1]:
+                if other.name == opened[-1].name and other.statistics != opened[-1].statistics:
+                    raise ValueError(f"{other.folder} and {opened[-1].folder} are different data sets of one name, {other.name!r}, "
+                                     "and statistics are kept by name; rename one of them")
+        on_error.pop_all()
     return opened
+
+
+@contextmanager
+def closing_all(datasets: List[DemoDataset]) -> Iterator[List[DemoDataset]]:
+    """The data sets of open_datasets, closed at the end of the block."""
+    with ExitStack() as stack:
+        for dataset in datasets:
+            stack.enter_context(dataset)
+        yield datasets

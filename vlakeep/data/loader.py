@@ -149,5 +149,9 @@ def make_stream(data, data_root_dir, processor, batch_size: int, seed: int, rank
         return OfficialStream(data, data_root_dir, processor, batch_size, openvla_dir)
     conventions = Conventions(data.camera, data.gripper, data.rotate)
     datasets = open_datasets(data_root_dir, data.datasets, data.train_fraction, cache_dir, conventions)
-    return BatchStream(datasets, processor, batch_size, seed, rank, world, data.shuffle_buffer, data.workers,
-                       getattr(data, "image_aug", False))
+    try:
+        return BatchStream(datasets, processor, batch_size, seed, rank, world, data.shuffle_buffer, data.workers, data.image_aug)
+    except BaseException:
+        for dataset in datasets:
+            dataset.close()
+        raise

@@ -123,13 +123,15 @@ class GradedA(nn.Module):
                 a_RD.register_hook(lambda grad_RD: self._meter.add(grad_RD.float(), grad_RD.float()))
             return a_RD
         # The pointer changes when a checkpoint or a merge replaces the weight, the version when it is written to.
-        made = (a_RD._version, a_RD.data_ptr(), self.space.version)
+        made = (a_RD._version, a_RD.data_ptr(), self.space.version, torch.is_grad_enabled() and a_RD.requires_grad)
         if made != self._made:
             # Half precision would let through what is closed; a tensor made in inference mode could not be trained through later.
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(a_RD.device.type, enabled=False):
                 self._effective_RD = self.space.effective(a_RD)
+            if made[-1]:  # one node for all micro-batches: it saves no tensor, so that it can be passed backwards again
+                self._effective_RD = _Contract.apply(a_RD, self._effective_RD, self.space, self._meter)
             self._made = made
-        return _Contract.apply(a_RD, self._effective_RD, self.space, self._meter)
+        return self._effective_RD
 
 
 class GradientMeter:

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save
 
 from vlakeep.storage import atomic_dir
 
-FORMAT = 2
-_NEEDED = ("weights_sha256", "probe_sha256", "probe_items", "depth", "layers", "layer_map", "config", "files")
+FORMAT = 3
+_NEEDED = ("weights_sha256", "dtype", "quantisation", "probe_sha256", "probe_items", "depth", "layers", "layer_map", "config", "files")
 
 
 class ArtifactError(ValueError):
@@ -143,20 +143,29 @@ def load(folder: Path) -> Artifact:
         raise ArtifactError(f"{path} is damaged ({error}): rebuild the artefact with `vlakeep offline`") from error
     form = meta.get("format") if isinstance(meta, dict) else None
     if form != FORMAT:
-        raise ArtifactError(f"{path} has format {form}, this version reads {FORMAT}: rebuild it with `vlakeep offline`")
+        raise ArtifactError(f"{path} has format {form}, this version reads {FORMAT}, in which the data type of the teacher is recorded: "
+                            "rebuild it with `vlakeep offline`")
     missing = [key for key in _NEEDED if key not in meta]
     if missing:
         raise ArtifactError(f"{path} is damaged (it lacks {', '.join(missing)}): rebuild the artefact with `vlakeep offline`")
     return Artifact(folder, meta)
 
 
-def check(artifact: Artifact, weights_hash: str, probe_hash: str, icsm_section: dict, depth: int, probe_size: int) -> List[str]:
-    """Why this artefact does not fit the run: one line per mismatch with the remedy; empty when it fits."""
+def check(artifact: Artifact, weights_hash: str, probe_hash: str, icsm_section: dict, depth: int, probe_size: int, dtype: str,
+          quantisation: str = "none") -> List[str]:
+    """Why this artefact does not fit the run: one line per mismatch with the remedy; empty when it fits.
+
+    dtype, quantisation: of the base weights. Attention implementations agree up to rounding and are only recorded.
+    """
     meta, remedy = artifact.meta, "run `vlakeep offline` with this configuration"
     found = []
     if meta["weights_sha256"] != weights_hash:
         found.append(f"{artifact.folder} was made for other base weights ({meta['weights_sha256'][:12]}, this run loads "
                      f"{weights_hash[:12]}): {remedy}")
+    if meta["dtype"] != dtype:
+        found.append(f"{artifact.folder} was made with {meta['dtype']} weights, this run has {dtype} ones: {remedy}")
+    if meta["quantisation"] != quantisation:
+        found.append(f"{artifact.folder} was made with weights quantised as {meta['quantisation']}, this run as {quantisation}: {remedy}")
     if meta["probe_sha256"] != probe_hash:
         found.append(f"{artifact.folder} was made from another probe ({meta['probe_sha256'][:12]}, this run names "
                      f"{probe_hash[:12]}): {remedy}")

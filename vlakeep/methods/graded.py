@@ -7,11 +7,18 @@ from typing import Callable, Dict, List, Optional
 
 import torch
 
+from vlakeep.backbones.lora import adapters_disabled
 from vlakeep.config import Config
+from vlakeep.data.prompts import encode_prompts
 from vlakeep.hsw.graded import GradedInput, GradedSite
 from vlakeep.icsm.collect import input_key
 from vlakeep.method import Baseline
-from vlakeep.teacher.artifact import GradedArtifact, GradedArtifactError
+from vlakeep.methods import graded_offline
+from vlakeep.probe.probe_set import ProbeSet
+from vlakeep.storage import Storage
+from vlakeep.teacher.answers import Answered, run_below, teacher_answers
+from vlakeep.teacher.artifact import GradedArtifact, GradedArtifactError, check, load_artifact
+from vlakeep.thermostat.kl_sensor import KLSensor, batched
 from vlakeep.thermostat.setpoint import SetPoint, SetPointController
 
 LOWEST, HIGHEST = 1e-9, 1e3  # of the opening: below, nothing passes that a run would notice; above, nothing is closed
@@ -126,3 +133,36 @@ class Graded(Baseline):
         if self._site:
             self._site.detach()
             self._site = None
+
+
+def prepare(config: Config, storage: Storage, backbone):
+    """(Graded with its artefact and the sensors of the divergence, on probe items and on the new task's own prompts; hashes of both).
+
+    Raises GradedArtifactError naming every mismatch.
+    """
+    if not (config.gains.enabled or config.thermostat.enabled):
+        return Graded(config, None, None), {}
+    probe = ProbeSet(storage.probe_folder(config.probe.name))
+    artifact = load_artifact(graded_offline.artifact_folder(config, storage, backbone.name))
+    problems = check(artifact, backbone.weights_sha256, probe.sha256, config.probe.size, backbone.num_layers,
+                                     config.backbone.dtype, graded_offline.deciding(config))
+    if problems:
+        raise GradedArtifactError("\n".join(problems))
+    size = config.icsm.batch_size
+
+    def make_sensors(backbone):
+        answered, items = artifact.answers()
+        count = min(config.thermostat.batch_size, len(items))
+        rows = torch.tensor([i * len(items) // count for i in range(count)])
+        sensor = KLSensor(backbone, Answered(*[value[rows] for value in answered]),
+                          batched(probe.samples([items[i] for i in rows]), backbone.processor, encode_prompts, size), size)
+        new = graded_offline.new_samples(config, storage, graded_offline.picture_size(backbone), max(1, count // 4))
+        samples = [sample for group in new.values() for sample in group]
+        if not samples:
+            return {"kl": sensor, "kl_new": None}
+        with adapters_disabled(backbone):
+            first = backbone.first_adapted_layer()
+            own = teacher_answers(backbone, run_below(backbone, graded_offline.answered_samples(backbone, samples, size), first), first)
+        return {"kl": sensor, "kl_new": KLSensor(backbone, own, batched(samples, backbone.processor, encode_prompts, size), size)}
+
+    return Graded(config, artifact, make_sensors), {"artifact": artifact.meta["files"], "probe": probe.sha256}

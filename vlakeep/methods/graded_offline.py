@@ -16,7 +16,7 @@ import vlakeep
 from vlakeep.backbones.lora import select_linears
 from vlakeep.config import Config
 from vlakeep.data.dataset import Conventions
-from vlakeep.data.formats import open_datasets
+from vlakeep.data.formats import closing_all, open_datasets
 from vlakeep.data.images import resize_uint8
 from vlakeep.data.prompts import encode_prompts
 from vlakeep.data.sample import Batch, Sample
@@ -58,12 +58,12 @@ def new_samples(config: Config, storage: Storage, size, count: int = NEW_FRAMES)
     except FileNotFoundError:
         return {}
     found = {}
-    for dataset in datasets:
-        keys = [(e, t) for e, length in enumerate(dataset.lengths) for t in range(int(length))]
-        chosen = [keys[i * len(keys) // count] for i in range(min(count, len(keys)))]
-        raw = [dataset.frame(*key) for key in chosen]
-        found[dataset.name] = [Sample(resize_uint8(one.image, size), one.instruction) for one in raw]
-        dataset.close()
+    with closing_all(datasets):
+        for dataset in datasets:
+            keys = [(e, t) for e, length in enumerate(dataset.lengths) for t in range(int(length))]
+            chosen = [keys[i * len(keys) // count] for i in range(min(count, len(keys)))]
+            raw = [dataset.frame(*key) for key in chosen]
+            found[dataset.name] = [Sample(resize_uint8(one.image, size), one.instruction) for one in raw]
     return found
 
 

@@ -67,6 +67,11 @@ def write_probe(folder, samples: List[Sample], kinds: List[str], states: Optiona
     return sha256
 
 
+def evenly(count: int, size: int) -> List[int]:
+    """`size` of the numbers 0 to count - 1, evenly spaced, ascending; different ones for size <= count."""
+    return [i * count // size for i in range(size)]
+
+
 class ProbeSet:
     """A probe folder, verified against its hash when it is opened; pictures stay memory-mapped.
 
@@ -135,7 +140,7 @@ class ProbeSet:
         if size > len(self):
             raise ProbeError(f"{self.folder} has {len(self)} items, --probe.size asks for {size}; lower it or make a larger "
                              "probe with `vlakeep tabletop-data`")
-        return [i * len(self) // size for i in range(size)]
+        return evenly(len(self), size)
 
     def samples(self, indices: Sequence[int]) -> List[Sample]:
         """The items as samples without target, pictures copied into memory."""

@@ -12,6 +12,8 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import yaml
 
+from vlakeep.errors import quoted
+
 LABELS = {
     "base": "Base model",
     "baseline": "Plain LoRA",
@@ -139,7 +141,8 @@ def _load_run(arm: Arm, missing: List[str]) -> None:
         return
     config = COMMANDS.get(arm.name, "CONFIG.yaml")
     if not (folder / "metrics.jsonl").is_file() and not (folder / "provenance.json").is_file():
-        missing.append(f"no training run of arm `{arm.name}` at {folder}: `vlakeep train --config {config} --name {folder.name}`")
+        missing.append(f"no training run of arm `{arm.name}` at {folder}: "
+                       f"`vlakeep train --config {config} --name {quoted(folder.name)}`")
         return
     arm.metrics = [row for row in _read_jsonl(folder / "metrics.jsonl", arm.notes) if isinstance(row.get("step"), int)]
     if not arm.metrics:
@@ -159,9 +162,10 @@ def _load_eval(arm: Arm, missing: List[str]) -> None:
             arm.notes.append("not evaluated: training stopped before there was anything to evaluate")
             return
         target = folder.name if folder is not None else arm.name
-        config = arm.folders["run"] / "config.yaml" if arm.config else COMMANDS.get(arm.name, "CONFIG.yaml")
+        config = quoted(arm.folders["run"] / "config.yaml") if arm.config else COMMANDS.get(arm.name, "CONFIG.yaml")
         missing.append(
-            f"no evaluation of arm `{arm.name}` at {folder}: `vlakeep evaluate --config {config} --evaluate.target {target}`"
+            f"no evaluation of arm `{arm.name}` at {folder}: "
+            f"`vlakeep evaluate --config {config} --evaluate.target {quoted(target)}`"
         )
         return
     arm.summary = _read_json(folder / "summary.json")

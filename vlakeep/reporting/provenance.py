@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 from typing import Dict, List, Optional
 
+from vlakeep.errors import quoted
 from vlakeep.reporting.arms import Arm
 from vlakeep.reporting.compare import Comparison, config_changes
 from vlakeep.reporting.tables import chip, escape, facts_html
@@ -17,6 +18,13 @@ def show_path(path: Optional[Path], root: Optional[Path]) -> str:
         return "$VLAKEEP_ROOT/" + str(Path(path).absolute().relative_to(Path(root).absolute())) if root else str(path)
     except ValueError:
         return str(path)
+
+
+def _argument(path: Path, root: Optional[Path]) -> str:
+    """show_path as one word of a command, in which the shell still puts the root in."""
+    shown = show_path(path, root)
+    variable = "$VLAKEEP_ROOT"
+    return f'"{variable}"{quoted(shown[len(variable):])}' if shown.startswith(variable + "/") else quoted(shown)
 
 
 def _short(value: object) -> str:
@@ -103,26 +111,27 @@ def command_lines(comparison: Comparison) -> List[str]:
 
 def reproduce(comparison: Comparison, root: Optional[Path]) -> List[str]:
     """Commands that make every number of this report again, from the configurations that the runs recorded."""
-    lines = [f"export VLAKEEP_ROOT={shlex.quote(str(root))}"] if root else []
+    lines = [f"export VLAKEEP_ROOT={quoted(root)}"] if root else []
     config = "CONFIG.yaml"
     offline = False
     for arm in comparison.tuned:
         folder = arm.folders.get("run")
         if folder is None or not arm.config:
             continue
-        config = show_path(folder / "config.yaml", root)
+        config = _argument(folder / "config.yaml", root)
         if arm.config.get("method") != "baseline" and not offline:
             lines.append(f"vlakeep offline --config {config}")
             offline = True
-        lines.append(f"vlakeep train --config {config} --name {folder.name}_again")
-        lines.append(f"vlakeep evaluate --config {config} --evaluate.target {folder.name}_again")
+        again = quoted(f"{folder.name}_again")
+        lines.append(f"vlakeep train --config {config} --name {again}")
+        lines.append(f"vlakeep evaluate --config {config} --evaluate.target {again}")
     if "base" in comparison.arms:
         lines.append(f"vlakeep evaluate --config {config} --evaluate.target base")
     runs = []
     for arm in comparison.arms.values():
         folder = arm.folders.get("run")
         runs.append(arm.name if arm.name == "base" or folder is None else f"{arm.name}={folder.name}_again")
-    lines.append(f"vlakeep report --config {config} --runs {','.join(runs)}")
+    lines.append(f"vlakeep report --config {config} --runs {quoted(','.join(runs))}")
     return lines
 
 

@@ -330,28 +330,16 @@ def _against_baseline(comparison: Comparison, arm: Arm, baseline: Arm) -> List[F
 def training_health(arm: Arm) -> List[Finding]:
     """What the training log says: finite, surgery a contraction, Thermostat awake."""
     found = []
-    bad = {key: arm.nonfinite(key) for key in ("loss", "grad_norm", "d")}
+    bad = {key: arm.nonfinite(key) for key in ("loss", "penalty", "grad_norm", "d")}
     bad = {key: count for key, count in bad.items() if count}
     if bad:
         found.append(
             Finding("warn", "Not finite: " + ", ".join(f"{key} on {count} logged steps" for key, count in bad.items()) + ".")
         )
-    pairs = [
-        (row["g_norm"], row["g_prime_norm"])
-        for row in arm.metrics
-        if row.get("g_norm") is not None and row.get("g_prime_norm") is not None
-    ]
-    if pairs:
-        grown = sum(after > before * (1 + 1e-4) for before, after in pairs)
-        found.append(
-            Finding(
-                "bad" if grown else "good",
-                f"Surgery never enlarged the gradient (\u2016g\u2032\u2016 \u2264 \u2016g\u2016 on all "
-                f"{len(pairs)} logged steps)."
-                if not grown
-                else f"\u2016g\u2032\u2016 exceeds \u2016g\u2016 on {grown} of {len(pairs)} logged steps.",
-            )
-        )
+    sites = {"": "", "lora_input/": ""}  # the fields of a single site have no prefix, whichever site it is
+    if any("lora_input/g_norm" in row for row in arm.metrics):
+        sites = {"": "Residual stream: ", "lora_input/": "LoRA input: "}
+    found += [finding for prefix, site in sites.items() for finding in _contraction(arm, prefix, site)]
     _, gammas = arm.values("gamma")
     _, betas = arm.values("beta")
     if gammas and betas:
@@ -370,3 +358,15 @@ def training_health(arm: Arm) -> List[Finding]:
                 )
             )
     return found
+
+
+def _contraction(arm: Arm, prefix: str, site: str) -> List[Finding]:
+    """Whether the surgery at one site only ever shrank the gradient; nothing when none was logged."""
+    norms = [(row.get(f"{prefix}g_norm"), row.get(f"{prefix}g_prime_norm")) for row in arm.metrics]
+    norms = [(before, after) for before, after in norms if before is not None and after is not None]
+    grown = sum(after > before * (1 + 1e-4) for before, after in norms)
+    if grown:
+        return [Finding("bad", f"{site}\u2016g\u2032\u2016 exceeds \u2016g\u2016 on {grown} of {len(norms)} logged steps.")]
+    start = f"{site}surgery" if site else "Surgery"
+    return [Finding("good", f"{start} never enlarged the gradient (\u2016g\u2032\u2016 \u2264 \u2016g\u2016 on all {len(norms)} "
+                            "logged steps).")] if norms else []
