@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from vlakeep import evaluate
 from vlakeep.backbones.base import Backbone, make_backbone
 from vlakeep.benchmarks import rollout, tabletop
+from vlakeep.benchmarks.summary import print_summary
 from vlakeep.benchmarks.tabletop_expert import expert_actions
 from vlakeep.benchmarks.tabletop_render import render
 from vlakeep.benchmarks.tabletop_world import MAX_STEPS, NEW_SKILL, TabletopWorld
 from vlakeep.checkpoint import file_sha256
 from vlakeep.data.sample import IGNORE_INDEX, Batch
 from vlakeep.errors import CheckpointError
-from vlakeep.evaluate import ActionPolicy, action_token_kl, load_target, print_summary, run_evaluation
+from vlakeep.evaluate import ActionPolicy, action_token_kl, load_target, run_evaluation
 from vlakeep.probe.masks import mask_from_prompt
 from vlakeep.probe.probe_set import ProbeSet
 

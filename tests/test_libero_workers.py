@@ -18,6 +18,7 @@ from vlakeep.benchmarks.libero_env import to_simulator
 from vlakeep.benchmarks.libero_record import Demo, Manner, disturbances, without_no_ops
 from vlakeep.benchmarks.libero_scene import Boxes, clearance, rotation_about, separation
 from vlakeep.benchmarks.libero_workers import Job, Seen, Workers
+from vlakeep.benchmarks.summary import make_summary, print_summary
 from vlakeep.config import BackboneConfig, Config, EvaluateConfig
 from vlakeep.storage import Storage
 
@@ -315,6 +316,6 @@ def test_boxes_are_apart_or_overlap_as_points_inside_them_say():
 def test_a_kl_that_was_not_measured_is_not_printed_as_none(capsys):
     rows = [{"kind": "skill", "ability": "libero_object", "trial": 0, "task": "lift it", "success": True, "crash": None}]
     for name, told in (("baseline", "not measured"), ("base", "0.0000")):
-        summary = evaluate.make_summary(name, rows, None, "sha", "libero_object")
-        evaluate.print_summary({**summary, "alarms": [], "seconds": 1.0})
+        summary = make_summary(name, rows, None, "sha", "libero_object")
+        print_summary({**summary, "alarms": [], "seconds": 1.0})
         assert f"action-token KL          {told}   drift not measured" in capsys.readouterr().out

@@ -24,7 +24,8 @@ from vlakeep.backbones.base import make_backbone
 from vlakeep.backbones.lora import adapters_disabled, load_adapter
 from vlakeep.backbones.safeguards import ActionWatch, orientation_alarm
 from vlakeep.benchmarks import libero, libero_setup, tabletop
-from vlakeep.benchmarks.records import Records, mean_interval, summarise
+from vlakeep.benchmarks.records import Records
+from vlakeep.benchmarks.summary import make_summary, write_summary
 from vlakeep.compat import require_numpy
 from vlakeep.config import Config, EvaluateConfig, config_from_argv, to_dict
 from vlakeep.data.dataset import Conventions
@@ -39,7 +40,7 @@ from vlakeep.parallel import pick_device, set_threads
 from vlakeep.probe.batches import prompt_batches
 from vlakeep.probe.heldout import open_heldout
 from vlakeep.probe.probe_set import ProbeSet
-from vlakeep.storage import Storage, atomic_write, find_checkpoint
+from vlakeep.storage import Storage, find_checkpoint
 from vlakeep.target import load_manifest, read_action_statistics, run_config, target_checkpoint
 from vlakeep.thermostat.drift import covariance, covariance_drift
 
@@ -241,15 +242,6 @@ def demonstrations(datasets, suite: str, tasks: List[int], count: int) -> Dict[s
     return found
 
 
-def write_summary(folder: Path, summary: Dict, alarms: List[str], started: float) -> Path:
-    summary["alarms"] = alarms
-    summary["seconds"] = time.perf_counter() - started
-    with atomic_write(folder / "summary.json", "w") as file:
-        json.dump(summary, file, indent=1)
-    print_summary(summary)
-    return folder
-
-
 def resolved(config: Config) -> EvaluateConfig:
     """The evaluate section with the values that follow from others."""
     settings = config.evaluate
@@ -407,39 +399,6 @@ def run_probe(backbone, probe: ProbeSet, settings, records: Records, name: str) 
     items = [i for i, kind in enumerate(kinds) if kind == "instruction"][:settings.retention_frames]
     if name != "base":
         measure_retention(backbone, samples_of(items), items, records)
-
-
-def make_summary(name: str, rows: List[dict], drift, weights: str, benchmark: str = "tabletop") -> Dict:
-    """The summary.json of docs/formats.md from the trial records. A LIBERO suite is one skill, with its tasks listed below it."""
-    groups = summarise(rows)
-    learnt = benchmark if benchmark in libero.SUITES else tabletop.NEW_SKILL
-    abilities = {ability: dict(value, group=kind) for (kind, ability), value in groups.items()
-                 if kind in ("skill", "question") and ability != learnt}
-    new = groups.get(("skill", learnt))
-    kl = [row["value"] for row in rows if row["kind"] == "retention"]
-    summary = {"target": name, "weights": weights, "new_skill": dict(new, name=learnt) if new else None, "abilities": abilities,
-               "retention_kl": mean_interval(kl), "drift": drift}
-    return dict(summary, tasks=libero.by_task(rows)) if benchmark in libero.SUITES else summary
-
-
-def print_summary(summary: Dict) -> None:
-    def line(label, value, end=""):
-        crashes = f", {value['crashes']} crashed" if value.get("crashes") else ""
-        print(f"  {label:24s} {value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]{crashes}{end}")
-
-    print(f"{summary['target']} ({summary['seconds']:.0f} s)")
-    if summary["new_skill"]:
-        line(("suite " if "tasks" in summary else "new skill ") + summary["new_skill"]["name"], summary["new_skill"])
-    for task, value in summary.get("tasks", {}).items():
-        line(f"({value['n']} episodes)", value, end=f"  {task}")
-    for ability, value in summary["abilities"].items():
-        line(ability, value)
-    for alarm in summary["alarms"]:
-        print(f"  ALARM: {alarm}")
-    drift = "not measured" if summary["drift"] is None else f"{summary['drift']:.3f}"
-    kl = 0.0 if summary["target"] == "base" else summary["retention_kl"]["mean"]  # the base is the teacher
-    kl = "not measured" if kl is None else f"{kl:.4f}"
-    print(f"  {'action-token KL':24s} {kl}   drift {drift}")
 
 
 def main(argv: List[str]) -> int:
