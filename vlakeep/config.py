@@ -232,6 +232,8 @@ class EvaluateConfig:
     # Skills (of a LIBERO suite: numbers of its tasks) and question kinds; empty takes all of the benchmark.
     skills: List[str] = field(default_factory=list)
     questions: List[str] = field(default_factory=list)
+    # Tabletop: the skill that the run learnt: corner, path, order, relation, repeat, carry or blue. Other skills count as old ones.
+    new_skill: str = "corner"
     # Per skill, per task. A LIBERO task has 50 fixed initial states, which are taken in order.
     episodes: int = 50
     questions_per_kind: int = 100

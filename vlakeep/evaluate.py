@@ -52,8 +52,8 @@ QUESTION_BATCH, KL_BATCH = 250, 100
 ROUNDING = 1e-5  # nats, of a mean over float32 sums
 FIRST_PICTURES = 20  # of a LIBERO evaluation, compared with the training data's
 # Fields of the evaluate section that change no trial, and those that one kind of benchmark does not read.
-# A probe is named by its hash; blank evaluations have a folder of their own; other suites have records of their own.
-NO_MATTER = ("target", "parallel", "workers", "videos", "probe", "blank", "other_suites")
+# A probe is named by its hash; blank evaluations have a folder of their own; other suites and new skills have records of their own.
+NO_MATTER = ("target", "parallel", "workers", "videos", "probe", "blank", "other_suites", "new_skill")
 LIBERO_ONLY = ("batch", "center_crop")
 
 
@@ -169,9 +169,10 @@ def run_evaluation(config: Config, storage: Storage, folder: Optional[Path] = No
             if probe:
                 run_probe(backbone, probe, settings, records, name)
         else:
-            alarms = []
+            alarms = tabletop.skill_alarm(trained_data(config, storage).get("datasets") or [], settings.new_skill)
             run_tabletop(backbone, key, settings, records, name)
-        summary = make_summary(name, records.rows(), drift, weights, settings.benchmark)
+        rows = records.rows() if in_libero else tabletop.asked_rows(records.rows(), settings)
+        summary = make_summary(name, rows, drift, weights, settings.benchmark, settings.new_skill)
         return write_summary(folder, summary, alarms + records.alarms(), started)
 
 
@@ -261,19 +262,24 @@ def drift_of(backbone, config: Config, storage: Storage, required: bool):
 
 
 def check_tabletop(settings) -> None:
-    asked = (("skills", settings.skills, tabletop.ALL_SKILLS), ("questions", settings.questions, tabletop.QUESTION_KINDS))
+    asked = (("skills", settings.skills, tabletop.ALL_SKILLS), ("questions", settings.questions, tabletop.QUESTION_KINDS),
+             ("new_skill", [settings.new_skill], tabletop.NEW_SKILLS))
     for key, names, known in asked:
         wrong = [name for name in names if name not in known or names.count(name) > 1]
         if wrong:
             raise ValueError(f"--evaluate.{key} {wrong}: must be among {', '.join(known)}, each once")
 
 
+def trained_data(config: Config, storage: Storage) -> Dict:
+    """The data section of the run's own configuration; {} for what is no run."""
+    return (run_config(config.evaluate.target, storage) or {}).get("data") or {}
+
+
 def crop_alarm(config: Config, storage: Storage, settings) -> List[str]:
     """One line when the evaluation crops and the training did not, or the other way round; reads the run's own configuration."""
-    made_with = run_config(config.evaluate.target, storage)
-    if made_with is None:
+    if run_config(config.evaluate.target, storage) is None:
         return []
-    trained = bool((made_with.get("data") or {}).get("image_aug"))
+    trained = bool(trained_data(config, storage).get("image_aug"))
     if trained == settings.center_crop:
         return []
     cuts = "cuts" if settings.center_crop else "does not cut"
@@ -286,9 +292,8 @@ def renderer_alarm(config: Config, storage: Storage, key: str) -> List[str]:
 
     Of a base model pretrain-libero has noted it; one whose action statistics (`key`) are named as the official data was made from them.
     """
-    made_with = run_config(config.evaluate.target, storage)
-    if made_with is not None:
-        names = (made_with.get("data") or {}).get("datasets") or []
+    if run_config(config.evaluate.target, storage) is not None:
+        names = trained_data(config, storage).get("datasets") or []
         made = {name: libero_setup.rendered_with(storage.data / name) for name in names if name.startswith("libero")}
     else:
         notes = find_checkpoint(config.backbone.checkpoint, storage.cache) / "PROVENANCE.json"
@@ -331,7 +336,7 @@ def measure_retention(backbone, samples, seeds: List[int], records: Records) -> 
 
 def run_tabletop(backbone, key, settings, records: Records, name: str) -> None:
     """Episodes of every skill, questions of every kind, and the KL on frames of the old skills."""
-    policy, skills = ActionPolicy(backbone, key), settings.skills or tabletop.ALL_SKILLS
+    policy, skills = ActionPolicy(backbone, key), tabletop.asked_skills(settings.skills, settings.new_skill)
     tabletop.run_skill_episodes(policy, skills, settings.episodes, tabletop.EVALUATION + settings.seed, settings.parallel, records, name)
     records.add_alarms(policy.watch.alarms())
     for kind in tqdm(settings.questions or tabletop.QUESTION_KINDS, desc=f"{name}: questions", leave=False):

@@ -18,7 +18,8 @@ def run_skill_episodes(policy: Policy, skills: List[str], episodes: int, seed: i
     """Trials 0..episodes-1 of each skill, start states fixed by (skill, seed + trial); finished tables leave the batch.
 
     `policy(images [N, 64, 64, 3], instructions)` gives actions [N, 7]. If it raises on a batch, the tables are asked one by one, and
-    those that still raise are recorded as crashed. Trials that `records` has already are not run again.
+    those that still raise are recorded as crashed. Trials that `records` has already are not run again. Where a prompt names one of two
+    targets, an episode is over once the object is put on either, and its record says on which (`ended`).
     """
     todo = [(skill, trial) for trial in range(episodes) for skill in skills if not records.has("skill", skill, trial)]
     with tqdm(total=len(todo), desc=f"{desc}: episodes", leave=False, mininterval=1.0) as bar:
@@ -32,12 +33,15 @@ def run_skill_episodes(policy: Policy, skills: List[str], episodes: int, seed: i
                 for row in np.flatnonzero(~np.isfinite(actions).all(axis=1)):
                     actions[row], crash[row] = 0.0, crash[row] or "ValueError: the policy gave an action that is not finite"
                 success = world.step(actions)
-                over = success | (world.steps_N >= limit[alive]) | np.array([c is not None for c in crash])
+                elsewhere = world.misplaced()
+                over = success | elsewhere | (world.steps_N >= limit[alive]) | np.array([c is not None for c in crash])
                 for row in np.flatnonzero(over):
                     skill, trial = part[alive[row]]
                     failed = crash[row]
+                    ended = "prompted" if success[row] else "other" if elsewhere[row] else "neither"
                     records.add(kind="skill", ability=skill, trial=trial, seed=seed + trial, success=None if failed else bool(success[row]),
-                                value=None, crash=failed, steps=int(world.steps_N[row]))
+                                value=None, crash=failed, steps=int(world.steps_N[row]),
+                                **({"ended": ended} if world.rival_N[row] >= 0 else {}))
                     bar.update()
                 if over.any():
                     world, alive = world.subset(np.flatnonzero(~over)), alive[~over]

@@ -10,16 +10,18 @@ from vlakeep.benchmarks.records import mean_interval, summarise
 from vlakeep.storage import atomic_write
 
 
-def make_summary(name: str, rows: List[dict], drift, weights: str, benchmark: str = "tabletop") -> Dict:
+def make_summary(name: str, rows: List[dict], drift, weights: str, benchmark: str = "tabletop",
+                 new_skill: str = tabletop.NEW_SKILL) -> Dict:
     """The summary.json of docs/formats.md from the trial records. A LIBERO suite is one skill, with its tasks listed below it."""
     groups = summarise(rows)
-    learnt = benchmark if benchmark in libero.SUITES else tabletop.NEW_SKILL
+    learnt = benchmark if benchmark in libero.SUITES else new_skill
     abilities = {ability: dict(value, group=kind) for (kind, ability), value in groups.items()
-                 if kind in ("skill", "question") and ability != learnt}
+                 if kind in ("skill", "question") and ability not in (learnt, tabletop.CONTROLS.get(learnt))}
     new = groups.get(("skill", learnt))
     kl = [row["value"] for row in rows if row["kind"] == "retention"]
     summary = {"target": name, "weights": weights, "new_skill": dict(new, name=learnt) if new else None, "abilities": abilities,
                "retention_kl": mean_interval(kl), "drift": drift}
+    summary.update(tabletop.followed(rows))
     return dict(summary, tasks=libero.by_task(rows)) if benchmark in libero.SUITES else summary
 
 
@@ -44,6 +46,8 @@ def print_summary(summary: Dict) -> None:
         line(f"({value['n']} episodes)", value, end=f"  {task}")
     for ability, value in summary["abilities"].items():
         line(ability, value)
+    for skill, ends in summary.get("followed", {}).items():
+        print(f"  {'prompt of ' + skill:24s} ends at " + ", ".join(f"{end} {ends[end]:.3f}" for end in tabletop.ENDS))
     for alarm in summary["alarms"]:
         print(f"  ALARM: {alarm}")
     drift = "not measured" if summary["drift"] is None else f"{summary['drift']:.3f}"

@@ -5,7 +5,7 @@ Everything is a function of its seed. Training, probe and evaluation use disjoin
 
 import multiprocessing
 import os
-from typing import List, NamedTuple, Optional, Tuple
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 from tqdm import tqdm
@@ -14,12 +14,13 @@ from vlakeep.benchmarks.rollout import random_policy, run_skill_episodes  # noqa
 from vlakeep.benchmarks.tabletop_expert import expert_actions
 from vlakeep.benchmarks.tabletop_questions import ANSWERS, QUESTION_KINDS, ask, corpus, words  # noqa: F401
 from vlakeep.benchmarks.tabletop_render import render
-from vlakeep.benchmarks.tabletop_world import ALL_SKILLS, MAX_STEPS, NEW_SKILL, SKILLS, TabletopWorld  # noqa: F401
+from vlakeep.benchmarks.tabletop_world import ALL_SKILLS, CONTROLS, MAX_STEPS, NEW_SKILL, NEW_SKILLS, SKILLS, TabletopWorld  # noqa: F401
 from vlakeep.data.sample import Episode, Sample
 
 # Start of the seed range of each use; every use has RANGE table seeds, and seeds below SEEDS stay within it.
 RANGE, SEEDS = 2 * 10**13, 10**5
 PRETRAINING, DEMONSTRATIONS, PROBE, EVALUATION, RETENTION = (RANGE * k for k in range(1, 6))
+ENDS = ("prompted", "other", "neither")  # the target that the prompt names, the one that it does not name, none of the two
 # Weights of the skills in pretraining: long skills need more frames, short ones are learnt from few.
 WEIGHTS = {"reach": 1.0, "side": 0.7, "pick": 1.5, "tap": 1.5, "drop": 0.5, "place": 3.0}
 
@@ -86,7 +87,7 @@ def mixed_frames(n: int, seed: int, questions: float, skills: Optional[List[str]
     while total < n:
         world = TabletopWorld(rng.choice(names, batch, p=weights / weights.sum()), seed + rng.integers(0, 10**6, batch))
         done = np.zeros(batch, dtype=bool)
-        for _ in range(max(MAX_STEPS.values())):
+        for _ in range(max(MAX_STEPS[known] for known in SKILLS)):
             actions = expert_actions(world)
             live = np.flatnonzero(~done & (rng.random(batch) < keep))
             if len(live):
@@ -127,7 +128,7 @@ def training_frames(n: int, seed: int, processes: Optional[int] = None, question
 
 
 def make_probe(n: int, seed: int) -> Tuple[List[Sample], List[str]]:
-    """(samples, kinds): frames of known skills and questions, about half each; the new skill never occurs, no action is in it."""
+    """(samples, kinds): frames of known skills and questions, about half each; no new skill ever occurs, no action is in it."""
     frames = mixed_frames(n, PROBE + _check(seed), questions=0.6, keep=0.3)
     return [Sample(s.image, s.instruction, question=s.question) for s in frames.samples()], frames.kinds
 
@@ -135,6 +136,40 @@ def make_probe(n: int, seed: int) -> Tuple[List[Sample], List[str]]:
 def retention_frames(n: int, seed: int) -> List[Sample]:
     """Frames of known skills with their instructions: off-task prompts at which the student is compared with the teacher."""
     return mixed_frames(n, RETENTION + _check(seed), questions=0.0, keep=0.3).samples()
+
+
+def asked_skills(skills: List[str], new_skill: str) -> List[str]:
+    """The skills of an evaluation: those named, or the known ones, the new one, and its control if it has one."""
+    control = CONTROLS.get(new_skill)
+    return list(skills) or [*SKILLS, new_skill, *([control] if control else [])]
+
+
+def asked_rows(rows: List[dict], settings) -> List[dict]:
+    """Trial records without those of skills that this evaluation did not ask for: one model's records may hold several new skills."""
+    asked = asked_skills(settings.skills, settings.new_skill)
+    return [row for row in rows if row["kind"] != "skill" or row["ability"] in asked]
+
+
+def skill_alarm(datasets: List[str], new_skill: str) -> List[str]:
+    """One line when a run has learnt new skills from the data sets of these names, and not the one that is evaluated as new."""
+    learnt = [name.removeprefix("tabletop_") for name in datasets if name.removeprefix("tabletop_") in NEW_SKILLS]
+    return [] if new_skill in learnt or not learnt else [
+        f"the run was trained on {', '.join(learnt)}, and this evaluation takes {new_skill} for the new skill: "
+        f"--evaluate.new_skill {learnt[-1]} fits it"]
+
+
+def followed(rows: List[dict]) -> Dict[str, Dict[str, Dict[str, float]]]:
+    """{"followed": skill -> {"prompted", "other", "neither", "n"}}: on which of two targets the episodes ended, as shares.
+
+    rows: trial records; crashes do not count. {} where no trial had two targets. A model that does not listen puts the object on one
+    and the same target whichever is named.
+    """
+    ends: Dict[str, List[str]] = {}
+    for row in rows:
+        if "ended" in row and row["crash"] is None:
+            ends.setdefault(row["ability"], []).append(row["ended"])
+    shares = {skill: {**{end: found.count(end) / len(found) for end in ENDS}, "n": len(found)} for skill, found in ends.items()}
+    return {"followed": shares} if shares else {}
 
 
 class QuestionTrial(NamedTuple):

@@ -11,29 +11,31 @@ from typing import List, Sequence
 
 import numpy as np
 
-COLORS = {"red": (220, 50, 40), "green": (40, 160, 70), "blue": (45, 90, 220), "yellow": (245, 205, 40), "purple": (150, 60, 190)}
-SHAPES = ["circle", "square", "triangle", "cross"]
-COLOR_NAMES = list(COLORS)
-SLOTS = 4
-RADIUS = 0.085
-TRAY = np.array([0.86, 0.14])
-TRAY_RADIUS = 0.14
-STEP_XY, STEP_Z = 0.12, 0.5
-GRASP_DISTANCE = 0.07
-LOW = 0.25
-
-SKILLS = ["reach", "side", "pick", "tap", "drop", "place"]
-NEW_SKILL = "corner"
-ALL_SKILLS = SKILLS + [NEW_SKILL]
-SIDES = {"left": (0.12, None), "right": (0.88, None), "top": (None, 0.12), "bottom": (None, 0.88)}
-# Steps running for which the condition must hold: whoever merely passes through on the way to something else has moved on by then.
-HOLD = {"reach": 3, "side": 2, "pick": 2, "tap": 1, "drop": 1, "place": 1, "corner": 1}
-STILL = 0.05  # an object that is nearer than this to where it started has not been moved
-MAX_STEPS = {"reach": 16, "side": 14, "pick": 20, "tap": 20, "drop": 12, "place": 32, "corner": 32}
-
-
-def object_name(color: int, shape: int) -> str:
-    return f"{COLOR_NAMES[color]} {SHAPES[shape]}"
+from vlakeep.benchmarks import tabletop_skills
+from vlakeep.benchmarks.tabletop_skills import (  # noqa: F401 (the facts of the table, for whoever has the world)
+    ALL_SKILLS,
+    COLOR_NAMES,
+    COLORS,
+    CONTROLS,
+    GRASP_DISTANCE,
+    HOLD,
+    LOW,
+    MAX_STEPS,
+    NEW_SKILL,
+    NEW_SKILLS,
+    ON,
+    RADIUS,
+    SHAPES,
+    SIDES,
+    SKILLS,
+    SLOTS,
+    STEP_XY,
+    STEP_Z,
+    STILL,
+    TRAY,
+    TRAY_RADIUS,
+    object_name,
+)
 
 
 class TabletopWorld:
@@ -52,6 +54,8 @@ class TabletopWorld:
         self.color_NK, self.shape_NK = np.zeros((n, SLOTS), dtype=int), np.zeros((n, SLOTS), dtype=int)
         self.present_NK = np.zeros((n, SLOTS), dtype=bool)
         self.target_N, self.goal_N, self.side_N = np.zeros(n, dtype=int), np.full(n, -1), np.full(n, -1)
+        self.rival_N = np.full(n, -1)  # the other of two targets
+        self.stage_N = np.zeros(n, dtype=int)  # how far a skill of several stages has come
         self.release_z_N = np.full(n, np.nan)
         self.streak_N, self.steps_N = np.zeros(n, dtype=int), np.zeros(n, dtype=int)  # streak: steps running with the condition true
         self.instructions: List[str] = [self._reset(i, seed) for i, seed in enumerate(seeds)]
@@ -59,7 +63,19 @@ class TabletopWorld:
 
     def _reset(self, i: int, seed: int) -> str:
         skill = self.skills[i]
-        rng = np.random.default_rng([int(seed), ALL_SKILLS.index(skill)])
+        shared = {control: new for new, control in CONTROLS.items()}
+        rng = np.random.default_rng([int(seed), ALL_SKILLS.index(shared.get(skill, skill))])
+        if skill in (*SKILLS, NEW_SKILL):
+            self._scatter(i, rng)
+            return self._draw_task(i, skill, rng)
+        instruction = ""
+        while not instruction:
+            self._scatter(i, rng)
+            instruction = tabletop_skills.draw_task(self, i, skill, rng)
+        return instruction
+
+    def _scatter(self, i: int, rng) -> None:
+        """Two to four objects anywhere but on the tray, and the gripper anywhere."""
         count = int(rng.integers(2, SLOTS + 1))
         kinds = rng.choice(len(COLORS) * len(SHAPES), count, replace=False)
         placed: List[np.ndarray] = []
@@ -69,10 +85,14 @@ class TabletopWorld:
                 placed.append(xy)
             elif rng.random() < 0.02:  # a crowded draw that leaves no room starts over
                 placed.clear()
-        self.present_NK[i, :count] = True
+        self.present_NK[i] = np.arange(SLOTS) < count
         self.xy_NK2[i, :count] = placed
         self.color_NK[i, :count], self.shape_NK[i, :count] = kinds // len(SHAPES), kinds % len(SHAPES)
         self.grip_N2[i] = rng.uniform(0.1, 0.9, 2)
+
+    def _draw_task(self, i: int, skill: str, rng) -> str:
+        """Choose what a known skill, or the first new one, is about; its instruction."""
+        count = int(self.present_NK[i].sum())
         target, goal = rng.choice(count, 2, replace=False)
         self.target_N[i] = target
         name = object_name(self.color_NK[i, target], self.shape_NK[i, target])
@@ -134,12 +154,20 @@ class TabletopWorld:
         holding = self.held_N >= 0
         self.xy_NK2[rows[holding], self.held_N[holding]] = self.grip_N2[holding]
         self.steps_N += 1
+        self.stage_N = tabletop_skills.advance(self)
         self.streak_N = np.where(self._condition(), self.streak_N + 1, 0)
         return self.success()
 
     def success(self) -> np.ndarray:
         """Whether each skill's condition has held for its HOLD steps running, [N]."""
         return self.streak_N >= np.array([HOLD[skill] for skill in self.skills], dtype=int)
+
+    def misplaced(self) -> np.ndarray:
+        """Whether the object has been put on the other of two targets, [N]; False where there are no two."""
+        rows, rival_N = np.arange(self.n), np.maximum(self.rival_N, 0)
+        near_N = np.linalg.norm(self.target_xy() - self.xy_NK2[rows, rival_N], axis=1) < ON
+        still_N = np.linalg.norm(self.xy_NK2 - self.start_NK2, axis=2)[rows, rival_N] < STILL
+        return (self.rival_N >= 0) & (self.held_N < 0) & ~self.closed_N & near_N & still_N
 
     def _condition(self) -> np.ndarray:
         """The skill's condition on the state now, [N].
@@ -163,7 +191,7 @@ class TabletopWorld:
             "pick": (self.held_N == self.target_N) & (self.z_N > 0.7) & (target_moved_N < 0.28),  # lifted, not carried off
             "tap": self.closed_N & (self.held_N < 0) & (self.z_N <= LOW) & (to_grip_N < GRASP_DISTANCE),
             "drop": let_go_N & (self.release_z_N <= LOW) & (target_moved_N < 0.15),
-            "place": let_go_N & (np.linalg.norm(target_N2 - goal_N2, axis=1) < 0.09) & (goal_moved_N < STILL),
-            NEW_SKILL: let_go_N & (np.linalg.norm(target_N2 - TRAY, axis=1) < TRAY_RADIUS),
+            "place": let_go_N & (np.linalg.norm(target_N2 - goal_N2, axis=1) < ON) & (goal_moved_N < STILL),
+            **tabletop_skills.conditions(self, untouched_N, let_go_N, goal_moved_N),
         }
         return np.select([self.skills == skill for skill in ALL_SKILLS], [done[skill] for skill in ALL_SKILLS]).astype(bool)
