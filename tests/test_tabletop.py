@@ -1,19 +1,24 @@
 """The tabletop benchmark: experts, exact predicates, determinism, disjoint seeds, balanced questions, rollouts."""
 
+import hashlib
+import json
 from collections import Counter
 
 import numpy as np
 import pytest
 
+from vlakeep import evaluate, tabletop_data
 from vlakeep.benchmarks import tabletop
 from vlakeep.benchmarks.records import Records, summarise
 from vlakeep.benchmarks.rollout import random_policy, run_skill_episodes
 from vlakeep.benchmarks.tabletop_expert import coarse, expert_actions
 from vlakeep.benchmarks.tabletop_questions import ANSWERS, QUESTION_KINDS, ask, corpus, words
 from vlakeep.benchmarks.tabletop_render import SIZE, render
+from vlakeep.benchmarks.tabletop_skills import COLUMN
 from vlakeep.benchmarks.tabletop_world import (
     ALL_SKILLS,
     COLORS,
+    CONTROLS,
     MAX_STEPS,
     NEW_SKILL,
     NEW_SKILLS,
@@ -22,6 +27,9 @@ from vlakeep.benchmarks.tabletop_world import (
     TRAY,
     TabletopWorld,
 )
+from vlakeep.config import ConfigError, load_config
+from vlakeep.data.rlds import RldsDataset
+from vlakeep.storage import Storage
 
 
 def play(world, steps, noise=0.0, rng=None):
@@ -232,11 +240,9 @@ def behave_as(behaviour, world):
     if (world.rival_N >= 0).all() and behaviour != own:
         acting.goal_N = world.rival_N
     if behaviour != own:
-        x_N, y_N = world.start_NK2[np.arange(world.n), world.target_N].T
-        far_N = {"carry": np.where(x_N > 0.5, 0, 1), "path": np.where(y_N > 0.5, 2, 3)}.get(behaviour, world.side_N)
-        acting.side_N = np.maximum(np.where(world.side_N >= 0, world.side_N, far_N), 0)
-        if behaviour == "relation":
-            acting.side_N %= 2
+        x_N = world.start_NK2[np.arange(world.n), world.target_N, 0]
+        far_N = np.where(x_N > 0.5, 0, 1) if behaviour == "carry" else np.zeros(world.n, dtype=int)
+        acting.side_N = np.where(world.side_N >= 0, world.side_N, far_N)
     return expert_actions(acting)
 
 
@@ -297,3 +303,208 @@ def test_the_random_policy_does_not_depend_on_the_batch(tmp_path):
 def test_the_largest_seed_stays_in_its_range():
     last = tabletop.SEEDS - 1
     assert last * 10**8 + 2 * 10**9 < tabletop.RANGE and last * 10**7 + 10**7 <= tabletop.RANGE
+
+
+# What the shipped model has learnt from, and every figure that was published, hangs on these pictures. They never change.
+PLAYED = {"reach": "50cdafb60083023e", "side": "ba8115df79bd387b", "pick": "6c884c90117a88b4", "tap": "2d56c39e4386c2ae",
+          "drop": "ff0f8585d2dc6677", "place": "18ebe1fe6731d789", "corner": "bb2ea2b844686636"}
+DEMOS = {"reach": "8fc3c664966b1a1b", "side": "1fce395fb5eed7c0", "pick": "afd082f7df14be09", "tap": "313a24006753f5f1",
+         "drop": "8303a4c5de2b52c3", "place": "ea83e08d0048cb6c", "corner": "d5bc691519fb6db6"}
+PROBE, RETENTION, PRETRAINING = "4f008a970790aed8", "cdcc9c2935085710", "b841ada2bb2a2cd7"
+QUESTIONS, WORDS = "56f1bfcfde6a869f", "8fc3b218f8501b9d"
+
+
+def digest(*parts):
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part.tobytes() if isinstance(part, np.ndarray) else repr(part).encode())
+    return found.hexdigest()[:16]
+
+
+@pytest.mark.parametrize("skill", PLAYED)
+def test_scenes_episodes_and_demonstrations_are_those_of_the_first_seven_skills(skill):
+    world, parts = TabletopWorld([skill] * 4, tabletop.EVALUATION + 1000 + np.arange(4)), []
+    parts.append(world.instructions)
+    for _ in range(20):
+        actions = expert_actions(world)
+        parts += [render(world), actions, world.step(actions)]
+    assert digest(*parts) == PLAYED[skill]
+    demos = tabletop.collect_demos(skill, 3, seed=7)
+    assert digest(*[part for e in demos for part in (e.images, e.actions, e.language)]) == DEMOS[skill]
+
+
+def test_probe_pretraining_retention_and_questions_know_nothing_of_later_skills():
+    probe, kinds = tabletop.make_probe(150, 7)
+    assert digest(*[s.image for s in probe], [s.instruction for s in probe], kinds) == PROBE
+    kept = tabletop.retention_frames(100, 1000)
+    assert digest(*[s.image for s in kept], [s.instruction for s in kept], *[s.action for s in kept]) == RETENTION
+    frames = tabletop.mixed_frames(300, tabletop.PRETRAINING, 0.3)
+    assert digest(frames.images, frames.instructions, frames.actions, frames.answers) == PRETRAINING
+    trials = [trial for kind in QUESTION_KINDS for trial in tabletop.question_trials(kind, 8, 1000)]
+    told = [(trial.seed, trial.sample.instruction, trial.sample.answer) for trial in trials]
+    assert digest(*[trial.sample.image for trial in trials], told) == QUESTIONS
+    assert digest(corpus(), words()) == WORDS
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    """make_config(root, *overrides) for the shipped model below a root of its own."""
+    def make_config(root, *overrides):
+        return load_config("configs/baseline_lora.yaml", ["--root", str(root), "--threads", "1", "--device", "cpu", *overrides])
+    return make_config
+
+
+@pytest.mark.parametrize("skill", [*NEW_SKILLS, *CONTROLS.values()])
+def test_prompts_of_new_skills_are_whole_words_of_the_vocabulary(skill):
+    """No unknown token and none of a single byte or letter: a model could not learn a word that it cannot tell apart."""
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained("vlakeep/assets/tabletop-base")
+    plain = {token for token in tokenizer.convert_ids_to_tokens(tokenizer("What action should the robot take to").input_ids)}
+    texts = TabletopWorld([skill] * 60, range(60)).instructions
+    assert {word for text in texts for word in text.split()} <= set(words())
+    tokens = {token for text in texts for token in tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False).input_ids)}
+    assert tokens and tokens.isdisjoint({tokenizer.unk_token}) and all(token.startswith("\u2581") for token in tokens - plain)
+
+
+@pytest.mark.parametrize("skill", NEW_SKILLS)
+def test_new_skills_start_undone_and_are_done_with_room_to_spare(skill):
+    world = TabletopWorld([skill] * 100, range(100))
+    for i in range(world.n):
+        xy = world.xy_NK2[i, world.present_NK[i]]
+        assert np.linalg.norm(xy[:, None] - xy[None], axis=2)[np.triu_indices(len(xy), 1)].min() > 2 * RADIUS
+        assert world.target_N[i] < world.present_NK[i].sum() > world.goal_N[i] and world.target_N[i] != world.goal_N[i]
+    assert play(world, int(0.75 * MAX_STEPS[skill])).all()
+
+
+def test_an_order_done_backwards_does_not_count():
+    world = TabletopWorld(["order"] * 30, range(30))
+    acting = world.subset(np.arange(30))
+    acting.target_N, acting.goal_N = world.goal_N, world.target_N
+    done, backwards = np.zeros(30, dtype=bool), np.zeros(30, dtype=bool)
+    for _ in range(MAX_STEPS["order"]):
+        action = expert_actions(acting)
+        backwards |= acting.step(action)
+        done |= world.step(action)
+    assert backwards.all() and not done.any() and (world.stage_N == -1).all()
+
+
+def test_the_straight_way_is_no_path():
+    """Nor is going there closed, without the lane; leaving the column on the way down starts the path over."""
+    world = TabletopWorld(["path"] * 40, range(40))
+    for _ in range(MAX_STEPS["path"]):
+        step = coarse((world.target_xy() - world.grip_N2) / 0.12)
+        assert not world.step(np.c_[step, np.zeros((40, 4)), np.zeros(40)]).any()
+    world = TabletopWorld(["path"] * 40, range(40))
+    while not (world.stage_N == 1).all():
+        world.step(expert_actions(world))
+        assert world.steps_N[0] < MAX_STEPS["path"]
+    for _ in range(3):
+        world.step(np.tile([1.0, 0, 0, 0, 0, 0, 0], (40, 1)))
+    out = np.abs(world.grip_N2[:, 0] - world.target_xy()[:, 0]) > COLUMN
+    assert out.sum() > 20 and (world.stage_N[out] == 0).all()
+
+
+def test_three_turns_are_too_few():
+    world = TabletopWorld(["repeat"] * 40, range(40))
+    turns = []
+    for _ in range(MAX_STEPS["repeat"]):
+        done = world.step(expert_actions(world))
+        turns.append(world.stage_N.copy())
+        assert (done == (world.stage_N >= 4)).all()
+    assert {0, 1, 2, 3, 4} <= {int(turn) for row in turns for turn in row}
+
+
+def test_one_table_two_prompts():
+    """Trial for trial the tables of both prompts are the same; their targets are a red and a blue thing of one shape."""
+    blue, red = (TabletopWorld([skill] * 60, range(60)) for skill in ("blue", "red"))
+    assert np.array_equal(render(blue), render(red))
+    assert np.array_equal(blue.goal_N, red.rival_N) and np.array_equal(blue.rival_N, red.goal_N)
+    assert np.array_equal(blue.target_N, red.target_N)
+    for i, (one, two) in enumerate(zip(blue.instructions, red.instructions)):
+        assert one.split()[-2:] == ["blue", two.split()[-1]] and two.split()[-2] == "red"
+        seen = [list(COLORS)[c] for c in blue.color_NK[i, blue.present_NK[i]]]
+        assert seen.count("red") == seen.count("blue") == 1
+
+
+def test_what_is_put_on_the_other_target_ends_the_episode_and_is_told_apart(tmp_path, monkeypatch):
+    """A policy that puts everything on the blue one: it has followed one prompt of two."""
+    from vlakeep.benchmarks import rollout
+    worlds = []
+    monkeypatch.setattr(rollout, "render", lambda world: worlds.append(world) or render(world))
+
+    def deaf(images, instructions):
+        acting = worlds[-1].subset(np.arange(worlds[-1].n))
+        acting.goal_N = np.where(acting.skills == "red", acting.rival_N, acting.goal_N)
+        actions = expert_actions(acting)
+        actions[acting.skills == "pick", 2] = 0
+        return actions
+
+    with Records(tmp_path / "r.jsonl", {}) as records:
+        run_skill_episodes(deaf, ["blue", "red", "pick"], 8, 0, 24, records)
+        rows = records.rows()
+    ends = tabletop.followed(rows)["followed"]
+    assert ends == {"blue": {"prompted": 1.0, "other": 0.0, "neither": 0.0, "n": 8},
+                    "red": {"prompted": 0.0, "other": 1.0, "neither": 0.0, "n": 8}}
+    assert all(row["steps"] < MAX_STEPS["red"] for row in rows if row["ability"] == "red")
+    assert not any("ended" in row for row in rows if row["ability"] == "pick")
+    with Records(tmp_path / "idle.jsonl", {}) as records:
+        run_skill_episodes(lambda images, texts: np.tile([0, 0, 0, 0, 0, 0, 1.0], (len(images), 1)), ["blue"], 3, 0, 3, records)
+        assert tabletop.followed(records.rows())["followed"]["blue"] == {"prompted": 0.0, "other": 0.0, "neither": 1.0, "n": 3}
+    assert tabletop.followed([row for row in rows if row["ability"] == "pick"]) == {}
+
+
+def test_the_new_skill_of_an_evaluation_is_the_one_that_is_named(tmp_path, shipped, capsys):
+    """Another new skill adds its trials to the same records, and neither counts as an old skill of the other."""
+    def summary(*overrides):
+        config = shipped(tmp_path, "--evaluate.episodes", "1", "--evaluate.questions_per_kind", "1", "--evaluate.questions", "[color]",
+                         *overrides)
+        return json.loads((evaluate.run_evaluation(config, Storage.from_config(config)) / "summary.json").read_text())
+
+    records = tmp_path / "eval" / "base" / "records.jsonl"
+    first = summary()
+    before = records.read_text()
+    assert first["new_skill"]["name"] == "corner" and set(first["abilities"]) == {*SKILLS, "color"} and "followed" not in first
+    assert "new_skill" not in json.loads(before.splitlines()[0])["header"]["evaluate"]
+    second = summary("--evaluate.new_skill", "blue")
+    assert second["new_skill"]["name"] == "blue" and second["new_skill"]["n"] == 1 and set(second["abilities"]) == set(first["abilities"])
+    assert set(second["followed"]) == {"blue", "red"} and records.read_text().startswith(before)
+    assert {json.loads(line)["ability"] for line in records.read_text()[len(before):].splitlines()} == {"blue", "red"}
+    assert "prompt of blue" in capsys.readouterr().out
+    again = summary()
+    assert {**again, "seconds": 0} == {**first, "seconds": 0}
+    with pytest.raises(ValueError, match="new_skill.*juggle.*corner, path"):
+        summary("--evaluate.new_skill", "juggle")
+
+
+def test_skills_that_are_asked_for_are_old_ones():
+    """In a stream of new skills the earlier ones are named beside the known ones."""
+    assert tabletop.asked_skills([], "corner") == [*SKILLS, "corner"] and tabletop.asked_skills([], "path") == [*SKILLS, "path"]
+    rows = [dict(kind="skill", ability=skill, trial=0, success=True, crash=None, value=None) for skill in ("pick", "corner", "path")]
+    config = load_config(None, ["--evaluate.skills", "[pick, corner, path]", "--evaluate.new_skill", "path"])
+    kept = tabletop.asked_rows(rows, config.evaluate)
+    summary = evaluate.make_summary("run", kept, 0.0, "sha", "tabletop", "path")
+    assert summary["new_skill"]["name"] == "path" and set(summary["abilities"]) == {"pick", "corner"}
+
+
+def test_an_evaluation_of_another_skill_than_the_run_learnt_says_so():
+    assert tabletop.skill_alarm(["tabletop_corner"], "corner") == tabletop.skill_alarm(["tabletop_corner", "tabletop_path"], "path") == []
+    assert tabletop.skill_alarm(["libero_object_no_noops", "tabletop_test"], "corner") == []
+    [line] = tabletop.skill_alarm(["tabletop_path"], "corner")
+    assert "trained on path" in line and "--evaluate.new_skill path" in line
+
+
+def test_demonstrations_of_named_skills(tmp_path, shipped):
+    config = shipped(tmp_path, "--probe.size", "20")
+    storage = Storage.from_config(config)
+    command = ["--config", "configs/baseline_lora.yaml", "--root", str(tmp_path), "--probe.size", "20", "--episodes=3"]
+    assert tabletop_data.main([*command, "--skills", "corner, relation"]) == 0
+    assert sorted(path.name for path in storage.data.iterdir()) == ["tabletop_corner", "tabletop_relation"]
+    named = {path.name: path.read_bytes() for path in (storage.data / "tabletop_corner" / "1.0.0").iterdir()}
+    sets = [RldsDataset(storage.data / name, cache_dir=tmp_path / "cache") for name in ("tabletop_relation", "tabletop_corner")]
+    assert [len(found) for found in sets] == [3, 3] and all(" left of the " in language for language in sets[0].languages)
+    assert tabletop_data.main(command) == 0  # data.datasets names the same set: the same bytes
+    assert named == {path.name: path.read_bytes() for path in (storage.data / "tabletop_corner" / "1.0.0").iterdir()}
+    for wrong, match in ((["--skills", "juggle"], "--skills: tabletop_juggle"), (["--skills", ""], "--skills needs names"),
+                         (["--episodes", "0"], "--episodes '0'"), (["--episodes"], "--episodes ''")):
+        with pytest.raises((ValueError, ConfigError), match=match):
+            tabletop_data.main([*command, *wrong])

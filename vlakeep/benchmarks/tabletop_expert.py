@@ -5,7 +5,7 @@ Coarse because a small token model has to name each component: 0, a quarter, a h
 
 import numpy as np
 
-from vlakeep.benchmarks.tabletop_skills import BESIDE, BOTTOM, COLUMN, HIGH_END, LANE, LOW_END, TURN_HIGH, TURN_LOW, at_bottom, lanes
+from vlakeep.benchmarks.tabletop_skills import BESIDE, BOTTOM, COLUMN, HIGH_END, LANE, LANE_END, LOW_END, TURN_HIGH, TURN_LOW, at_bottom
 from vlakeep.benchmarks.tabletop_world import LOW, NEW_SKILL, SIDES, STEP_XY, TRAY, TabletopWorld
 
 _NEAR = 0.035
@@ -33,13 +33,12 @@ def destinations(world: TabletopWorld) -> np.ndarray:
     return np.select([(skill == name)[:, None] for name in cases], list(cases.values()), TRAY)
 
 
-def path_points(world: TabletopWorld):
-    """(where the hand goes next [N, 2]: straight to the lane, along it, down the target's column; whether it is in that column [N])."""
-    target_N2, grip_N2, lane_N = world.target_xy(), world.grip_N2, lanes(world)
-    in_lane_N = np.abs(grip_N2[:, 1] - lane_N) < LANE - 0.03
-    aligned_N = np.abs(grip_N2[:, 0] - target_N2[:, 0]) < COLUMN - 0.05
-    corner_N2 = np.stack([np.where(in_lane_N, target_N2[:, 0], grip_N2[:, 0]), lane_N], axis=1)
-    return np.where(aligned_N[:, None], target_N2, corner_N2), aligned_N
+def path_points(world: TabletopWorld) -> np.ndarray:
+    """Where the hand goes next, [N, 2]: straight to the lane, along it, down the target's column."""
+    target_N2, grip_N2 = world.target_xy(), world.grip_N2
+    aligned_N = np.abs(grip_N2[:, 0] - target_N2[:, 0]) < COLUMN - 0.06
+    corner_x_N = np.where(grip_N2[:, 1] < LANE_END - 0.05, target_N2[:, 0], grip_N2[:, 0])
+    return np.where(aligned_N[:, None], target_N2, np.stack([corner_x_N, np.full(world.n, LANE)], axis=1))
 
 
 def turning_points(world: TabletopWorld):
@@ -71,10 +70,10 @@ def expert_actions(world: TabletopWorld) -> np.ndarray:
     goal_N2 = destinations(world)
     has_N = world.held_N == wanted_N
     wrong_N = (world.held_N >= 0) & ~has_N
-    (turn_N2, forth_N), (path_N2, column_N) = turning_points(world), path_points(world)
+    turn_N2, forth_N = turning_points(world)
     hold_N = (skill == "carry") & has_N
     aim_N2 = np.where(((skill == "side") | hold_N)[:, None], side_N2, np.where((carry_N & has_N)[:, None], goal_N2, target_N2))
-    aim_N2 = np.select([(skill == "path")[:, None], (skill == "repeat")[:, None]], [path_N2, turn_N2], aim_N2)
+    aim_N2 = np.select([(skill == "path")[:, None], (skill == "repeat")[:, None]], [path_points(world), turn_N2], aim_N2)
     step_N2 = coarse((aim_N2 - world.grip_N2) / STEP_XY)
     near_N = np.linalg.norm(aim_N2 - world.grip_N2, axis=1) < _NEAR
     up_N = np.where(world.z_N < 0.9, 1.0, 0.0)
@@ -100,7 +99,7 @@ def expert_actions(world: TabletopWorld) -> np.ndarray:
     close_N |= drop_N & has_N & ~low_N
     step_N2[drop_N] = 0
     dz_N = np.where(np.isin(skill, ["reach", "side", "path", "repeat"]) | hold_N, up_N, dz_N)
-    close_N |= hold_N | ((skill == "repeat") & forth_N) | ((skill == "path") & column_N)
+    close_N |= hold_N | ((skill == "repeat") & forth_N) | (skill == "path")
     close_N &= ~(wrong_N & ~tap_N)  # a wrong object is let go of first
     action_N7 = np.zeros((n, 7))
     action_N7[:, :2], action_N7[:, 2], action_N7[:, 6] = step_N2, dz_N, ~close_N

@@ -4,8 +4,8 @@ Each new skill is of another kind, and none is done on the way of another. Whate
 (where objects lie, how the gripper is), because policies have no memory.
 
     corner    place      stash the A                              A is let go of in the tray
-    path      path       take the top side to the A               closed above A, come down its column from a lane at the top (or bottom)
-    order     order      put the A one the B two on the bottom side    both let go of at the bottom edge, A before B
+    path      path       take the top side to the A               closed above A, come down its column from a lane at the top
+    order     order      put two objects on the bottom side left to right    both let go of at the bottom edge, the left one first
     relation  relation   put the A left of the B                  A is let go of on the left of B
     repeat    repetition go left right left right                 there and back twice, sideways or up and down
     carry     transport  take the A to the left side              A is held up at that edge
@@ -39,14 +39,14 @@ SIDES = {"left": (0.12, None), "right": (0.88, None), "top": (None, 0.12), "bott
 EDGES = [x if y is None else y for x, y in SIDES.values()]
 # Steps running for which the condition must hold: whoever merely passes through on the way to something else has moved on by then.
 HOLD = {"reach": 3, "side": 2, "pick": 2, "tap": 1, "drop": 1, "place": 1, "corner": 1,
-        "path": 2, "order": 1, "relation": 1, "repeat": 1, "carry": 3, "blue": 1, "red": 1}
+        "path": 1, "order": 1, "relation": 1, "repeat": 1, "carry": 3, "blue": 1, "red": 1}
 STILL = 0.05  # an object that is nearer than this to where it started has not been moved
 MAX_STEPS = {"reach": 16, "side": 14, "pick": 20, "tap": 20, "drop": 12, "place": 32, "corner": 32,
-             "path": 30, "order": 56, "relation": 32, "repeat": 34, "carry": 26, "blue": 32, "red": 32}
+             "path": 32, "order": 56, "relation": 32, "repeat": 34, "carry": 26, "blue": 32, "red": 32}
 ON = 0.09  # a thing whose centre is nearer than this to another's lies on it
 
-# path: y of the lanes along the top and the bottom, inside the strips of `side`; half width of a lane, and of the target's column
-LANES, LANE, COLUMN = (0.25, 0.75), 0.08, 0.12
+# path: y of the lane along the top, below the strip of `side`; y down to which it counts; half width of the target's column
+LANE, LANE_END, COLUMN = 0.25, 0.35, 0.14
 # order: y at which things are let go of at the bottom edge, beyond where `drop` begins, and y from which they count as lying there
 BOTTOM, BOTTOM_EDGE = 0.95, 0.85
 # relation: from a thing to the place left of it, and the half sizes of the region around that place that counts
@@ -68,10 +68,9 @@ def draw_task(world, i: int, skill: str, rng) -> str:
     xy_K2, grip_2 = world.xy_NK2[i, :count], world.grip_N2[i]
     world.target_N[i] = target
     if skill == "path":
-        world.side_N[i] = side = 2 + side % 2
-        far = abs(xy_K2[target, 1] - LANES[side - 2]) > 0.28 and abs(grip_2[1] - LANES[side - 2]) > 0.2
-        apart = abs(xy_K2[target, 0] - grip_2[0]) > 0.22  # else the straight way is the path asked for
-        return f"take the {list(SIDES)[side]} side to the {names[target]}" if far and apart else ""
+        far = min(xy_K2[target, 1], grip_2[1]) > LANE_END + 0.15
+        apart = abs(xy_K2[target, 0] - grip_2[0]) > 0.25  # else the straight way is the path asked for
+        return f"take the top side to the {names[target]}" if far and apart else ""
     if skill == "carry":
         world.side_N[i] = side
         far = abs(xy_K2[target, side // 2] - EDGES[side]) > 0.4
@@ -81,8 +80,8 @@ def draw_task(world, i: int, skill: str, rng) -> str:
         return "go top bottom top bottom" if side else "go left right left right"
     world.goal_N[i] = second
     if skill == "order":
-        room = xy_K2[[target, second], 1].max() < 0.62 and abs(xy_K2[target, 0] - xy_K2[second, 0]) > 0.2
-        return f"put the {names[target]} one the {names[second]} two on the bottom side" if room else ""
+        room = count == 2 and xy_K2[:, 1].max() < 0.62 and xy_K2[second, 0] - xy_K2[target, 0] > 0.2
+        return "put two objects on the bottom side left to right" if room else ""
     if skill == "relation":
         spot_2, others_K2 = xy_K2[second] + BESIDE, np.delete(xy_K2, target, axis=0)
         free = np.linalg.norm(others_K2 - spot_2, axis=1).min() > 0.2 and np.linalg.norm(TRAY - spot_2) > 0.25
@@ -105,11 +104,6 @@ def _draw_pair(world, i: int, skill: str, count: int) -> str:
     return f"move the {name} to the blue {shape}" if skill == "blue" else f"put the {name} on the red {shape}"
 
 
-def lanes(world) -> np.ndarray:
-    """y of the lane that each table's path takes, [N]."""
-    return np.where(world.side_N == 3, LANES[1], LANES[0])
-
-
 def at_bottom(world, slot_N: np.ndarray) -> np.ndarray:
     """Whether the object in this slot lies at the bottom edge and is not held, [N]."""
     return (world.xy_NK2[np.arange(world.n), slot_N, 1] > BOTTOM_EDGE) & (world.held_N != slot_N)
@@ -120,7 +114,7 @@ def advance(world) -> np.ndarray:
     rows, stage_N = np.arange(world.n), world.stage_N
     (x_N, y_N), target_x_N = world.grip_N2.T, world.target_xy()[:, 0]
     # path: 1 once the column is entered from the lane, 0 again when it is left
-    column_N = (np.abs(x_N - target_x_N) < COLUMN) & ((np.abs(y_N - lanes(world)) < LANE) | (stage_N == 1))
+    column_N = (np.abs(x_N - target_x_N) < COLUMN) & ((y_N < LANE_END) | (stage_N == 1))
     # order: 1 while the first thing lies at the edge and did so before the second; -1 for good when the second came first
     first_N, second_N = at_bottom(world, world.target_N), at_bottom(world, np.maximum(world.goal_N, 0))
     order_N = np.where((stage_N == -1) | (second_N & (stage_N == 0)), -1, np.where(first_N, 1, 0))
@@ -140,7 +134,7 @@ def conditions(world, untouched_N, let_go_N, goal_moved_N) -> dict:
     on_goal_N = let_go_N & (np.linalg.norm(target_N2 - goal_N2, axis=1) < ON) & (goal_moved_N < STILL)
     return {
         "corner": let_go_N & (np.linalg.norm(target_N2 - TRAY, axis=1) < TRAY_RADIUS),
-        "path": (world.stage_N == 1) & (np.linalg.norm(target_N2 - world.grip_N2, axis=1) < 0.08) & (world.z_N > 0.6)
+        "path": (world.stage_N == 1) & (np.linalg.norm(target_N2 - world.grip_N2, axis=1) < 0.09) & (world.z_N > 0.6)
         & world.closed_N & untouched_N,
         "order": (world.stage_N == 1) & at_bottom(world, world.target_N) & at_bottom(world, goal_N) & let_go_N,
         "relation": let_go_N & (off_N2[:, 0] < BESIDE_X) & (off_N2[:, 1] < BESIDE_Y) & (goal_moved_N < STILL),
