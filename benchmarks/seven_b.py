@@ -1,15 +1,17 @@
 """Memory and time of every stage at the size of OpenVLA-7B, with random weights, under a limit of GPU memory.
 
-    python benchmarks/seven_b.py --tokenizer DIR [--gib 24] [--steps 20] [--root DIR]
+    python benchmarks/seven_b.py --tokenizer DIR [--gib 24] [--steps 20] [--root DIR] [--arms baseline,graded]
 
-Writes a random checkpoint of the 7B shapes (15 GB), then runs offline, baseline, method (residual, then lora_input) and export on tabletop
-pictures and prompts, each stage with its peak of allocated and reserved memory. DIR holds a Llama-2 tokenizer's files.
+Writes a random checkpoint of the 7B shapes (15 GB), then runs offline (of both methods), the arms (baseline, residual, lora_input, graded;
+all unless said) and export on tabletop pictures and prompts, each stage with its peak of allocated and reserved memory. DIR holds a
+Llama-2 tokenizer's files.
 """
 
 import argparse
 import gc
 import json
 import shutil
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -91,6 +93,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--root", default=str(pick_root(quiet=True)), help="storage root; the checkpoint takes 15 GB there")
     parser.add_argument("--out", default=None)
+    parser.add_argument("--arms", default="baseline,residual,lora_input,graded")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--write_only", action="store_true", help="stop after the checkpoint, for verify-openvla")
     args, rest = parser.parse_known_args()
@@ -103,25 +106,34 @@ def main() -> int:
     measured("write random checkpoint", device, lambda: write_random_checkpoint(base, Path(args.tokenizer), device, args.layers), rows)
     if args.write_only:
         return 0
-    file = "openvla_libero"
+    file, graded = "openvla_libero", "openvla_libero_graded"
     common = ["--root", args.root, "--backbone.checkpoint", str(base), "--data.datasets", "[tabletop_corner]", "--probe.name", "tabletop",
               "--train.steps", str(args.steps), "--train.log_every", "1", "--thermostat.every", "5",
               "--train.save_every", str(args.steps), *rest]
     config = load_config(file, common)
     storage = Storage.from_config(config)
     write_tabletop_data(config, storage)
-    measured("offline", device, lambda: run_offline(config, storage), rows)
-    arms = {"baseline": ["--method", "baseline"], "method_residual": ["--hsw.site", "residual"], "method_lora_input": []}
-    for name, extra in arms.items():
-        arm = load_config(file, common + extra + ["--name", name])
+    arms = {"baseline": (file, ["--method", "baseline"]), "residual": (file, ["--hsw.site", "residual"]), "lora_input": (file, []),
+            "graded": (graded, [])}
+    arms = {name: arms[name] for name in args.arms.split(",")}
+    if {"residual", "lora_input"} & set(arms):
+        measured("offline", device, lambda: run_offline(config, storage), rows)
+    if "graded" in arms:
+        measured("offline graded", device, lambda: run_offline(load_config(graded, common), storage), rows)
+    for name, (own, extra) in arms.items():
+        arm = load_config(own, common + extra + ["--name", name])
         run = measured(f"train {name}", device, lambda arm=arm: run_training(arm, storage), rows)
         if run is not None:
             lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
             steps = [row for row in lines if "loss" in row]
-            pace = (steps[-1]["seconds"] - steps[3]["seconds"]) / (len(steps) - 4)
-            rows[-1].update(seconds_per_step=round(pace, 3), loss=[round(steps[0]["loss"], 3), round(steps[-1]["loss"], 3)])
+            taken = {b["step"]: b["seconds"] - a["seconds"] for a, b in zip(steps[3:], steps[4:])}
+            measuring = [value for step, value in taken.items() if step % 5 == 0]
+            plain = statistics.median(value for step, value in taken.items() if step % 5)
+            rows[-1].update(seconds_per_step=round(plain, 4), measurement=round(statistics.median(measuring) - plain, 4),
+                            loss=[round(steps[0]["loss"], 3), round(steps[-1]["loss"], 3)])
             print(f"RESULT {json.dumps(rows[-1])}", flush=True)
-    arm = load_config(file, common + ["--name", "method_lora_input"])
+    own, extra = list(arms.values())[-1]
+    arm = load_config(own, common + extra + ["--name", list(arms)[-1]])
     measured("export", device, lambda: run_export(arm, storage), rows)
     if args.out:
         Path(args.out).write_text(json.dumps(rows, indent=1) + "\n")

@@ -22,6 +22,7 @@ SMALL = ["--threads", "1", "--device", "cpu", "--probe.size", "48", "--icsm.rank
 EVALUATION = ["--evaluate.skills", "[reach,pick,corner]", "--evaluate.episodes", "3", "--evaluate.questions", "[color,gripper]",
               "--evaluate.questions_per_kind", "6", "--evaluate.retention_frames", "6", "--evaluate.seed", "11"]
 METHOD, BASELINE = "configs/method_icsm_hsw_thermostat.yaml", "configs/baseline_lora.yaml"
+GRADED = "configs/method_graded.yaml"
 
 
 @pytest.fixture(scope="session")

@@ -297,7 +297,8 @@ def test_the_drift_is_that_of_pooled_instruction_states_by_hand(world, evaluated
             batch = Batch(ids_1L, torch.ones_like(ids_1L, dtype=torch.bool), torch.full_like(ids_1L, IGNORE_INDEX), pixels, [""])
             kept = model.num_patches + mask_from_prompt(batch, [sample], model.processor)[0].nonzero()[:, 0]  # BOS is never kept
             outputs = {}
-            hooks = [model.decoder_layers[n].register_forward_hook(lambda _, __, out, n=n, kept=outputs: kept.update({n: out})) for n in layers]
+            hooks = [model.decoder_layers[n].register_forward_hook(lambda _, __, out, n=n, found=outputs: found.update({n: out}))
+                     for n in layers]
             with torch.no_grad():
                 model.run_layers(model.embed(batch))
             for hook in hooks:

@@ -13,12 +13,14 @@ from vlakeep.config import load_config
 REPO = Path(__file__).resolve().parents[1]
 PACKAGE = REPO / "vlakeep"
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if "assets" not in p.parts)
-PLUMBING = {"config", "schema", "storage", "parallel", "checkpoint", "rundir", "compat", "errors", "official_code", "target",
+PLUMBING = {"config", "ranges", "schema", "storage", "parallel", "checkpoint", "rundir", "compat", "errors", "official_code", "target",
             "provenance"}
-ROOMS = {"data", "backbones", "probe", "icsm", "hsw", "thermostat", "benchmarks", "reporting", "baselines"}
+ROOMS = {"data", "backbones", "probe", "icsm", "teacher", "hsw", "thermostat", "benchmarks", "reporting", "methods"}
+METHODS = {"method", "methods"}  # the arms, which put rooms together
 # What rooms may use of each other. Pooling has one definition, for the offline statistics and for the Thermostat's sensor; pictures
 # have one, for training and for the simulator.
-SHARED = {"vlakeep.data.sample", "vlakeep.data.prompts", "vlakeep.data.images", "vlakeep.backbones.base", "vlakeep.probe.pooling"}
+SHARED = {"vlakeep.data.sample", "vlakeep.data.prompts", "vlakeep.data.images", "vlakeep.backbones.base", "vlakeep.probe.pooling",
+          "vlakeep.teacher.answers", "vlakeep.teacher.spectrum"}
 # Stages that may import others: the dispatcher, and the demo, which runs them in order. `checks` belongs to preflight.
 MAY_IMPORT_STAGES = {"cli": None, "demo": None, "preflight": {"checks"}}
 OPTIONAL = {"timm", "torchvision", "wandb", "tensorboard", "tensorflow", "h5py", "pyarrow", "av"}
@@ -71,15 +73,15 @@ def test_imports_go_one_way(path):
         there = name.split(".")[1]
         if me[0] in PLUMBING:
             ok = there in PLUMBING
+        elif me[0] in METHODS:
+            ok = there in PLUMBING | ROOMS | METHODS
         elif me[0] in ROOMS:
             ok = there in PLUMBING or there == me[0] or name in SHARED
-        elif me[0] == "method":
-            ok = there in PLUMBING | ROOMS
         elif me[0] in MAY_IMPORT_STAGES:
             allowed = MAY_IMPORT_STAGES[me[0]]
-            ok = allowed is None or there in PLUMBING | ROOMS | {"method"} | allowed
+            ok = allowed is None or there in PLUMBING | ROOMS | METHODS | allowed
         else:
-            ok = there in PLUMBING | ROOMS | {"method"}
+            ok = there in PLUMBING | ROOMS | METHODS
         if not ok and me != ("__init__",):
             wrong.append(f"{path.relative_to(REPO)}:{line} imports {name}")
     assert wrong == []

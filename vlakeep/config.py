@@ -5,19 +5,16 @@ the key, and `Config.problems()` collects every out-of-range value so that all o
 Each field is documented once, in the comment above it.
 """
 
-import math
 import sys
 from dataclasses import asdict, dataclass, field
-from operator import attrgetter
 from pathlib import Path
 from typing import List, Optional
 
 import yaml
 
 from vlakeep import schema
+from vlakeep.ranges import problems
 from vlakeep.schema import ConfigError
-
-LIBERO_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 
 
 @dataclass
@@ -135,12 +132,43 @@ class HswConfig:
 
 
 @dataclass
+class GainsConfig:
+    # Method graded: gains per direction at the inputs of the adapted linears, g = (lambda / (sigma + lambda))^steepness, where sigma is
+    # the old inputs' energy along the direction (hsw/graded.py). Folder below artifact_dir; None gives graded_<backbone>.
+    name: Optional[str] = None
+    enabled: bool = True
+    # p: 1 is the ridge projector, 2 its square; 0.5, the natural gradient's shape, lets too much through beside Adam (docs/log.md).
+    steepness: float = 1.0
+    # r: lambda in units of the allocation below. None takes it from the spectrum and, with the Thermostat, from its loop: training begins
+    # where `start` of plain LoRA's probe energy passes. Very large (1e30) with scale 1 is plain LoRA to the bit.
+    opening: Optional[float] = None
+    start: float = 1e-4
+    # s: one scale of all updates, as lora.alpha, which gives back the step that small gains take.
+    scale: float = 10.0
+    # Unit of lambda. linear: mean eigenvalue of the linear's own inputs; model: the mean over all linears; sensitivity: linear, divided by
+    # how strongly the linear's output moves the teacher's answers, relative to the median linear.
+    allocation: str = "linear"
+    # Directions stored of wider inputs, the leading ones; the rest share one gain. Inputs up to this size keep all.
+    columns: int = 1024
+    # Share of the probe items that the spectrum does not see: the sensor measures on them, and the coverage report.
+    holdout: float = 0.2
+    # Further probes whose coverage is reported: what shall be kept.
+    keep: List[str] = field(default_factory=list)
+
+
+@dataclass
 class ThermostatConfig:
     enabled: bool = True
     # covariance: ||C_S - C_T||_F of a fresh probe batch; paired: the same items' pooled states, teacher against student.
     # None follows the site: covariance, as the method's authors define d, at the residual stream; paired at the LoRA inputs, where the
     # drift left is a tenth of the covariance's sampling noise, so that the loop would never close.
+    # kl (method graded): KL(teacher || student) at the teacher's own answers to held-out probe prompts.
     estimator: Optional[str] = None
+    # Method graded: how much may be forgotten, in nats per answer token; the loop finds the gains that use this budget.
+    target: float = 0.002
+    # Method graded: largest factors by which the opening may grow and shrink in one measurement.
+    open_factor: float = 1.5
+    close_factor: float = 4.0
     # Measure every K optimizer steps, on a probe batch of this size.
     every: int = 50
     batch_size: int = 64
@@ -250,7 +278,7 @@ class ExportConfig:
 class Config:
     # Name of the run; its folder is run_root_dir/name.
     name: str = "run"
-    # The arm's Method: baseline, icsm_hsw_thermostat.
+    # The arm's Method: baseline, icsm_hsw_thermostat, graded.
     method: str = "baseline"
     seed: int = 7
     # cpu, cuda, or auto.
@@ -273,6 +301,7 @@ class Config:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     icsm: IcsmConfig = field(default_factory=IcsmConfig)
     hsw: HswConfig = field(default_factory=HswConfig)
+    gains: GainsConfig = field(default_factory=GainsConfig)
     thermostat: ThermostatConfig = field(default_factory=ThermostatConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -280,109 +309,7 @@ class Config:
 
     def problems(self) -> List[str]:
         """Every value out of its range, one line each with what is allowed; empty when the configuration is sound."""
-        found = []
-
-        def need(ok, key, allowed):
-            if not ok:
-                value = self
-                for part in key.split("."):
-                    value = getattr(value, part)
-                found.append(f"--{key} {value!r}: must be {allowed}")
-
-        def one_of(key, *choices):
-            value = self
-            for part in key.split("."):
-                value = getattr(value, part)
-            need(value in choices, key, "one of " + ", ".join("null" if choice is None else choice for choice in choices))
-
-        for key in known_keys():
-            value = attrgetter(key)(self)
-            need(not isinstance(value, float) or math.isfinite(value), key, "a finite number")
-        need(0 <= self.seed < 2**32, "seed", "in [0, 2^32)")
-        need(self.threads is None or self.threads >= 1, "threads", "at least 1, or null for torch's choice")
-        need(self.evaluate.seed is None or 0 <= self.evaluate.seed < 100_000, "evaluate.seed", "null, or in [0, 100000)")
-        need(self.evaluate.target not in ("", ".", ".."), "evaluate.target", "base, the name of a run, or a checkpoint folder")
-        for key, off in (("icsm.layers", ""), ("hsw.layers", "; --hsw.enabled false switches the surgery off")):
-            layers = attrgetter(key)(self)
-            sound = layers is None or (layers and min(layers) >= 0 and len(set(layers)) == len(layers))
-            need(sound, key, f"null, or different layer numbers from 0 on, such as '[3, 5]'{off}")
-        one_of("method", "baseline", "icsm_hsw_thermostat")
-        one_of("device", "auto", "cpu", "cuda")
-        one_of("data.source", "native", "official")
-        need(self.data.source == "native" or self.backbone.openvla_dir, "backbone.openvla_dir",
-             "the folder of an OpenVLA checkout with --data.source official")
-        one_of("backbone.source", "native", "official")
-        need(self.backbone.source == "native" or self.backbone.openvla_dir, "backbone.openvla_dir",
-             "the folder of an OpenVLA checkout with --backbone.source official")
-        one_of("backbone.dtype", "float32", "bfloat16", "float16")
-        one_of("backbone.attn_implementation", "sdpa", "eager", "flash_attention_2")
-        one_of("hsw.site", "residual", "lora_input", "both")
-        one_of("hsw.subspace", "icsm", "random")
-        one_of("hsw.dtype", "float32", "model")
-        one_of("thermostat.estimator", None, "covariance", "paired")
-        one_of("train.optimizer", "adamw", "sgd")
-        one_of("train.schedule", "constant", "cosine")
-        one_of("train.autocast", "none", "bfloat16", "float16")
-        one_of("lora.dtype", "float32", "model")
-        if "all-linear" in self.lora.modules:
-            need(self.lora.modules == ["all-linear"], "lora.modules", "all-linear alone, or a list without it")
-            need(str(self.lora.layers) == "all", "lora.layers", "all with --lora.modules '[all-linear]'")
-            need(self.method == "baseline", "lora.modules", "attention, mlp or linear names with a method: its subspaces are those "
-                 "of decoder layers, and all-linear adapts vision and lm_head too")
-        one_of("lora.init", "gaussian", "kaiming")
-        one_of("evaluate.benchmark", "tabletop", *LIBERO_SUITES)
-        one_of("export.dtype", "stored", "float32", "bfloat16", "float16")
-        need(self.export.parity_frames >= 0, "export.parity_frames", "0 or more")
-        need(self.evaluate.videos >= 0, "evaluate.videos", "0 or more")
-        others = set(self.evaluate.other_suites)
-        need(others <= set(LIBERO_SUITES) - {self.evaluate.benchmark}, "evaluate.other_suites",
-             f"LIBERO suites other than evaluate.benchmark: {', '.join(LIBERO_SUITES)}")
-        in_libero = self.evaluate.benchmark in LIBERO_SUITES
-        need(in_libero or not (others or self.evaluate.blank or self.evaluate.target == "replay"), "evaluate.benchmark",
-             "a LIBERO suite for evaluate.other_suites, evaluate.blank and evaluate.target replay")
-        need(bool(self.name) and "/" not in self.name and self.name not in (".", "..", "base"), "name",
-             "a single folder name, and not base, which names the model before training")
-        for key in ("lora.rank", "lora.alpha", "data.shuffle_buffer", "icsm.rank", "icsm.batch_size", "icsm.sensitivity_items",
-                    "thermostat.every", "train.steps", "train.batch_size", "train.accumulation", "train.log_every",
-                    "train.save_every", "train.keep_last", "evaluate.episodes", "evaluate.questions_per_kind",
-                    "evaluate.retention_frames", "evaluate.parallel", "evaluate.workers", "evaluate.batch"):
-            section, name = key.split(".")
-            need(getattr(getattr(self, section), name) >= 1, key, "at least 1")
-        need(self.probe.size >= 2, "probe.size", "at least 2")
-        need(self.thermostat.batch_size >= 2, "thermostat.batch_size", "at least 2")
-        need(self.thermostat.calibration >= 2, "thermostat.calibration", "at least 2 (a noise level needs two values)")
-        need(0 <= self.lora.dropout < 1, "lora.dropout", "in [0, 1)")
-        need(0 < self.data.train_fraction <= 1, "data.train_fraction", "in (0, 1]")
-        need(self.data.workers >= 0, "data.workers", "0 or more")
-        need(self.data.gripper in (None, "libero", "standard"), "data.gripper", "libero, standard or null")
-        need(0 < self.icsm.fragile_fraction < 1, "icsm.fragile_fraction", "in (0, 1)")
-        need(self.icsm.moments_gib > 0, "icsm.moments_gib", "greater than 0")
-        need(self.icsm.epsilon > 0, "icsm.epsilon", "greater than 0")
-        need(0 < self.icsm.tokens_fragile_fraction < 1, "icsm.tokens_fragile_fraction", "in (0, 1)")
-        need(0 <= self.icsm.tokens_plastic_fraction < 1, "icsm.tokens_plastic_fraction", "in [0, 1)")
-        need(self.icsm.tokens_fragile_fraction + self.icsm.tokens_plastic_fraction <= 1, "icsm.tokens_plastic_fraction",
-             "such that fragile and plastic shares add up to at most 1")
-        need(0 <= self.hsw.gamma <= 1, "hsw.gamma", "in [0, 1]")
-        need(0 < self.hsw.beta <= 1, "hsw.beta", "in (0, 1]: plastic directions are damped, never closed")
-        need(self.hsw.eps > 0, "hsw.eps", "greater than 0")
-        t = self.thermostat
-        gamma_max, beta_max = (1 if high is None else high for high in (t.gamma_max, t.beta_max))
-        need(0 <= gamma_max <= 1, "thermostat.gamma_max", "in [0, 1]")
-        need(0 < beta_max <= 1, "thermostat.beta_max", "in (0, 1]")
-        need(t.gamma_min is None or 0 <= t.gamma_min <= gamma_max, "thermostat.gamma_min", "in [0, gamma_max]")
-        need(t.beta_min is None or 0 < t.beta_min <= beta_max, "thermostat.beta_min", "in (0, beta_max]: beta never reaches 0")
-        need(0 < t.ema <= 1, "thermostat.ema", "in (0, 1]")
-        need(t.dead_band >= 0, "thermostat.dead_band", "0 or more")
-        need(t.rate_limit > 0, "thermostat.rate_limit", "greater than 0")
-        need(t.paired_noise > 0, "thermostat.paired_noise", "greater than 0")
-        need(t.half_excess > 0, "thermostat.half_excess", "greater than 0")
-        need(t.threshold_sigmas >= 0, "thermostat.threshold_sigmas", "0 or more")
-        need(self.train.lr > 0, "train.lr", "greater than 0")
-        need(self.train.clip >= 0, "train.clip", "0 or more")
-        need(self.train.warmup >= 0, "train.warmup", "0 or more")
-        need(self.train.weight_decay >= 0, "train.weight_decay", "0 or more")
-        need(self.train.blowup_factor > 1, "train.blowup_factor", "greater than 1")
-        return found
+        return problems(self)
 
 
 def known_keys() -> List[str]:
@@ -396,9 +323,9 @@ def load_config(path: Optional[str] = None, overrides: Optional[List[str]] = Non
     Raises ConfigError naming every unknown key, the first value of a wrong type, or all values out of range.
     """
     config = schema.parse(Config, path, overrides or [])
-    problems = config.problems()
-    if problems:
-        raise ConfigError("\n".join(problems))
+    found = config.problems()
+    if found:
+        raise ConfigError("\n".join(found))
     return config
 
 

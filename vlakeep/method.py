@@ -215,6 +215,7 @@ def acts_on_residual(config: Config) -> bool:
 
 
 def needs_artifact(config: Config) -> bool:
+    """Whether the arm reads the ICSM artefact."""
     return config.method == "icsm_hsw_thermostat" and (config.hsw.enabled or config.thermostat.enabled)
 
 

@@ -22,6 +22,7 @@ from vlakeep.icsm import artifact
 from vlakeep.icsm.collect import input_key, pooled_states, token_moments, with_own_answers
 from vlakeep.icsm.decompose import check_rank, pooled_candidates, token_bases
 from vlakeep.icsm.sensitivity import order_by_fragility, sensitivities
+from vlakeep.methods import graded_offline
 from vlakeep.parallel import pick_device, set_threads
 from vlakeep.probe.batches import prompt_batches
 from vlakeep.probe.probe_set import ProbeSet, evenly
@@ -38,6 +39,8 @@ def run_offline(config: Config, storage: Storage) -> Path:
     started = time.perf_counter()
     backbone = make_backbone(config.backbone, pick_device(config.device), storage.cache)
     backbone.eval()
+    if config.method == "graded":
+        return graded_offline.build(config, storage, backbone)
     probe = ProbeSet(storage.probe_folder(config.probe.name))
     items = probe.spread(config.probe.size)
     layers = config.icsm.layers or artifact.default_layers(backbone.num_layers)

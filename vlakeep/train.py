@@ -31,6 +31,7 @@ from vlakeep.data.statistics import save_statistics
 from vlakeep.errors import Interrupted, TrainingStopped
 from vlakeep.icsm import artifact as icsm_artifact
 from vlakeep.method import acts_on_residual, build_method, estimator, needs_artifact
+from vlakeep.methods import graded
 from vlakeep.parallel import Distributed, set_threads
 from vlakeep.probe.batches import prompt_batches
 from vlakeep.probe.probe_set import ProbeSet
@@ -101,6 +102,8 @@ def make_optimizer(params, config):
 
 def prepare_method(config: Config, storage: Storage, backbone):
     """The arm's Method with its artefact and drift sensor; a mismatched or missing input is an error before anything is built."""
+    if config.method == "graded":
+        return graded.prepare(config, storage, backbone)
     if not needs_artifact(config):
         return build_method(config), {}
     probe = ProbeSet(storage.probe_folder(config.probe.name))

@@ -8,11 +8,7 @@ from typing import Dict, Tuple
 
 import torch
 
-
-def fix_signs(basis_DK: torch.Tensor) -> torch.Tensor:
-    """Make the largest entry of each column positive: an SVD leaves the sign open, artefacts must not."""
-    largest = basis_DK.abs().argmax(0)
-    return basis_DK * torch.sign(basis_DK[largest, torch.arange(basis_DK.shape[1])])
+from vlakeep.teacher.spectrum import fix_signs
 
 
 def check_rank(rank: int, count: int, dim: int) -> None:

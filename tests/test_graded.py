@@ -1,0 +1,414 @@
+"""Method graded: the gains, the spectrum, the teacher's answers, the sensor and its loop, each against an independent reference; and the
+laws of the framework for this method."""
+
+import json
+import math
+import subprocess
+
+import pytest
+import torch
+from conftest import BASELINE, GRADED, SMALL, final_adapter
+from safetensors.torch import load_file
+from test_laws import REPOSITORY, command
+from torch import nn
+
+from vlakeep.backbones.base import make_backbone
+from vlakeep.backbones.lora import adapters_disabled, attach_lora, select_linears, target_modules
+from vlakeep.config import Config
+from vlakeep.data.prompts import encode_prompts
+from vlakeep.evaluate import action_token_kl
+from vlakeep.hsw import graded
+from vlakeep.hsw.graded import GradedInput, GradedSite
+from vlakeep.icsm.collect import input_key, token_moments, with_own_answers
+from vlakeep.methods import graded_offline
+from vlakeep.offline import run_offline
+from vlakeep.probe.probe_set import ProbeSet
+from vlakeep.rundir import read_metrics
+from vlakeep.teacher import artifact, coverage
+from vlakeep.teacher.answers import Answered, divergence, run_below, split_log_probabilities, teacher_answers
+from vlakeep.teacher.spectrum import Spectrum, gains, spectrum
+from vlakeep.thermostat.kl_sensor import KLSensor, batched
+from vlakeep.thermostat.setpoint import SetPoint, SetPointController, replay
+from vlakeep.train import run_training
+
+# Gains
+
+
+def random_spectrum(dim=24, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64))[0]
+    values = torch.logspace(1, -5, dim, dtype=torch.float64)
+    return Spectrum(vectors.float(), values.float(), 0.0), vectors, values
+
+
+def layer(dim=24, rank=4, out=10, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    linear = nn.Module()
+    linear.lora_A = nn.ModuleDict({"default": nn.Linear(dim, rank, bias=False)})
+    linear.lora_B = nn.ModuleDict({"default": nn.Linear(rank, out, bias=False)})
+    linear.scaling = {"default": 2.0}
+    with torch.no_grad():
+        for module in (linear.lora_A["default"], linear.lora_B["default"]):
+            module.weight.copy_(torch.randn(module.weight.shape, generator=generator))
+    return linear
+
+
+@pytest.mark.parametrize("dense", [1024, 0])
+def test_effective_weight_and_gradient_are_those_of_the_formula(monkeypatch, dense):
+    monkeypatch.setattr(graded, "DENSE", dense)
+    one, vectors, values = random_spectrum()
+    linear = layer()
+    raw = linear.lora_A["default"].weight.detach().double().clone()
+    site = GradedSite({"x": linear}, {"x": GradedInput(one, torch.device("cpu"))}, {"x": 0.5}, steepness=1.5, scale=7.0)
+    site.set_opening(0.1)
+    matrix = vectors @ torch.diag((0.05 / (values.float().double() + 0.05)) ** 1.5) @ vectors.T
+    a = linear.lora_A["default"]
+    assert torch.allclose(a.weight.double(), 7.0 * raw @ matrix, atol=1e-5)
+    site.meter.start(True)
+    direction = torch.randn(4, 24, generator=torch.Generator().manual_seed(3))
+    (a.weight * direction).sum().backward()
+    assert torch.allclose(a.parametrizations.weight.original.grad.double(), 7.0 * direction.double() @ matrix, atol=1e-5)
+    read = site.meter.read()
+    assert read["g_norm"] == pytest.approx(float(direction.norm()), rel=1e-5)
+    assert read["g_prime_norm"] == pytest.approx(float((direction.double() @ matrix).norm()), rel=1e-4), "the scale is no part of it"
+    assert read["g_prime_norm"] < read["g_norm"]
+    norm = site.update_norms()["x"]
+    assert float(norm) == pytest.approx(float(2.0 * (linear.lora_B["default"].weight @ a.weight).norm()), rel=1e-5)
+    effective = a.weight.detach().clone()
+    site.detach()
+    assert torch.equal(linear.lora_A["default"].weight, effective)
+
+
+def test_gains_fall_with_energy_rise_with_the_opening_and_stay_within_one():
+    values = torch.tensor([0.0, 1e-12, 0.01, 1.0, 100.0])
+    for steepness in (0.5, 1.0, 2.0):
+        narrow, wide = gains(values, 0.01, steepness), gains(values, 1.0, steepness)
+        assert narrow[0] == wide[0] == 1.0 and bool((narrow[1:] <= narrow[:-1]).all())
+        assert bool((narrow <= wide).all()) and float(wide.max()) <= 1.0 and float(narrow.min()) > 0.0
+    assert gains(torch.tensor([1.0]), 1.0, 2.0).item() == 0.25
+    assert bool((gains(values, 1e30, 1.0) == 1.0).all())
+
+
+def test_three_levels_are_a_special_case():
+    """gamma on Uf, beta on Up and 1 elsewhere is what hsw/lora_input.py computes."""
+    from vlakeep.hsw.lora_input import InputSpace
+    from vlakeep.hsw.transform import Gains
+
+    one, vectors, _ = random_spectrum()
+    space = GradedInput(one, torch.device("cpu"))
+    space.set(1.0, 1.0, 1.0)
+    levels = torch.tensor([0.1] * 6 + [0.4] * 4 + [1.0] * 14)
+    space._matrix_DD = ((vectors * levels) @ vectors.T).float()
+    three = InputSpace({"f": one.vectors[:, :6], "p": one.vectors[:, 6:10]}, torch.device("cpu"))
+    three.set_gains(Gains(beta=0.4, gamma=0.1))
+    x = torch.randn(3, 24)
+    assert torch.allclose(space.contract(x), three.apply(x), atol=1e-5)
+
+
+def test_vectors_that_are_not_orthonormal_are_refused():
+    one, _, _ = random_spectrum()
+    with pytest.raises(ValueError, match="not orthonormal.*vlakeep offline"):
+        GradedInput(one._replace(vectors=one.vectors * 1.1), torch.device("cpu"))
+
+
+def test_a_truncated_spectrum_acts_as_the_whole_one_where_it_matters():
+    _, vectors, _ = random_spectrum(300)
+    values = torch.arange(1, 301).double() ** -2
+    moment = ((vectors * values) @ vectors.T).float()
+    whole, part = spectrum(moment, 300), spectrum(moment, 100)
+    assert part.vectors.shape == (300, 100) and part.mean == pytest.approx(whole.mean, rel=1e-4)
+    assert torch.allclose(part.values, whole.values[:100], rtol=2e-2)
+    x = torch.randn(5, 300, generator=torch.Generator().manual_seed(0))
+    made = []
+    for one in (whole, part):
+        space = GradedInput(one, torch.device("cpu"))
+        space.set(1e-2 * one.mean, 1.0, 1.0)
+        made.append((space.contract(x), space.passed_energy(1e-2 * one.mean, 1.0, 10.0)))
+    # The cut lies in the flank on purpose: what is left out differs by a factor of nine in energy and shares one gain.
+    assert float((made[0][0] - made[1][0]).norm() / made[0][0].norm()) < 0.25
+    assert made[1][1] == pytest.approx(made[0][1], rel=0.15)
+
+
+def test_the_starting_point_follows_from_the_spectrum():
+    """Scaling all inputs changes nothing: lambda is measured in the spectrum's own unit."""
+    one, _, _ = random_spectrum()
+    found = []
+    for factor in (1.0, 1000.0):
+        space = GradedInput(one._replace(values=one.values * factor), torch.device("cpu"))
+        site = GradedSite({"x": layer()}, {"x": space}, {"x": space.energy / space.dim}, 1.0, 10.0)
+        opening = site.opening_for(1e-3)
+        assert site.passed_energy(opening) == pytest.approx(1e-3, rel=1e-3)
+        found.append(opening)
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+# The teacher's answers and the sensor
+
+
+@pytest.fixture(scope="module")
+def artefact(world):
+    storage, make_config = world
+    run_offline(make_config(GRADED), storage)
+    return artifact.load_artifact(storage.artifacts / "graded_tabletop-base")
+
+
+@pytest.fixture(scope="module")
+def student(world):
+    """A backbone with adapters whose B is not zero."""
+    backbone = make_backbone(Config().backbone, torch.device("cpu"), world[0].cache)
+    attach_lora(backbone, target_modules(backbone, "2-5", ["attention", "mlp"]), 4, 4.0)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for linear in backbone.adapted_linears().values():
+            linear.lora_B["default"].weight.copy_(0.1 * torch.randn(linear.lora_B["default"].weight.shape, generator=generator))
+    return backbone.eval()
+
+
+def test_divergence_over_kept_tokens_and_the_rest():
+    generator = torch.Generator().manual_seed(0)
+    teacher, other = torch.randn(3, 4, 40, generator=generator) * 3, torch.randn(3, 4, 40, generator=generator) * 3
+    p, q = torch.log_softmax(teacher.double(), -1), torch.log_softmax(other.double(), -1)
+    count = torch.tensor([4, 2, 1])
+    exact = (p.exp() * (p - q)).sum(-1)
+    wanted = torch.stack([exact[i, :n].mean() for i, n in enumerate(count)])
+    for kept, slack in ((39, 1e-5), (8, None)):
+        top = teacher.topk(kept, -1).indices
+        found = divergence(Answered(None, None, None, count, top, *split_log_probabilities(teacher, top)), other).double()
+        if slack:
+            assert torch.allclose(found, wanted, atol=slack)
+        else:
+            assert bool((found <= wanted + 1e-6).all()) and bool((found > 0.3 * wanted).all()), "merging outcomes only lowers it"
+
+
+def test_the_sensor_is_zero_for_the_teacher_and_the_divergence_for_a_student(world, artefact, student):
+    probe = ProbeSet(world[0].probe_folder("tabletop"))
+    answered, items = artefact.answers()
+    processor = student.processor
+    sensor = KLSensor(student, answered, batched(probe.samples(items), processor, encode_prompts, 7), 7)
+    with adapters_disabled(student):
+        assert abs(float(sensor.per_item().abs().max())) < 1e-6
+    found = sensor.per_item().double()
+    assert 1e-4 < float(found.mean()) and bool((found > -1e-6).all())
+    for row, item in list(enumerate(items))[::4]:  # one prompt at a time, whole vocabulary, the whole model
+        batch = encode_prompts(probe.samples([item]), processor)
+        with adapters_disabled(student):
+            whole = with_own_answers(student, batch, graded_offline.ANSWER_TOKENS)
+            tokens = whole.input_ids[:, batch.input_ids.shape[1]:]
+            teacher = student.log_probabilities_of_continuation(batch, tokens).double()
+        own = student.log_probabilities_of_continuation(batch, tokens).double()
+        assert float(found[row]) == pytest.approx(float((teacher.exp() * (teacher - own)).sum(-1).mean()), rel=0.02, abs=1e-5)
+
+
+def test_the_sensor_agrees_with_evaluation_on_action_prompts(world, student):
+    """evaluate.py computes its retention KL on action tokens by another way; the end of sequence is one token more here."""
+    probe = ProbeSet(world[0].probe_folder("tabletop"))
+    samples = [s for s in probe.samples(range(len(probe))) if not s.question][:6]
+    with adapters_disabled(student):
+        own = teacher_answers(student, run_below(student, graded_offline.answered_samples(student, samples, 3), 2), 2)
+    assert own.count_N.tolist() == [8] * 6
+    found = KLSensor(student, own, batched(samples, student.processor, encode_prompts, 3), 3).per_item()
+    wanted = action_token_kl(student, samples)
+    assert 8 * float(found.mean()) == pytest.approx(7 * float(wanted.mean()), rel=0.05)
+
+
+def test_artefact_spectra_are_those_of_the_inputs_and_the_probe_is_split(world, artefact):
+    storage, make_config = world
+    config = make_config(GRADED)
+    probe = ProbeSet(storage.probe_folder("tabletop"))
+    fit, held = graded_offline.split_items(probe.spread(config.probe.size), 0.2)
+    assert not set(fit) & set(held) and sorted(fit + held) == probe.spread(48) and len(held) == 10
+    assert artefact.answers()[1] == held
+    backbone = make_backbone(config.backbone, torch.device("cpu"), storage.cache).eval()
+    name = "layers.3.mlp.down_proj"
+    linears = {name: select_linears(backbone, "all", ["mlp"])[name]}
+    wholes = [w for _, w in graded_offline.answered_samples(backbone, probe.samples(fit), 5)]
+    moment = token_moments(backbone, wholes, linears)[input_key(name)].double()
+    one = artefact.spectra()[input_key(name)]
+    vectors = one.vectors.double()
+    again = (vectors * one.values.double()) @ vectors.T
+    assert float((again - moment).norm() / moment.norm()) < 1e-4
+    sensitivity = artefact.sensitivity()
+    assert set(sensitivity) == set(select_linears(backbone, "all", ["attention", "mlp"])) and min(sensitivity.values()) > 0
+    report = json.loads((artefact.folder / "coverage.json").read_text())["groups"]
+    assert report["probe"]["ratio"] == pytest.approx(1.0)
+    assert any(group.startswith("held out:") for group in report) and "new:tabletop_corner" in report
+    # The energy of a group along the directions, by the moment of its inputs.
+    new = graded_offline.new_samples(config, storage, (64, 64))["tabletop_corner"]
+    other = token_moments(backbone, [w for _, w in graded_offline.answered_samples(backbone, new, 9)], linears)[input_key(name)].double()
+    stored = load_file(artefact.folder / "energy.safetensors")[f"new:tabletop_corner/{name}"]
+    assert torch.allclose(stored[:-1], (vectors.T @ other @ vectors).diagonal(), rtol=1e-3, atol=1e-6 * float(other.trace()))
+
+
+def test_sensitivity_is_the_squared_gradient_of_the_answers(world):
+    """Against torch.autograd on one linear's output, one prompt at a time."""
+    storage, _ = world
+    backbone = make_backbone(Config().backbone, torch.device("cpu"), storage.cache).eval()
+    samples = ProbeSet(storage.probe_folder("tabletop")).samples([0, 5])
+    name = "layers.4.mlp.up_proj"
+    linears = {name: select_linears(backbone, "all", ["mlp"])[name]}
+    pairs = list(graded_offline.answered_samples(backbone, samples, 2))
+    found = graded_offline.output_sensitivity(backbone, run_below(backbone, pairs, 4), 4, linears)[name]
+    total, tokens = 0.0, 0
+    for sample in samples:
+        (prompt, whole), = graded_offline.answered_samples(backbone, [sample], 1)
+        kept = []
+        handle = linears[name].register_forward_hook(lambda m, a, out: kept.append(out.requires_grad_(True)) or out)
+        start, length = prompt.input_ids.shape[1], whole.input_ids.shape[1]
+        hidden = backbone.run_layers(backbone.embed(whole))
+        handle.remove()
+        patches = hidden.shape[1] - length
+        log_p = torch.log_softmax(backbone.logits(hidden[0, patches + start - 1:patches + length - 1]), -1)
+        said = log_p.gather(1, whole.input_ids[0, start:, None]).sum()
+        grad = torch.autograd.grad(said, kept[0])[0]
+        total, tokens = total + float(grad.square().mean(-1).sum()), tokens + grad.shape[1]
+    assert found == pytest.approx(total / tokens, rel=1e-3)
+
+
+def test_coverage_tells_inputs_like_the_probe_from_others():
+    one, _, values = random_spectrum()
+    spectra = {"layers.0.x": one}
+    like, other = coverage.own_energy(one), torch.cat([values.flip(0), torch.zeros(1)])
+    found = coverage.report({"probe": {"layers.0.x": like}, "held out:a": {"layers.0.x": 2 * like}, "keep:b": {"layers.0.x": other},
+                             "new:c": {"layers.0.x": like}}, spectra, 1.0)
+    assert found["held out:a"]["ratio"] == pytest.approx(2.0) and found["keep:b"]["ratio"] > coverage.NOT_COVERED
+    assert [line.split(":")[0] for line in coverage.warnings(found)] == ["keep", "new"]
+
+
+def test_an_artefact_of_something_else_is_refused(artefact):
+    meta = artefact.meta
+    good = dict(weights_hash=meta["weights_sha256"], probe_hash=meta["probe_sha256"], probe_size=48, depth=6, dtype="float32",
+                section={"columns": 1024, "holdout": 0.2})
+    assert artifact.check(artefact, **good) == []
+    for key, value in (("weights_hash", "x"), ("probe_hash", "x"), ("probe_size", 9), ("depth", 7), ("dtype", "bfloat16"),
+                       ("section", {"columns": 5, "holdout": 0.2})):
+        assert len(artifact.check(artefact, **dict(good, **{key: value}))) == 1, key
+
+
+# The loop
+
+
+def law(**changes):
+    return SetPoint(**dict(dict(target=0.01, start=1e-3, lowest=1e-6, highest=1.0, steepness=1.0, open_factor=1.5, close_factor=4.0),
+                           **changes))
+
+
+def test_larger_divergence_gives_a_smaller_opening_at_every_moment():
+    for history in ([], [0.001], [0.02, 0.008], [0.001, 0.05]):
+        openings = []
+        for last in torch.logspace(-6, 2, 60).tolist():
+            openings.append(replay(law(), [*history, last])[-1]["next_opening"])
+        assert all(a >= b for a, b in zip(openings, openings[1:])) and openings[0] > openings[-1]
+
+
+def test_the_loop_opens_from_closed_meets_its_target_and_does_not_wind_up():
+    for response in (2.0, 3.0, 4.0, 6.0, 7.0):
+        controller, size, found = SetPointController(law()), 0.0, []
+        for k in range(80):
+            size += 1.0 if k < 40 else 0.02  # training slows down as its rate falls
+            found.append((20 * size ** 0.5 * controller.opening) ** response)
+            controller.update(found[-1])
+        assert max(found) < 2.0 * 0.01, response
+        assert all(abs(d / 0.01 - 1) < 0.1 for d in found[-10:]), response
+    stuck = SetPointController(law())
+    for _ in range(100):
+        stuck.update(0.0)  # nothing is forgotten: the opening goes to its limit and no further
+    assert stuck.opening == 1.0
+    stuck.update(10.0)
+    assert stuck.opening == pytest.approx(0.25), "closing begins at once"
+
+
+def test_rate_limits_values_that_are_no_numbers_and_state():
+    rows = replay(law(), [0.0, 0.0, 100.0])
+    assert [row["next_opening"] for row in rows] == pytest.approx([1.5e-3, 2.25e-3, 2.25e-3 / 4])
+    controller = SetPointController(law())
+    controller.update(0.001)
+    before = (controller.opening, controller.before)
+    for bad in (math.nan, math.inf, -1.0):
+        controller.update(bad)
+    assert (controller.opening, controller.before) == before and controller.rejected == 3
+    second = SetPointController(law())
+    second.load_state_dict(controller.state_dict())
+    assert second.update(0.02) == controller.update(0.02)
+    for wrong in ({"target": 0.0}, {"start": 2.0}, {"open_factor": 1.0}, {"steepness": 0.0}):
+        with pytest.raises(ValueError):
+            law(**wrong)
+
+
+# The laws
+
+
+@pytest.fixture(scope="module")
+def baseline(world):
+    storage, make_config = world
+    return run_training(make_config(BASELINE, "--name", "graded-law-baseline"), storage)
+
+
+def test_off_and_all_open_are_the_baseline_bitwise(world, artefact, baseline):
+    storage, make_config = world
+    off = run_training(make_config(GRADED, "--name", "graded-off", "--gains.enabled", False, "--thermostat.enabled", False), storage)
+    assert final_adapter(off) == final_adapter(baseline)
+    # 1e30 eigenvalues: every gain is exactly 1. The sensor measures all the same.
+    measured = run_training(make_config(GRADED, "--name", "graded-measured", "--gains.enabled", False), storage)
+    assert final_adapter(measured) == final_adapter(baseline) and read_metrics(measured)[-1]["kl"] > 0
+    wide = run_training(make_config(GRADED, "--name", "graded-wide", "--gains.opening", 1e30, "--gains.scale", 1.0,
+                                    "--thermostat.enabled", False), storage)
+    assert final_adapter(wide) == final_adapter(baseline)
+
+
+def test_resume_is_the_uninterrupted_run_bitwise_and_the_log_replays(world, artefact):
+    storage, make_config = world
+    arm = [GRADED, "--lora.dropout", 0.1, "--train.schedule", "constant", "--train.lr", 5e-3, "--thermostat.target", 1e-6]
+    whole = run_training(make_config(*arm, "--name", "graded-whole"), storage)
+    run_training(make_config(*arm, "--name", "graded-part", "--train.steps", 3), storage)
+    part = run_training(make_config(*arm, "--name", "graded-part", "--train.resume", True), storage)
+    assert final_adapter(part) == final_adapter(whole)
+    rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(folder)] for folder in (whole, part)]
+    assert rows[0] == rows[1]
+    trained = [row for row in rows[0] if row["step"]]
+    assert rows[0][0]["kl"] == 0.0 and len({row["opening"] for row in trained}) > 3
+    assert all(row["g_prime_norm"] <= row["g_norm"] * (1 + 1e-6) for row in trained)
+    config = make_config(*arm)
+    again = replay(SetPoint(target=1e-6, start=trained[0]["opening"], lowest=1e-9, highest=1e3, steepness=config.gains.steepness,
+                            open_factor=config.thermostat.open_factor, close_factor=config.thermostat.close_factor),
+                   [row["kl"] for row in trained])
+    assert [row["next_opening"] for row in again] == [row["next_opening"] for row in trained]
+    assert {"kl_new", "update_norm/0", "open_rank/layers.0.self_attn.q_proj", "shed"} <= set(trained[-1])
+
+
+def test_two_processes_are_one_with_two_micro_batches_bitwise(world, artefact):
+    import sys
+
+    storage, make_config = world
+    one = run_training(make_config(GRADED, "--name", "graded-one", "--train.accumulation", 2), storage)
+    two = command(storage.root, "--config", GRADED, "--name", "graded-two")
+    two[:3] = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vlakeep.cli"]
+    done = subprocess.run(two, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert final_adapter(storage.run_folder("graded-two")) == final_adapter(one)
+    assert SMALL
+
+
+@pytest.mark.parametrize("allocation", ["model", "sensitivity"])
+def test_other_allocations_run_and_differ(world, artefact, allocation):
+    storage, make_config = world
+    run = run_training(make_config(GRADED, "--name", f"graded-{allocation}", "--gains.allocation", allocation, "--train.steps", 3), storage)
+    same = run_training(make_config(GRADED, "--name", f"graded-linear-{allocation}", "--train.steps", 3), storage)
+    assert final_adapter(run) != final_adapter(same)
+
+
+def test_the_saved_adapter_is_the_effective_one(world, artefact):
+    """What is saved is A_eff: loaded as a plain LoRA it acts as the model that was trained."""
+    from safetensors.torch import load
+
+    storage, make_config = world
+    run = run_training(make_config(GRADED, "--name", "graded-saved", "--train.lr", 1e-2, "--gains.opening", 0.01,
+                                   "--thermostat.enabled", False), storage)
+    state = load(final_adapter(run))
+    name = "base_model.model.language_model.model.layers.2.mlp.down_proj.lora_A.weight"
+    one = artefact.spectra()["layers.2.mlp.down_proj"]
+    coordinates = state[name].double() @ one.vectors.double()
+    expected = 10.0 * gains(one.values, 0.01 * one.mean, 1.0)
+    # A was drawn N(0, 1/16) per entry and moved little: along each direction its size follows the gain.
+    size = coordinates.norm(dim=0) / (4 ** 0.5 * 0.25)
+    ratio = size / expected
+    assert 0.2 < float(ratio.median()) < 5 and float(ratio.log().std()) < 1.0

@@ -1,0 +1,168 @@
+"""Method `graded`: gains per direction at the inputs of the adapted linears, opened by the Thermostat to what may be forgotten.
+
+reads: artifact_dir/graded_<backbone>/ (teacher/artifact.py), which `vlakeep offline` makes (methods/graded_offline.py)
+"""
+
+from typing import Callable, Dict, List, Optional
+
+import torch
+
+from vlakeep.backbones.lora import adapters_disabled
+from vlakeep.config import Config
+from vlakeep.data.prompts import encode_prompts
+from vlakeep.hsw.graded import GradedInput, GradedSite
+from vlakeep.icsm.collect import input_key
+from vlakeep.method import Baseline
+from vlakeep.methods import graded_offline
+from vlakeep.probe.probe_set import ProbeSet
+from vlakeep.storage import Storage
+from vlakeep.teacher.answers import Answered, run_below, teacher_answers
+from vlakeep.teacher.artifact import GradedArtifact, GradedArtifactError, check, load_artifact
+from vlakeep.thermostat.kl_sensor import KLSensor, batched
+from vlakeep.thermostat.setpoint import SetPoint, SetPointController
+
+LOWEST, HIGHEST = 1e-9, 1e3  # of the opening: below, nothing passes that a run would notice; above, nothing is closed
+
+
+class Graded(Baseline):
+    """See the module's first line. `make_sensors(backbone)` gives {"kl": KLSensor, "kl_new": KLSensor or None}."""
+
+    def __init__(self, config: Config, artifact: Optional[GradedArtifact], make_sensors: Callable):
+        self._config, self._artifact, self._make_sensors = config, artifact, make_sensors
+        self._site: Optional[GradedSite] = None
+        self._controller: Optional[SetPointController] = None
+        self._sensors: dict = {}
+        self._observe = False
+
+    def attach(self, backbone) -> None:
+        settings, thermostat = self._config.gains, self._config.thermostat
+        if settings.enabled:
+            adapted = backbone.adapted_linears()
+            spaces = self._spaces(adapted)
+            self._site = GradedSite(adapted, spaces, self._units(adapted, spaces), settings.steepness, settings.scale)
+            start = settings.opening or min(max(self._site.opening_for(settings.start), LOWEST), HIGHEST)
+            self._site.set_opening(start)
+        if thermostat.enabled:
+            self._sensors = self._make_sensors(backbone)
+            if self._site:
+                self._controller = SetPointController(SetPoint(
+                    target=thermostat.target, start=start, lowest=LOWEST, highest=HIGHEST, steepness=settings.steepness,
+                    open_factor=thermostat.open_factor, close_factor=thermostat.close_factor))
+
+    def _spaces(self, adapted: Dict[str, torch.nn.Module]) -> Dict[str, GradedInput]:
+        spectra = self._artifact.spectra()
+        missing = [name for name in adapted if input_key(name) not in spectra]
+        if missing:
+            raise GradedArtifactError(
+                f"{self._artifact.folder} has no spectrum for {len(missing)} of the {len(adapted)} adapted linears, such as {missing[0]}; "
+                f"it was made with lora {self._artifact.meta['lora']}: run `vlakeep offline` with the --lora.layers and --lora.modules "
+                "of this run")
+        made: Dict[tuple, GradedInput] = {}
+        found = {}
+        for name, linear in adapted.items():
+            # With one lambda per linear those that share an input still need gains of their own.
+            key = (input_key(name), name if self._config.gains.allocation == "sensitivity" else "")
+            if key not in made:
+                made[key] = GradedInput(spectra[key[0]], linear.lora_A["default"].weight.device)
+            found[name] = made[key]
+        return found
+
+    def _units(self, adapted: Dict[str, torch.nn.Module], spaces: Dict[str, GradedInput]) -> Dict[str, float]:
+        """Eigenvalue in which lambda is measured, per linear."""
+        own = {name: spaces[name].energy / spaces[name].dim for name in adapted}
+        if self._config.gains.allocation == "linear":
+            return own
+        if self._config.gains.allocation == "model":
+            mean = sum(own.values()) / len(own)
+            return {name: mean for name in own}
+        sensitivity = self._artifact.sensitivity()
+        middle = sorted(sensitivity[name] for name in own)[len(own) // 2]
+        typical = sorted(own.values())[len(own) // 2]
+        return {name: typical * middle / max(sensitivity[name], 1e-3 * middle) for name in own}
+
+    def before_training(self) -> List[Dict[str, float]]:
+        """What student and teacher say while they are the same: the sensor's zero."""
+        return [dict(self._measure(act=False))] if self._sensors else []
+
+    def before_step(self, step: int, observe: bool) -> None:
+        self._observe = observe
+        if self._site:
+            self._site.meter.start(observe)
+
+    def after_step(self, step: int, loss_scale: float) -> Dict[str, float]:
+        metrics = {}
+        if self._observe and self._site:
+            metrics = {"opening": self._site.opening, **self._site.meter.read(loss_scale)}
+        if self._site:
+            self._site.meter.start(False)
+        if self._sensors and step % self._config.thermostat.every == 0:
+            metrics.update(self._measure())
+        return metrics
+
+    def _measure(self, act: bool = True) -> Dict[str, float]:
+        kl = self._sensors["kl"].measure()
+        row = {"d": kl, "kl": kl}
+        if self._sensors.get("kl_new"):
+            row["kl_new"] = self._sensors["kl_new"].measure()
+        if self._site:
+            row.update(self._where_it_learns())
+        if self._controller and act:
+            row.update(self._controller.update(kl))
+            self._site.set_opening(self._controller.opening)
+        return row
+
+    def _where_it_learns(self) -> Dict[str, float]:
+        """Norm of the update per decoder layer, and how many directions each distinct input has open."""
+        squares: Dict[str, torch.Tensor] = {}
+        for name, norm in self._site.update_norms().items():
+            layer = name.split(".")[1]
+            squares[layer] = squares.get(layer, 0) + norm.square()
+        row = {f"update_norm/{layer}": float(value.sqrt()) for layer, value in squares.items()}
+        row.update({f"open_rank/{name}": space.open_rank() for name, space in self._site.distinct().items()})
+        return row
+
+    def state_dict(self) -> dict:
+        return {"controller": self._controller.state_dict()} if self._controller else {}
+
+    def load_state_dict(self, state: dict) -> None:
+        if self._controller:
+            self._controller.load_state_dict(state["controller"])
+            self._site.set_opening(self._controller.opening)
+
+    def detach(self) -> None:
+        if self._site:
+            self._site.detach()
+            self._site = None
+
+
+def prepare(config: Config, storage: Storage, backbone):
+    """(Graded with its artefact and the sensors of the divergence, on probe items and on the new task's own prompts; hashes of both).
+
+    Raises GradedArtifactError naming every mismatch.
+    """
+    if not (config.gains.enabled or config.thermostat.enabled):
+        return Graded(config, None, None), {}
+    probe = ProbeSet(storage.probe_folder(config.probe.name))
+    artifact = load_artifact(graded_offline.artifact_folder(config, storage, backbone.name))
+    problems = check(artifact, backbone.weights_sha256, probe.sha256, config.probe.size, backbone.num_layers,
+                                     config.backbone.dtype, graded_offline.deciding(config))
+    if problems:
+        raise GradedArtifactError("\n".join(problems))
+    size = config.icsm.batch_size
+
+    def make_sensors(backbone):
+        answered, items = artifact.answers()
+        count = min(config.thermostat.batch_size, len(items))
+        rows = torch.tensor([i * len(items) // count for i in range(count)])
+        sensor = KLSensor(backbone, Answered(*[value[rows] for value in answered]),
+                          batched(probe.samples([items[i] for i in rows]), backbone.processor, encode_prompts, size), size)
+        new = graded_offline.new_samples(config, storage, graded_offline.picture_size(backbone), max(1, count // 4))
+        samples = [sample for group in new.values() for sample in group]
+        if not samples:
+            return {"kl": sensor, "kl_new": None}
+        with adapters_disabled(backbone):
+            first = backbone.first_adapted_layer()
+            own = teacher_answers(backbone, run_below(backbone, graded_offline.answered_samples(backbone, samples, size), first), first)
+        return {"kl": sensor, "kl_new": KLSensor(backbone, own, batched(samples, backbone.processor, encode_prompts, size), size)}
+
+    return Graded(config, artifact, make_sensors), {"artifact": artifact.meta["files"], "probe": probe.sha256}

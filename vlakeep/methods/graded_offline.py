@@ -1,0 +1,219 @@
+"""What method `graded` needs of the frozen teacher: the spectra of its inputs, its answers, and what the probe covers.
+
+The probe is split: the spectra come from one part, the sensor and the coverage report from the other, since a loop that is closed on the
+items whose directions it has shut sees less drift than there is.
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import Dict, Iterator, List, Tuple
+
+import torch
+from tqdm import tqdm
+
+import vlakeep
+from vlakeep.backbones.lora import select_linears
+from vlakeep.config import Config
+from vlakeep.data.dataset import Conventions
+from vlakeep.data.formats import closing_all, open_datasets
+from vlakeep.data.images import resize_uint8
+from vlakeep.data.prompts import encode_prompts
+from vlakeep.data.sample import Batch, Sample
+from vlakeep.icsm.collect import input_key, with_own_answers
+from vlakeep.probe.probe_set import ProbeSet
+from vlakeep.provenance import library_versions, source_commit
+from vlakeep.storage import Storage, need_free
+from vlakeep.teacher import artifact, coverage
+from vlakeep.teacher.answers import Part, answer_columns, logits_at, run_below, teacher_answers
+from vlakeep.teacher.spectrum import Spectrum, spectrum, to_tensors
+
+ANSWER_TOKENS = 8  # seven action tokens and the end of sequence
+FEW = 4  # items whose activations are kept for a backward pass
+NEW_FRAMES = 64  # of the new task's data, for the coverage report and the divergence on its prompts
+
+
+def artifact_folder(config: Config, storage: Storage, backbone_name: str) -> Path:
+    return storage.artifact_folder(config.gains.name or artifact.artifact_name(backbone_name))
+
+
+def deciding(config: Config) -> dict:
+    """The fields that decide the artefact's numbers."""
+    return {"columns": config.gains.columns, "holdout": config.gains.holdout}
+
+
+def split_items(items: List[int], holdout: float) -> Tuple[List[int], List[int]]:
+    """(items of the spectrum, items of the sensor): every 1/holdout-th goes to the sensor, so that both parts cover the probe evenly."""
+    count = min(max(1, round(len(items) * holdout)), len(items) - 1)
+    held = {(2 * i + 1) * len(items) // (2 * count) for i in range(count)}
+    return [item for i, item in enumerate(items) if i not in held], [item for i, item in enumerate(items) if i in held]
+
+
+def new_samples(config: Config, storage: Storage, size, count: int = NEW_FRAMES) -> Dict[str, List[Sample]]:
+    """Data set -> frames spread evenly over it, with their instructions; {} when there are no data yet."""
+    data = config.data
+    try:
+        datasets = open_datasets(storage.data, data.datasets, data.train_fraction, storage.cache,
+                                 Conventions(data.camera, data.gripper, data.rotate))
+    except FileNotFoundError:
+        return {}
+    found = {}
+    with closing_all(datasets):
+        for dataset in datasets:
+            keys = [(e, t) for e, length in enumerate(dataset.lengths) for t in range(int(length))]
+            chosen = [keys[i * len(keys) // count] for i in range(min(count, len(keys)))]
+            raw = [dataset.frame(*key) for key in chosen]
+            found[dataset.name] = [Sample(resize_uint8(one.image, size), one.instruction) for one in raw]
+    return found
+
+
+def picture_size(backbone) -> tuple:
+    return tuple(backbone.processor.image_processor.input_sizes[0][-2:])
+
+
+def answered_samples(backbone, samples: List[Sample], batch_size: int) -> Iterator[Tuple[Batch, Batch]]:
+    """(prompts, the same with the teacher's own answers), batch by batch."""
+    for start in range(0, len(samples), batch_size):
+        prompts = encode_prompts(samples[start:start + batch_size], backbone.processor)
+        yield prompts, with_own_answers(backbone, prompts, ANSWER_TOKENS)
+
+
+def build(config: Config, storage: Storage, backbone) -> Path:
+    """Make the artefact folder and return it."""
+    started = time.perf_counter()
+    backbone.eval()
+    probe = ProbeSet(storage.probe_folder(config.probe.name))
+    fit, held = split_items(probe.spread(config.probe.size), config.gains.holdout)
+    linears = select_linears(backbone, config.lora.layers, config.lora.modules)
+    folder = artifact_folder(config, storage, backbone.name)
+    need_free(folder, _bytes_needed(config, linears), "the artefact")
+    print(f"teacher {backbone.name} ({backbone.num_layers} layers, D = {backbone.hidden_size}), probe {len(fit)} items for the spectra of "
+          f"{len(linears)} linears' inputs and {len(held)} for the sensor")
+    first = min((int(name.split(".")[1]) for name in linears), default=0)
+
+    def parts(samples: List[Sample], desc: str) -> List[Part]:
+        size = config.icsm.batch_size
+        pairs = answered_samples(backbone, samples, size)
+        return run_below(backbone, tqdm(pairs, desc=f"teacher's answers: {desc}", total=-(-len(samples) // size), leave=False), first)
+
+    spectra = _spectra(config, backbone, parts(probe.samples(fit), "probe"), first, linears)
+    kept = parts(probe.samples(held), "held out")
+    answers = teacher_answers(backbone, kept, first)
+    sensitivity = output_sensitivity(backbone, kept, first, linears)
+    groups = {"probe": {key: coverage.own_energy(one) for key, one in spectra.items()}}
+    for made, labels in _groups(config, storage, backbone, probe, held, kept, parts):
+        groups.update(coverage.directional_energy(backbone, made, first, labels, linears, spectra, input_key))
+    found = coverage.report(groups, spectra, config.gains.steepness)
+    lines = coverage.warnings(found)
+    tensors = {
+        "spectrum": to_tensors(spectra),
+        "answers": {**answers._asdict(), "items": torch.tensor(held)},
+        "sensitivity": {name: torch.tensor([value]) for name, value in sensitivity.items()},
+        "energy": {f"{group}/{key}": value for group, energies in groups.items() for key, value in energies.items()},
+    }
+    artifact.write(folder, tensors, {"groups": found, "warnings": lines}, _meta(config, backbone, probe, linears))
+    show(found, lines)
+    print(f"wrote {folder} in {time.perf_counter() - started:.1f} s")
+    return folder
+
+
+def _meta(config: Config, backbone, probe, linears) -> dict:
+    return {
+        "backbone": backbone.name, "weights_sha256": backbone.weights_sha256, "depth": backbone.num_layers,
+        "hidden_size": backbone.hidden_size, "dtype": config.backbone.dtype, "probe": config.probe.name, "probe_sha256": probe.sha256,
+        "probe_items": config.probe.size, "config": deciding(config), "linears": len(linears),
+        "lora": {"layers": config.lora.layers, "modules": list(config.lora.modules)},
+        "vlakeep": vlakeep.__version__, "versions": library_versions(), "commit": source_commit(),
+    }
+
+
+def _bytes_needed(config: Config, linears) -> int:
+    inputs = {input_key(name): linear.in_features for name, linear in linears.items()}
+    return 4 * sum(dim * (min(dim, config.gains.columns) + 1) for dim in inputs.values()) + 50_000_000
+
+
+def _spectra(config: Config, backbone, parts: List[Part], first: int, linears) -> Dict[str, Spectrum]:
+    """Spectrum of every distinct input; where the moments exceed the memory budget the adapted layers are passed several times."""
+    spectra: Dict[str, Spectrum] = {}
+    for group in passes(linears, config.icsm.moments_gib * 2**30):
+        moments = coverage.input_moments(backbone, tqdm(parts, desc="second moments", leave=False), first, group, input_key)
+        for key in tqdm(sorted(moments), desc="spectra", leave=False):
+            spectra[key] = spectrum(moments.pop(key), config.gains.columns)
+    return {key: spectra[key] for key in sorted(spectra)}
+
+
+def passes(linears, limit_bytes: float) -> List[dict]:
+    """`linears` in groups whose second moments fit the limit; those that share an input stay together."""
+    by_input: Dict[str, dict] = {}
+    for name, linear in linears.items():
+        by_input.setdefault(input_key(name), {})[name] = linear
+    groups: List[dict] = []
+    used = 0.0
+    for members in by_input.values():
+        size = 4 * next(iter(members.values())).in_features ** 2
+        if not groups or used + size > limit_bytes:
+            groups.append({})
+            used = 0.0
+        groups[-1].update(members)
+        used += size
+    return groups
+
+
+def _groups(config: Config, storage: Storage, backbone, probe, held, kept: List[Part], parts) -> Iterator[Tuple[List[Part], List[str]]]:
+    """(parts, group of each row): kinds of the held-out items, further probes, the new data."""
+    yield kept, [f"held out:{kind}" for kind in probe.kinds(held)]
+    for name in config.gains.keep:
+        other = ProbeSet(storage.probe_folder(name))
+        kinds = other.kinds(range(len(other)))
+        chosen = [i for kind in sorted(set(kinds)) for i in [i for i, k in enumerate(kinds) if k == kind][:NEW_FRAMES]]
+        yield parts(other.samples(chosen), name), [f"keep:{name}/{kinds[i]}" for i in chosen]
+    for name, samples in new_samples(config, storage, picture_size(backbone)).items():
+        yield parts(samples, name), [f"new:{name}"] * len(samples)
+
+
+def output_sensitivity(backbone, parts: List[Part], first: int, linears) -> Dict[str, float]:
+    """Linear -> mean over tokens and outputs of the squared gradient of log p(answer) at its output: how strongly one unit of its output
+    moves what the teacher says, at its own greedy answers."""
+    sums: Dict[str, torch.Tensor] = {}
+    handles, tokens, mask_BS = [], 0, None
+
+    def watch(name):
+        def forward(module, args, output):
+            def backward(grad):
+                sums[name] = sums.get(name, 0) + (grad.float().square().mean(-1) * mask_BS).sum().double()
+            output.register_hook(backward)
+        return forward
+
+    try:
+        for name, linear in linears.items():
+            handles.append(linear.register_forward_hook(watch(name)))
+        pieces = [few for part in parts for few in part.split(FEW)]
+        for piece in tqdm(pieces, desc="sensitivity of the answers", leave=False):
+            part = piece.to(backbone.device)
+            mask_BS = part.prefix.attention_mask_BS
+            tokens += int(mask_BS.sum())
+            lifted = part.prefix._replace(hidden_BSD=part.prefix.hidden_BSD.detach().requires_grad_(True))
+            last_BSD = backbone.run_layers(lifted, start=first, stop=backbone.num_layers)
+            _answer_log_probability(backbone, last_BSD, part).backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: float(sums[name]) / max(tokens, 1) for name in linears}
+
+
+def _answer_log_probability(backbone, last_BSD: torch.Tensor, part: Part) -> torch.Tensor:
+    steps, length = int(part.count_B.max()), part.text_BL.shape[1]
+    log_p_BTV = torch.log_softmax(logits_at(backbone, last_BSD, length, part.start_B, steps).float(), -1)
+    said_BT = part.text_BL.gather(1, (answer_columns(part.start_B, steps) + 1).clamp(max=length - 1))
+    chosen_BT = log_p_BTV.gather(-1, said_BT[..., None])[..., 0]
+    return (chosen_BT * (torch.arange(steps, device=last_BSD.device) < part.count_B[:, None])).sum()
+
+
+def show(found: Dict[str, dict], lines: List[str]) -> None:
+    """The coverage report, one line a group."""
+    print(f"where gains let {coverage.REFERENCE:.0%} of the probe's energy pass, others' passes, as a multiple (largest of any linear)")
+    for name, one in found.items():
+        if name != "probe":
+            print(f"  {name:32s} {one['ratio']:6.2f}   ({one['largest']:.1f})")
+    for line in lines:
+        print(f"  WARNING: {line}", file=sys.stderr)
