@@ -4,6 +4,7 @@ laws of the framework for this method."""
 import json
 import math
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -252,7 +253,7 @@ def test_sensitivity_is_the_squared_gradient_of_the_answers(world):
     for sample in samples:
         (prompt, whole), = graded_offline.answered_samples(backbone, [sample], 1)
         kept = []
-        handle = linears[name].register_forward_hook(lambda m, a, out: kept.append(out.requires_grad_(True)) or out)
+        handle = linears[name].register_forward_hook(lambda m, a, out, kept=kept: kept.append(out.requires_grad_(True)) or out)
         start, length = prompt.input_ids.shape[1], whole.input_ids.shape[1]
         hidden = backbone.run_layers(backbone.embed(whole))
         handle.remove()
@@ -282,6 +283,21 @@ def test_an_artefact_of_something_else_is_refused(artefact):
     for key, value in (("weights_hash", "x"), ("probe_hash", "x"), ("probe_size", 9), ("depth", 7), ("dtype", "bfloat16"),
                        ("section", {"columns": 5, "holdout": 0.2})):
         assert len(artifact.check(artefact, **dict(good, **{key: value}))) == 1, key
+
+
+def test_preflight_looks_at_this_methods_artefact(world, artefact, tmp_path):
+    from vlakeep import checks
+
+    storage, make_config = world
+    model = json.loads((Path(checks.__file__).parent / "assets" / "tabletop-base" / "config.json").read_text())
+    config = make_config(GRADED)
+    line, = checks.check_artifact(config, storage, model, None, "x.yaml")
+    assert line.status == checks.GREEN and line.where == str(artefact.folder)
+    config.gains.holdout = 0.3
+    line, = checks.check_artifact(config, storage, model, None, "x.yaml")
+    assert line.status == checks.RED and "gains.holdout 0.2" in line.where and line.remedy == "vlakeep offline --config x.yaml"
+    config.gains.name = "nowhere"
+    assert "make it with `vlakeep offline" in checks.check_artifact(config, storage, model, None, "x.yaml")[0].where
 
 
 # The loop

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
 from vlakeep.checkpoint import broken, check_base
-from vlakeep.config import LIBERO_SUITES, Config, to_dict
+from vlakeep.config import Config, to_dict
 from vlakeep.errors import CheckpointError, RunDirError, human_bytes, quoted
+from vlakeep.ranges import LIBERO_SUITES
 from vlakeep.rundir import RunDir
 from vlakeep.storage import Storage, find_checkpoint, free_bytes
 from vlakeep.target import read_action_statistics, run_config, target_checkpoint
@@ -137,7 +138,7 @@ def check_layers(config: Config, model: dict) -> List[Line]:
         layer_numbers(config.lora.layers, depth)
     except ValueError as error:
         lines.append(Line(RED, "--lora.layers", str(error), f"--lora.layers all, or last:{min(4, depth)}"))
-    if config.method == "baseline":
+    if config.method in ("baseline", "graded"):
         return lines or [Line(GREEN, "layers", f"lora.layers {config.lora.layers} within 0 to {depth - 1}")]
     for key, layers in (("icsm.layers", config.icsm.layers), ("hsw.layers", config.hsw.layers)):
         wrong = [layer for layer in layers or [] if not 0 <= layer < depth]
@@ -258,6 +259,8 @@ def check_artifact(config: Config, storage: Storage, model: dict, probe_sha256: 
         backbone = model_name(find_checkpoint(config.backbone.checkpoint, storage.cache))
     except FileNotFoundError as error:
         return [Line(RED, "ICSM artefact", f"cannot be looked for without its base model: {error}", "mend the line `base model` first")]
+    if config.method == "graded":
+        return _check_graded_artifact(config, storage, model, backbone, probe_sha256, remedy)
     try:
         folder = storage.artifact_folder(config.icsm.name or icsm.artifact_name(backbone))
         found = icsm.load(folder)
@@ -268,6 +271,25 @@ def check_artifact(config: Config, storage: Storage, model: dict, probe_sha256: 
     except (ValueError, KeyError, OSError) as error:
         problems = [str(error)]
     return [Line(RED, "ICSM artefact", problem, remedy) for problem in problems] or [Line(GREEN, "ICSM artefact", str(folder))]
+
+
+def _check_graded_artifact(config: Config, storage: Storage, model: dict, backbone: str, probe_sha256: Optional[str],
+                           remedy: str) -> List[Line]:
+    """As check_artifact, for method graded; the base weights are compared by `train`."""
+    from vlakeep.methods import graded_offline
+    from vlakeep.teacher import artifact
+
+    what = "artefact of the graded method"
+    try:
+        folder = graded_offline.artifact_folder(config, storage, backbone)
+        found = artifact.load_artifact(folder)
+        depth = depth_and_width(model)[0] if model else found.meta["depth"]
+        problems = artifact.check(found, found.meta["weights_sha256"], probe_sha256 or found.meta["probe_sha256"], config.probe.size, depth,
+                                  config.backbone.dtype, graded_offline.deciding(config))
+        problems += [f"{folder / name} is missing" for name in found.meta["files"] if not (folder / name).is_file()]
+    except (ValueError, KeyError, OSError) as error:
+        problems = [str(error)]
+    return [Line(RED, what, problem, remedy) for problem in problems] or [Line(GREEN, what, str(folder))]
 
 
 def check_run(config: Config, storage: Storage, model: dict) -> List[Line]:
@@ -321,9 +343,9 @@ def adapter_parameters(config: Config, model: dict, cache: Optional[Path] = None
         tables = [item for file in weight_files(folder) for item in tensor_table(file).items()]
         shapes = [entry["shape"] for name, entry in tables if name.endswith(".weight") and not name.endswith("embed_tokens.weight")]
         return config.lora.rank * sum(shape[0] + math.prod(shape[1:]) for shape in shapes if len(shape) > 1)  # convolutions too
-    shapes = linear_shapes(model)
+    sizes = linear_shapes(model)
     layers = layer_numbers(config.lora.layers, depth_and_width(model)[0])
-    return config.lora.rank * len(layers) * sum(sum(shapes[leaf]) for leaf in leaf_names(config.lora.modules))
+    return config.lora.rank * len(layers) * sum(sum(sizes[leaf]) for leaf in leaf_names(config.lora.modules))
 
 
 def checkpoint_bytes(config: Config, model: dict, cache: Optional[Path] = None) -> int:

@@ -164,8 +164,9 @@ class IcsmHswThermostat:
         if self._controller and step % self._config.thermostat.every == 0:
             metrics.update(self._measure())
             self._apply()
-            if "lora_input" in self._sites:
-                metrics["leak"] = self._sites["lora_input"].leak()
+            site = self._sites.get("lora_input")
+            if isinstance(site, LoraInputSite):
+                metrics["leak"] = site.leak()
         for site in self._sites.values():
             site.meter.start(False)
         return metrics

@@ -201,7 +201,8 @@ def run_checks(
         return lines + [Line(YELLOW, "inputs", "not checked: they lie below the storage root")]
     found, model = checks.check_checkpoint(config, storage.cache, stage)
     lines += found + (checks.check_layers(config, model) if model else [])
-    uses_icsm = config.method != "baseline" and (config.hsw.enabled or config.thermostat.enabled)
+    acts = config.gains.enabled if config.method == "graded" else config.hsw.enabled
+    uses_icsm = config.method != "baseline" and (acts or config.thermostat.enabled)
     probe_sha256 = None
     if stage == "offline" or (stage == "train" and uses_icsm):
         found, probe_sha256 = checks.check_probe(config, storage)

@@ -14,7 +14,7 @@ import threading
 import time
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 import torch
 import yaml
@@ -46,7 +46,8 @@ def train_step(model, method, optimizer, scaler, batches, config, step: int, obs
     """One optimizer step over `batches` micro-batches; the same for every arm. Returns metrics, tensors left on the device."""
     method.before_step(step, observe)
     optimizer.zero_grad(set_to_none=True)
-    losses, penalties, correct, labelled, hidden_norm = [], [], 0, 0, 0
+    losses, penalties, correct, hidden_norm = [], [], 0, 0
+    labelled: Any = 0
     for index, batch in enumerate(batches):
         last = index == len(batches) - 1
         with model.no_sync() if hasattr(model, "no_sync") and not last else nullcontext():

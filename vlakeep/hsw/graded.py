@@ -13,7 +13,7 @@ Axes: R rank, D input size, K stored directions, O output size.
 """
 
 import math
-from typing import Dict, List
+from typing import Any, Dict, List, Optional
 
 import torch
 from torch import nn
@@ -114,7 +114,8 @@ class GradedA(nn.Module):
     def __init__(self, space: GradedInput, meter: "GradientMeter"):
         super().__init__()
         self.space, self._meter = space, meter
-        self._made, self._effective_RD = None, None
+        self._made: Optional[tuple] = None
+        self._effective_RD: Any = None
 
     def forward(self, a_RD: torch.Tensor) -> torch.Tensor:
         if self.space.identity:
@@ -175,7 +176,7 @@ class GradedSite:
         self._spaces, self._units = dict(spaces), dict(units)
         for name, linear in self._linears.items():  # only now: a refused artefact must leave the model as it was
             parametrize.register_parametrization(linear.lora_A["default"], "weight", GradedA(self._spaces[name], self.meter))
-        self.opening = None
+        self.opening: Optional[float] = None
 
     def distinct(self) -> Dict[str, GradedInput]:
         """First linear's name -> space, each space once."""

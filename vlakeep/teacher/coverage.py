@@ -8,7 +8,7 @@ when its ratio is near 1. The new task can be learnt beside the old where its ra
 Axes: T tokens, D input size, K directions.
 """
 
-from typing import Dict, Iterable, List, Sequence
+from typing import Any, Dict, Iterable, List, Sequence
 
 import torch
 from tqdm import tqdm
@@ -74,7 +74,8 @@ def directional_energy(backbone, parts: Iterable[Part], first: int, labels: Sequ
     sums: Dict[str, Dict[str, torch.Tensor]] = {label: {} for label in labels}
     tokens = dict.fromkeys(labels, 0)
     vectors = {key: one.vectors.to(backbone.device) for key, one in spectra.items()}
-    mask_BS, rows = None, []
+    mask_BS: Any = None
+    rows: List[str] = []
 
     def add(key, x_BSD):
         squares_BSK = (x_BSD.float() @ vectors[key]).square() * mask_BS[..., None]
