@@ -20,6 +20,7 @@ LABELS = {
     "method": "Method (residual)",
     "method_lora_input": "Method (LoRA input)",
     "method_both": "Method (both sites)",
+    "graded": "Graded gains, set-point",
 }
 LABELS_ZH = {
     "base": "基座模型",
@@ -27,6 +28,7 @@ LABELS_ZH = {
     "method": "本方法（残差处）",
     "method_lora_input": "本方法（LoRA 输入侧）",
     "method_both": "本方法（两处）",
+    "graded": "逐方向增益（设定点）",
 }
 # A run called like one of our arms is labelled by the site that it has really used.
 SITES = {"residual": "method", "lora_input": "method_lora_input", "both": "method_both"}
@@ -36,6 +38,7 @@ COMMANDS = {
     "baseline": "configs/baseline_lora.yaml",
     "method": "configs/method_icsm_hsw_thermostat.yaml",
     "method_lora_input": "configs/method_icsm_hsw_thermostat.yaml --hsw.site lora_input",
+    "graded": "configs/method_graded.yaml",
 }
 
 Trials = Dict[Tuple[int, int], Optional[float]]  # (trial, seed) -> success 0/1 or value; None for a crash
