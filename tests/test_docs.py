@@ -14,7 +14,7 @@ from vlakeep.config import known_keys
 OWN = set("config help version gpus stage large_file_gb runs out title seconds tokenizer minutes frames device suite demos tasks workers "
           "per_worker resolution first noise format camera items questions_per_scene split tarball openvla_dir checkpoint dtype "
           "approach patch key compile "
-          "questions data episodes steps".split())
+          "questions data episodes steps skills".split())
 OTHER = {"standalone", "nproc-per-node", "local-dir"}
 TEXTS = [*DOCUMENTS, *sorted((REPO / "configs").rglob("*.yaml")), *sorted(p for p in (REPO / "scripts").iterdir() if p.is_file())]
 PAIRS = [("README.md", "README.zh-CN.md"), ("docs/RESEARCH_PIPELINE.md", "docs/RESEARCH_PIPELINE.zh-CN.md")]

@@ -141,7 +141,8 @@ def test_documented_commands_exist():
     targets = set(re.findall(r"^([a-z]+):", (REPO / "Makefile").read_text(), flags=re.M))
     keys, wrong, seen = set(known_keys()), [], 0
     own = set("config help version stage gpus large_file_gb runs out title seconds tokenizer minutes frames device suite demos tasks "
-              "workers resolution first noise format camera items questions_per_scene split openvla_dir checkpoint dtype".split())
+              "workers resolution first noise format camera items questions_per_scene split openvla_dir checkpoint dtype "
+              "skills episodes".split())
     for document, line in commands():
         words = [w for w in line.split() if not re.fullmatch(r"[A-Z_]+=\S*", w)]
         if not words:
