@@ -42,13 +42,14 @@ def play(world, steps, noise=0.0, rng=None):
 
 @pytest.mark.parametrize("skill", ALL_SKILLS)
 def test_the_expert_succeeds_on_500_tables(skill):
-    assert play(TabletopWorld([skill] * 500, range(500)), MAX_STEPS[skill]).all()
+    tables = 500 if skill in (*SKILLS, NEW_SKILL) else 200
+    assert play(TabletopWorld([skill] * tables, range(tables)), MAX_STEPS[skill]).all()
 
 
 @pytest.mark.parametrize("skill", ["pick", "place", *NEW_SKILLS])
 def test_the_expert_recovers_from_disturbances(skill):
     done = play(TabletopWorld([skill] * 200, range(200)), 2 * MAX_STEPS[skill], 0.25, np.random.default_rng(0))
-    assert done.mean() > 0.95
+    assert done.mean() > 0.99
 
 
 def test_a_table_depends_on_its_skill_and_seed_alone():
@@ -265,7 +266,7 @@ def test_no_skill_is_done_on_the_way_of_another(behaviour):
     """A model that has collapsed onto one skill fails at all others; otherwise forgetting could not be seen."""
     for skill in ALL_SKILLS:
         old = behaviour in (*SKILLS, NEW_SKILL) and skill in (*SKILLS, NEW_SKILL)
-        rate = success_as(behaviour, skill, 100 if old else 40)
+        rate = success_as(behaviour, skill, 100 if old else 25)
         if skill == behaviour:
             assert rate == 1
         elif (behaviour, skill) not in SAME_MOTION:
@@ -390,7 +391,10 @@ def test_an_order_done_backwards_does_not_count():
 
 
 def test_the_straight_way_is_no_path():
-    """Nor is going there closed, without the lane; leaving the column on the way down starts the path over."""
+    """Nor is the path of an open hand, which would be a `reach` at its end; leaving the column on the way down starts it over."""
+    world = TabletopWorld(["path"] * 40, range(40))
+    for _ in range(MAX_STEPS["path"]):
+        assert not world.step(np.c_[expert_actions(world)[:, :6], np.ones(40)]).any()
     world = TabletopWorld(["path"] * 40, range(40))
     for _ in range(MAX_STEPS["path"]):
         step = coarse((world.target_xy() - world.grip_N2) / 0.12)

@@ -229,10 +229,11 @@ class EvaluateConfig:
     target: str = "base"
     # tabletop, or a LIBERO suite: libero_spatial, libero_object, libero_goal, libero_10, libero_90.
     benchmark: str = "tabletop"
-    # Skills (of a LIBERO suite: numbers of its tasks) and question kinds; empty takes all of the benchmark.
+    # Skills (of a LIBERO suite: numbers of its tasks) and question kinds; empty takes all of the benchmark,
+    # of the tabletop's skills the known ones and new_skill.
     skills: List[str] = field(default_factory=list)
     questions: List[str] = field(default_factory=list)
-    # Tabletop: the skill that the run learnt: corner, path, order, relation, repeat, carry or blue. Other skills count as old ones.
+    # Tabletop: the skill that the run learnt: corner, path, order, relation, repeat, carry or blue. All others in `skills` are old ones.
     new_skill: str = "corner"
     # Per skill, per task. A LIBERO task has 50 fixed initial states, which are taken in order.
     episodes: int = 50

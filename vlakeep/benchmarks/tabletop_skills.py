@@ -4,8 +4,9 @@ Each new skill is of another kind, and none is done on the way of another. Whate
 (where objects lie, how the gripper is), because policies have no memory.
 
     corner    place      stash the A                              A is let go of in the tray
-    path      path       take the top side to the A               closed above A, come down its column from a lane at the top
-    order     order      put two objects on the bottom side left to right    both let go of at the bottom edge, the left one first
+    path      path       take the top side to the A               closed above A, having come down its column from a lane at the top
+    order     order      put two objects on the bottom side       both are let go of at the bottom edge, the left one first
+                         left to right
     relation  relation   put the A left of the B                  A is let go of on the left of B
     repeat    repetition go left right left right                 there and back twice, sideways or up and down
     carry     transport  take the A to the left side              A is held up at that edge
