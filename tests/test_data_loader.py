@@ -58,6 +58,14 @@ def test_order_covers_every_frame_once_per_epoch(block):
     assert not np.array_equal(order.keys(0, 19), SampleOrder(lengths, block, seed=4).keys(0, 19))
 
 
+def test_epochs_differ_in_their_episodes_and_within_them():
+    """One long episode can only be shuffled within, many short ones with a block of one only among each other."""
+    for lengths, block in (([60], 60), ([1] * 60, 1)):
+        order = SampleOrder(lengths, block, seed=3)
+        one, two = order.keys(0, 60), order.keys(60, 60)
+        assert not np.array_equal(one, two) and np.array_equal(np.unique(one, axis=0), np.unique(two, axis=0))
+
+
 def test_order_is_the_same_from_any_position():
     whole = SampleOrder([3, 1, 5, 2, 8], 7, 0).keys(0, 100)
     order = SampleOrder([3, 1, 5, 2, 8], 7, 0)

@@ -205,6 +205,16 @@ def test_normalisation_by_hand():
     assert np.allclose(back[:, 0], [0, 1, 2]) and np.allclose(back[:, 2], actions[:, 2])
 
 
+def test_statistics_are_those_of_each_dimension():
+    """From 0 to 100 in steps of 1, times another number in each dimension."""
+    actions = np.arange(101, dtype=np.float32)[:, None] * np.array([1.0, -2.0, 0.5], dtype=np.float32)
+    found = statistics.action_statistics(actions, 4)
+    wanted = {"mean": [50, -100, 25], "min": [0, -200, 0], "max": [100, 0, 50], "q01": [1, -198, 0.5], "q99": [99, -2, 49.5]}
+    assert all(np.allclose(found["action"][key], values) for key, values in wanted.items())
+    assert np.allclose(found["action"]["std"], np.sqrt((101 ** 2 - 1) / 12) * np.array([1, 2, 0.5]))
+    assert found["action"]["mask"] == [True, True, False] and (found["num_transitions"], found["num_trajectories"]) == (101, 4)
+
+
 def test_libero_gripper_convention():
     assert statistics.libero_transform(np.array([[9.0, -1.0], [9.0, 1.0], [9.0, 0.25]]))[:, 1].tolist() == [1.0, 0.0, 0.75]
 

@@ -21,7 +21,8 @@ from vlakeep.train import run_training
 @pytest.fixture(scope="module")
 def run(world):
     storage, make_config = world
-    config = make_config(BASELINE, "--name", "export", "--backbone.dtype", "float32", "--export.parity_frames", 6)
+    config = make_config(BASELINE, "--name", "export", "--backbone.dtype", "float32", "--export.parity_frames", 6,
+                         "--lora.alpha", 12)  # three times the rank: a scale of 1 would hide one that is forgotten
     run_training(config, storage)
     return config, storage
 
