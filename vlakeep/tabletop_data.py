@@ -16,6 +16,7 @@ from vlakeep.data.writer import write_rlds
 from vlakeep.probe.probe_set import write_probe
 from vlakeep.storage import Storage
 
+OPTIONS = ("skills", "episodes")
 EPISODES = 200
 NOISE = 0.2
 
@@ -51,14 +52,14 @@ def own_options(argv: List[str]) -> Tuple[List[str], Optional[int], List[str]]:
     own, rest, arguments = {}, [], iter(argv)
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if key in ("--skills", "--episodes"):
-            own[key] = value if equals else next(arguments, "")
+        if key[:2] == "--" and key[2:] in OPTIONS:
+            own[key[2:]] = value if equals else next(arguments, "")
         else:
             rest.append(argument)
-    skills = [part.strip() for part in own.get("--skills", "").split(",") if part.strip()]
-    if "--skills" in own and not skills:
+    skills = [part.strip() for part in own.get("skills", "").split(",") if part.strip()]
+    if "skills" in own and not skills:
         raise ConfigError("--skills needs names, such as --skills path,order")
-    episodes = own.get("--episodes")
+    episodes = own.get("episodes")
     if episodes is not None and not (episodes.isdigit() and int(episodes)):
         raise ConfigError(f"--episodes {episodes!r}: must be a whole number above 0")
     return skills, int(episodes) if episodes else None, rest
