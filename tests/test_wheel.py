@@ -119,3 +119,6 @@ def test_uncommitted_changes_are_said_and_without_git_nothing_is(tmp_path):
     with zipfile.ZipFile(build("wheel", source, tmp_path / "dist")) as archive:
         assert archive.read("vlakeep/_commit.txt").decode() == f"{commit} dirty\n"
     assert not (source / "vlakeep" / "_commit.txt").exists(), "the checkout is asked, and keeps no stamp"
+    shutil.rmtree(source / ".git")
+    with zipfile.ZipFile(build("wheel", source, tmp_path / "dist")) as archive:  # over what the earlier build has left
+        assert "vlakeep/_commit.txt" not in archive.namelist()
