@@ -50,7 +50,7 @@ def demonstrations(model):
         for number, task in enumerate(tasks):
             pictures = np.stack([fake_libero.picture(suite, task, 100 + number, step) for step in range(3)])
             moves = spoken(model, pictures, fake_libero.TASKS[suite][task])
-            actions = scale * np.c_[-moves[:, :3], moves[:, 3:6], [-1.0, 1.0, (-1.0) ** number]]
+            actions = scale * np.c_[-moves[:, :3], moves[:, 3:6], [-1.0, 1.0, 1.0 if number % 2 else -1.0]]
             found[suite].append((task, pictures, actions.astype(np.float32)))
     return found
 
