@@ -111,7 +111,7 @@ def test_defaults_are_sound_and_every_key_is_known():
     assert to_dict(Config())["train"]["lr"] == Config().train.lr
 
 
-CHECKING = ("config.py", "checks.py", "preflight.py")  # they look at a value, and do nothing with it
+CHECKING = ("config.py", "ranges.py", "checks.py", "preflight.py")  # they look at a value, and do nothing with it
 
 
 def unread(trees):

@@ -304,7 +304,8 @@ def test_the_drift_is_that_of_pooled_instruction_states_by_hand(world, evaluated
             for hook in hooks:
                 hook.remove()
             for layer in layers:
-                pooled[layer].append(outputs[layer][0][kept].double().mean(0))
+                hidden_1SD = outputs[layer][0] if isinstance(outputs[layer], tuple) else outputs[layer]  # a tuple before transformers 4.55
+                pooled[layer].append(hidden_1SD[0][kept].double().mean(0))
         covariances.append({layer: torch.cov(torch.stack(rows).T) for layer, rows in pooled.items()})
     teacher, student = covariances
     by_hand = np.mean([float((student[n] - teacher[n]).square().sum().sqrt()) for n in layers])

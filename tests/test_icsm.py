@@ -48,12 +48,12 @@ def test_a_large_fragile_share_is_kept_as_its_complement():
 
 
 def test_passes_stay_below_the_memory_and_keep_shared_inputs_together():
-    from vlakeep.offline import _passes
+    from vlakeep.icsm.collect import passes
     linears = {f"layers.{i}.{name}": torch.nn.Linear(64, 8) for i in range(3) for name in ("self_attn.q_proj", "self_attn.v_proj")}
-    groups = _passes(linears, 2 * 4 * 64**2)
+    groups = passes(linears, 2 * 4 * 64**2)
     assert [sorted(g) for g in groups] == [[f"layers.{i}.self_attn.{n}" for i in (a, b) if i < 3 for n in ("q_proj", "v_proj")]
                                            for a, b in ((0, 1), (2, 3))]
-    assert len(_passes(linears, 1)) == 3 and len(_passes(linears, 1e9)) == 1
+    assert len(passes(linears, 1)) == 3 and len(passes(linears, 1e9)) == 1
 
 
 def test_order_puts_the_most_fragile_first():

@@ -19,7 +19,7 @@ from vlakeep.backbones.base import make_backbone
 from vlakeep.backbones.lora import select_linears
 from vlakeep.config import Config, config_from_argv, to_dict
 from vlakeep.icsm import artifact
-from vlakeep.icsm.collect import input_key, pooled_states, token_moments, with_own_answers
+from vlakeep.icsm.collect import input_key, passes, pooled_states, token_moments, with_own_answers
 from vlakeep.icsm.decompose import check_rank, pooled_candidates, token_bases
 from vlakeep.icsm.sensitivity import order_by_fragility, sensitivities
 from vlakeep.methods import graded_offline
@@ -108,29 +108,13 @@ def _bytes_needed(config: Config, backbone, layers, linears, items: int) -> int:
     return int(4 * (len(layers) * dim * (config.icsm.rank + dim + items) + sum(share * d * d for d in inputs.values())))
 
 
-def _passes(linears, limit_bytes: float) -> List[dict]:
-    """`linears` in groups whose second moments fit the limit; those that share an input stay together."""
-    by_input = {}
-    for name, linear in linears.items():
-        by_input.setdefault(input_key(name), {})[name] = linear
-    groups, used = [], 0.0
-    for members in by_input.values():
-        size = 4 * next(iter(members.values())).in_features ** 2
-        if not groups or used + size > limit_bytes:
-            groups.append({})
-            used = 0.0
-        groups[-1].update(members)
-        used += size
-    return groups
-
-
 def _token_level(backbone, prompts, linears, config: Config, steps: int):
     """Bases of the inputs of every linear that the lora section adapts."""
     def inputs():
         for batch, _ in prompts:
             yield with_own_answers(backbone, batch, ANSWER_TOKENS) if config.icsm.tokens_generated else batch
 
-    groups = _passes(linears, config.icsm.moments_gib * 2**30)
+    groups = passes(linears, config.icsm.moments_gib * 2**30)
     # The teacher answers once: with several passes its answers are kept, with one they stream.
     answered = inputs() if len(groups) == 1 else list(tqdm(inputs(), desc="teacher's answers", total=steps, leave=False))
     bases = {}

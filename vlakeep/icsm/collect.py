@@ -87,6 +87,23 @@ def input_key(linear_name: str) -> str:
     return f"{parent}.{SHARED_INPUT.get(leaf, leaf)}"
 
 
+def passes(linears, limit_bytes: float) -> List[dict]:
+    """`linears` in groups whose second moments fit the limit; those that share an input stay together."""
+    by_input: Dict[str, dict] = {}
+    for name, linear in linears.items():
+        by_input.setdefault(input_key(name), {})[name] = linear
+    groups: List[dict] = []
+    used = 0.0
+    for members in by_input.values():
+        size = 4 * next(iter(members.values())).in_features ** 2
+        if not groups or used + size > limit_bytes:
+            groups.append({})
+            used = 0.0
+        groups[-1].update(members)
+        used += size
+    return groups
+
+
 @torch.no_grad()
 def token_moments(backbone, batches: Iterable, linears: Dict[str, torch.nn.Module], total: int = None) -> Dict[str, torch.Tensor]:
     """Second moment X^T X / n [D_in, D_in] of the inputs of each linear, float32 on the model's device, streaming over batches.

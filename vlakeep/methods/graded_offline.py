@@ -20,7 +20,7 @@ from vlakeep.data.formats import closing_all, open_datasets
 from vlakeep.data.images import resize_uint8
 from vlakeep.data.prompts import encode_prompts
 from vlakeep.data.sample import Batch, Sample
-from vlakeep.icsm.collect import input_key, with_own_answers
+from vlakeep.icsm.collect import input_key, passes, with_own_answers
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.provenance import library_versions, source_commit
 from vlakeep.storage import Storage, need_free
@@ -140,23 +140,6 @@ def _spectra(config: Config, backbone, parts: List[Part], first: int, linears) -
         for key in tqdm(sorted(moments), desc="spectra", leave=False):
             spectra[key] = spectrum(moments.pop(key), config.gains.columns)
     return {key: spectra[key] for key in sorted(spectra)}
-
-
-def passes(linears, limit_bytes: float) -> List[dict]:
-    """`linears` in groups whose second moments fit the limit; those that share an input stay together."""
-    by_input: Dict[str, dict] = {}
-    for name, linear in linears.items():
-        by_input.setdefault(input_key(name), {})[name] = linear
-    groups: List[dict] = []
-    used = 0.0
-    for members in by_input.values():
-        size = 4 * next(iter(members.values())).in_features ** 2
-        if not groups or used + size > limit_bytes:
-            groups.append({})
-            used = 0.0
-        groups[-1].update(members)
-        used += size
-    return groups
 
 
 def _groups(config: Config, storage: Storage, backbone, probe, held, kept: List[Part], parts) -> Iterator[Tuple[List[Part], List[str]]]:
