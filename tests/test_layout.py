@@ -20,7 +20,7 @@ METHODS = {"method", "methods"}  # the arms, which put rooms together
 # What rooms may use of each other. Pooling has one definition, for the offline statistics and for the Thermostat's sensor; pictures
 # have one, for training and for the simulator.
 SHARED = {"vlakeep.data.sample", "vlakeep.data.prompts", "vlakeep.data.images", "vlakeep.backbones.base", "vlakeep.probe.pooling",
-          "vlakeep.teacher.answers", "vlakeep.teacher.spectrum"}
+          "vlakeep.teacher.answers", "vlakeep.teacher.spectrum", "vlakeep.teacher.folder"}
 # Stages that may import others: the dispatcher, and the demo, which runs them in order. `checks` belongs to preflight.
 MAY_IMPORT_STAGES = {"cli": None, "demo": None, "preflight": {"checks"}}
 OPTIONAL = {"timm", "torchvision", "wandb", "tensorboard", "tensorflow", "h5py", "pyarrow", "av"}

@@ -7,26 +7,20 @@
     meta.json            how it was made, for which weights, probe and layers, and the hash of every file
 """
 
-import hashlib
 import io
-import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, List, Optional
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save
 
-from vlakeep.storage import atomic_dir
+from vlakeep.teacher.folder import ArtifactError, ArtifactFolder, read_meta, write_folder
 
 FORMAT = 3
 _NEEDED = ("weights_sha256", "dtype", "quantisation", "probe_sha256", "probe_items", "depth", "layers", "layer_map", "config", "files")
-
-
-class ArtifactError(ValueError):
-    """An artefact that is missing, damaged, or of another model, probe or layer map."""
 
 
 def default_layers(depth: int) -> List[int]:
@@ -72,29 +66,16 @@ def write(folder: Path, layers: Dict[int, dict], tokens: Optional[Dict[str, torc
     contents["teacher.safetensors"] = save({name: t.contiguous() for name, t in sorted(teacher.items())})
     if tokens is not None:
         contents["tokens.safetensors"] = save({name: t.contiguous() for name, t in sorted(tokens.items())})
-    meta = dict(meta, format=FORMAT, files={name: hashlib.sha256(data).hexdigest() for name, data in sorted(contents.items())})
-    contents["meta.json"] = (json.dumps(meta, indent=1, sort_keys=True) + "\n").encode()
-    with atomic_dir(folder) as temporary:
-        for name, data in contents.items():
-            (Path(temporary) / name).write_bytes(data)
+    write_folder(folder, contents, dict(meta, format=FORMAT))
 
 
-@dataclass
-class Artifact:
+class Artifact(ArtifactFolder):
     """A loaded and verified artefact folder."""
 
-    folder: Path
-    meta: dict
-
     def _read(self, name: str):
-        path = self.folder / name
-        if not path.is_file():
-            raise ArtifactError(f"{path} is missing: rebuild the artefact with `vlakeep offline`")
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != self.meta["files"].get(name):
-            raise ArtifactError(f"{path} is damaged (its hash differs from meta.json): rebuild the artefact with `vlakeep offline`")
+        path, data = self.folder / name, self.read(name)
         try:
-            return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu") if name.endswith(".pt") else load_file(path)
+            return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu") if name.endswith(".pt") else from_bytes(data)
         except (RuntimeError, SafetensorError, EOFError) as error:
             raise ArtifactError(f"{path} cannot be read ({error}): rebuild the artefact with `vlakeep offline`") from error
 
@@ -133,22 +114,8 @@ class Artifact:
 
 
 def load(folder: Path) -> Artifact:
-    folder = Path(folder)
-    path = folder / "meta.json"
-    if not path.is_file():
-        raise ArtifactError(f"no ICSM artefact at {folder}: make it with `vlakeep offline --config ...`")
-    try:
-        meta = json.loads(path.read_text())
-    except ValueError as error:
-        raise ArtifactError(f"{path} is damaged ({error}): rebuild the artefact with `vlakeep offline`") from error
-    form = meta.get("format") if isinstance(meta, dict) else None
-    if form != FORMAT:
-        raise ArtifactError(f"{path} has format {form}, this version reads {FORMAT}, in which the data type of the teacher is recorded: "
-                            "rebuild it with `vlakeep offline`")
-    missing = [key for key in _NEEDED if key not in meta]
-    if missing:
-        raise ArtifactError(f"{path} is damaged (it lacks {', '.join(missing)}): rebuild the artefact with `vlakeep offline`")
-    return Artifact(folder, meta)
+    older = ", in which the data type of the teacher is recorded"
+    return Artifact(Path(folder), read_meta(folder, "no ICSM artefact at", FORMAT, _NEEDED, older))
 
 
 def check(artifact: Artifact, weights_hash: str, probe_hash: str, icsm_section: dict, depth: int, probe_size: int, dtype: str,

@@ -17,7 +17,8 @@ from vlakeep.methods import graded_offline
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.storage import Storage
 from vlakeep.teacher.answers import Answered, run_below, teacher_answers
-from vlakeep.teacher.artifact import GradedArtifact, GradedArtifactError, check, load_artifact
+from vlakeep.teacher.artifact import GradedArtifact, check, load_artifact
+from vlakeep.teacher.folder import ArtifactError
 from vlakeep.thermostat.kl_sensor import KLSensor, batched
 from vlakeep.thermostat.setpoint import SetPoint, SetPointController
 
@@ -53,7 +54,7 @@ class Graded(Baseline):
         spectra = self._artifact.spectra()
         missing = [name for name in adapted if input_key(name) not in spectra]
         if missing:
-            raise GradedArtifactError(
+            raise ArtifactError(
                 f"{self._artifact.folder} has no spectrum for {len(missing)} of the {len(adapted)} adapted linears, such as {missing[0]}; "
                 f"it was made with lora {self._artifact.meta['lora']}: run `vlakeep offline` with the --lora.layers and --lora.modules "
                 "of this run")
@@ -138,7 +139,7 @@ class Graded(Baseline):
 def prepare(config: Config, storage: Storage, backbone):
     """(Graded with its artefact and the sensors of the divergence, on probe items and on the new task's own prompts; hashes of both).
 
-    Raises GradedArtifactError naming every mismatch.
+    Raises ArtifactError naming every mismatch.
     """
     if not (config.gains.enabled or config.thermostat.enabled):
         return Graded(config, None, None), {}
@@ -147,7 +148,7 @@ def prepare(config: Config, storage: Storage, backbone):
     problems = check(artifact, backbone.weights_sha256, probe.sha256, config.probe.size, backbone.num_layers,
                                      config.backbone.dtype, graded_offline.deciding(config))
     if problems:
-        raise GradedArtifactError("\n".join(problems))
+        raise ArtifactError("\n".join(problems))
     size = config.icsm.batch_size
 
     def make_sensors(backbone):

@@ -8,10 +8,8 @@
     meta.json              how it was made, for which weights, probe and layers, and the hash of every file
 """
 
-import hashlib
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, List
 
@@ -19,16 +17,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from vlakeep.storage import atomic_dir
 from vlakeep.teacher.answers import Answered
+from vlakeep.teacher.folder import ArtifactError, ArtifactFolder, read_meta, write_folder
 from vlakeep.teacher.spectrum import Spectrum, from_tensors
 
 FORMAT = 1
 _NEEDED = ("weights_sha256", "probe_sha256", "probe_items", "depth", "dtype", "config", "lora", "files")
-
-
-class GradedArtifactError(ValueError):
-    """An artefact that is missing, damaged, or of another model or probe."""
 
 
 def artifact_name(backbone_name: str) -> str:
@@ -40,31 +34,17 @@ def write(folder: Path, tensors: Dict[str, Dict[str, torch.Tensor]], coverage: d
     contents = {f"{stem}.safetensors": save({name: t.contiguous() for name, t in sorted(content.items())})
                 for stem, content in tensors.items()}
     contents["coverage.json"] = (json.dumps(coverage, indent=1) + "\n").encode()
-    meta = dict(meta, format=FORMAT, files={name: hashlib.sha256(data).hexdigest() for name, data in sorted(contents.items())})
-    contents["meta.json"] = (json.dumps(meta, indent=1, sort_keys=True) + "\n").encode()
-    with atomic_dir(folder) as temporary:
-        for name, data in contents.items():
-            (Path(temporary) / name).write_bytes(data)
+    write_folder(folder, contents, dict(meta, format=FORMAT))
 
 
-@dataclass
-class GradedArtifact:
+class GradedArtifact(ArtifactFolder):
     """A loaded artefact folder; every file is verified when it is read."""
 
-    folder: Path
-    meta: dict
-
     def _read(self, name: str) -> Dict[str, torch.Tensor]:
-        path = self.folder / name
-        if not path.is_file():
-            raise GradedArtifactError(f"{path} is missing: rebuild the artefact with `vlakeep offline`")
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != self.meta["files"].get(name):
-            raise GradedArtifactError(f"{path} is damaged (its hash differs from meta.json): rebuild the artefact with `vlakeep offline`")
         try:
-            return load(data)
+            return load(self.read(name))
         except SafetensorError as error:
-            raise GradedArtifactError(f"{path} cannot be read ({error}): rebuild the artefact with `vlakeep offline`") from error
+            raise ArtifactError(f"{self.folder / name} cannot be read ({error}): rebuild the artefact with `vlakeep offline`") from error
 
     def spectra(self) -> Dict[str, Spectrum]:
         return from_tensors(self._read("spectrum.safetensors"))
@@ -80,21 +60,7 @@ class GradedArtifact:
 
 
 def load_artifact(folder: Path) -> GradedArtifact:
-    folder = Path(folder)
-    path = folder / "meta.json"
-    if not path.is_file():
-        raise GradedArtifactError(f"no artefact of the graded method at {folder}: make it with `vlakeep offline --config ...`")
-    try:
-        meta = json.loads(path.read_text())
-    except ValueError as error:
-        raise GradedArtifactError(f"{path} is damaged ({error}): rebuild the artefact with `vlakeep offline`") from error
-    form = meta.get("format") if isinstance(meta, dict) else None
-    if form != FORMAT:
-        raise GradedArtifactError(f"{path} has format {form}, this version reads {FORMAT}: rebuild it with `vlakeep offline`")
-    missing = [key for key in _NEEDED if key not in meta]
-    if missing:
-        raise GradedArtifactError(f"{path} is damaged (it lacks {', '.join(missing)}): rebuild the artefact with `vlakeep offline`")
-    return GradedArtifact(folder, meta)
+    return GradedArtifact(Path(folder), read_meta(folder, "no artefact of the graded method at", FORMAT, _NEEDED))
 
 
 def check(artifact: GradedArtifact, weights_hash: str, probe_hash: str, probe_size: int, depth: int, dtype: str,
