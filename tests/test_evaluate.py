@@ -18,7 +18,7 @@ from vlakeep.benchmarks.tabletop_expert import expert_actions
 from vlakeep.benchmarks.tabletop_render import render
 from vlakeep.benchmarks.tabletop_world import MAX_STEPS, NEW_SKILL, TabletopWorld
 from vlakeep.checkpoint import file_sha256
-from vlakeep.data.sample import IGNORE_INDEX, Batch
+from vlakeep.data.sample import IGNORE_INDEX, Batch, Sample
 from vlakeep.errors import CheckpointError
 from vlakeep.evaluate import ActionPolicy, action_token_kl, load_target, run_evaluation
 from vlakeep.probe.masks import mask_from_prompt
@@ -90,13 +90,13 @@ def evaluate_base(world, folder, *overrides):
     return read_evaluation(folder)
 
 
-def episodes_by_hand(model, skill, trials):
+def episodes_by_hand(model, skill, trials, key=None):
     """(success, steps) of each episode, one table at a time."""
     found = []
     for trial in trials:
         table = TabletopWorld([skill], [tabletop.EVALUATION + SEED + trial])
         for _ in range(MAX_STEPS[skill]):
-            if table.step(model.predict_actions(render(table), table.instructions))[0]:
+            if table.step(model.predict_actions(render(table), table.instructions, key))[0]:
                 break
         found.append((bool(table.success()[0]), int(table.steps_N[0])))
     return found
@@ -112,7 +112,8 @@ def test_episodes_and_rates_are_those_of_a_rollout_by_hand(evaluated, models):
         for skill in skills:
             own = [row for row in rows if (row["kind"], row["ability"]) == ("skill", skill)]
             # An episode of the new skill that fails is long: one must do.
-            by_hand = episodes_by_hand(model, skill, range(1 if skill == NEW_SKILL else EPISODES))
+            units, count = (None, 1) if skill == NEW_SKILL else ("tabletop", EPISODES)
+            by_hand = episodes_by_hand(model, skill, range(count), units)
             assert [(row["success"], row["steps"]) for row in own][:len(by_hand)] == by_hand
             assert [(row["trial"], row["seed"]) for row in own] == [(t, tabletop.EVALUATION + SEED + t) for t in range(EPISODES)]
             mean, low, high = wilson_by_roots(sum(row["success"] for row in own), EPISODES)
@@ -236,6 +237,21 @@ def test_a_model_that_knows_the_answers_gets_them_right_and_one_that_avoids_them
     rows, summary = evaluate_base(world, tmp_path, "--evaluate.questions", "[color,gripper]", "--evaluate.questions_per_kind", 6)
     assert summary["abilities"]["gripper"]["mean"] == 1.0 and summary["abilities"]["color"]["mean"] == 0.5
     assert [row["success"] for row in rows if row["ability"] == "color"] == [True, False] * 3
+
+
+def test_an_answer_of_several_words_is_read_whole(models, monkeypatch):
+    """What the model says in six tokens is compared, not its first word."""
+    backbone = models[0]
+    ids = backbone.processor.tokenizer("the red circle and the blue", add_special_tokens=False)["input_ids"][:6]
+    words = backbone.processor.tokenizer.decode(ids).strip()
+    assert len(words.split()) > 1
+
+    def generate(self, batch, max_new_tokens, stop_at_eos=True):
+        return torch.tensor([ids[:max_new_tokens]]), torch.ones(1, dtype=torch.bool)
+
+    monkeypatch.setattr(Backbone, "generate", generate)
+    sample = Sample(np.zeros((64, 64, 3), np.uint8), "what is there", question=True)
+    assert evaluate.answer_questions(backbone, [sample]) == [words]
 
 
 # The distance from the teacher
@@ -384,6 +400,38 @@ def test_actions_come_out_in_the_units_of_the_runs_statistics(world, evaluated, 
         actions.append(found)
     moved = np.abs(actions[1] - actions[0]).min(0)
     assert (moved[[0, 1, 3, 4, 5]] > 0.1).all() and moved[6] == 0  # no bin centre is a fixed point of these
+
+
+def test_old_skills_are_played_in_the_units_of_the_base_and_the_new_one_in_those_of_its_data(world, evaluated, models, tmp_path):
+    """Data in which the hand never moves down must not take the old skills' motions from them."""
+    storage, make_config = world
+    run = copy_run(evaluated[0], storage, "eval-narrow")
+
+    def narrow(data):
+        entries = json.loads(data)
+        entries["tabletop_corner"]["action"].update(q01=[-0.5] * 2 + [0.0] * 4 + [0.0], q99=[0.5] * 2 + [0.0] * 4 + [1.0])
+        return json.dumps(entries).encode()
+
+    edit(run / "checkpoints" / "step_000030", "adapter/dataset_statistics.json", narrow)
+    one = ["--evaluate.target", run.name, "--evaluate.skills", "[pick,corner]", "--evaluate.episodes", 1]
+    run_evaluation(make_config(BASELINE, *BRIEF, *one), storage, tmp_path)
+    backbone, _, _ = load_target(make_config(BASELINE, "--evaluate.target", run.name), storage, "cpu")
+    assert backbone.unnorm_key == "tabletop_corner"
+    rows, _ = read_evaluation(tmp_path)
+    played = {row["ability"]: (row["success"], row["steps"]) for row in rows if row["kind"] == "skill"}
+    assert [played["pick"]] == episodes_by_hand(backbone, "pick", [0], "tabletop")
+    assert [played["corner"]] == episodes_by_hand(backbone, "corner", [0])
+    assert episodes_by_hand(backbone, "pick", [0], "tabletop") != episodes_by_hand(backbone, "pick", [0])
+    model = json.loads((tmp_path / "records.jsonl").read_text().splitlines()[0])["header"]["model"]
+    assert (model["unnorm_key"], model["old_unnorm_key"]) == ("tabletop_corner", "tabletop")
+    assert model["statistics"] != model["old_statistics"]
+
+
+def test_a_run_on_two_data_sets_is_played_in_the_units_of_each_skills_own(world):
+    known = {"tabletop": 1, "tabletop_corner": 2, "tabletop_path": 3}
+    assert tabletop.pick_key("path", None, known) == "tabletop_path" and tabletop.pick_key("corner", "tabletop", known) == "tabletop"
+    assert tabletop.pick_key("order", None, known) is None and tabletop.old_key(known) == "tabletop"
+    assert tabletop.old_key({"mine": 1}) is None
 
 
 def test_a_run_is_its_newest_intact_checkpoint(world, evaluated, capsys):

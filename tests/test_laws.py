@@ -1,6 +1,7 @@
 """The laws of the framework on the real model and the real loop: bitwise switches, bitwise resume, processes, contraction."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -24,6 +25,13 @@ REPOSITORY = Path(__file__).parent.parent
 def baseline(world):
     storage, make_config = world
     return run_training(make_config(BASELINE, "--name", "law-baseline"), storage)
+
+
+def test_the_rates_of_a_run_are_those_of_its_schedule(world, baseline):
+    """Warm-up over two steps, then a cosine to a tenth, at the steps that the log names."""
+    peak = world[1](BASELINE).train.lr
+    wanted = [peak / 2, peak] + [peak * (0.1 + 0.45 * (1 + math.cos(math.pi * k / 4))) for k in (1, 2, 3, 4)]
+    assert [row["lr"] for row in read_metrics(baseline)] == pytest.approx(wanted)
 
 
 def test_method_with_everything_off_is_the_baseline_bitwise(world, baseline):

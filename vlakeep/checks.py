@@ -395,6 +395,7 @@ def check_target_base(config: Config, storage: Storage, base: Path, folder: Path
 def check_action_key(config: Config, base: Path, model: dict, own: dict) -> List[Line]:
     """Whether the actions of base and run (`own`: the run's statistics) are un-normalised by a key that is there, as evaluate picks it."""
     from vlakeep.backbones.format import read_statistics
+    from vlakeep.benchmarks import tabletop
     from vlakeep.benchmarks.libero import pick_key
 
     key, only = config.backbone.unnorm_key, next(iter(own)) if len(own) == 1 else None
@@ -403,9 +404,11 @@ def check_action_key(config: Config, base: Path, model: dict, own: dict) -> List
         only = next(iter(known)) if only is None and len(known) == 1 else only
         if config.evaluate.benchmark in LIBERO_SUITES:
             key = pick_key(config.evaluate.benchmark, key, known, only)
-        elif (key or only) not in known:
-            said = f"no action statistics of {key!r}" if key else "no key is chosen"
-            raise ValueError(f"{said} (there are {', '.join(known) or 'none'})")
+        else:
+            key = tabletop.pick_key(config.evaluate.new_skill, key or only, known)
+            if key not in known:
+                said = f"no action statistics of {key!r}" if key else "no key is chosen"
+                raise ValueError(f"{said} (there are {', '.join(known) or 'none'})")
     except CheckpointError:
         return []  # check_unnorm_key has a line about it
     except ValueError as error:

@@ -156,10 +156,13 @@ def run_evaluation(config: Config, storage: Storage, folder: Optional[Path] = No
         key = libero.pick_key(settings.benchmark, key, backbone.norm_stats, own_key(backbone, settings.benchmark))
         backbone.unnorm_key = key
         name += "-blank" if settings.blank else ""
+    else:
+        key = tabletop.pick_key(settings.new_skill, key or backbone.unnorm_key, backbone.norm_stats)
     backbone.action_statistics(key)  # raises for a key that would make every trial crash
     folder = folder or (storage.eval / settings.benchmark / name if in_libero else storage.eval / name)
     probe = open_questions(config, storage) if in_libero and settings.probe and not settings.blank else None
-    header = make_header(settings, weights, backbone.weights_sha256, probe, model_settings(backbone, config, key))
+    old_key = None if in_libero else tabletop.old_key(backbone.norm_stats)
+    header = make_header(settings, weights, backbone.weights_sha256, probe, model_settings(backbone, config, key, old_key))
     with Records(folder / "records.jsonl", header) as records:
         drift = drift_of(backbone, config, storage, required=not in_libero)  # first, while a bad probe costs nothing yet
         if in_libero:
@@ -170,18 +173,22 @@ def run_evaluation(config: Config, storage: Storage, folder: Optional[Path] = No
                 run_probe(backbone, probe, settings, records, name)
         else:
             alarms = tabletop.skill_alarm(trained_data(config, storage).get("datasets") or [], settings.new_skill)
-            run_tabletop(backbone, key, settings, records, name)
+            run_tabletop(backbone, key, old_key, settings, records, name)
         rows = records.rows() if in_libero else tabletop.asked_rows(records.rows(), settings)
         summary = make_summary(name, rows, drift, weights, settings.benchmark, settings.new_skill)
         return write_summary(folder, summary, alarms + records.alarms(), started)
 
 
-def model_settings(backbone, config: Config, key: Optional[str]) -> Dict:
+def model_settings(backbone, config: Config, key: Optional[str], old_key: Optional[str] = None) -> Dict:
     """What beside the weights decides about the actions: how the model computes, and how they are un-normalised."""
     key, said = backbone.action_key(key), config.backbone
-    statistics = hashlib.sha256(json.dumps(backbone.action_statistics(key), sort_keys=True).encode()).hexdigest()
-    return {"unnorm_key": key, "statistics": statistics, "dtype": said.dtype, "attn_implementation": said.attn_implementation,
-            "source": said.source}
+    old_key = old_key or key
+
+    def identity(own: str) -> str:
+        return hashlib.sha256(json.dumps(backbone.action_statistics(own), sort_keys=True).encode()).hexdigest()
+
+    return {"unnorm_key": key, "statistics": identity(key), "dtype": said.dtype, "attn_implementation": said.attn_implementation,
+            "source": said.source, **({"old_unnorm_key": old_key, "old_statistics": identity(old_key)} if old_key != key else {})}
 
 
 def make_header(settings, weights: str, base: str, probe: Optional[ProbeSet] = None, model: Optional[Dict] = None) -> Dict:
@@ -334,11 +341,18 @@ def measure_retention(backbone, samples, seeds: List[int], records: Records) -> 
                             crash=None, steps=0)
 
 
-def run_tabletop(backbone, key, settings, records: Records, name: str) -> None:
+def run_tabletop(backbone, key, old_key, settings, records: Records, name: str) -> None:
     """Episodes of every skill, questions of every kind, and the KL on frames of the old skills."""
-    policy, skills = ActionPolicy(backbone, key), tabletop.asked_skills(settings.skills, settings.new_skill)
-    tabletop.run_skill_episodes(policy, skills, settings.episodes, tabletop.EVALUATION + settings.seed, settings.parallel, records, name)
-    records.add_alarms(policy.watch.alarms())
+    asked = tabletop.asked_skills(settings.skills, settings.new_skill)
+    key = backbone.action_key(key)
+    old_key = old_key or key
+    # An old skill keeps the statistics that it was learnt with: those of new data may not even hold its motions.
+    for own in dict.fromkeys((old_key, key)):
+        skills = [skill for skill in asked if own == (key if skill in tabletop.NEW_SKILLS else old_key)]
+        policy = ActionPolicy(backbone, own)
+        tabletop.run_skill_episodes(policy, skills, settings.episodes, tabletop.EVALUATION + settings.seed, settings.parallel, records,
+                                    name)
+        records.add_alarms(policy.watch.alarms())
     for kind in tqdm(settings.questions or tabletop.QUESTION_KINDS, desc=f"{name}: questions", leave=False):
         trials = tabletop.question_trials(kind, settings.questions_per_kind, settings.seed)
         ask_questions(backbone, kind, lambda numbers, trials=trials: [trials[number].sample for number in numbers],

@@ -33,7 +33,7 @@ def main(argv: List[str]) -> int:
     started = time.perf_counter()
     frames, samples = tabletop.training_frames(args.frames, args.seed, args.processes, args.questions)
     print(f"{len(samples):,} frames in {time.perf_counter() - started:.0f} s")
-    backbone.norm_stats = {"tabletop": action_statistics(np.stack([s.action for s in samples if s.action is not None]), 0)}
+    backbone.norm_stats = {tabletop.PRETRAINED_KEY: action_statistics(np.stack([s.action for s in samples if s.action is not None]), 0)}
     images = torch.from_numpy(np.ascontiguousarray(frames)).to(args.device)
     trained = fit(backbone, processor, samples, lambda pick_B: images[pick_B], args)
     command = shlex.join(["vlakeep", "pretrain-tabletop", *(arg.replace(str(args.out), "vlakeep/assets/" + args.out.name) for arg in argv)])

@@ -20,6 +20,7 @@ from vlakeep.data.sample import Episode, Sample
 # Start of the seed range of each use; every use has RANGE table seeds, and seeds below SEEDS stay within it.
 RANGE, SEEDS = 2 * 10**13, 10**5
 PRETRAINING, DEMONSTRATIONS, PROBE, EVALUATION, RETENTION = (RANGE * k for k in range(1, 6))
+PRETRAINED_KEY = "tabletop"  # of the base's action statistics
 ENDS = ("prompted", "other", "neither")  # the target that the prompt names, the one that it does not name, none of the two
 # Weights of the skills in pretraining: long skills need more frames, short ones are learnt from few.
 WEIGHTS = {"reach": 1.0, "side": 0.7, "pick": 1.5, "tap": 1.5, "drop": 0.5, "place": 3.0}
@@ -137,6 +138,18 @@ def make_probe(n: int, seed: int) -> Tuple[List[Sample], List[str]]:
 def retention_frames(n: int, seed: int) -> List[Sample]:
     """Frames of known skills with their instructions: off-task prompts at which the student is compared with the teacher."""
     return mixed_frames(n, RETENTION + _check(seed), questions=0.0, keep=0.3).samples()
+
+
+def pick_key(new_skill: str, given: Optional[str], known: Dict) -> Optional[str]:
+    """The key of the action statistics with which the new skill is played: the given one, else that of the skill's own data set where
+    the model (`known`: its statistics by key) has learnt several, else None: the only one there is."""
+    own = f"tabletop_{new_skill}"
+    return given if given is not None or own not in known else own
+
+
+def old_key(known: Dict) -> Optional[str]:
+    """The key with which the skills of the base are played, that of its pretraining; None for a model that has no such statistics."""
+    return PRETRAINED_KEY if PRETRAINED_KEY in known else None
 
 
 def asked_skills(skills: List[str], new_skill: str) -> List[str]:
