@@ -18,7 +18,7 @@ import time
 import traceback
 from pathlib import Path
 
-SKILLS = ["corner"]
+SKILLS = ["corner", "path", "order", "relation", "repeat"]
 SEEDS = [11, 12, 13, 14, 15]
 GRADED, FROZEN = ["--config", "configs/method_graded.yaml"], ["--config", "configs/method_icsm_hsw_thermostat.yaml"]
 PLAIN = [*GRADED, "--gains.enabled", "false"]  # the baseline to the bit, with the sensor measuring
@@ -69,7 +69,7 @@ def configuration(job, device: str, root: Path, more=()):
     new = ["--evaluate.new_skill", job["skill"]] if "evaluate.new_skill" in known_keys() else []
     common = ["--seed", str(job["seed"]), "--device", device, "--threads", "1", "--root", str(root), "--data.datasets",
               f"[tabletop_{job['skill']}]", "--evaluate.questions_per_kind", "50", "--evaluate.retention_frames",
-              "100", "--train.log_every", "10", "--train.tensorboard", "false"]
+              "100", "--train.log_every", "10", "--train.tensorboard", "false", "--data.statistics", "tabletop"]
     return config_from_argv([*job["args"], *common, *new, *[str(m) for m in more]])
 
 

@@ -164,3 +164,25 @@ def test_make_stream_reads_the_configuration(root, processor, tmp_path):  # noqa
     assert [len(d) for d in made.datasets] == [3, 3] and len(list((tmp_path / "cache").iterdir())) == 2
     assert made.num_frames == sum(d.num_frames for d in made.datasets) and next(made).size == 2
     made.close()
+
+
+def test_the_actions_are_scaled_by_the_statistics_that_the_configuration_names(root, processor, tmp_path):  # noqa: F811
+    """An action then has the tokens that it has for the base, and the run's own entry says so."""
+    own = make_stream(DataConfig(datasets=NAMES), root, processor, 2, 7)
+    low, high = [-2.0] * 6 + [0.0], [2.0] * 6 + [1.0]
+    entry = {"action": {"q01": low, "q99": high, "min": low, "max": high, "mask": [True] * 6 + [False]}}
+    known = {"base": entry, "other": own.statistics[NAMES[0]], "short": {"action": {"q01": [0.0], "q99": [1.0]}}}
+    made = make_stream(DataConfig(datasets=NAMES, statistics="base"), root, processor, 2, 7, known=known)
+    assert made.statistics == dict.fromkeys(NAMES, entry) != own.statistics
+    for before, after in zip(own.datasets, made.datasets):
+        raw_TA = before.episode(0).actions
+        assert after.actions(0)[:, :6] == pytest.approx(np.clip(raw_TA[:, :6] / 2, -1, 1), abs=1e-6)
+        assert np.array_equal(after.actions(0)[:, 6], before.actions(0)[:, 6])
+    with pytest.raises(ValueError, match="changed: .*--data.statistics"):
+        own.load_state_dict(made.state_dict())
+    with pytest.raises(ValueError, match="--data.statistics bridge: the base has action statistics of base, other, short"):
+        make_stream(DataConfig(datasets=NAMES, statistics="bridge"), root, processor, 2, 7, known=known)
+    with pytest.raises(ValueError, match="actions of 7 values, the statistics are of 1"):
+        make_stream(DataConfig(datasets=NAMES, statistics="short"), root, processor, 2, 7, known=known)
+    for stream in (own, made):
+        stream.close()

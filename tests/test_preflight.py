@@ -198,6 +198,8 @@ def test_wrong_model_kind_and_unnorm_key(world):
     config.backbone.unnorm_key = "libero"
     found = " ".join(line.where for line in reds(config))
     assert "'llava', not 'openvla'" in found and "'libero' is not among" in found and "pushes" in found
+    config.backbone.unnorm_key, config.data.statistics = None, "bridge"
+    assert any(line.what == "--data.statistics" and "'bridge' is not among" in line.where for line in reds(config))
 
 
 def test_artefact_of_another_configuration_or_depth(world):

@@ -117,6 +117,10 @@ def check_unnorm_key(config: Config, folder: Path, model: dict, stage: str) -> L
                 f"--backbone.unnorm_key one of: {known}",
             )
         ]
+    if config.data.statistics is not None and config.data.statistics not in (statistics or {}):
+        known = ", ".join(sorted(statistics)) if statistics else "none"
+        return [Line(RED, "--data.statistics", f"{config.data.statistics!r} is not among the statistics of {folder} ({known})",
+                     f"--data.statistics one of: {known}; or null for those of the data set itself")]
     if not statistics:
         return [Line(YELLOW, "action statistics", f"{folder} has none; those of the training data are used", "")]
     return []

@@ -73,6 +73,9 @@ class DataConfig:
     # Turn the pictures by 180 degrees. None does what the format usually needs: HDF5 holds them upside down, the others upright.
     # Some converters of LIBERO differ, which the files do not say: look at a picture.
     rotate: Optional[bool] = None
+    # Key of the base's action statistics by which the actions are normalised; None takes the quantiles of the data set itself, as the
+    # official code does. For data of the robot that the base knows: an action then has the same tokens in old skills and new ones.
+    statistics: Optional[str] = None
 
 
 @dataclass

@@ -42,6 +42,7 @@ def problems(config) -> List[str]:
     one_of("data.source", "native", "official")
     need(config.data.source == "native" or config.backbone.openvla_dir, "backbone.openvla_dir",
          "the folder of an OpenVLA checkout with --data.source official")
+    need(config.data.source == "native" or config.data.statistics is None, "data.statistics", "null with --data.source official")
     one_of("backbone.source", "native", "official")
     need(config.backbone.source == "native" or config.backbone.openvla_dir, "backbone.openvla_dir",
          "the folder of an OpenVLA checkout with --backbone.source official")

@@ -176,7 +176,7 @@ def run_training(config: Config, storage: Storage) -> Path:
         method, hashes = prepare_method(config, storage, backbone)
         method.attach(backbone)
         with closing(make_stream(config.data, storage.data, backbone.processor, config.train.batch_size, config.seed, dist.rank,
-                                 dist.world, storage.cache, config.backbone.openvla_dir)) as stream:
+                                 dist.world, storage.cache, config.backbone.openvla_dir, backbone.norm_stats)) as stream:
             for line in stream.describe():
                 say(dist, line)
             backbone.norm_stats = {**backbone.norm_stats, **stream.statistics}

@@ -154,11 +154,19 @@ class DemoDataset:
         self.lengths = (last - first)[labelled]  # int64: frames of each usable episode
         self.unlabelled = int((~labelled).sum())
 
-        standard_NA = standardise(index.actions_NA, name, conventions.gripper)
-        self.statistics = action_statistics(standard_NA, len(index.start_E) - 1)
-        self.actions_NA, _ = normalise(standard_NA, self.statistics)
+        self._standard_NA = standardise(index.actions_NA, name, conventions.gripper)
+        self._own = action_statistics(self._standard_NA, len(index.start_E) - 1)
+        self.scale(self._own)
+
+    def scale(self, statistics: Dict) -> None:
+        """Normalise the actions with these statistics (an entry of dataset_statistics.json) instead of the data set's own."""
+        expected, width = self._standard_NA.shape[1], len(statistics["action"]["q01"])
+        if width != expected:
+            raise ValueError(f"{self.folder} has actions of {expected} values, the statistics are of {width} (--data.statistics)")
+        self.statistics = statistics
+        self.actions_NA, _ = normalise(self._standard_NA, statistics)
         used = np.concatenate([np.arange(a, a + n) for a, n in zip(self._first, self.lengths)])
-        self.clipped = normalise(standard_NA[used], self.statistics)[1]  # action values of usable frames outside the statistics
+        self.clipped = normalise(self._standard_NA[used], statistics)[1]  # action values of usable frames outside the statistics
 
     @classmethod
     def check_extra(cls, folder) -> None:
@@ -225,6 +233,8 @@ class DemoDataset:
         own = [] if self.kind == "rlds" and not self.conventions else [[self.kind, vars(self.conventions)]]
         digest = hashlib.sha256(json.dumps([self.name, self.lengths.tolist(), self.languages, *own]).encode())
         digest.update(np.ascontiguousarray(self.index.actions_NA).tobytes())
+        if self.statistics is not self._own:
+            digest.update(json.dumps(self.statistics["action"], sort_keys=True).encode())
         return digest.hexdigest()
 
     def close(self) -> None:

@@ -124,7 +124,7 @@ class BatchStream:
         mine = self.state_dict()
         names = {"format": "the format of the saved position", "batch_size": "--train.batch_size", "seed": "--seed",
                  "data": "the data sets or their format, --data.train_fraction, --data.camera, --data.gripper, --data.rotate, "
-                         "--data.shuffle_buffer or --data.image_aug"}
+                         "--data.statistics, --data.shuffle_buffer or --data.image_aug"}
         changed = [f"{text} ({state.get(key)!r} saved, {mine[key]!r} now)"
                    for key, text in names.items() if state.get(key) != mine[key]]
         if changed:
@@ -144,8 +144,13 @@ class BatchStream:
 
 
 def make_stream(data, data_root_dir, processor, batch_size: int, seed: int, rank: int = 0, world: int = 1,
-                cache_dir=None, openvla_dir=None) -> "Union[BatchStream, OfficialStream]":
-    """The stream of the configuration section `data` (DataConfig): data sets below data_root_dir, indexes kept in cache_dir."""
+                cache_dir=None, openvla_dir=None, known: Optional[Dict[str, Dict]] = None) -> "Union[BatchStream, OfficialStream]":
+    """The stream of the configuration section `data` (DataConfig): data sets below data_root_dir, indexes kept in cache_dir.
+
+    known: the base's action statistics by key, for data.statistics. ValueError when it names none of them.
+    """
+    if data.statistics is not None and data.statistics not in (known or {}):
+        raise ValueError(f"--data.statistics {data.statistics}: the base has action statistics of {', '.join(known or {}) or 'nothing'}")
     if data.source == "official":
         from vlakeep.data.official import OfficialStream
 
@@ -153,6 +158,8 @@ def make_stream(data, data_root_dir, processor, batch_size: int, seed: int, rank
     conventions = Conventions(data.camera, data.gripper, data.rotate)
     datasets = open_datasets(data_root_dir, data.datasets, data.train_fraction, cache_dir, conventions)
     try:
+        for dataset in datasets if data.statistics is not None else ():
+            dataset.scale(known[data.statistics])
         return BatchStream(datasets, processor, batch_size, seed, rank, world, data.shuffle_buffer, data.workers, data.image_aug)
     except BaseException:
         for dataset in datasets:
