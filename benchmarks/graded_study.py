@@ -20,6 +20,7 @@ from pathlib import Path
 
 SKILLS = ["corner", "path", "order", "relation", "repeat"]
 SEEDS = [11, 12, 13, 14, 15]
+STEPS = "400"
 GRADED, FROZEN = ["--config", "configs/method_graded.yaml"], ["--config", "configs/method_icsm_hsw_thermostat.yaml"]
 PLAIN = [*GRADED, "--gains.enabled", "false"]  # the baseline to the bit, with the sensor measuring
 ARMS = {
@@ -70,7 +71,8 @@ def configuration(job, device: str, root: Path, more=()):
     common = ["--seed", str(job["seed"]), "--device", device, "--threads", "1", "--root", str(root), "--data.datasets",
               f"[tabletop_{job['skill']}]", "--evaluate.questions_per_kind", "50", "--evaluate.retention_frames",
               "100", "--train.log_every", "10", "--train.tensorboard", "false", "--data.statistics", "tabletop"]
-    return config_from_argv([*job["args"], *common, *new, *[str(m) for m in more]])
+    steps = [] if "--train.steps" in job["args"] else ["--train.steps", STEPS]
+    return config_from_argv([*job["args"], *common, *steps, *new, *[str(m) for m in more]])
 
 
 def run_job(job, device: str, root: Path, prepared: set) -> dict:
@@ -106,6 +108,7 @@ def run_job(job, device: str, root: Path, prepared: set) -> dict:
     rows = read_metrics(storage.run_folder(name))
     row["loss"] = statistics.mean([r["loss"] for r in rows if "loss" in r][-3:])
     row["trace"] = [[r["step"], r["kl"], r.get("opening"), r.get("kl_new")] for r in rows if "kl" in r]
+    row["settled"] = rows[-1].get("settled_kl")
     if stopped:
         return row
     row.update(divergence_on_probe(config, storage, job, device, cell, load_target))

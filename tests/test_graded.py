@@ -17,7 +17,7 @@ from vlakeep.backbones.base import make_backbone
 from vlakeep.backbones.lora import adapters_disabled, attach_lora, select_linears, target_modules
 from vlakeep.config import Config
 from vlakeep.data.prompts import encode_prompts
-from vlakeep.evaluate import action_token_kl
+from vlakeep.evaluate import action_token_kl, load_target
 from vlakeep.hsw import graded
 from vlakeep.hsw.graded import GradedInput, GradedSite
 from vlakeep.icsm.collect import input_key, token_moments, with_own_answers
@@ -29,7 +29,7 @@ from vlakeep.teacher import artifact, coverage
 from vlakeep.teacher.answers import Answered, divergence, run_below, split_log_probabilities, teacher_answers
 from vlakeep.teacher.spectrum import Spectrum, gains, spectrum
 from vlakeep.thermostat.kl_sensor import KLSensor, batched
-from vlakeep.thermostat.setpoint import SetPoint, SetPointController, replay
+from vlakeep.thermostat.setpoint import SetPoint, SetPointController, replay, settle
 from vlakeep.train import run_training
 
 # Gains
@@ -350,6 +350,32 @@ def test_rate_limits_values_that_are_no_numbers_and_state():
             law(**wrong)
 
 
+@pytest.mark.parametrize("name, plant", [
+    ("smooth", lambda x: 0.013 * x ** 2), ("steep", lambda x: 0.05 * x ** 7), ("below", lambda x: 0.0095 * x ** 2),
+    ("a little below", lambda x: 0.0085 * x ** 2), ("one item flips", lambda x: 0.005 * x ** 2 + 0.2 * max(0.0, x - 0.97)),
+    ("it jumps", lambda x: 0.004 * x ** 2 + 0.02 * (x > 0.9)), ("far above", lambda x: 3.0 * x ** 2)])
+def test_the_end_of_training_settles_just_below_the_target(name, plant):
+    asked = []
+
+    def measure(opening):
+        asked.append(opening)
+        return plant(opening / 1e-3)
+
+    trail = settle(law(), 1e-3, plant(1.0), measure)
+    opening, divergence = trail[-1]
+    assert divergence == plant(opening / 1e-3) <= 0.01 and opening <= 1.1e-3 and len(asked) <= 8
+    assert sorted(trail) == sorted([(1e-3, plant(1.0)), *((r, plant(r / 1e-3)) for r in asked)])
+    assert divergence >= 0.009 or name == "it jumps" and opening > 0.85e-3
+    assert (asked == []) == (name == "below")
+
+
+def test_settling_goes_no_further_than_it_may():
+    assert settle(law(), 1e-3, 0.0, lambda r: 0.0)[-1] == (pytest.approx(1.1e-3), 0.0), "what is closed is not opened untrained"
+    assert settle(law(), 1e-3, math.nan, lambda r: 1 / 0) == [(1e-3, pytest.approx(math.nan, nan_ok=True))]
+    trail = settle(law(), 1e-3, 5.0, lambda r: 5.0)  # nothing helps: the smallest opening that was tried
+    assert trail[-1][0] == min(r for r, _ in trail) == 1e-6
+
+
 # The laws
 
 
@@ -378,8 +404,10 @@ def test_resume_is_the_uninterrupted_run_bitwise_and_the_log_replays(world, arte
     run_training(make_config(*arm, "--name", "graded-part", "--train.steps", 3), storage)
     part = run_training(make_config(*arm, "--name", "graded-part", "--train.resume", True), storage)
     assert final_adapter(part) == final_adapter(whole)
-    rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(folder)] for folder in (whole, part)]
-    assert rows[0] == rows[1]
+    # The shorter run settled at its end; the longer one goes on as if it had not.
+    rows = [[{k: v for k, v in row.items() if k != "seconds" and (not k.startswith("settle") or row["step"] == 6)}
+             for row in read_metrics(folder)] for folder in (whole, part)]
+    assert rows[0] == rows[1] and rows[0][-1]["step"] == 6
     trained = [row for row in rows[0] if row["step"]]
     assert rows[0][0]["kl"] == 0.0 and len({row["opening"] for row in trained}) > 3
     assert all(row["g_prime_norm"] <= row["g_norm"] * (1 + 1e-6) for row in trained)
@@ -388,7 +416,28 @@ def test_resume_is_the_uninterrupted_run_bitwise_and_the_log_replays(world, arte
                             open_factor=config.thermostat.open_factor, close_factor=config.thermostat.close_factor),
                    [row["kl"] for row in trained])
     assert [row["next_opening"] for row in again] == [row["next_opening"] for row in trained]
+    measured = {rows[0][-1][f"settle/{i}/opening"]: rows[0][-1][f"settle/{i}/kl"] for i in range(8) if f"settle/{i}/kl" in rows[0][-1]}
+    measured[rows[0][-1]["settled_opening"]] = rows[0][-1]["settled_kl"]
+    final = settle(SetPoint(target=1e-6, start=1e-3, lowest=1e-9, highest=1e3, steepness=config.gains.steepness,
+                            open_factor=config.thermostat.open_factor, close_factor=config.thermostat.close_factor),
+                   trained[-1]["opening"], trained[-1]["kl"], measured.__getitem__)
+    assert final[-1] == (rows[0][-1]["settled_opening"], rows[0][-1]["settled_kl"]) and final[-1][1] <= 1e-6
     assert {"kl_new", "update_norm/0", "open_rank/layers.0.self_attn.q_proj", "shed"} <= set(trained[-1])
+
+
+def test_the_adapter_that_is_left_keeps_to_the_target(world, artefact):
+    """Measured again by a model that loads what the run has saved; with a last step at which the loop did not measure."""
+    storage, make_config = world
+    config = make_config(GRADED, "--name", "graded-settled", "--train.lr", 5e-3, "--thermostat.target", 1e-5, "--train.steps", 5,
+                         "--thermostat.every", 2, "--evaluate.target", "graded-settled")
+    last = read_metrics(run_training(config, storage))[-1]
+    assert last["step"] == 5 and "next_opening" not in last and last["settled_kl"] <= 1e-5
+    backbone = load_target(config, storage, "cpu")[0]
+    probe, (answered, items) = ProbeSet(storage.probe_folder(config.probe.name)), artefact.answers()
+    sensor = KLSensor(backbone, answered, batched(probe.samples(items), backbone.processor, encode_prompts, 8), 8)
+    count = min(config.thermostat.batch_size, len(items))
+    chosen = [i * len(items) // count for i in range(count)]
+    assert float(sensor.per_item()[chosen].mean()) == pytest.approx(last["settled_kl"], rel=1e-3)
 
 
 def test_two_processes_are_one_with_two_micro_batches_bitwise(world, artefact):

@@ -20,7 +20,7 @@ from vlakeep.teacher.answers import Answered, run_below, teacher_answers
 from vlakeep.teacher.artifact import GradedArtifact, check, load_artifact
 from vlakeep.teacher.folder import ArtifactError
 from vlakeep.thermostat.kl_sensor import KLSensor, batched
-from vlakeep.thermostat.setpoint import SetPoint, SetPointController
+from vlakeep.thermostat.setpoint import SetPoint, SetPointController, settle
 
 LOWEST, HIGHEST = 1e-9, 1e3  # of the opening: below, nothing passes that a run would notice; above, nothing is closed
 
@@ -98,7 +98,22 @@ class Graded(Baseline):
             self._site.meter.start(False)
         if self._sensors and step % self._config.thermostat.every == 0:
             metrics.update(self._measure())
+        if self._controller and step == self._config.train.steps:
+            metrics.update(self._settle(metrics))
         return metrics
+
+    def _settle(self, measured: Dict[str, float]) -> Dict[str, float]:
+        """Leave the opening where the final weights keep to the target. The controller stays as it is, so that a run that is made
+        longer goes on as if it had not ended here."""
+        def measure(opening: float) -> float:
+            self._site.set_opening(opening)
+            return self._sensors["kl"].measure()
+
+        first = measured["opening"] if "kl" in measured else self._controller.opening
+        trail = settle(self._controller.law, first, measured["kl"] if "kl" in measured else measure(first), measure)
+        self._site.set_opening(trail[-1][0])
+        tried = {f"settle/{i}/{name}": value for i, pair in enumerate(trail[:-1]) for name, value in zip(("opening", "kl"), pair)}
+        return {**tried, "settled_opening": trail[-1][0], "settled_kl": trail[-1][1]}
 
     def _measure(self, act: bool = True) -> Dict[str, float]:
         kl = self._sensors["kl"].measure()

@@ -12,17 +12,25 @@ d' is the divergence to be expected at the next measurement: what training adds 
 the last interval; on the first approach with the flattest response, so that the loop rather arrives from below. Larger d gives a smaller
 r at every moment. The opening is clipped and nothing else accumulates, so nothing winds up. Opening is limited to a factor per
 measurement, closing to a larger one. The trajectory is a function of the measured values alone: `replay`. Plain Python, no torch.
+
+After the last step `settle` measures a few times more, with the weights as they are, until the divergence lies just below the target:
+where one probe item is about to flip, a few per cent of r decide, and the loop swings around that point (docs/log.md).
 """
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Dict, Iterable, List, Optional
+from typing import Callable, Dict, Iterable, List, Optional, Tuple
 
 # Exponents of the divergence over the size of the update: of one linear layer, what the law begins with, and the steepest that it learns.
 LINEAR_RESPONSE, RESPONSE, STEEPEST = 2.0, 4.0, 12.0
 LEAST_MOVE = 0.05  # change of log r below which a measurement says nothing about the response
 SMALL = 1e-3  # share of the target below which a divergence is rounding
 FORGET = 0.97  # what is left of a learnt steepness after each further measurement
+SETTLED = 0.9  # share of the target from which on a final divergence is left as it is
+LAST_OPENING = 1.1  # factor by which r may still grow after the last step: nothing is learnt at it any more
+LEAST_CHANGE = 1e-3  # of log r, below which another measurement would tell nothing
+SETTLE_MOST = 8  # further measurements
+
 
 @dataclass(frozen=True)
 class SetPoint:
@@ -105,12 +113,38 @@ class SetPointController:
             setattr(self, key, value)
 
 
+def settle(law: SetPoint, opening: float, divergence: float, measure: Callable[[float], float]) -> List[Tuple[float, float]]:
+    """(opening, divergence) of the measurements with the final weights, the one that is kept at the end.
+
+    opening, divergence: the first of them. measure: opening -> divergence of the weights as they are. Closing is reckoned with the
+    flattest response, which closes too far rather than too little; then the interval between below and above is halved. Kept is the
+    largest opening whose divergence is at most the target, or the smallest one tried where none is.
+    """
+    tried, aim = [(opening, divergence)], math.sqrt(SETTLED) * law.target
+    widest = min(opening * LAST_OPENING, law.highest)
+    for _ in range(SETTLE_MOST):
+        r, d = tried[-1]
+        if not math.isfinite(d) or SETTLED * law.target <= d <= law.target:
+            break
+        below = [one for one, value in tried if value <= law.target]
+        above = [one for one, value in tried if not value <= law.target]
+        if below and above:
+            following = math.sqrt(max(below) * min(above))
+        elif above:
+            following = max(r * max((aim / d) ** (1 / (LINEAR_RESPONSE * law.steepness)), 1 / law.close_factor), law.lowest)
+        else:
+            following = min(r * (aim / d) ** (1 / (RESPONSE * law.steepness)), widest) if d > 0 else widest
+        if abs(math.log(following / r)) < LEAST_CHANGE:
+            break
+        tried.append((following, measure(following)))
+    kept = max((one for one in tried if one[1] <= law.target), default=min(tried))
+    return [*(one for one in tried if one != kept), kept]
+
+
 def replay(law: SetPoint, divergences: Iterable[float]) -> List[Dict[str, float]]:
     """The rows that a run with this law logs for these measurements."""
     controller = SetPointController(law)
     return [controller.update(d) for d in divergences]
-
-
 
 
 if __name__ == "__main__":  # sanity check: python -m vlakeep.thermostat.setpoint
