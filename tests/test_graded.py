@@ -21,6 +21,7 @@ from vlakeep.evaluate import action_token_kl, load_target
 from vlakeep.hsw import graded
 from vlakeep.hsw.graded import GradedInput, GradedSite
 from vlakeep.icsm.collect import input_key, token_moments, with_own_answers
+from vlakeep.methods import graded as graded_method
 from vlakeep.methods import graded_offline
 from vlakeep.offline import run_offline
 from vlakeep.probe.probe_set import ProbeSet
@@ -425,13 +426,23 @@ def test_resume_is_the_uninterrupted_run_bitwise_and_the_log_replays(world, arte
     assert {"kl_new", "update_norm/0", "open_rank/layers.0.self_attn.q_proj", "shed"} <= set(trained[-1])
 
 
-def test_the_adapter_that_is_left_keeps_to_the_target(world, artefact):
+def asked_elsewhere_last(law, opening, divergence, measure):
+    """Keeps half the opening, and has measured at another one after it."""
+    kept = (opening / 2, measure(opening / 2))
+    return [(opening, measure(opening)), kept]
+
+
+@pytest.mark.parametrize("rule", [settle, asked_elsewhere_last])
+def test_the_adapter_that_is_left_is_the_one_that_was_measured(world, artefact, rule, monkeypatch):
     """Measured again by a model that loads what the run has saved; with a last step at which the loop did not measure."""
     storage, make_config = world
-    config = make_config(GRADED, "--name", "graded-settled", "--train.lr", 5e-3, "--thermostat.target", 1e-5, "--train.steps", 5,
-                         "--thermostat.every", 2, "--evaluate.target", "graded-settled")
+    name = f"graded-{rule.__name__}"
+    config = make_config(GRADED, "--name", name, "--train.lr", 5e-3, "--thermostat.target", 1e-5, "--train.steps", 5,
+                         "--thermostat.every", 2, "--evaluate.target", name)
+    monkeypatch.setattr(graded_method, "settle", rule)
     last = read_metrics(run_training(config, storage))[-1]
-    assert last["step"] == 5 and "next_opening" not in last and last["settled_kl"] <= 1e-5
+    assert last["step"] == 5 and "next_opening" not in last
+    assert rule is not settle or last["settled_kl"] <= 1e-5
     backbone = load_target(config, storage, "cpu")[0]
     probe, (answered, items) = ProbeSet(storage.probe_folder(config.probe.name)), artefact.answers()
     sensor = KLSensor(backbone, answered, batched(probe.samples(items), backbone.processor, encode_prompts, 8), 8)
