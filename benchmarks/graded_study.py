@@ -31,7 +31,7 @@ ARMS = {
     "hard": [*FROZEN, "--hsw.site", "lora_input"],
     "graded fixed": [*GRADED, "--thermostat.enabled", "false", "--gains.opening", "1e-3"],
     "set-point .002": [*GRADED, "--thermostat.target", "0.002"],
-    "set-point .005": GRADED,
+    "set-point .005": [*GRADED, "--thermostat.target", "0.005"],
     "set-point .015": [*GRADED, "--thermostat.target", "0.015"],
 }
 OLD = ["reach", "side", "pick", "tap", "drop", "place"]
@@ -84,7 +84,8 @@ def run_job(job, device: str, root: Path, prepared: set) -> dict:
     from vlakeep.tabletop_data import write_tabletop_data
     from vlakeep.train import TrainingStopped, run_training
 
-    cell = root / f"{job['skill']}-{job['seed']}"
+    probe = job["args"][job["args"].index("--probe.size") + 1] if "--probe.size" in job["args"] else ""
+    cell = root / f"{job['skill']}-{job['seed']}{'-' * bool(probe)}{probe}"
     name = "".join(c if c.isalnum() or c in ".-" else "_" for c in job["arm"])
     config = configuration(job, device, cell, ["--name", name, "--evaluate.target", name])
     if config.method == "graded" and (config.lora.layers != "all" or config.lora.modules != ["attention", "mlp"]):
@@ -93,7 +94,9 @@ def run_job(job, device: str, root: Path, prepared: set) -> dict:
     if ("data", cell) not in prepared:
         write_tabletop_data(config, storage)
         prepared.add(("data", cell))
-    made = (config.method, cell, config.lora.layers, tuple(config.lora.modules), config.probe.size)
+    if config.method == "graded" and not config.gains.balance:
+        config.gains.name = "graded-unbalanced"
+    made = (config.method, cell, config.gains.name)
     if made not in prepared:
         run_offline(config, storage)
         prepared.add(made)

@@ -5,27 +5,34 @@ import json
 
 import pytest
 import yaml
-from conftest import EVALUATION, SMALL, read_evaluation
+from conftest import EVALUATION, METHOD, SMALL, read_evaluation
 
 from vlakeep import demo, tabletop_data
+from vlakeep.benchmarks.records import wilson
 from vlakeep.checkpoint import file_sha256
+from vlakeep.config import load_config
+from vlakeep.reporting.arms import load_arms
+from vlakeep.reporting.compare import Comparison
 from vlakeep.reporting.figures import CURVES
 from vlakeep.rundir import read_metrics
+from vlakeep.storage import Storage
+from vlakeep.train import run_training
 
-ARMS = ["base", "baseline", "method", "method_lora_input"]
-SITES = {"baseline": ("baseline", "residual"), "method": ("icsm_hsw_thermostat", "residual"),
-         "method_lora_input": ("icsm_hsw_thermostat", "lora_input")}
+ARMS = ["base", "baseline", "method", "graded"]
+METHODS = {"baseline": "baseline", "method": "icsm_hsw_thermostat", "graded": "graded"}
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A storage root after a demo, which held an evaluation of the base and the remains of an earlier demo."""
     root = tmp_path_factory.mktemp("demo")
-    for place in ("eval/base", "eval/demo-base", "eval/demo-method", "runs/demo-method", "runs/mine"):
+    for place in ("eval/base", "eval/demo-base", "eval/demo-method", "eval/demo-method-step_000001", "runs/demo-method", "runs/mine"):
         (root / place).mkdir(parents=True)
         (root / place / "records.jsonl").write_text(f"of {place}\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tabletop_data, "EPISODES", 12)
+        patch.setattr(demo, "ON_THE_WAY", ["--evaluate.episodes", "1", "--evaluate.questions_per_kind", "2",
+                                           "--evaluate.retention_frames", "2"])
         assert demo.main([*SMALL, *EVALUATION, "--evaluate.episodes", "2", "--thermostat.gamma_max", "0.7", "--root", str(root)]) == 0
     return root
 
@@ -44,33 +51,50 @@ def test_every_arm_is_trained_evaluated_and_reported_in_order(root):
         kl = 0.0 if arm == "base" else evaluation["retention_kl"]["mean"]
         assert float(own["kl"]["mean"]) == kl and float(own["drift"]["mean"]) == evaluation["drift"]
     head = (root / "report" / "demo" / "tables" / "comparison.md").read_text().splitlines()[0]
-    assert head.split(" | ")[1:5] == ["Base model", "Plain LoRA", "Method (residual)", "Method (LoRA input)"]
+    assert head.split(" | ")[1:5] == ["Base model", "Plain LoRA", "Method (residual)", "Graded gains, set-point"]
 
 
-def test_arms_differ_in_method_and_site_alone_and_are_evaluated_by_their_own_adapter(root):
+def test_arms_differ_in_method_alone_and_are_evaluated_by_their_own_adapter(root):
     configs, adapters = {}, set()
-    for arm, site in SITES.items():
+    for arm, method in METHODS.items():
         run = root / "runs" / f"demo-{arm}"
         configs[arm] = config = yaml.safe_load((run / "config.yaml").read_text())
-        assert (config.pop("method"), config["hsw"].pop("site")) == site and config.pop("name") == f"demo-{arm}"
+        assert config.pop("method") == method and config.pop("name") == f"demo-{arm}"
         adapter = file_sha256(run / "checkpoints" / "step_000006" / "adapter" / "adapter_model.safetensors")
         assert read_evaluation(root / "eval" / f"demo-{arm}")[1]["weights"] == adapter
         adapters.add(adapter)
     assert len(adapters) == 3
     # The baseline's file has no sections of the method, so that these hold the defaults there.
     shared = [{key: config[key] for key in ("seed", "lora", "data", "train", "backbone")} for config in configs.values()]
-    assert shared[0] == shared[1] == shared[2] and configs["method"] == configs["method_lora_input"]
+    assert shared[0] == shared[1] == shared[2]
+
+
+def test_checkpoints_on_the_way_are_evaluated_with_few_trials_and_drawn(root):
+    comparison = Comparison(load_arms({arm: {"eval": root / "eval" / f"demo-{arm}", "run": root / "runs" / f"demo-{arm}"}
+                                       for arm in METHODS}), wilson)
+    for arm in METHODS:
+        run, seen = root / "runs" / f"demo-{arm}", set()
+        for step in (2, 4):
+            adapter = file_sha256(run / "checkpoints" / f"step_{step:06d}" / "adapter" / "adapter_model.safetensors")
+            rows, summary = read_evaluation(root / "eval" / f"demo-{arm}-step_{step:06d}")
+            assert summary["weights"] == adapter and len(rows) == 3 * 1 + 2 * 2 + 2 and "drift" in summary
+            seen.add(adapter)
+        assert len(seen) == 2 and [step for step, _, _ in comparison.path(comparison.arms[arm])] == [2, 4]
+    caption = (root / "report" / "demo" / "index.html").read_text()
+    assert "The thin line is the way there" in caption
 
 
 def test_what_the_demo_did_not_make_stays_and_an_earlier_demo_goes(root):
     for place in ("eval/base", "runs/mine"):
         assert [path.name for path in (root / place).iterdir()] == ["records.jsonl"]
         assert (root / place / "records.jsonl").read_text() == f"of {place}\n"
-    assert not (root / "runs" / "demo-method" / "records.jsonl").exists()
+    assert not (root / "runs" / "demo-method" / "records.jsonl").exists() and not (root / "eval" / "demo-method-step_000001").exists()
 
 
 def test_every_field_of_a_curve_is_logged_by_some_arm(root):
-    logged = {key for arm in SITES for row in read_metrics(root / "runs" / f"demo-{arm}") for key in row}
+    config = load_config(METHOD, [*SMALL, "--root", str(root), "--name", "inputs", "--hsw.site", "lora_input"])
+    runs = [run_training(config, Storage.from_config(config)), *(root / "runs" / f"demo-{arm}" for arm in METHODS)]
+    logged = {key for run in runs for row in read_metrics(run) for key in row}
     # With both sites in use the fields of the LoRA input carry its name (test_train.py); alone they do not.
     drawn = {key.removeprefix("lora_input/") for curve in CURVES for key, _ in curve.keys} | {"d", "threshold", "calibrating"}
     assert drawn - logged == set()

@@ -4,6 +4,7 @@ laws of the framework for this method."""
 import json
 import math
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,9 @@ def test_the_sensor_is_zero_for_the_teacher_and_the_divergence_for_a_student(wor
     with adapters_disabled(student):
         assert abs(float(sensor.per_item().abs().max())) < 1e-6
     found = sensor.per_item().double()
+    weights = torch.linspace(0.5, 1.5, len(items))
+    heavy = KLSensor(student, answered, batched(probe.samples(items), processor, encode_prompts, 7), 7, weights)
+    assert heavy.measure() == pytest.approx(float((found * weights).mean()), rel=1e-4) != pytest.approx(sensor.measure(), rel=1e-3)
     assert 1e-4 < float(found.mean()) and bool((found > -1e-6).all())
     for row, item in list(enumerate(items))[::4]:  # one prompt at a time, whole vocabulary, the whole model
         batch = encode_prompts(probe.samples([item]), processor)
@@ -217,14 +221,22 @@ def test_artefact_spectra_are_those_of_the_inputs_and_the_probe_is_split(world, 
     storage, make_config = world
     config = make_config(GRADED)
     probe = ProbeSet(storage.probe_folder("tabletop"))
-    fit, held = graded_offline.split_items(probe.spread(config.probe.size), 0.2)
-    assert not set(fit) & set(held) and sorted(fit + held) == probe.spread(48) and len(held) == 10
+    items = probe.spread(config.probe.size)
+    fit, held = graded_offline.split_items(items, probe.kinds(items), 0.2)
+    assert not set(fit) & set(held) and sorted(fit + held) == items == probe.spread(48)
+    counted, kept = Counter(probe.kinds(items)), Counter(probe.kinds(held))
+    assert all(kept[kind] == min(max(1, round(0.2 * n)), n - 1) for kind, n in counted.items())
     assert artefact.answers()[1] == held
     backbone = make_backbone(config.backbone, torch.device("cpu"), storage.cache).eval()
     name = "layers.3.mlp.down_proj"
     linears = {name: select_linears(backbone, "all", ["mlp"])[name]}
-    wholes = [w for _, w in graded_offline.answered_samples(backbone, probe.samples(fit), 5)]
-    moment = token_moments(backbone, wholes, linears)[input_key(name)].double()
+    # One item at a time, each with its weight; a moment is a mean over tokens.
+    number, moment, tokens = Counter(probe.kinds(fit)), 0.0, 0.0
+    for item, kind in zip(fit, probe.kinds(fit)):
+        whole, = [w for _, w in graded_offline.answered_samples(backbone, probe.samples([item]), 1)]
+        share = int(whole.attention_mask.sum() + backbone.num_patches) / number[kind]
+        moment, tokens = moment + share * token_moments(backbone, [whole], linears)[input_key(name)].double(), tokens + share
+    moment = moment / tokens
     one = artefact.spectra()[input_key(name)]
     vectors = one.vectors.double()
     again = (vectors * one.values.double()) @ vectors.T
@@ -239,6 +251,17 @@ def test_artefact_spectra_are_those_of_the_inputs_and_the_probe_is_split(world, 
     other = token_moments(backbone, [w for _, w in graded_offline.answered_samples(backbone, new, 9)], linears)[input_key(name)].double()
     stored = load_file(artefact.folder / "energy.safetensors")[f"new:tabletop_corner/{name}"]
     assert torch.allclose(stored[:-1], (vectors.T @ other @ vectors).diagonal(), rtol=1e-3, atol=1e-6 * float(other.trace()))
+
+
+def test_kinds_count_alike_up_to_a_limit():
+    kinds = ["often"] * 60 + ["seldom"] * 20
+    weights = graded_offline.item_weights(Config(), kinds)
+    assert float(weights[:60].sum()) == pytest.approx(float(weights[60:].sum())) and float(weights.mean()) == pytest.approx(1.0)
+    once = graded_offline.item_weights(Config(), ["often"] * 199 + ["once"])
+    assert float(once[-1] / once[0]) == pytest.approx(10.0 / (200 / 398)), "one item must not be half of everything"
+    config = Config()
+    config.gains.balance = False
+    assert graded_offline.item_weights(config, kinds).tolist() == [1.0] * 80
 
 
 def test_sensitivity_is_the_squared_gradient_of_the_answers(world):
@@ -279,7 +302,7 @@ def test_coverage_tells_inputs_like_the_probe_from_others():
 def test_an_artefact_of_something_else_is_refused(artefact):
     meta = artefact.meta
     good = dict(weights_hash=meta["weights_sha256"], probe_hash=meta["probe_sha256"], probe_size=48, depth=6, dtype="float32",
-                section={"columns": 1024, "holdout": 0.2})
+                section={"columns": 1024, "holdout": 0.2, "balance": True})
     assert artifact.check(artefact, **good) == []
     for key, value in (("weights_hash", "x"), ("probe_hash", "x"), ("probe_size", 9), ("depth", 7), ("dtype", "bfloat16"),
                        ("section", {"columns": 5, "holdout": 0.2})):
@@ -448,7 +471,10 @@ def test_the_adapter_that_is_left_is_the_one_that_was_measured(world, artefact, 
     sensor = KLSensor(backbone, answered, batched(probe.samples(items), backbone.processor, encode_prompts, 8), 8)
     count = min(config.thermostat.batch_size, len(items))
     chosen = [i * len(items) // count for i in range(count)]
-    assert float(sensor.per_item()[chosen].mean()) == pytest.approx(last["settled_kl"], rel=1e-3)
+    each = sensor.per_item()[chosen].double().cpu()
+    number = Counter(probe.kinds([items[i] for i in chosen]))
+    kinds = {kind: [float(d) for d, i in zip(each, chosen) if probe.kinds([items[i]]) == [kind]] for kind in number}
+    assert sum(sum(own) / len(own) for own in kinds.values()) / len(kinds) == pytest.approx(last["settled_kl"], rel=1e-3)
 
 
 def test_two_processes_are_one_with_two_micro_batches_bitwise(world, artefact):

@@ -155,6 +155,9 @@ class GainsConfig:
     columns: int = 1024
     # Share of the probe items that the spectrum does not see: the sensor measures on them, and the coverage report.
     holdout: float = 0.2
+    # All kinds of probe prompts count alike in spectra and sensor, however many items there are of each. False weighs items alike: what is
+    # rare in the probe is then hardly protected, and hardly seen.
+    balance: bool = True
     # Further probes whose coverage is reported: what shall be kept.
     keep: List[str] = field(default_factory=list)
 

@@ -1,8 +1,10 @@
-"""Stage `vlakeep demo`: the main job from end to end on the small model, three arms side by side, on CPU in minutes.
+"""Stage `vlakeep demo`: the main job from end to end on the small model, its arms side by side, on CPU in minutes.
 
     make demo        or        vlakeep demo [--root DIR] [--key value ...]
 
-tabletop-data -> offline -> train (baseline; method as frozen; method with hsw.site=lora_input) -> evaluate -> report
+tabletop-data -> offline -> train (baseline; method as frozen; graded gains with a set-point) -> evaluate -> report
+
+Three checkpoints on the way are evaluated with fewer trials, so that the report can show success against retention over training.
 
 writes: below the storage root the same folders as the single stages, run names starting with demo-, the evaluation
         of the base in eval/demo-base; an earlier demo is replaced
@@ -21,16 +23,21 @@ from vlakeep.config import Config, load_config
 ARMS = {
     "baseline": ("baseline_lora", []),
     "method": ("method_icsm_hsw_thermostat", []),
-    "method_lora_input": ("method_icsm_hsw_thermostat", ["--hsw.site", "lora_input"]),
+    "graded": ("method_graded", []),
 }
+PARTS = 4  # of a training run; a checkpoint is evaluated at the end of each
+ON_THE_WAY = ["--evaluate.episodes", "10", "--evaluate.questions_per_kind", "20", "--evaluate.retention_frames", "20"]
 
 
 def arm_config(arm: str, extra: List[str]) -> Config:
     file, changes = ARMS[arm]
-    return load_config(file, changes + extra + ["--name", f"demo-{arm}"])
+    config = load_config(file, changes + extra + ["--name", f"demo-{arm}"])
+    config.train.save_every, config.train.keep_last = -(-config.train.steps // PARTS), PARTS
+    return config
 
 
 def main(argv: List[str]) -> int:
+    from vlakeep.checkpoint import list_checkpoints
     from vlakeep.evaluate import run_evaluation
     from vlakeep.offline import run_offline
     from vlakeep.report import build_report
@@ -45,13 +52,15 @@ def main(argv: List[str]) -> int:
     configs: Dict[str, Config] = {arm: arm_config(arm, argv) for arm in ARMS}
     method = configs["method"]
     places = {arm: storage.eval / f"demo-{arm}" for arm in ["base", *ARMS]}
-    for folder in [*places.values(), *(storage.run_folder(config.name) for config in configs.values())]:
+    on_the_way = [folder for arm in ARMS for folder in storage.eval.glob(f"demo-{arm}-step_*")]
+    for folder in [*places.values(), *on_the_way, *(storage.run_folder(config.name) for config in configs.values())]:
         shutil.rmtree(folder, ignore_errors=True)  # a demo shows its own run, never a mixture with an earlier one
 
     headline("1/5 data: demonstrations of the new skill, and the probe")
     write_tabletop_data(method, storage)
     headline("2/5 offline: the teacher's subspaces")
-    run_offline(method, storage)
+    for config in {config.method: config for config in configs.values() if config.method != "baseline"}.values():
+        run_offline(config, storage)
     runs = {}
     for arm, config in configs.items():
         headline(f"3/5 train: {arm}")
@@ -67,6 +76,9 @@ def main(argv: List[str]) -> int:
         config.evaluate.target = "base" if arm == "base" else config.name
         try:
             arms[arm] = {"eval": run_evaluation(config, storage, place), "run": runs.get(arm)}
+            for _, checkpoint in list_checkpoints(runs[arm])[:-1] if arm in runs else ():
+                brief = load_config(ARMS[arm][0], [*ARMS[arm][1], *argv, *ON_THE_WAY, "--evaluate.target", str(checkpoint)])
+                run_evaluation(brief, storage, place.with_name(f"{place.name}-{checkpoint.name}"), drift=False)
         except FileNotFoundError as error:
             print(f"{arm} cannot be evaluated: {error}", file=sys.stderr)
     headline("5/5 report")

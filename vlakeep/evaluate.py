@@ -139,8 +139,11 @@ def measure_drift(backbone, config: Config, storage: Storage) -> float:
     return float(covariance_drift(states(), teacher))
 
 
-def run_evaluation(config: Config, storage: Storage, folder: Optional[Path] = None) -> Path:
-    """Evaluate one target and return its folder (`folder`, or its own). Interrupted evaluations go on where they stopped."""
+def run_evaluation(config: Config, storage: Storage, folder: Optional[Path] = None, drift: bool = True) -> Path:
+    """Evaluate one target and return its folder (`folder`, or its own). Interrupted evaluations go on where they stopped.
+
+    drift: whether the drift over the probe is measured, which takes a pass of both models over all of it.
+    """
     set_threads(config.threads)
     require_numpy()
     started = time.perf_counter()
@@ -164,7 +167,8 @@ def run_evaluation(config: Config, storage: Storage, folder: Optional[Path] = No
     old_key = None if in_libero else tabletop.old_key(backbone.norm_stats)
     header = make_header(settings, weights, backbone.weights_sha256, probe, model_settings(backbone, config, key, old_key))
     with Records(folder / "records.jsonl", header) as records:
-        drift = drift_of(backbone, config, storage, required=not in_libero)  # first, while a bad probe costs nothing yet
+        # First, while a bad probe costs nothing yet.
+        distance = drift_of(backbone, config, storage, required=not in_libero) if drift else None
         if in_libero:
             alarms = crop_alarm(config, storage, settings) + renderer_alarm(config, storage, key)
             for suite in [settings.benchmark, *settings.other_suites]:
@@ -175,7 +179,7 @@ def run_evaluation(config: Config, storage: Storage, folder: Optional[Path] = No
             alarms = tabletop.skill_alarm(trained_data(config, storage).get("datasets") or [], settings.new_skill)
             run_tabletop(backbone, key, old_key, settings, records, name)
         rows = records.rows() if in_libero else tabletop.asked_rows(records.rows(), settings)
-        summary = make_summary(name, rows, drift, weights, settings.benchmark, settings.new_skill)
+        summary = make_summary(name, rows, distance, weights, settings.benchmark, settings.new_skill)
         return write_summary(folder, summary, alarms + records.alarms(), started)
 
 

@@ -170,8 +170,10 @@ def prepare(config: Config, storage: Storage, backbone):
         answered, items = artifact.answers()
         count = min(config.thermostat.batch_size, len(items))
         rows = torch.tensor([i * len(items) // count for i in range(count)])
+        chosen = [items[i] for i in rows]
         sensor = KLSensor(backbone, Answered(*[value[rows] for value in answered]),
-                          batched(probe.samples([items[i] for i in rows]), backbone.processor, encode_prompts, size), size)
+                          batched(probe.samples(chosen), backbone.processor, encode_prompts, size), size,
+                          graded_offline.item_weights(config, probe.kinds(chosen)))
         new = graded_offline.new_samples(config, storage, graded_offline.picture_size(backbone), max(1, count // 4))
         samples = [sample for group in new.values() for sample in group]
         if not samples:

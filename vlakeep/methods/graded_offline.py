@@ -30,6 +30,7 @@ from vlakeep.teacher.spectrum import Spectrum, spectrum, to_tensors
 
 ANSWER_TOKENS = 8  # seven action tokens and the end of sequence
 FEW = 4  # items whose activations are kept for a backward pass
+LARGEST = 10.0  # weight of a probe item of a rare kind, relative to the mean
 NEW_FRAMES = 64  # of the new task's data, for the coverage report and the divergence on its prompts
 
 
@@ -39,14 +40,27 @@ def artifact_folder(config: Config, storage: Storage, backbone_name: str) -> Pat
 
 def deciding(config: Config) -> dict:
     """The fields that decide the artefact's numbers."""
-    return {"columns": config.gains.columns, "holdout": config.gains.holdout}
+    return {"columns": config.gains.columns, "holdout": config.gains.holdout, "balance": config.gains.balance}
 
 
-def split_items(items: List[int], holdout: float) -> Tuple[List[int], List[int]]:
-    """(items of the spectrum, items of the sensor): every 1/holdout-th goes to the sensor, so that both parts cover the probe evenly."""
-    count = min(max(1, round(len(items) * holdout)), len(items) - 1)
-    held = {(2 * i + 1) * len(items) // (2 * count) for i in range(count)}
-    return [item for i, item in enumerate(items) if i not in held], [item for i, item in enumerate(items) if i in held]
+def split_items(items: List[int], kinds: List[str], holdout: float) -> Tuple[List[int], List[int]]:
+    """(items of the spectrum, items of the sensor), both ascending. Of every kind of prompt its share goes to the sensor, evenly spaced
+    and at least one where there are two. kinds: of the items."""
+    held = set()
+    for kind in sorted(set(kinds)):
+        own = [item for item, its in zip(items, kinds) if its == kind]
+        count = min(max(1, round(len(own) * holdout)), len(own) - 1)
+        held |= {own[(2 * i + 1) * len(own) // (2 * count)] for i in range(count)}
+    return [item for item in items if item not in held], [item for item in items if item in held]
+
+
+def item_weights(config: Config, kinds: List[str]) -> torch.Tensor:
+    """Weights float64 [N] of probe items, 1 in the mean: with gains.balance all kinds of prompts count alike, whatever their number, but
+    for the LARGEST share of a single item."""
+    numbers = {kind: kinds.count(kind) for kind in kinds}
+    each = [len(kinds) / (len(numbers) * numbers[kind]) if config.gains.balance else 1.0 for kind in kinds]
+    weights_N = torch.tensor(each, dtype=torch.float64).clamp(max=LARGEST)
+    return weights_N / weights_N.mean()
 
 
 def new_samples(config: Config, storage: Storage, size, count: int = NEW_FRAMES) -> Dict[str, List[Sample]]:
@@ -83,7 +97,10 @@ def build(config: Config, storage: Storage, backbone) -> Path:
     started = time.perf_counter()
     backbone.eval()
     probe = ProbeSet(storage.probe_folder(config.probe.name))
-    fit, held = split_items(probe.spread(config.probe.size), config.gains.holdout)
+    items = probe.spread(config.probe.size)
+    fit, held = split_items(items, probe.kinds(items), config.gains.holdout)
+    if not held:
+        raise ValueError(f"{probe.folder}: none of {len(items)} items can be held out for the sensor, no kind has two; raise --probe.size")
     linears = select_linears(backbone, config.lora.layers, config.lora.modules)
     folder = artifact_folder(config, storage, backbone.name)
     need_free(folder, _bytes_needed(config, linears), "the artefact")
@@ -96,7 +113,7 @@ def build(config: Config, storage: Storage, backbone) -> Path:
         pairs = answered_samples(backbone, samples, size)
         return run_below(backbone, tqdm(pairs, desc=f"teacher's answers: {desc}", total=-(-len(samples) // size), leave=False), first)
 
-    spectra = _spectra(config, backbone, parts(probe.samples(fit), "probe"), first, linears)
+    spectra = _spectra(config, backbone, parts(probe.samples(fit), "probe"), item_weights(config, probe.kinds(fit)), first, linears)
     kept = parts(probe.samples(held), "held out")
     answers = teacher_answers(backbone, kept, first)
     sensitivity = output_sensitivity(backbone, kept, first, linears)
@@ -132,11 +149,11 @@ def _bytes_needed(config: Config, linears) -> int:
     return 4 * sum(dim * (min(dim, config.gains.columns) + 1) for dim in inputs.values()) + 50_000_000
 
 
-def _spectra(config: Config, backbone, parts: List[Part], first: int, linears) -> Dict[str, Spectrum]:
+def _spectra(config: Config, backbone, parts: List[Part], weights_N: torch.Tensor, first: int, linears) -> Dict[str, Spectrum]:
     """Spectrum of every distinct input; where the moments exceed the memory budget the adapted layers are passed several times."""
     spectra: Dict[str, Spectrum] = {}
     for group in passes(linears, config.icsm.moments_gib * 2**30):
-        moments = coverage.input_moments(backbone, tqdm(parts, desc="second moments", leave=False), first, group, input_key)
+        moments = coverage.input_moments(backbone, tqdm(parts, desc="second moments", leave=False), weights_N, first, group, input_key)
         for key in tqdm(sorted(moments), desc="spectra", leave=False):
             spectra[key] = spectrum(moments.pop(key), config.gains.columns)
     return {key: spectra[key] for key in sorted(spectra)}

@@ -3,6 +3,7 @@
 Everything is read before anything is judged, so that all missing inputs are named at once, each with the command that makes it.
 """
 
+import glob
 import json
 import math
 import re
@@ -57,6 +58,7 @@ class Arm:
     config: dict = field(default_factory=dict)
     folders: Dict[str, Optional[Path]] = field(default_factory=dict)
     notes: List[str] = field(default_factory=list)
+    path: List[Tuple[int, dict]] = field(default_factory=list)  # (step, summary) of the run's checkpoints that were evaluated
 
     @property
     def label(self) -> str:
@@ -172,6 +174,10 @@ def _load_eval(arm: Arm, missing: List[str]) -> None:
         )
         return
     arm.summary = _read_json(folder / "summary.json")
+    for place in sorted(folder.parent.glob(f"{glob.escape(folder.name)}-step_*")):
+        step = place.name.rpartition("_")[2]
+        if step.isdigit() and (place / "summary.json").is_file():
+            arm.path.append((int(step), _read_json(place / "summary.json")))
     for row in _read_jsonl(folder / "records.jsonl", arm.notes):
         if "kind" not in row or "trial" not in row:
             arm.header.update(row.get("header") or {})

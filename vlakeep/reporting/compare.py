@@ -4,7 +4,7 @@ A difference is "better" or "worse" only when its 95 % interval excludes zero, a
 arms that were evaluated on other trials are not compared (verdict "unpaired", with the reason).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Callable, Dict, List, Optional, Tuple
 
 from vlakeep.reporting.arms import Arm, Trials, is_number
@@ -197,6 +197,16 @@ class Comparison:
             return next((trials for (kind, _), trials in arm.trials.items() if kind == "retention"), {})
         kind, name = key.split(":", 1)
         return arm.trials.get((kind, name), {})
+
+    def path(self, arm: Arm) -> List[Tuple[int, Value, Value]]:
+        """(step, mean old ability, new skill) of the arm's checkpoints that were evaluated on the same abilities, in order."""
+        found = []
+        for step, summary in sorted(arm.path, key=lambda pair: pair[0]):
+            at = replace(arm, summary=summary)
+            x, y = self.value(at, "mean"), self.value(at, "new")
+            if x and y and summary["new_skill"].get("name") == self.new_skill:
+                found.append((step, x, y))
+        return found
 
     def matched(self, arm: Arm) -> Tuple[str, Difference]:
         """Is forgetting comparable with the baseline's? matched or higher: yes; lower: it learned less; unclear: too few trials

@@ -20,8 +20,9 @@ STYLE = {
     "baseline": ("#d55e00", "#ff8b3d", "o"),
     "method": ("#0072b2", "#56b4e9", "D"),
     "method_lora_input": ("#009e73", "#2bd1a0", "^"),
+    "graded": ("#cc79a7", "#e59cc4", "v"),
 }
-MORE = [("#cc79a7", "#e59cc4", "v"), ("#b58900", "#f0c94a", "P"), ("#7b5ea7", "#b49ae0", "X"), ("#4d7a29", "#9ccc65", "*")]
+MORE = [("#b58900", "#f0c94a", "P"), ("#7b5ea7", "#b49ae0", "X"), ("#4d7a29", "#9ccc65", "*")]
 RC = {
     "font.family": "sans-serif",
     "font.size": 9.5,
@@ -44,6 +45,10 @@ RC = {
     "axes.facecolor": "none",
     "axes.unicode_minus": True,
 }
+
+
+PATHS = (" The thin line is the way there: from the base through the run's checkpoints (small marks, from fewer trials, each with its "
+         "step) to its end.")
 
 
 class Figure(NamedTuple):
@@ -80,7 +85,7 @@ def figures(comparison: Comparison) -> List[Figure]:
                 "Each point is one arm: right is more of the old abilities kept, up is more of the new skill learned; bars are "
                 "95 % intervals. An arm is better than another without trade-off (Pareto-better) when it lies above and to the "
                 "right of it. The dashed lines cross at plain LoRA: the upper right quarter beats it on both counts, the lower "
-                "right one keeps more but learns less.",
+                "right one keeps more but learns less." + (PATHS if any(comparison.path(arm) for arm in points) else ""),
                 lambda figure, narrow: _success_retention(figure, comparison, points, style),
                 (6.6, 5.0),
                 (4.1, 4.2),
@@ -142,10 +147,25 @@ def _success_retention(figure, comparison: Comparison, points: List[Arm], style)
             markeredgecolor=PAPER,
             zorder=3,
         )
+        _draw_path(axes, comparison, arm, (x, y), colour, marker)
     axes.margins(0.12)
     axes.set_xlabel("mean old ability (%)  \u2192 keeps more")
     axes.set_ylabel("new-skill success (%)  \u2192 learns more")
     _legend(figure, axes)
+
+
+def _draw_path(axes, comparison: Comparison, arm: Arm, end, colour: str, marker: str) -> None:
+    """From the base's point through the checkpoints to the arm's own."""
+    steps = comparison.path(arm)
+    if not steps:
+        return
+    base = comparison.arms.get("base")
+    start = [] if base is None else [(comparison.value(base, "mean"), comparison.value(base, "new"))]
+    points = [pair for pair in [*start, *((x, y) for _, x, y in steps), end] if pair[0] and pair[1]]
+    axes.plot([100 * x.mean for x, _ in points], [100 * y.mean for _, y in points], color=colour, linewidth=1.0, alpha=0.7, zorder=2)
+    for step, x, y in steps:
+        axes.plot(100 * x.mean, 100 * y.mean, color=colour, marker=marker, markersize=4.5, markeredgecolor=PAPER, zorder=2)
+        axes.annotate(str(step), (100 * x.mean, 100 * y.mean), xytext=(4, 4), textcoords="offset points", fontsize=7, color=MUTED)
 
 
 def _forgetting(figure, comparison: Comparison, tuned: List[Arm], base: Arm, style) -> None:
@@ -212,6 +232,15 @@ CURVES = [
         "Where shaded, the Thermostat only calibrates.",
         [("d_ema", "-")],
         "drift d",
+    ),
+    Curve(
+        "divergence",
+        "Divergence from the teacher, and what the loop opens",
+        "Nats per answer token on probe items that the offline stage has not seen (solid), and the opening that acted (dashed).",
+        [("kl", "-"), ("opening", "--")],
+        "KL (nats); opening",
+        True,
+        ("KL", "opening"),
     ),
     Curve(
         "gains",

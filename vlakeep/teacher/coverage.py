@@ -43,13 +43,19 @@ class InputWatch:
 
 
 @torch.no_grad()
-def input_moments(backbone, parts: Iterable[Part], first: int, linears: Dict[str, torch.nn.Module], key_of) -> Dict[str, torch.Tensor]:
-    """Input -> uncentred second moment X^T X / T [D, D] over all valid tokens, float32 on the model's device."""
+def input_moments(backbone, parts: Iterable[Part], weights_N: torch.Tensor, first: int, linears: Dict[str, torch.nn.Module],
+                  key_of) -> Dict[str, torch.Tensor]:
+    """Input -> uncentred second moment X^T W X / sum W [D, D] over all valid tokens, float32 on the model's device.
+
+    weights_N: of the rows of the parts, in order; a token has its row's.
+    """
     moments: Dict[str, torch.Tensor] = {}
-    mask_BS, tokens = None, 0
+    mask_BS: Any = None
+    root_BS: Any = None
+    tokens, position = 0.0, 0
 
     def add(key, x_BSD):
-        x_TD = x_BSD[mask_BS].float()
+        x_TD = x_BSD[mask_BS].float() * root_BS[mask_BS][:, None]
         if key in moments:
             moments[key].addmm_(x_TD.T, x_TD)
         else:
@@ -59,9 +65,12 @@ def input_moments(backbone, parts: Iterable[Part], first: int, linears: Dict[str
         for part in parts:
             part = part.to(backbone.device)
             mask_BS = part.prefix.attention_mask_BS
-            tokens += int(mask_BS.sum())
+            weights_B = weights_N[position:position + len(mask_BS)].to(mask_BS.device)
+            position += len(mask_BS)
+            root_BS = weights_B.sqrt().float()[:, None].expand(mask_BS.shape)
+            tokens += float((weights_B * mask_BS.sum(1)).sum())
             backbone.run_layers(part.prefix, start=first, stop=backbone.num_layers)
-    return {key: moment_DD.div_(max(tokens, 1)) for key, moment_DD in moments.items()}
+    return {key: moment_DD.div_(max(tokens, 1e-12)) for key, moment_DD in moments.items()}
 
 
 @torch.no_grad()

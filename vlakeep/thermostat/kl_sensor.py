@@ -7,7 +7,7 @@ answers, and lm_head on the answer columns alone. The items are always the same 
 Axes: N items, S sequence, D hidden, T answer positions.
 """
 
-from typing import Iterator, List
+from typing import Iterator, List, Optional
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -24,8 +24,10 @@ MEASURED = 32  # items that run together in a measurement, which keeps nothing f
 class KLSensor:
     """`measure()` gives the mean divergence over the items."""
 
-    def __init__(self, backbone, answered: Answered, pixels: Iterator[torch.Tensor], batch_size: int = 32):
-        """pixels: pixel values [B, C, H, W] of the items in order, in batches of `batch_size`. ValueError without items."""
+    def __init__(self, backbone, answered: Answered, pixels: Iterator[torch.Tensor], batch_size: int = 32,
+                 weights_N: Optional[torch.Tensor] = None):
+        """pixels: pixel values [B, C, H, W] of the items in order, in batches of `batch_size`. weights_N: of the items, 1 in the mean;
+        None weighs all alike. ValueError without items."""
         if not len(answered.start_N):
             raise ValueError("the sensor kl has no items: enlarge the probe (--probe.size) and run `vlakeep offline` again")
         self._backbone = backbone
@@ -48,6 +50,7 @@ class KLSensor:
         self._length = answered.text_NL.shape[1]
         device = backbone.device
         self._answered = Answered(*[value.to(device) for value in answered])
+        self._weights_N = None if weights_N is None else weights_N.double().to(device)
 
     @torch.no_grad()
     def per_item(self) -> torch.Tensor:
@@ -66,8 +69,9 @@ class KLSensor:
         return torch.cat(found)
 
     def measure(self) -> float:
-        """Mean over the items; all ranks return rank 0's value. Synchronises once. Rounding below zero counts as zero."""
-        value = broadcast_float(self.per_item().double().mean())
+        """Weighted mean over the items; all ranks return rank 0's value. Synchronises once. Rounding below zero counts as zero."""
+        each_N = self.per_item().double()
+        value = broadcast_float((each_N if self._weights_N is None else each_N * self._weights_N).mean())
         return max(value, 0.0) if value > -1e-5 else value
 
 
