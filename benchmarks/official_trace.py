@@ -26,7 +26,7 @@ from vlakeep.backbones.lora import add_lora
 from vlakeep.compat import import_timm
 from vlakeep.config import load_config
 from vlakeep.data.sample import Batch
-from vlakeep.method import Baseline
+from vlakeep.methods.baseline import Baseline
 from vlakeep.train import make_optimizer, train_step
 
 EDITS = {

@@ -125,11 +125,11 @@ def main() -> int:
         run = measured(f"train {name}", device, lambda arm=arm: run_training(arm, storage), rows)
         if run is not None:
             lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-            steps = [row for row in lines if "loss" in row]
-            taken = {b["step"]: b["seconds"] - a["seconds"] for a, b in zip(steps[3:], steps[4:])}
-            measuring = [value for step, value in taken.items() if step % 5 == 0]
-            plain = statistics.median(value for step, value in taken.items() if step % 5)
-            rows[-1].update(seconds_per_step=round(plain, 4), measurement=round(statistics.median(measuring) - plain, 4),
+            steps = [row for row in lines if "loss" in row][1:]  # kernels are chosen in the first ones
+            windows = [(b["step"] - a["step"], b["seconds"] - a["seconds"], "d" in b) for a, b in zip(steps, steps[1:])]
+            quiet = [seconds / count for count, seconds, measuring in windows if not measuring]
+            rows[-1].update(seconds_per_step=round(statistics.median(quiet), 4),
+                            with_measurements=round((steps[-1]["seconds"] - steps[0]["seconds"]) / (steps[-1]["step"] - steps[0]["step"]), 4),
                             loss=[round(steps[0]["loss"], 3), round(steps[-1]["loss"], 3)])
             print(f"RESULT {json.dumps(rows[-1])}", flush=True)
     own, extra = list(arms.values())[-1]

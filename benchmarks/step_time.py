@@ -22,8 +22,9 @@ from vlakeep.compat import grad_scaler
 from vlakeep.config import load_config
 from vlakeep.data.loader import make_stream
 from vlakeep.parallel import pick_device, set_threads
+from vlakeep.registry import method_class
 from vlakeep.storage import Storage
-from vlakeep.train import make_optimizer, prepare_method, train_step
+from vlakeep.train import make_optimizer, train_step
 
 METHOD = "configs/method_icsm_hsw_thermostat.yaml"
 ARMS = {
@@ -48,7 +49,7 @@ def build(overrides, device):
     backbone = make_backbone(config.backbone, device)
     add_lora(backbone, config.lora, config.seed)
     backbone.train()
-    method, _ = prepare_method(config, storage, backbone)
+    method, _ = method_class(config.method).prepare(config, storage, backbone)
     method.attach(backbone)
     for site in getattr(method, "_sites", []):
         site.set_gains(method._fixed)  # gains of 1 would skip the surgery that is to be timed

@@ -252,16 +252,17 @@ def test_damaged_or_foreign_artefacts_are_refused_with_the_remedy(made):
 
 def test_an_artefact_of_another_type_is_refused_with_the_command(world):
     from vlakeep.backbones.base import make_backbone
-    from vlakeep.train import prepare_method
+    from vlakeep.methods.icsm_hsw_thermostat import METHOD as Method
+
     storage, make_config = world
     meta = artifact.load(storage.artifact_folder("icms_tabletop-base")).meta
     assert (meta["format"], meta["dtype"], meta["quantisation"], meta["attn_implementation"]) == (3, "float32", "none", "sdpa")
     config = make_config(METHOD, "--backbone.dtype", "bfloat16")
     backbone = make_backbone(config.backbone, "cpu", storage.cache)
     with pytest.raises(artifact.ArtifactError, match="made with float32 weights, this run has bfloat16 ones: run `vlakeep offline`"):
-        prepare_method(config, storage, backbone)
+        Method.prepare(config, storage, backbone)
     eager = make_config(METHOD, "--backbone.attn_implementation", "eager")  # recorded, and the same up to rounding
-    prepare_method(eager, storage, make_backbone(eager.backbone, "cpu", storage.cache))
+    Method.prepare(eager, storage, make_backbone(eager.backbone, "cpu", storage.cache))
 
 
 def test_quantisation_is_compared_and_older_artefacts_are_refused(world, tmp_path):

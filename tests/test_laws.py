@@ -34,13 +34,6 @@ def test_the_rates_of_a_run_are_those_of_its_schedule(world, baseline):
     assert [row["lr"] for row in read_metrics(baseline)] == pytest.approx(wanted)
 
 
-def test_method_with_everything_off_is_the_baseline_bitwise(world, baseline):
-    storage, make_config = world
-    off = run_training(make_config(METHOD, "--name", "law-off", "--hsw.enabled", False, "--thermostat.enabled", False), storage)
-    assert final_adapter(off) == final_adapter(baseline)
-    assert [r["loss"] for r in read_metrics(off)] == [r["loss"] for r in read_metrics(baseline)]
-
-
 @pytest.mark.parametrize("site", ["residual", "lora_input", "both"])
 def test_gains_held_at_one_are_the_baseline_bitwise(world, baseline, site):
     """All hooks in place, the Thermostat measuring, and not a bit moves while beta = gamma = 1."""
@@ -186,7 +179,7 @@ def test_accumulation_of_small_batches_is_the_large_batch(world):
 
 
 def test_drift_and_gains_move_in_the_log_and_can_be_replayed(world):
-    from vlakeep.method import control_law
+    from vlakeep.methods.icsm_hsw_thermostat import control_law
     from vlakeep.thermostat.controller import replay
     storage, make_config = world
     config = make_config(METHOD, "--name", "law-loop", "--hsw.site", "lora_input", "--thermostat.estimator", "paired",

@@ -14,9 +14,9 @@ REPO = Path(__file__).resolve().parents[1]
 PACKAGE = REPO / "vlakeep"
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if "assets" not in p.parts)
 PLUMBING = {"config", "ranges", "schema", "storage", "parallel", "checkpoint", "rundir", "compat", "errors", "official_code", "target",
-            "provenance"}
+            "provenance", "registry"}
 ROOMS = {"data", "backbones", "probe", "icsm", "teacher", "hsw", "thermostat", "benchmarks", "reporting", "methods"}
-METHODS = {"method", "methods"}  # the arms, which put rooms together
+METHODS = {"methods"}  # the arms, which put rooms together
 # What rooms may use of each other. Pooling has one definition, for the offline statistics and for the Thermostat's sensor; pictures
 # have one, for training and for the simulator.
 SHARED = {"vlakeep.data.sample", "vlakeep.data.prompts", "vlakeep.data.images", "vlakeep.backbones.base", "vlakeep.probe.pooling",

@@ -21,7 +21,7 @@ from vlakeep.compat import grad_scaler
 from vlakeep.data.prompts import encode_prompts
 from vlakeep.data.sample import Sample
 from vlakeep.errors import Interrupted, TrainingStopped
-from vlakeep.method import Baseline
+from vlakeep.methods.baseline import Baseline
 from vlakeep.rundir import read_metrics
 from vlakeep.train import run_training, train_step
 
@@ -47,6 +47,11 @@ class Penalised(Baseline):
         return torch.tensor(self._values.get(self._step, 0.25))
 
 
+def plant(monkeypatch, method):
+    """What plain LoRA prepares is this."""
+    monkeypatch.setattr(Baseline, "prepare", lambda config, storage, backbone: (method, {}))
+
+
 # ---- signals ----
 
 
@@ -55,7 +60,7 @@ def test_the_handlers_of_before_come_back_after_training_and_after_an_error(worl
     before = handlers()
     run_training(make_config(BASELINE, "--name", "train-handlers", *SHORT), storage)
     assert handlers() == before
-    monkeypatch.setattr(train, "build_method", lambda config: Penalised({1: float("nan")}))
+    plant(monkeypatch, Penalised({1: float("nan")}))
     with pytest.raises(TrainingStopped):
         run_training(make_config(BASELINE, "--name", "train-handlers-error", *SHORT), storage)
     assert handlers() == before
@@ -81,7 +86,7 @@ def test_a_signal_while_training_is_an_exception_with_the_exit_status(world, mon
                 os.kill(os.getpid(), signal.SIGUSR1)
             return {}
 
-    monkeypatch.setattr(train, "build_method", lambda config: Signalled())
+    plant(monkeypatch, Signalled())
     before = handlers()
     with pytest.raises(Interrupted) as caught:
         run_training(make_config(BASELINE, "--name", "train-signalled"), storage)
@@ -159,7 +164,7 @@ def test_threads_and_files_of_the_data_are_closed_also_after_an_error(world, mon
     monkeypatch.setattr(train, "make_stream", lambda *args: kept.append(make_stream(*args)) or kept[-1])
     run_training(make_config(BASELINE, "--name", "train-closed", "--data.workers", 2, *SHORT), storage)
     assert opened() == before
-    monkeypatch.setattr(train, "build_method", lambda config: Penalised({1: float("nan")}))
+    plant(monkeypatch, Penalised({1: float("nan")}))
     with pytest.raises(TrainingStopped):
         run_training(make_config(BASELINE, "--name", "train-closed-error", "--data.workers", 2, *SHORT), storage)
     assert opened() == before and len(kept) == 2
@@ -196,7 +201,7 @@ def test_a_penalty_is_logged_and_one_that_is_not_a_number_is_named(world, monkey
     storage, make_config = world
     plain = run_training(make_config(BASELINE, "--name", "train-no-penalty"), storage)
     assert all("penalty" not in row for row in read_metrics(plain))
-    monkeypatch.setattr(train, "build_method", lambda config: Penalised({5: float("nan")}))
+    plant(monkeypatch, Penalised({5: float("nan")}))
     with pytest.raises(TrainingStopped, match="penalty is nan at step 5; the checkpoint of step 3 is kept"):
         run_training(make_config(BASELINE, "--name", "train-penalty"), storage)
     rows = read_metrics(storage.run_folder("train-penalty"))

@@ -10,7 +10,7 @@ from torch import nn
 from vlakeep.backbones.base import LossOutput
 from vlakeep.compat import grad_scaler
 from vlakeep.config import TrainConfig
-from vlakeep.method import Baseline
+from vlakeep.methods.baseline import Baseline
 from vlakeep.train import learning_rate, train_step
 
 LR = 0.1

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
 from vlakeep.checkpoint import broken, check_base
-from vlakeep.config import Config, to_dict
+from vlakeep.config import Config
 from vlakeep.errors import CheckpointError, RunDirError, human_bytes, quoted
 from vlakeep.ranges import LIBERO_SUITES
+from vlakeep.registry import method_class
 from vlakeep.rundir import RunDir
 from vlakeep.storage import Storage, find_checkpoint, free_bytes
 from vlakeep.target import read_action_statistics, run_config, target_checkpoint
@@ -133,7 +134,7 @@ def depth_and_width(model: dict) -> Tuple[int, int]:
 
 
 def check_layers(config: Config, model: dict) -> List[Line]:
-    """Layer numbers against the depth; r against probe size and D; the Thermostat's schedule against the number of steps."""
+    """Layer numbers against the depth, and what the method asks of a model."""
     from vlakeep.backbones.lora import layer_numbers
 
     depth, width = depth_and_width(model)
@@ -142,65 +143,10 @@ def check_layers(config: Config, model: dict) -> List[Line]:
         layer_numbers(config.lora.layers, depth)
     except ValueError as error:
         lines.append(Line(RED, "--lora.layers", str(error), f"--lora.layers all, or last:{min(4, depth)}"))
-    if config.method in ("baseline", "graded"):
-        return lines or [Line(GREEN, "layers", f"lora.layers {config.lora.layers} within 0 to {depth - 1}")]
-    for key, layers in (("icsm.layers", config.icsm.layers), ("hsw.layers", config.hsw.layers)):
-        wrong = [layer for layer in layers or [] if not 0 <= layer < depth]
-        if wrong:
-            lines.append(
-                Line(
-                    RED,
-                    f"--{key}",
-                    f"{wrong} out of range: the model has layers 0 to {depth - 1}",
-                    f"--{key} '[{depth - 3}, {depth - 1}]'",
-                )
-            )
-    if config.icsm.layers is None and depth < 4:
-        lines.append(
-            Line(
-                RED,
-                "--icsm.layers",
-                f"the model has {depth} layers; two protection groups need 4",
-                "--backbone.checkpoint of a deeper model",
-            )
-        )
-    limit = min(config.probe.size - 1, width)
-    if config.icsm.rank > limit:
-        lines.append(
-            Line(
-                RED,
-                "--icsm.rank",
-                f"r = {config.icsm.rank} is more than min(probe.size - 1, D) = {limit}",
-                f"--icsm.rank {limit}, or a larger --probe.size",
-            )
-        )
-    t = config.thermostat
-    if t.enabled and t.batch_size > config.probe.size:
-        lines.append(
-            Line(
-                RED,
-                "--thermostat.batch_size",
-                f"{t.batch_size} is more than probe.size {config.probe.size}",
-                f"--thermostat.batch_size {config.probe.size}",
-            )
-        )
-    if t.enabled and t.every > config.train.steps:
-        lines.append(
-            Line(
-                YELLOW,
-                "--thermostat.every",
-                f"one measurement in {t.every} steps, but training takes {config.train.steps}: the gains never move",
-                f"--thermostat.every {max(1, config.train.steps // 20)}",
-            )
-        )
+    method = method_class(config.method)
+    lines += [Line(RED if one.severe else YELLOW, one.what, one.where, one.remedy) for one in method.check_model(config, depth, width)]
     if not any(line.status == RED for line in lines):
-        lines.append(
-            Line(
-                GREEN,
-                "layers and sizes",
-                f"lora.layers, icsm.layers and hsw.layers within 0 to {depth - 1}; r = {config.icsm.rank} of at most {limit}",
-            )
-        )
+        lines.append(Line(GREEN, "layers and sizes", f"lora.layers and what {config.method} names within 0 to {depth - 1}, D = {width}"))
     return lines
 
 
@@ -254,46 +200,22 @@ def check_probe(config: Config, storage: Storage) -> Tuple[List[Line], Optional[
 
 
 def check_artifact(config: Config, storage: Storage, model: dict, probe_sha256: Optional[str], config_path: str) -> List[Line]:
-    """The ICSM artefact: there, whole, made for this probe, depth and icsm section; `train` also compares the base weights."""
+    """What the method's offline step leaves: there, whole, made for this probe, depth and options; `train` compares the weights too."""
     from vlakeep.backbones.base import model_name
-    from vlakeep.icsm import artifact as icsm
 
-    remedy = "vlakeep offline" + (f" --config {quoted(config_path)}" if config_path else "")
+    method, remedy = method_class(config.method), "vlakeep offline" + (f" --config {quoted(config_path)}" if config_path else "")
     try:
         backbone = model_name(find_checkpoint(config.backbone.checkpoint, storage.cache))
     except FileNotFoundError as error:
-        return [Line(RED, "ICSM artefact", f"cannot be looked for without its base model: {error}", "mend the line `base model` first")]
-    if config.method == "graded":
-        return _check_graded_artifact(config, storage, model, backbone, probe_sha256, remedy)
+        where = f"cannot be looked for without its base model: {error}"
+        return [Line(RED, method.artifact_name, where, "mend the line `base model` first")]
+    folder = method.artifact_folder(config, storage, backbone)
     try:
-        folder = storage.artifact_folder(config.icsm.name or icsm.artifact_name(backbone))
-        found = icsm.load(folder)
-        depth = depth_and_width(model)[0] if model else found.meta["depth"]
-        weights, probe = found.meta["weights_sha256"], probe_sha256 or found.meta["probe_sha256"]
-        problems = icsm.check(found, weights, probe, to_dict(config.icsm), depth, config.probe.size, config.backbone.dtype)
-        problems += [f"{folder / name} is missing" for name in found.meta["files"] if not (folder / name).is_file()]
+        problems = method.artifact_problems(config, folder, None, probe_sha256, depth_and_width(model)[0] if model else None)
     except (ValueError, KeyError, OSError) as error:
         problems = [str(error)]
-    return [Line(RED, "ICSM artefact", problem, remedy) for problem in problems] or [Line(GREEN, "ICSM artefact", str(folder))]
-
-
-def _check_graded_artifact(config: Config, storage: Storage, model: dict, backbone: str, probe_sha256: Optional[str],
-                           remedy: str) -> List[Line]:
-    """As check_artifact, for method graded; the base weights are compared by `train`."""
-    from vlakeep.methods import graded_offline
-    from vlakeep.teacher import artifact
-
-    what = "artefact of the graded method"
-    try:
-        folder = graded_offline.artifact_folder(config, storage, backbone)
-        found = artifact.load_artifact(folder)
-        depth = depth_and_width(model)[0] if model else found.meta["depth"]
-        problems = artifact.check(found, found.meta["weights_sha256"], probe_sha256 or found.meta["probe_sha256"], config.probe.size, depth,
-                                  config.backbone.dtype, graded_offline.deciding(config))
-        problems += [f"{folder / name} is missing" for name in found.meta["files"] if not (folder / name).is_file()]
-    except (ValueError, KeyError, OSError) as error:
-        problems = [str(error)]
-    return [Line(RED, what, problem, remedy) for problem in problems] or [Line(GREEN, what, str(folder))]
+    return [Line(RED, method.artifact_name, problem, remedy) for problem in problems] or [
+        Line(GREEN, method.artifact_name, str(folder))]
 
 
 def check_run(config: Config, storage: Storage, model: dict) -> List[Line]:

@@ -8,7 +8,7 @@ Each field is documented once, in the comment above it.
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import List, Optional
+from typing import Any, Dict, List, Optional
 
 import yaml
 
@@ -285,8 +285,10 @@ class ExportConfig:
 class Config:
     # Name of the run; its folder is run_root_dir/name.
     name: str = "run"
-    # The arm's Method: baseline, icsm_hsw_thermostat, graded.
+    # The arm: the name of a file in vlakeep/methods/, or of a method that another package brings (registry.py).
     method: str = "baseline"
+    # Options of a method that has no section of its own below, e.g. --options.strength 0.5; the method's class says which there are.
+    options: Dict[str, Any] = field(default_factory=dict)
     seed: int = 7
     # cpu, cuda, or auto.
     device: str = "auto"

@@ -30,6 +30,7 @@ from vlakeep.checks import GREEN, RED, YELLOW, Line
 from vlakeep.compat import NUMPY_1, numpy_trouble
 from vlakeep.config import Config, ConfigError, config_from_argv
 from vlakeep.errors import human_bytes, quoted
+from vlakeep.registry import method_class, method_names
 from vlakeep.schema import find_config
 from vlakeep.storage import Storage, code_trees, peek, scan_large_files
 
@@ -200,11 +201,11 @@ def run_checks(
     if storage is None:
         return lines + [Line(YELLOW, "inputs", "not checked: they lie below the storage root")]
     found, model = checks.check_checkpoint(config, storage.cache, stage)
-    lines += found + (checks.check_layers(config, model) if model else [])
-    acts = config.gains.enabled if config.method == "graded" else config.hsw.enabled
-    uses_icsm = config.method != "baseline" and (acts or config.thermostat.enabled)
+    known = config.method in method_names()
+    lines += found + (checks.check_layers(config, model) if model and known else [])
+    needs_artifact = known and method_class(config.method).needs_offline(config)
     probe_sha256 = None
-    if stage == "offline" or (stage == "train" and uses_icsm):
+    if stage == "offline" or (stage == "train" and needs_artifact):
         found, probe_sha256 = checks.check_probe(config, storage)
         lines += found
     if stage == "evaluate":
@@ -213,7 +214,7 @@ def run_checks(
         lines += checks.check_data(config, storage) if config.evaluate.target == "replay" else []
     if stage == "train":
         lines += checks.check_data(config, storage)
-        lines += checks.check_artifact(config, storage, model, probe_sha256, config_path) if uses_icsm else []
+        lines += checks.check_artifact(config, storage, model, probe_sha256, config_path) if needs_artifact else []
         lines += checks.check_run(config, storage, model)
     return lines
 

@@ -5,6 +5,7 @@ from operator import attrgetter
 from typing import List
 
 from vlakeep import schema
+from vlakeep.registry import method_class, method_names
 
 LIBERO_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 
@@ -37,7 +38,9 @@ def problems(config) -> List[str]:
         layers = attrgetter(key)(config)
         sound = layers is None or (layers and min(layers) >= 0 and len(set(layers)) == len(layers))
         need(sound, key, f"null, or different layer numbers from 0 on, such as '[3, 5]'{off}")
-    one_of("method", "baseline", "icsm_hsw_thermostat", "graded")
+    one_of("method", *method_names())
+    if config.method in method_names():
+        found += method_class(config.method).problems(config)
     one_of("device", "auto", "cpu", "cuda")
     one_of("data.source", "native", "official")
     need(config.data.source == "native" or config.backbone.openvla_dir, "backbone.openvla_dir",
@@ -73,8 +76,9 @@ def problems(config) -> List[str]:
     if "all-linear" in config.lora.modules:
         need(config.lora.modules == ["all-linear"], "lora.modules", "all-linear alone, or a list without it")
         need(str(config.lora.layers) == "all", "lora.layers", "all with --lora.modules '[all-linear]'")
-        need(config.method == "baseline", "lora.modules", "attention, mlp or linear names with a method: its subspaces are those "
-             "of decoder layers, and all-linear adapts vision and lm_head too")
+        need(not (config.method in method_names() and method_class(config.method).decoder_only), "lora.modules",
+             "attention, mlp or linear names with a method: its subspaces are those of decoder layers, and all-linear adapts vision and "
+             "lm_head too")
     one_of("lora.init", "gaussian", "kaiming")
     one_of("evaluate.benchmark", "tabletop", *LIBERO_SUITES)
     one_of("export.dtype", "stored", "float32", "bfloat16", "float16")

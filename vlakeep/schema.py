@@ -49,6 +49,12 @@ def type_of(cls, key: str):
     return cls
 
 
+def open_section(cls, key: str) -> Optional[str]:
+    """The section without fixed keys that `key` belongs to: a field that is a dictionary, such as `options` of options.strength."""
+    section, dot, rest = key.partition(".")
+    return section if dot and rest and "." not in rest and get_origin(get_type_hints(cls).get(section)) is dict else None
+
+
 def in_words(kind, plural: bool = False) -> str:
     """A type for a person: Optional[List[int]] -> a list of whole numbers such as '[1, 2]', or null."""
     inner = [k for k in get_args(kind) if k is not type(None)]
@@ -70,7 +76,7 @@ def _flatten(tree: dict, prefix: str = "") -> Iterator[str]:
 def _refuse_unknown(cls, keys, where: str) -> None:
     known, lines = known_keys(cls), []
     for key in keys:
-        if key not in known:
+        if key not in known and not open_section(cls, key):
             leaf = key.split(".")[-1]
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or [k for k in known if k.split(".")[-1] == leaf][:1]
             remedy = f"; did you mean `{close[0]}`?" if close else "; `vlakeep train --help` lists the keys"
@@ -80,7 +86,7 @@ def _refuse_unknown(cls, keys, where: str) -> None:
 
 
 def _refuse_section(cls, key: str, where: str) -> None:
-    example = known_keys(type_of(cls, key))[0]
+    example = known_keys(type_of(cls, key))[0] if is_dataclass(type_of(cls, key)) else "NAME"
     raise ConfigError(f"`{key}` in {where} is a section and takes no value; give its keys, such as --{key}.{example} "
                       f"(in YAML: `{key}: {{{example}: ...}}`)")
 
@@ -114,7 +120,7 @@ def read_yaml(cls, path: Path) -> dict:
         raise ConfigError(f"{path} must hold `key: value` pairs as the files in vlakeep/configs/ do, not {what}")
     _refuse_unknown(cls, _flatten(tree), str(path))
     for key, value in tree.items():
-        if is_dataclass(type_of(cls, key)) and not isinstance(value, dict):
+        if (is_dataclass(type_of(cls, key)) or get_origin(type_of(cls, key)) is dict) and not isinstance(value, dict):
             _refuse_section(cls, key, str(path))
     return tree
 
@@ -133,8 +139,12 @@ def read_pairs(cls, argv: List[str]) -> List[Tuple[str, str]]:
                               "'[one, two]'")
     _refuse_unknown(cls, [key for key, _ in pairs], "the command line")
     for key, value in pairs:
+        if open_section(cls, key):
+            if value is None:
+                raise ConfigError(f"--{key} on the command line has no value; it takes a number, a word, or true or false")
+            continue
         kind = type_of(cls, key)
-        if is_dataclass(kind):
+        if is_dataclass(kind) or get_origin(kind) is dict:
             _refuse_section(cls, key, "the command line")
         if value is None:
             default = attrgetter(key)(cls())
@@ -181,6 +191,8 @@ def _refuse_fractions(cls, pairs: List[Tuple[str, str]], tree: dict, path: Optio
 def parse(cls, name: Optional[str], argv: List[str]):
     """An instance of `cls` from a YAML file, or a configuration that ships, and overrides. Raises ConfigError."""
     pairs = read_pairs(cls, argv)
+    loose = [pair for pair in pairs if open_section(cls, pair[0])]
+    pairs = [pair for pair in pairs if pair not in loose]
     path = find_config(name) if name is not None else None
     tree = read_yaml(cls, path) if path is not None else {}
     _refuse_fractions(cls, pairs, tree, path)
@@ -188,8 +200,24 @@ def parse(cls, name: Optional[str], argv: List[str]):
     for key, value in pairs:  # draccus wants two words, but would take a value that starts with "-" for an option
         args += [f"--{key}={value}"] if value.startswith("-") else [f"--{key}", value]
     try:
-        return draccus.parse(cls, args=args)
+        made = draccus.parse(cls, args=args)
     except draccus.utils.DecodingError as error:
         raise _wrong_type(cls, error, pairs, tree, path) from error
     except SystemExit as error:
         raise ConfigError(f"the command line could not be read: {' '.join(args)}") from error
+    for key, text in loose:
+        section, _, name = key.partition(".")
+        getattr(made, section)[name] = plain_value(text)
+    return made
+
+
+def plain_value(text: str) -> Any:
+    """A word of the command line as YAML reads it, and as a number where it is one that YAML takes for a word, such as 1e-3."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

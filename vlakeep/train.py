@@ -29,15 +29,10 @@ from vlakeep.config import Config, config_from_argv, to_dict
 from vlakeep.data.loader import make_stream
 from vlakeep.data.statistics import save_statistics
 from vlakeep.errors import Interrupted, TrainingStopped
-from vlakeep.icsm import artifact as icsm_artifact
-from vlakeep.method import acts_on_residual, build_method, estimator, needs_artifact
-from vlakeep.methods import graded
 from vlakeep.parallel import Distributed, set_threads
-from vlakeep.probe.batches import prompt_batches
-from vlakeep.probe.probe_set import ProbeSet
+from vlakeep.registry import method_class
 from vlakeep.rundir import RunDir, RunLock
 from vlakeep.storage import Storage, need_free
-from vlakeep.thermostat.thermometer import Thermometer
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -101,33 +96,6 @@ def make_optimizer(params, config):
     return torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay)
 
 
-def prepare_method(config: Config, storage: Storage, backbone):
-    """The arm's Method with its artefact and drift sensor; a mismatched or missing input is an error before anything is built."""
-    if config.method == "graded":
-        return graded.prepare(config, storage, backbone)
-    if not needs_artifact(config):
-        return build_method(config), {}
-    probe = ProbeSet(storage.probe_folder(config.probe.name))
-    folder = storage.artifact_folder(config.icsm.name or icsm_artifact.artifact_name(backbone.name))
-    artifact = icsm_artifact.load(folder)
-    problems = icsm_artifact.check(artifact, backbone.weights_sha256, probe.sha256, to_dict(config.icsm), backbone.num_layers,
-                                   config.probe.size, config.backbone.dtype)
-    if problems:
-        raise icsm_artifact.ArtifactError("\n".join(problems))
-
-    def make_thermometer(backbone):
-        teacher, items = artifact.teacher_states()
-        mean, covariance = {}, {}
-        for layer in artifact.layers:
-            mean[layer], covariance[layer] = artifact.teacher_statistics(layer)
-        return Thermometer(
-            backbone, prompt_batches(probe, items, backbone.processor, config.icsm.batch_size), items, artifact.layers,
-            backbone.first_adapted_layer(), estimator(config), config.thermostat.batch_size, config.seed,
-            mean, covariance, teacher)
-
-    return build_method(config, artifact, make_thermometer), {"artifact": artifact.meta["files"], "probe": probe.sha256}
-
-
 class Guard:
     """Stops a run that has gone wrong: non-finite loss, penalty or gradient, or hidden states that blow up. Reads only logged values."""
 
@@ -135,8 +103,7 @@ class Guard:
         """`factor`: how much the hidden norm of the first logged step may grow; `config` decides which remedies are named."""
         self._factor = factor
         self._first: Optional[float] = None
-        self._calmer = ("Residual surgery at small gains does this: raise --thermostat.gamma_min and --thermostat.beta_min, or use "
-                        "--hsw.site lora_input" if acts_on_residual(config) else "Lower --train.lr, and keep --train.clip 1.0")
+        self._calmer = method_class(config.method).calmer(config)
 
     def check(self, step: int, row: Dict[str, float], scaler, kept: str) -> None:
         for key in ("loss", "penalty", "grad_norm"):
@@ -173,7 +140,7 @@ def run_training(config: Config, storage: Storage) -> Path:
         check_vision(backbone)
         add_lora(backbone, config.lora, config.seed)
         backbone.train()
-        method, hashes = prepare_method(config, storage, backbone)
+        method, hashes = method_class(config.method).prepare(config, storage, backbone)
         method.attach(backbone)
         with closing(make_stream(config.data, storage.data, backbone.processor, config.train.batch_size, config.seed, dist.rank,
                                  dist.world, storage.cache, config.backbone.openvla_dir, backbone.norm_stats)) as stream:
@@ -236,7 +203,7 @@ def _loop(config: Config, dist: Distributed, run: RunDir, backbone, method, stre
             observe = step % settings.log_every == 0 or step == settings.steps
             batches = [next(stream).to(dist.device) for _ in range(settings.accumulation)]
             metrics = train_step(model, method, optimizer, scaler, batches, settings, step, observe)
-            if observe or "d" in metrics:  # a measurement is logged always: the Thermostat must be replayable
+            if observe or method.logs(step):
                 row = dist.mean_metrics(metrics)
                 row["grad_norm_clipped"] = min(row["grad_norm"], settings.clip) if settings.clip > 0 else row["grad_norm"]
                 row.update(lr=optimizer.param_groups[0]["lr"], seconds=(time.perf_counter() - seconds))

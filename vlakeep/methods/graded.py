@@ -3,6 +3,7 @@
 reads: artifact_dir/graded_<backbone>/ (teacher/artifact.py), which `vlakeep offline` makes (methods/graded_offline.py)
 """
 
+from pathlib import Path
 from typing import Callable, Dict, List, Optional
 
 import torch
@@ -12,8 +13,8 @@ from vlakeep.config import Config
 from vlakeep.data.prompts import encode_prompts
 from vlakeep.hsw.graded import GradedInput, GradedSite
 from vlakeep.icsm.collect import input_key
-from vlakeep.method import Baseline
 from vlakeep.methods import graded_offline
+from vlakeep.methods.base import Method, Problem, never_measured
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.storage import Storage
 from vlakeep.teacher.answers import Answered, run_below, teacher_answers
@@ -25,8 +26,72 @@ from vlakeep.thermostat.setpoint import SetPoint, SetPointController, settle
 LOWEST, HIGHEST = 1e-9, 1e3  # of the opening: below, nothing passes that a run would notice; above, nothing is closed
 
 
-class Graded(Baseline):
+class Graded(Method):
     """See the module's first line. `make_sensors(backbone)` gives {"kl": KLSensor, "kl_new": KLSensor or None}."""
+
+    label, label_zh = "Graded gains, set-point", "逐方向增益（设定点）"
+    decoder_only = True
+    artifact_name = "artefact of the graded method"
+
+    @classmethod
+    def needs_offline(cls, config: Config) -> bool:
+        return config.gains.enabled or config.thermostat.enabled
+
+    @classmethod
+    def offline(cls, config: Config, storage: Storage, backbone) -> Path:
+        return graded_offline.build(config, storage, backbone)
+
+    @classmethod
+    def check_model(cls, config: Config, depth: int, width: int) -> List[Problem]:
+        return never_measured(config)
+
+    @classmethod
+    def artifact_folder(cls, config: Config, storage: Storage, backbone_name: str) -> Path:
+        return graded_offline.artifact_folder(config, storage, backbone_name)
+
+    @classmethod
+    def artifact_problems(cls, config: Config, folder: Path, weights_sha256: Optional[str], probe_sha256: Optional[str],
+                          depth: Optional[int]) -> List[str]:
+        found = load_artifact(folder)
+        meta = found.meta
+        return check(found, weights_sha256 or meta["weights_sha256"], probe_sha256 or meta["probe_sha256"], config.probe.size,
+                     meta["depth"] if depth is None else depth, config.backbone.dtype, graded_offline.deciding(config)) + [
+            f"{folder / name} is missing" for name in meta["files"] if not (folder / name).is_file()]
+
+    @classmethod
+    def prepare(cls, config: Config, storage: Storage, backbone):
+        """With the sensors of the divergence on probe items and on the new task's own prompts. ArtifactError names every mismatch."""
+        if not cls.needs_offline(config):
+            return cls(config, None, None), {}
+        probe = ProbeSet(storage.probe_folder(config.probe.name))
+        folder = cls.artifact_folder(config, storage, backbone.name)
+        problems = cls.artifact_problems(config, folder, backbone.weights_sha256, probe.sha256, backbone.num_layers)
+        if problems:
+            raise ArtifactError("\n".join(problems))
+        artifact = load_artifact(folder)
+        size = config.icsm.batch_size
+
+        def make_sensors(backbone):
+            answered, items = artifact.answers()
+            count = min(config.thermostat.batch_size, len(items))
+            rows = torch.tensor([i * len(items) // count for i in range(count)])
+            chosen = [items[i] for i in rows]
+            sensor = KLSensor(backbone, Answered(*[value[rows] for value in answered]),
+                              batched(probe.samples(chosen), backbone.processor, encode_prompts, size), size,
+                              graded_offline.item_weights(config, probe.kinds(chosen)))
+            new = graded_offline.new_samples(config, storage, graded_offline.picture_size(backbone), max(1, count // 4))
+            samples = [sample for group in new.values() for sample in group]
+            if not samples:
+                return {"kl": sensor, "kl_new": None}
+            with adapters_disabled(backbone):
+                first = backbone.first_adapted_layer()
+                own = teacher_answers(backbone, run_below(backbone, graded_offline.answered_samples(backbone, samples, size), first), first)
+            return {"kl": sensor, "kl_new": KLSensor(backbone, own, batched(samples, backbone.processor, encode_prompts, size), size)}
+
+        return cls(config, artifact, make_sensors), {"artifact": artifact.meta["files"], "probe": probe.sha256}
+
+    def logs(self, step: int) -> bool:
+        return bool(self._sensors) and step % self._config.thermostat.every == 0
 
     def __init__(self, config: Config, artifact: Optional[GradedArtifact], make_sensors: Callable):
         self._config, self._artifact, self._make_sensors = config, artifact, make_sensors
@@ -151,36 +216,4 @@ class Graded(Baseline):
             self._site = None
 
 
-def prepare(config: Config, storage: Storage, backbone):
-    """(Graded with its artefact and the sensors of the divergence, on probe items and on the new task's own prompts; hashes of both).
-
-    Raises ArtifactError naming every mismatch.
-    """
-    if not (config.gains.enabled or config.thermostat.enabled):
-        return Graded(config, None, None), {}
-    probe = ProbeSet(storage.probe_folder(config.probe.name))
-    artifact = load_artifact(graded_offline.artifact_folder(config, storage, backbone.name))
-    problems = check(artifact, backbone.weights_sha256, probe.sha256, config.probe.size, backbone.num_layers,
-                                     config.backbone.dtype, graded_offline.deciding(config))
-    if problems:
-        raise ArtifactError("\n".join(problems))
-    size = config.icsm.batch_size
-
-    def make_sensors(backbone):
-        answered, items = artifact.answers()
-        count = min(config.thermostat.batch_size, len(items))
-        rows = torch.tensor([i * len(items) // count for i in range(count)])
-        chosen = [items[i] for i in rows]
-        sensor = KLSensor(backbone, Answered(*[value[rows] for value in answered]),
-                          batched(probe.samples(chosen), backbone.processor, encode_prompts, size), size,
-                          graded_offline.item_weights(config, probe.kinds(chosen)))
-        new = graded_offline.new_samples(config, storage, graded_offline.picture_size(backbone), max(1, count // 4))
-        samples = [sample for group in new.values() for sample in group]
-        if not samples:
-            return {"kl": sensor, "kl_new": None}
-        with adapters_disabled(backbone):
-            first = backbone.first_adapted_layer()
-            own = teacher_answers(backbone, run_below(backbone, graded_offline.answered_samples(backbone, samples, size), first), first)
-        return {"kl": sensor, "kl_new": KLSensor(backbone, own, batched(samples, backbone.processor, encode_prompts, size), size)}
-
-    return Graded(config, artifact, make_sensors), {"artifact": artifact.meta["files"], "probe": probe.sha256}
+METHOD = Graded

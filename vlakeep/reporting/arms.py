@@ -14,22 +14,19 @@ from typing import Any, Dict, List, Optional, Tuple
 import yaml
 
 from vlakeep.errors import quoted
+from vlakeep.registry import method_class, method_names
 
 LABELS = {
     "base": "Base model",
-    "baseline": "Plain LoRA",
     "method": "Method (residual)",
     "method_lora_input": "Method (LoRA input)",
     "method_both": "Method (both sites)",
-    "graded": "Graded gains, set-point",
 }
 LABELS_ZH = {
     "base": "基座模型",
-    "baseline": "普通 LoRA",
     "method": "本方法（残差处）",
     "method_lora_input": "本方法（LoRA 输入侧）",
     "method_both": "本方法（两处）",
-    "graded": "逐方向增益（设定点）",
 }
 # A run called like one of our arms is labelled by the site that it has really used.
 SITES = {"residual": "method", "lora_input": "method_lora_input", "both": "method_both"}
@@ -62,11 +59,15 @@ class Arm:
 
     @property
     def label(self) -> str:
-        return LABELS.get(self._kind, self.name)
+        return LABELS.get(self._kind) or self._of_method("label") or self.name
 
     @property
     def label_zh(self) -> str:
-        return LABELS_ZH.get(self._kind, self.name)
+        return LABELS_ZH.get(self._kind) or self._of_method("label_zh") or self.name
+
+    def _of_method(self, which: str) -> Optional[str]:
+        """The label of the method that the arm is called after."""
+        return getattr(method_class(self.name), which) if self.name in method_names() else None
 
     @property
     def _kind(self) -> str:

@@ -1,75 +1,40 @@
-"""The seam between training and the anti-forgetting methods, and the method itself.
+"""Method `icsm_hsw_thermostat`, the authors' frozen form: ICSM subspaces, HSW surgery at the residual stream and / or the LoRA inputs,
+gains held by the Thermostat.
 
-An arm is a Method; the loop in train.py asks it the same things whichever it is. "What does the method add?" is the
-difference between `Baseline` and `IcsmHswThermostat`.
+reads: artifact_dir/icms_<backbone>/ (icsm/artifact.py), which `vlakeep offline` makes (methods/icsm_hsw_thermostat_offline.py)
 """
 
-from typing import Any, Dict, List, Optional, Protocol, Union
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Union
 
 import torch
 
-from vlakeep.config import Config
+from vlakeep.config import Config, to_dict
 from vlakeep.hsw.lora_input import LoraInputSite
 from vlakeep.hsw.residual import ResidualSite
 from vlakeep.hsw.transform import Gains, random_basis
+from vlakeep.icsm import artifact as icsm_artifact
 from vlakeep.icsm.artifact import ArtifactError
 from vlakeep.icsm.collect import input_key
 from vlakeep.icsm.decompose import fix_signs
+from vlakeep.methods import icsm_hsw_thermostat_offline
+from vlakeep.methods.base import CALMER, Method, Problem, never_measured
+from vlakeep.probe.batches import prompt_batches
+from vlakeep.probe.probe_set import ProbeSet
+from vlakeep.storage import Storage
 from vlakeep.thermostat.controller import Controller, Law
+from vlakeep.thermostat.thermometer import Thermometer
+
+CALMER_RESIDUAL = ("Residual surgery at small gains does this: raise --thermostat.gamma_min and --thermostat.beta_min, or use "
+                   "--hsw.site lora_input")
 
 
-class Method(Protocol):
-    """What the training loop knows of an arm. `attach` comes after LoRA and before DDP and the optimizer are built."""
+class IcsmHswThermostat(Method):
+    """See the module's first line."""
 
-    def attach(self, backbone) -> None: ...
-
-    def before_training(self) -> List[Dict[str, float]]: ...
-
-    def before_step(self, step: int, observe: bool) -> None: ...
-
-    def penalty(self) -> Optional[torch.Tensor]: ...
-
-    def after_step(self, step: int, loss_scale: float) -> Dict[str, float]: ...
-
-    def state_dict(self) -> dict: ...
-
-    def load_state_dict(self, state: dict) -> None: ...
-
-    def detach(self) -> None: ...
-
-
-class Baseline:
-    """Plain LoRA: adds nothing to training."""
-
-    def attach(self, backbone) -> None:
-        """Nothing is attached."""
-
-    def before_training(self) -> List[Dict[str, float]]:
-        """Rows to log as step 0 of a fresh run (not of a resumed one)."""
-        return []
-
-    def before_step(self, step: int, observe: bool) -> None:
-        """Nothing to prepare; `observe` says whether this step's metrics will be logged."""
-
-    def penalty(self) -> Optional[torch.Tensor]:
-        """A differentiable addition to the loss of each micro-batch, or None."""
-
-    def after_step(self, step: int, loss_scale: float) -> Dict[str, float]:
-        """Metrics of the step; `loss_scale` is the factor that mixed precision put on the gradients."""
-        return {}
-
-    def state_dict(self) -> dict:
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Nothing is kept."""
-
-    def detach(self) -> None:
-        """Nothing was attached."""
-
-
-class IcsmHswThermostat:
-    """ICSM subspaces, HSW surgery at the residual stream and / or the LoRA inputs, gains held by the Thermostat."""
+    label, label_zh = "Method (residual)", "本方法（残差处）"
+    decoder_only = True
+    artifact_name = "ICSM artefact"
 
     def __init__(self, config: Config, artifact=None, make_thermometer=None):
         """`artifact` (icsm.artifact.Artifact) unless every feature is off; `make_thermometer(backbone)` builds the drift sensor."""
@@ -79,6 +44,77 @@ class IcsmHswThermostat:
         self._controller: Optional[Controller] = None
         self._fixed = Gains(beta=config.hsw.beta, gamma=config.hsw.gamma)
         self._observe = False
+
+    @classmethod
+    def needs_offline(cls, config: Config) -> bool:
+        return config.hsw.enabled or config.thermostat.enabled
+
+    @classmethod
+    def offline(cls, config: Config, storage: Storage, backbone) -> Path:
+        return icsm_hsw_thermostat_offline.build(config, storage, backbone)
+
+    @classmethod
+    def calmer(cls, config: Config) -> str:
+        residual = config.hsw.enabled and config.hsw.site in ("residual", "both")
+        return CALMER_RESIDUAL if residual else CALMER
+
+    @classmethod
+    def check_model(cls, config: Config, depth: int, width: int) -> List[Problem]:
+        found = []
+        for key, layers in (("icsm.layers", config.icsm.layers), ("hsw.layers", config.hsw.layers)):
+            wrong = [layer for layer in layers or [] if not 0 <= layer < depth]
+            if wrong:
+                found.append(Problem(f"--{key}", f"{wrong} out of range: the model has layers 0 to {depth - 1}",
+                                     f"--{key} '[{depth - 3}, {depth - 1}]'"))
+        if config.icsm.layers is None and depth < 4:
+            found.append(Problem("--icsm.layers", f"the model has {depth} layers; two protection groups need 4",
+                                 "--backbone.checkpoint of a deeper model"))
+        limit = min(config.probe.size - 1, width)
+        if config.icsm.rank > limit:
+            found.append(Problem("--icsm.rank", f"r = {config.icsm.rank} is more than min(probe.size - 1, D) = {limit}",
+                                 f"--icsm.rank {limit}, or a larger --probe.size"))
+        t = config.thermostat
+        if t.enabled and t.batch_size > config.probe.size:
+            found.append(Problem("--thermostat.batch_size", f"{t.batch_size} is more than probe.size {config.probe.size}",
+                                 f"--thermostat.batch_size {config.probe.size}"))
+        return found + never_measured(config)
+
+    @classmethod
+    def artifact_folder(cls, config: Config, storage: Storage, backbone_name: str) -> Path:
+        return storage.artifact_folder(config.icsm.name or icsm_artifact.artifact_name(backbone_name))
+
+    @classmethod
+    def artifact_problems(cls, config: Config, folder: Path, weights_sha256: Optional[str], probe_sha256: Optional[str],
+                          depth: Optional[int]) -> List[str]:
+        found = icsm_artifact.load(folder)
+        meta = found.meta
+        return icsm_artifact.check(found, weights_sha256 or meta["weights_sha256"], probe_sha256 or meta["probe_sha256"],
+                                   to_dict(config.icsm), meta["depth"] if depth is None else depth, config.probe.size,
+                                   config.backbone.dtype) + [
+            f"{folder / name} is missing" for name in meta["files"] if not (folder / name).is_file()]
+
+    @classmethod
+    def prepare(cls, config: Config, storage: Storage, backbone):
+        if not cls.needs_offline(config):
+            return cls(config), {}
+        probe = ProbeSet(storage.probe_folder(config.probe.name))
+        folder = cls.artifact_folder(config, storage, backbone.name)
+        problems = cls.artifact_problems(config, folder, backbone.weights_sha256, probe.sha256, backbone.num_layers)
+        if problems:
+            raise ArtifactError("\n".join(problems))
+        artifact = icsm_artifact.load(folder)
+
+        def make_thermometer(backbone):
+            teacher, items = artifact.teacher_states()
+            mean, covariance = {}, {}
+            for layer in artifact.layers:
+                mean[layer], covariance[layer] = artifact.teacher_statistics(layer)
+            return Thermometer(
+                backbone, prompt_batches(probe, items, backbone.processor, config.icsm.batch_size), items, artifact.layers,
+                backbone.first_adapted_layer(), estimator(config), config.thermostat.batch_size, config.seed,
+                mean, covariance, teacher)
+
+        return cls(config, artifact, make_thermometer), {"artifact": artifact.meta["files"], "probe": probe.sha256}
 
     @property
     def gains(self) -> Gains:
@@ -154,6 +190,9 @@ class IcsmHswThermostat:
     def penalty(self) -> Optional[torch.Tensor]:
         """The method adds no loss (T2)."""
 
+    def logs(self, step: int) -> bool:
+        return self._controller is not None and step % self._config.thermostat.every == 0
+
     def after_step(self, step: int, loss_scale: float) -> Dict[str, float]:
         metrics = {}
         if self._observe and self._sites:
@@ -210,18 +249,4 @@ def control_law(config: Config) -> Law:
                dead_band=t.dead_band, rate_limit=t.rate_limit, noise_floor=t.paired_noise if estimator(config) == "paired" else 0.0)
 
 
-def acts_on_residual(config: Config) -> bool:
-    """Whether the arm edits the gradient of the residual stream."""
-    return config.method == "icsm_hsw_thermostat" and config.hsw.enabled and config.hsw.site in ("residual", "both")
-
-
-def needs_artifact(config: Config) -> bool:
-    """Whether the arm reads the ICSM artefact."""
-    return config.method == "icsm_hsw_thermostat" and (config.hsw.enabled or config.thermostat.enabled)
-
-
-def build_method(config: Config, artifact=None, make_thermometer=None) -> Method:
-    """The arm named by `config.method`."""
-    if config.method == "baseline":
-        return Baseline()
-    return IcsmHswThermostat(config, artifact, make_thermometer)
+METHOD = IcsmHswThermostat

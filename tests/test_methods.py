@@ -1,0 +1,149 @@
+"""The seam of the methods: every one that the registry knows obeys the laws, and a new one is a single file."""
+
+import textwrap
+
+import pytest
+from conftest import BASELINE, GRADED, METHOD, final_adapter
+
+import vlakeep.methods
+from vlakeep import checks, preflight
+from vlakeep.backbones.base import make_backbone
+from vlakeep.backbones.lora import add_lora
+from vlakeep.config import ConfigError
+from vlakeep.methods.base import Method
+from vlakeep.offline import run_offline
+from vlakeep.registry import method_class, method_names
+from vlakeep.reporting.arms import Arm
+from vlakeep.rundir import read_metrics
+from vlakeep.train import run_training
+
+# Method -> (its configuration, what switches it off).
+METHODS = {
+    "baseline": (BASELINE, []),
+    "icsm_hsw_thermostat": (METHOD, ["--hsw.enabled", False, "--thermostat.enabled", False]),
+    "graded": (GRADED, ["--gains.enabled", False, "--thermostat.enabled", False]),
+    "toy": (BASELINE, ["--method", "toy"]),
+}
+TOY = '''
+    """Method `toy`: pulls the LoRA weights to zero, as weight decay in the loss does."""
+
+    from dataclasses import dataclass
+
+    from vlakeep.methods.base import Method
+
+
+    @dataclass
+    class Options:
+        strength: float = 0.0
+
+
+    class Toy(Method):
+        label, Options = "Toy decay", Options
+
+        def __init__(self, strength):
+            self._strength = strength
+
+        @classmethod
+        def prepare(cls, config, storage, backbone):
+            return cls(cls.options(config).strength), {}
+
+        def attach(self, backbone):
+            self._weights = [p for p in backbone.parameters() if p.requires_grad]
+
+        def penalty(self):
+            return self._strength * sum(w.square().sum() for w in self._weights) if self._strength else None
+
+
+    METHOD = Toy
+'''
+
+
+@pytest.fixture(scope="module", autouse=True)
+def toy(tmp_path_factory):
+    """A method that is one file in a folder of its own."""
+    folder = tmp_path_factory.mktemp("methods")
+    (folder / "toy.py").write_text(textwrap.dedent(TOY))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vlakeep.methods, "__path__", [*vlakeep.methods.__path__, str(folder)])
+        yield
+
+
+@pytest.fixture(scope="module")
+def baseline(world):
+    storage, make_config = world
+    return run_training(make_config(BASELINE, "--name", "methods-baseline"), storage)
+
+
+def test_every_method_of_the_registry_is_under_the_laws():
+    assert set(method_names()) == set(METHODS)
+    for name in METHODS:
+        assert issubclass(method_class(name), Method) and method_class(name).label
+    with pytest.raises(ValueError, match="--method 'none': must be one of baseline, graded, icsm_hsw_thermostat, toy"):
+        method_class("none")
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_switched_off_every_method_is_the_baseline_bitwise(world, baseline, name):
+    storage, make_config = world
+    file, off = METHODS[name]
+    run = run_training(make_config(file, "--name", f"methods-off-{name}", *off), storage)
+    assert final_adapter(run) == final_adapter(baseline)
+    assert [row["loss"] for row in read_metrics(run)] == [row["loss"] for row in read_metrics(baseline)]
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_method_leaves_the_model_as_it_was(world, name):
+    """No hook and no parametrisation is left behind; state goes through state_dict."""
+    storage, make_config = world
+    file, _ = METHODS[name]
+    config = make_config(file, *(["--method", "toy"] if name == "toy" else []))
+    if method_class(name).needs_offline(config) and name == "graded":
+        run_offline(config, storage)
+    backbone = make_backbone(config.backbone, "cpu", storage.cache)
+    add_lora(backbone, config.lora, config.seed)
+
+    def traces():
+        return [(path, len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks), hasattr(m, "parametrizations"))
+                for path, m in backbone.named_modules() if "parametrizations" not in path]
+
+    before = traces()
+    method, _ = method_class(name).prepare(config, storage, backbone)
+    method.attach(backbone)
+    method.load_state_dict(method.state_dict())
+    method.detach()
+    assert traces() == before
+
+
+def test_a_method_in_one_file_trains_resumes_and_takes_its_options(world, baseline):
+    storage, make_config = world
+    arm = [BASELINE, "--method", "toy", "--options.strength", "1e-3", "--train.schedule", "constant"]
+    assert make_config(*arm).options == {"strength": 1e-3}
+    whole = run_training(make_config(*arm, "--name", "toy-whole"), storage)
+    run_training(make_config(*arm, "--name", "toy-part", "--train.steps", 3), storage)
+    part = run_training(make_config(*arm, "--name", "toy-part", "--train.resume", True), storage)
+    assert final_adapter(part) == final_adapter(whole) != final_adapter(baseline)
+    assert all(row["penalty"] > 0 for row in read_metrics(whole))
+    assert Arm("toy", None).label == "Toy decay" and Arm("mine", None).label == "mine"
+    with pytest.raises(ValueError, match="method toy needs no offline step"):
+        run_offline(make_config(*arm), storage)
+    lines = preflight.run_checks(make_config(*arm, "--name", "toy-new"))
+    assert not [line for line in lines if line.status == checks.RED and "rtefact" in line.what]
+
+
+@pytest.mark.parametrize("given, words", [
+    (["--options.strenght", "1"], "--options.strenght: method toy has the options strength"),
+    (["--options.strength", "strong"], "--options.strength 'strong': must be of type float, such as 0.0"),
+    (["--options.strength", "true"], "--options.strength True: must be of type float"),
+    (["--options.strength"], "--options.strength on the command line has no value"),
+    (["--options", "1"], "`options` in the command line is a section"),
+    (["--option.strength", "1"], "unknown key `option.strength`"),
+])
+def test_wrong_options_are_told_by_name(world, given, words):
+    with pytest.raises(ConfigError) as caught:
+        world[1](BASELINE, "--method", "toy", *given)
+    assert words in str(caught.value)
+
+
+def test_options_of_a_method_without_any_are_refused(world):
+    with pytest.raises(ConfigError, match="--options.strength: method baseline has no options"):
+        world[1](BASELINE, "--options.strength", "1")
