@@ -128,8 +128,8 @@ def main() -> int:
             steps = [row for row in lines if "loss" in row][1:]  # kernels are chosen in the first ones
             windows = [(b["step"] - a["step"], b["seconds"] - a["seconds"], "d" in b) for a, b in zip(steps, steps[1:])]
             quiet = [seconds / count for count, seconds, measuring in windows if not measuring]
-            rows[-1].update(seconds_per_step=round(statistics.median(quiet), 4),
-                            with_measurements=round((steps[-1]["seconds"] - steps[0]["seconds"]) / (steps[-1]["step"] - steps[0]["step"]), 4),
+            whole = (steps[-1]["seconds"] - steps[0]["seconds"]) / (steps[-1]["step"] - steps[0]["step"])
+            rows[-1].update(seconds_per_step=round(statistics.median(quiet), 4), with_measurements=round(whole, 4),
                             loss=[round(steps[0]["loss"], 3), round(steps[-1]["loss"], 3)])
             print(f"RESULT {json.dumps(rows[-1])}", flush=True)
     own, extra = list(arms.values())[-1]

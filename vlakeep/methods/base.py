@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional, Tuple
 
+from vlakeep.config import Config
+
 if TYPE_CHECKING:  # configurations are checked without it
     import torch
 
@@ -46,7 +48,7 @@ class Method:
     # Before a model is loaded
 
     @classmethod
-    def options(cls, config):
+    def options(cls, config: Config):
         """The method's Options with the values of the configuration. ValueError for an unknown name or a wrong type."""
         known = {f.name: f for f in fields(cls.Options)}
         wrong = [name for name in config.options if name not in known]
@@ -60,7 +62,7 @@ class Method:
         return cls.Options(**{name: type(defaults[name])(value) for name, value in config.options.items()})
 
     @classmethod
-    def problems(cls, config) -> List[str]:
+    def problems(cls, config: Config) -> List[str]:
         """What is wrong with the configuration for this method, one line each."""
         try:
             cls.options(config)
@@ -69,40 +71,40 @@ class Method:
         return []
 
     @classmethod
-    def needs_offline(cls, config) -> bool:
+    def needs_offline(cls, config: Config) -> bool:
         """Whether this configuration trains with what the offline step leaves."""
         return False
 
     @classmethod
-    def check_model(cls, config, depth: int, width: int) -> List[Problem]:
+    def check_model(cls, config: Config, depth: int, width: int) -> List[Problem]:
         """What of the configuration does not fit a model of this many decoder layers and this hidden size."""
         return []
 
     @classmethod
-    def artifact_folder(cls, config, storage, backbone_name: str) -> Path:
+    def artifact_folder(cls, config: Config, storage, backbone_name: str) -> Path:
         """Where the offline step leaves its results."""
         raise NotImplementedError
 
     @classmethod
-    def artifact_problems(cls, config, folder: Path, weights_sha256: Optional[str], probe_sha256: Optional[str],
+    def artifact_problems(cls, config: Config, folder: Path, weights_sha256: Optional[str], probe_sha256: Optional[str],
                           depth: Optional[int]) -> List[str]:
         """Why the artefact does not fit this run; what is None is not compared. May raise ValueError, KeyError or OSError."""
         return []
 
     @classmethod
-    def offline(cls, config, storage, backbone) -> Path:
+    def offline(cls, config: Config, storage, backbone) -> Path:
         """Make the artefact of the frozen teacher `backbone` and return its folder."""
         raise ValueError(f"method {config.method} needs no offline step: name another with --config or --method")
 
     @classmethod
-    def calmer(cls, config) -> str:
+    def calmer(cls, config: Config) -> str:
         """What to change when training blows up."""
         return CALMER
 
     # Training
 
     @classmethod
-    def prepare(cls, config, storage, backbone) -> Tuple["Method", Dict[str, Any]]:
+    def prepare(cls, config: Config, storage, backbone) -> Tuple["Method", Dict[str, Any]]:
         """(the method for this run, hashes of what it was made from). Raises for a missing or mismatched artefact."""
         return cls(), {}
 
@@ -138,7 +140,7 @@ class Method:
         """Leave the model as it was before `attach`, but for the adapter's weights."""
 
 
-def never_measured(config) -> List[Problem]:
+def never_measured(config: Config) -> List[Problem]:
     """For methods with a Thermostat: a schedule that never comes to act."""
     every, steps = config.thermostat.every, config.train.steps
     return [] if not config.thermostat.enabled or every <= steps else [Problem(
