@@ -13,7 +13,8 @@ from vlakeep import cli
 # Options of other programs in the examples.
 OTHER = {"standalone", "nproc-per-node", "signals-to-handle", "local-dir"}
 TEXTS = [*DOCUMENTS, *sorted((PACKAGE / "configs").rglob("*.yaml")), *sorted(p for p in (REPO / "scripts").iterdir() if p.is_file())]
-PAIRS = [("README.md", "README.zh-CN.md"), ("docs/RESEARCH_PIPELINE.md", "docs/RESEARCH_PIPELINE.zh-CN.md")]
+PAIRS = [("README.md", "README.zh-CN.md"), ("docs/RESEARCH_PIPELINE.md", "docs/RESEARCH_PIPELINE.zh-CN.md"),
+         ("docs/graded.md", "docs/graded.zh-CN.md")]
 FENCE = re.compile(r"^ *```.*?^ *```$", re.M | re.S)
 METRICS = re.compile(r"<!-- metrics-fields -->(.*?)<!-- /metrics-fields -->", re.S)
 
@@ -172,7 +173,8 @@ def test_log_fields_are_those_of_the_code():
     made |= keys_made("methods/icsm_hsw_thermostat.py", "IcsmHswThermostat._measure")
     made |= keys_made("thermostat/controller.py", "Controller._row")
     made -= {"scaler", "method", "guard", "stream"}  # parts of a checkpoint, named in the same function
-    assert '"lora_input/"' in (PACKAGE / "methods" / "icsm_hsw_thermostat.py").read_text() and '"nonfinite"' in (PACKAGE / "rundir.py").read_text()
+    assert '"lora_input/"' in (PACKAGE / "methods" / "icsm_hsw_thermostat.py").read_text()
+    assert '"nonfinite"' in (PACKAGE / "rundir.py").read_text()
     listed = [row[0].strip("`") for row in rows(METRICS.search(read("docs/formats.md"))[1])][1:]
     assert sorted(listed) == sorted(made)
     for name, title in (("docs/RESEARCH_PIPELINE.md", "## Log fields"), ("docs/RESEARCH_PIPELINE.zh-CN.md", "## 日志字段")):

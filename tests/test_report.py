@@ -551,3 +551,19 @@ def test_alarms_of_an_evaluation_are_in_the_report(world, evaluated, tmp_path):
     (tmp_path / baseline.name / "summary.json").write_text(json.dumps(dict(summary, alarms=["the policy stands still"])))
     arms = {"base": {"eval": tmp_path / base.name, "run": None}, "baseline": {"eval": tmp_path / baseline.name, "run": run}}
     assert "Alarm: the policy stands still." in said(compare(arms), "baseline")
+
+
+def test_whether_a_prompt_is_followed_stands_on_the_page(tmp_path):
+    """One table, two prompts: a model that puts everything on one target must be seen."""
+    followed = {"blue": {"prompted": 1.0, "other": 0.0, "neither": 0.0, "n": 20},
+                "red": {"prompted": 0.25, "other": 0.65, "neither": 0.1, "n": 20}}
+    folders = {}
+    for name, rates in (("base", (0.0, 0.1)), ("baseline", (0.3, 0.1))):
+        summary = write_eval(tmp_path / "eval" / name, name, *rates)
+        folders[name] = {"eval": tmp_path / "eval" / name, "run": None}
+        if name == "baseline":
+            (tmp_path / "eval" / name / "summary.json").write_text(json.dumps({**summary, "followed": followed}))
+    text = build_report(tmp_path, folders, tmp_path / "out").read_text()
+    assert "Two targets on one table" in text and "25.0 / 65.0 / 10.0" in text and "100.0 / 0.0 / 0.0" in text
+    (tmp_path / "eval" / "baseline" / "summary.json").write_text(json.dumps(summary))
+    assert "Two targets" not in build_report(tmp_path, folders, tmp_path / "out").read_text()

@@ -93,6 +93,7 @@ def _comparison(comparison: Comparison) -> str:
         "means "
         "weigh every ability alike. A crashed trial counts neither as success nor as failure. KL is taken from the base model on "
         f"off-task frames; drift is the distance between probe covariances.</p>{tables.comparison_html(comparison)}"
+        f"{tables.followed_html(comparison)}"
     )
 
 

@@ -219,6 +219,20 @@ def status_badge(arm: Arm) -> str:
     return f'<span class="badge worse">{escape(arm.status)}</span>' if arm.status in ("failed", "interrupted", "running") else ""
 
 
+def followed_html(comparison: Comparison) -> str:
+    """On which of two targets the episodes ended, where the prompt names one of them, in percent; "" where no arm was asked that."""
+    arms = [arm for arm in comparison.evaluated if arm.summary.get("followed")]
+    skills = dict.fromkeys(skill for arm in arms for skill in arm.summary["followed"])
+
+    def cell(arm: Arm, skill: str) -> str:
+        one = arm.summary["followed"].get(skill)
+        return " / ".join(number(one[end], "percent") for end in ("prompted", "other", "neither")) if one else number(None, "")
+
+    rows = [[escape(skill), *(cell(arm, skill) for arm in arms)] for skill in skills]
+    caption = "Two targets on one table: episodes that ended on the one that the prompt names / on the other / on neither (%)"
+    return facts_html(["Prompt", *(chip(arm) for arm in arms)], rows, caption) if rows else ""
+
+
 def facts_html(head: List[str], rows: List[List[str]], caption: str) -> str:
     """A plain table of ready HTML cells; the first cell of each row is its name."""
     top = "<tr>" + "".join(f'<th scope="col">{cell}</th>' for cell in head) + "</tr>"
