@@ -351,7 +351,7 @@ def check_evaluation_probes(config: Config, storage: Storage) -> List[Line]:
     if in_libero and e.target not in ("base", "replay") and not storage.probe_folder(config.probe.name).is_dir():
         folder = storage.probe_folder(config.probe.name)
         lines.append(Line(YELLOW, "probe", f"{folder} does not exist: the drift is not measured", "--probe.name of another probe"))
-    elif e.target not in ("base", "replay"):
+    elif e.target not in ("base", "replay") and e.benchmark != "dataset":
         lines += check_probe(config, storage)[0]
     if in_libero and e.probe and not e.blank and e.target != "replay":
         try:

@@ -233,7 +233,8 @@ class EvaluateConfig:
     # What is evaluated: base, or a run below run_root_dir, or a checkpoint folder. In LIBERO also replay, a control without a
     # model: the actions of a demonstration of the task in data.datasets, the k-th from the k-th initial state, whatever is seen.
     target: str = "base"
-    # tabletop, or a LIBERO suite: libero_spatial, libero_object, libero_goal, libero_10, libero_90.
+    # tabletop; a LIBERO suite: libero_spatial, libero_object, libero_goal, libero_10, libero_90; or dataset: frames of data.datasets that a
+    # training on data.train_fraction has not seen, one action each, without simulator or robot (`episodes` of them, per data set).
     benchmark: str = "tabletop"
     # Skills (of a LIBERO suite: numbers of its tasks) and question kinds; empty takes all of the benchmark,
     # of the tabletop's skills the known ones and new_skill.

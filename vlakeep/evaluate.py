@@ -2,10 +2,11 @@
 
     vlakeep evaluate --config configs/baseline_lora.yaml --evaluate.target baseline
     vlakeep evaluate --config configs/baseline_lora.yaml --evaluate.benchmark libero_object --evaluate.workers 8
+    vlakeep evaluate --config configs/baseline_lora.yaml --evaluate.benchmark dataset --data.train_fraction 0.9
 
 reads:  base checkpoint; for a run, the adapter of its newest intact checkpoint; probe_root_dir/<probe.name> for the drift
 writes: ROOT/eval/<target>/records.jsonl (one line per trial, resumable) and summary.json; for a LIBERO suite the same below
-        ROOT/eval/<suite>/<target>/, and videos/ with --evaluate.videos
+        ROOT/eval/<suite>/<target>/, and videos/ with --evaluate.videos; for data sets below ROOT/eval/dataset/<target>/
 """
 
 import hashlib
@@ -23,26 +24,27 @@ from tqdm import tqdm
 from vlakeep.backbones.base import make_backbone
 from vlakeep.backbones.lora import adapters_disabled, load_adapter
 from vlakeep.backbones.safeguards import ActionWatch, orientation_alarm
-from vlakeep.benchmarks import libero, libero_setup, tabletop
+from vlakeep.benchmarks import libero, libero_setup, open_loop, tabletop
 from vlakeep.benchmarks.records import Records
 from vlakeep.benchmarks.summary import make_summary, write_summary
 from vlakeep.compat import require_numpy
 from vlakeep.config import Config, EvaluateConfig, config_from_argv, to_dict
 from vlakeep.data.dataset import Conventions
 from vlakeep.data.formats import closing_all, open_datasets
-from vlakeep.data.images import center_crop
+from vlakeep.data.images import center_crop, resize_uint8
 from vlakeep.data.prompts import encode_prompts, whole_prompt
 from vlakeep.data.sample import Sample
-from vlakeep.data.statistics import unnormalise
+from vlakeep.data.statistics import normalise, unnormalise
 from vlakeep.icsm.artifact import default_layers, layer_map
 from vlakeep.icsm.collect import pooled_states
 from vlakeep.parallel import pick_device, set_threads
 from vlakeep.probe.batches import prompt_batches
 from vlakeep.probe.heldout import open_heldout
 from vlakeep.probe.probe_set import ProbeSet
-from vlakeep.storage import Storage, find_checkpoint
-from vlakeep.target import load_manifest, read_action_statistics, run_config, target_checkpoint
+from vlakeep.storage import Storage
+from vlakeep.target import load_manifest, read_action_statistics, target_checkpoint
 from vlakeep.thermostat.drift import covariance, covariance_drift
+from vlakeep.trained import crop_alarm, renderer_alarm, trained_data, training_picture
 
 ANSWER_TOKENS = 6
 TABLETOP_SEED = 1000
@@ -148,6 +150,8 @@ def run_evaluation(config: Config, storage: Storage, folder: Optional[Path] = No
     require_numpy()
     started = time.perf_counter()
     settings = resolved(config)
+    if settings.benchmark == open_loop.NAME:
+        return run_open_loop(config, settings, storage, folder, started)
     in_libero = settings.benchmark in libero.SUITES
     (libero.check if in_libero else check_tabletop)(settings)
     if in_libero and settings.target == REPLAY:
@@ -183,6 +187,37 @@ def run_evaluation(config: Config, storage: Storage, folder: Optional[Path] = No
         return write_summary(folder, summary, alarms + records.alarms(), started)
 
 
+def run_open_loop(config: Config, settings, storage: Storage, folder: Optional[Path], started: float) -> Path:
+    """Frames of episodes that the training on data.train_fraction has not seen, one action each, compared with the demonstrated one."""
+    data = config.data
+    with closing_all(open_datasets(storage.data, data.datasets, 1.0, storage.cache,
+                                   Conventions(data.camera, data.gripper, data.rotate))) as datasets:
+        for dataset in datasets:
+            dataset.leave_out(data.train_fraction)
+        backbone, name, weights = load_target(config, storage, pick_device(config.device))
+        key = backbone.action_key(config.backbone.unnorm_key)
+        size = tuple(backbone.processor.image_processor.input_sizes[0][-2:])
+        of_data = ",".join(f"{dataset.fingerprint()}-{data.train_fraction}" for dataset in datasets)
+        header = {**make_header(settings, weights, backbone.weights_sha256, None, model_settings(backbone, config, key)), "data": of_data}
+        folder = folder or storage.eval / open_loop.NAME / name
+
+        def picture(image):
+            return resize_uint8(center_crop(image) if settings.center_crop else image, size)
+
+        def act(images, texts):
+            return attempt_actions(backbone, images, texts, key)
+
+        def tokens(actions_NA):
+            return backbone.processor.action_tokenizer.encode(normalise(actions_NA, backbone.norm_stats[key])[0])
+
+        def distance(images, texts):
+            return action_token_kl(backbone, [Sample(image, text) for image, text in zip(images, texts)])
+
+        with Records(folder / "records.jsonl", header) as records:
+            open_loop.run_episodes(datasets, act, tokens, None if name == "base" else distance, picture, settings, records, name)
+            return write_summary(folder, open_loop.summary(name, weights, records.rows()), [], started)
+
+
 def model_settings(backbone, config: Config, key: Optional[str], old_key: Optional[str] = None) -> Dict:
     """What beside the weights decides about the actions: how the model computes, and how they are un-normalised."""
     key, said = backbone.action_key(key), config.backbone
@@ -202,11 +237,20 @@ def make_header(settings, weights: str, base: str, probe: Optional[ProbeSet] = N
     unread += ("episodes",) if in_libero else ()  # an episode does not depend on their number, so more of them can be added
     return {"weights": weights, "base": base, "evaluate": {k: v for k, v in to_dict(settings).items() if k not in unread},
             **({"model": model} if model else {}), **({"probe": probe.sha256} if probe else {}),
-            **({"mujoco": libero_setup.versions().get("mujoco")} if in_libero else {"tabletop": tabletop_rules(settings)})}
+            **rules_of(settings)}
+
+
+def rules_of(settings) -> Dict:
+    """What of the benchmark itself decides about an episode and is no setting."""
+    if settings.benchmark == open_loop.NAME:
+        return {}
+    if settings.benchmark in libero.SUITES:
+        return {"mujoco": libero_setup.versions().get("mujoco")}
+    return {"tabletop": tabletop_rules(settings)}
 
 
 def tabletop_rules(settings) -> Dict:
-    """What of the tabletop itself decides about an episode and is no setting."""
+    """How long an episode of each skill may take."""
     return {"max_steps": {skill: tabletop.MAX_STEPS[skill] for skill in settings.skills or tabletop.ALL_SKILLS}}
 
 
@@ -279,52 +323,6 @@ def check_tabletop(settings) -> None:
         wrong = [name for name in names if name not in known or names.count(name) > 1]
         if wrong:
             raise ValueError(f"--evaluate.{key} {wrong}: must be among {', '.join(known)}, each once")
-
-
-def trained_data(config: Config, storage: Storage) -> Dict:
-    """The data section of the run's own configuration; {} for what is no run."""
-    return (run_config(config.evaluate.target, storage) or {}).get("data") or {}
-
-
-def crop_alarm(config: Config, storage: Storage, settings) -> List[str]:
-    """One line when the evaluation crops and the training did not, or the other way round; reads the run's own configuration."""
-    if run_config(config.evaluate.target, storage) is None:
-        return []
-    trained = bool(trained_data(config, storage).get("image_aug"))
-    if trained == settings.center_crop:
-        return []
-    cuts = "cuts" if settings.center_crop else "does not cut"
-    return [f"the run was trained {'with' if trained else 'without'} random crops, and this evaluation {cuts} the centre: "
-            f"--evaluate.center_crop {'true' if trained else 'false'} fits it"]
-
-
-def renderer_alarm(config: Config, storage: Storage, key: str) -> List[str]:
-    """One line per LIBERO data set that the target has learned from and that another version of mujoco has rendered.
-
-    Of a base model pretrain-libero has noted it; one whose action statistics (`key`) are named as the official data was made from them.
-    """
-    if run_config(config.evaluate.target, storage) is not None:
-        names = trained_data(config, storage).get("datasets") or []
-        made = {name: libero_setup.rendered_with(storage.data / name) for name in names if name.startswith("libero")}
-    else:
-        notes = find_checkpoint(config.backbone.checkpoint, storage.cache) / "PROVENANCE.json"
-        noted = json.loads(notes.read_text()).get("renderers") if notes.is_file() else None
-        made = noted or ({key: None} if key.startswith("libero") and key.endswith("_no_noops") else {})
-    return libero_setup.mixed_renderers(made, libero_setup.versions())
-
-
-def training_picture(config: Config, storage: Storage) -> Optional[np.ndarray]:
-    """Mean first picture [H, W, 3] of up to 20 training episodes; None without the data."""
-    data = config.data
-    try:
-        datasets = open_datasets(storage.data, data.datasets, data.train_fraction, storage.cache,
-                                 Conventions(data.camera, data.gripper, data.rotate))
-    except (FileNotFoundError, ValueError):
-        return None
-    with closing_all(datasets):
-        pictures = [np.asarray(d.image(e, 0), dtype=float) for d in datasets for e in range(0, len(d), max(1, len(d) // 20))]
-    sizes = [picture.shape for picture in pictures]
-    return np.mean([p for p in pictures if p.shape == sizes[0]], axis=0)
 
 
 def ask_questions(backbone, kind: str, samples, seeds: List[int], answers: List[str], records: Records) -> None:

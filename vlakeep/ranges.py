@@ -80,7 +80,7 @@ def problems(config) -> List[str]:
              "attention, mlp or linear names with a method: its subspaces are those of decoder layers, and all-linear adapts vision and "
              "lm_head too")
     one_of("lora.init", "gaussian", "kaiming")
-    one_of("evaluate.benchmark", "tabletop", *LIBERO_SUITES)
+    one_of("evaluate.benchmark", "tabletop", "dataset", *LIBERO_SUITES)
     one_of("export.dtype", "stored", "float32", "bfloat16", "float16")
     need(config.export.parity_frames >= 0, "export.parity_frames", "0 or more")
     need(config.evaluate.videos >= 0, "evaluate.videos", "0 or more")

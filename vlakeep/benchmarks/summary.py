@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Dict, List
 
-from vlakeep.benchmarks import libero, tabletop
+from vlakeep.benchmarks import libero, open_loop, tabletop
 from vlakeep.benchmarks.records import mean_interval, summarise
 from vlakeep.storage import atomic_write
 
@@ -48,6 +48,8 @@ def print_summary(summary: Dict) -> None:
         line(ability, value)
     for skill, ends in summary.get("followed", {}).items():
         print(f"  {'prompt of ' + skill:24s} ends at " + ", ".join(f"{end} {ends[end]:.3f}" for end in tabletop.ENDS))
+    for text in open_loop.lines(summary.get("open_loop", {})):
+        print(text)
     for alarm in summary["alarms"]:
         print(f"  ALARM: {alarm}")
     drift = "not measured" if summary["drift"] is None else f"{summary['drift']:.3f}"

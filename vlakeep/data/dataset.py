@@ -149,6 +149,7 @@ class DemoDataset:
             raise ValueError(f"{folder}: none of the {count} episodes of the split is left with fraction {fraction} and a "
                              "language instruction; raise --data.train_fraction, or make a tabletop set again with "
                              "`vlakeep tabletop-data`")
+        self._before = before
         self._first = first[labelled]
         self._numbers = before + np.flatnonzero(labelled)
         self.lengths = (last - first)[labelled]  # int64: frames of each usable episode
@@ -167,6 +168,15 @@ class DemoDataset:
         self.actions_NA, _ = normalise(self._standard_NA, statistics)
         used = np.concatenate([np.arange(a, a + n) for a, n in zip(self._first, self.lengths)])
         self.clipped = normalise(self._standard_NA[used], statistics)[1]  # action values of usable frames outside the statistics
+
+    def leave_out(self, fraction: float) -> None:
+        """Keep only the episodes that a training on this share of the split, opened whole here, has not seen. ValueError without any."""
+        seen = int(round(round(fraction * 100, 9) * self.split_episodes / 100))
+        kept_E = self._numbers - self._before >= seen
+        if not kept_E.any():
+            raise ValueError(f"{self.folder}: no episode of {self.split_episodes} is held out with --data.train_fraction {fraction}; train "
+                             "and evaluate with a smaller one, such as 0.9")
+        self._first, self._numbers, self.lengths = self._first[kept_E], self._numbers[kept_E], self.lengths[kept_E]
 
     @classmethod
     def check_extra(cls, folder) -> None:
@@ -195,6 +205,15 @@ class DemoDataset:
         """float32 [T, A], normalised."""
         start = self._row(episode, 0)
         return self.actions_NA[start:start + self.lengths[episode]]
+
+    def standard_actions(self, episode: int) -> np.ndarray:
+        """float32 [T, A], standardised and neither normalised nor clipped: what a policy should have done, gripper 1 = open."""
+        start = self._row(episode, 0)
+        return self._standard_NA[start:start + self.lengths[episode]]
+
+    def number(self, episode: int) -> int:
+        """The episode's number in its files."""
+        return int(self._numbers[episode])
 
     def instruction(self, episode: int, frame: int) -> str:
         return self.index.texts[self.index.text_N[self._row(episode, frame)]]

@@ -1,0 +1,97 @@
+"""Benchmark `dataset`: what a model would do on held-out frames of demonstrations, without a simulator or a robot.
+
+Every frame of an episode that training has not seen is shown to the model, which says one action; it is compared with the demonstrated one.
+
+    error           |said - demonstrated| per dimension, in the data's units; over all dimensions, each divided by its q99 - q01
+    token accuracy  share of action tokens that are those of the demonstrated action
+    KL              from the base's answer, on a few frames of each episode
+
+Frames of an episode are alike, so that an episode is one trial: intervals are over episodes. The error is no success rate: a policy that
+is nearly right on every frame can fail, and one that takes another way succeed.
+Axes: T frames, A action dimensions.
+"""
+
+from typing import Callable, Dict, List
+
+import numpy as np
+from tqdm import tqdm
+
+from vlakeep.benchmarks.records import Records, mean_interval
+
+NAME = "dataset"
+KIND = "open_loop"
+LEAST_SPAN = 1e-6  # of an action dimension: below, the data never move it, and it has no error that could be compared
+
+
+def spans(statistics: Dict) -> np.ndarray:
+    """q99 - q01 of every dimension [A]; 1 where the values are not scaled (the gripper, from 0 to 1), 0 where the data do not move."""
+    one = statistics["action"]
+    span_A = np.array(one["q99"], dtype=float) - np.array(one["q01"], dtype=float)
+    mask_A = np.array(one.get("mask", np.ones(len(span_A))), dtype=bool)
+    moving_A = np.array(one["max"], dtype=float) > np.array(one["min"], dtype=float)
+    return np.where(moving_A, np.where(mask_A, np.where(span_A > LEAST_SPAN, span_A, 0.0), 1.0), 0.0)
+
+
+def chosen_episodes(count: int, most: int) -> List[int]:
+    """Up to `most` of `count` episodes, evenly spaced."""
+    most = min(most, count)
+    return [(2 * i + 1) * count // (2 * most) for i in range(most)]
+
+
+def run_episodes(datasets, act: Callable, tokens: Callable, distance: Callable, picture: Callable, settings, records: Records,
+                 desc: str) -> None:
+    """One record per held-out episode that `records` lacks.
+
+    datasets: opened whole, without the episodes of training. act(images, instructions) -> (actions [N, A] in the data's units, bool [N]:
+    whether the answer ended early). tokens(actions [N, A]) -> ids. distance(images, instructions) -> KL from the base [N], or None for
+    the base itself. picture(image) as the model sees it.
+    """
+    todo = [(dataset, episode) for dataset in datasets for episode in chosen_episodes(len(dataset), settings.episodes)
+            if not records.has(KIND, dataset.name, dataset.number(episode))]
+    few = max(1, settings.retention_frames // max(1, settings.episodes))
+    for dataset, episode in tqdm(todo, desc=f"{desc}: held-out episodes", leave=False):
+        wanted_TA = dataset.standard_actions(episode).astype(float)
+        samples = [dataset.frame(episode, t) for t in range(len(wanted_TA))]
+        images, texts = [picture(sample.image) for sample in samples], [sample.instruction for sample in samples]
+        said, early = [], 0
+        for start in range(0, len(images), settings.parallel):
+            part = slice(start, start + settings.parallel)
+            actions_NA, early_N = act(images[part], texts[part])
+            said.append(actions_NA)
+            early += int(np.sum(early_N))
+        said_TA = np.concatenate(said)
+        error_A, span_A = np.abs(said_TA - wanted_TA).mean(0), spans(dataset.statistics)
+        looked = [i * len(images) // few for i in range(min(few, len(images)))]
+        far = distance([images[i] for i in looked], [texts[i] for i in looked]) if distance else []
+        records.add(kind=KIND, ability=dataset.name, trial=dataset.number(episode), seed=None, success=None,
+                    value=float((error_A[span_A > 0] / span_A[span_A > 0]).mean()), crash=None, steps=len(wanted_TA),
+                    errors=error_A.tolist(), accuracy=float((tokens(said_TA) == tokens(wanted_TA)).mean()),
+                    kl=float(np.mean(far)) if len(far) else None, early=early)
+
+
+def summary(name: str, weights: str, rows: List[dict]) -> Dict:
+    """summary.json from the records: means with 95 % intervals over episodes."""
+    found: Dict[str, Dict] = {}
+    for ability in dict.fromkeys(row["ability"] for row in rows if row["kind"] == KIND):
+        own = [row for row in rows if row["kind"] == KIND and row["ability"] == ability]
+        found[ability] = {
+            "error": mean_interval([row["value"] for row in own]),
+            "per_dimension": [mean_interval(list(values)) for values in zip(*(row["errors"] for row in own))],
+            "token_accuracy": mean_interval([row["accuracy"] for row in own]),
+            "frames": sum(row["steps"] for row in own), "early": sum(row["early"] for row in own)}
+    far = [row["kl"] for row in rows if row["kind"] == KIND and row["kl"] is not None]
+    return {"target": name, "weights": weights, "new_skill": None, "abilities": {}, "retention_kl": mean_interval(far), "drift": None,
+            "open_loop": found}
+
+
+def lines(found: Dict[str, Dict]) -> List[str]:
+    """For the eye."""
+    said = []
+    for name, one in found.items():
+        error, tokens = one["error"], one["token_accuracy"]
+        said += [f"  {name}: {error['n']} held-out episodes, {one['frames']} frames",
+                 f"    error, share of the range {error['mean']:.4f} [{error['low']:.4f}, {error['high']:.4f}]   "
+                 f"tokens {tokens['mean']:.3f} [{tokens['low']:.3f}, {tokens['high']:.3f}]",
+                 "    error per dimension      " + " ".join(f"{dimension['mean']:.4f}" for dimension in one["per_dimension"])]
+        said += [f"    {one['early']} answers ended before all action tokens were out"] if one["early"] else []
+    return said
