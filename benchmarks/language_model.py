@@ -46,7 +46,7 @@ from vlakeep.icsm.collect import input_key
 from vlakeep.method import Baseline
 from vlakeep.methods.graded import Graded
 from vlakeep.methods.graded_offline import split_items
-from vlakeep.teacher.answers import Answered, Part, divergence, logits_at, run_below, teacher_answers
+from vlakeep.teacher.answers import TOP, Answered, Part, divergence, logits_at, run_below, split_log_probabilities, teacher_answers
 from vlakeep.teacher.coverage import input_moments
 from vlakeep.teacher.spectrum import Spectrum, spectrum
 from vlakeep.thermostat.kl_sensor import KLSensor
@@ -282,7 +282,7 @@ def train(model: LanguageModel, method, config, pairs, seed: int) -> List[dict]:
         batch = to_device(batch_of([a + b for a, b in chosen], [len(a) for a, _ in chosen]), model.device)
         observe = step % settings.log_every == 0 or step == settings.steps
         metrics = train_step(model, method, optimizer, scaler, [batch], settings, step, observe)
-        if observe:
+        if observe or "d" in metrics:
             rows.append(dict({name: float(value) for name, value in metrics.items()}, step=step))
             if not math.isfinite(rows[-1]["loss"]):
                 raise ValueError(f"the loss is {rows[-1]['loss']} at step {step}")
@@ -316,8 +316,9 @@ def log_p(model: LanguageModel, batch: Batch, keep_BL: torch.Tensor) -> torch.Te
 
 @torch.no_grad()
 def drift_on(model: LanguageModel, passages, size: int = 8) -> Dict[str, float]:
-    """KL(teacher || student) over the whole vocabulary, mean over tokens, and the student's perplexity."""
-    kl = nats = tokens = 0.0
+    """KL(teacher || student) over the whole vocabulary, mean over tokens; `kept`, the same as the sensor counts it, over the most probable
+    tokens and the rest as one; the student's perplexity."""
+    kl = kept = nats = tokens = 0.0
     for first in range(0, len(passages), size):
         batch = to_device(batch_of(passages[first:first + size], [1] * len(passages[first:first + size])), model.device)
         keep_BL = batch.labels[:, 1:] != IGNORE_INDEX
@@ -326,9 +327,13 @@ def drift_on(model: LanguageModel, passages, size: int = 8) -> Dict[str, float]:
         with adapters_disabled(model):
             teacher_NV = log_p(model, batch, keep_BL)
         kl += float((teacher_NV.exp() * (teacher_NV - student_NV)).sum())
+        top_NK = teacher_NV.topk(min(TOP, teacher_NV.shape[1] - 1)).indices
+        answered = Answered(None, None, None, torch.ones(len(top_NK), dtype=torch.long, device=model.device), top_NK[:, None],
+                            *[one[:, None] for one in split_log_probabilities(teacher_NV, top_NK)])
+        kept += float(divergence(answered, student_NV[:, None]).sum())
         nats -= float(student_NV.gather(-1, batch.labels[:, 1:][keep_BL][:, None]).sum())
         tokens += len(student_NV)
-    return {"kl": kl / tokens, "perplexity": math.exp(nats / tokens)}
+    return {"kl": kl / tokens, "kept": kept / tokens, "perplexity": math.exp(nats / tokens)}
 
 
 def evaluate(model: LanguageModel, data: dict, probe: Probe, sciq_own: tuple, items: int) -> dict:
@@ -338,7 +343,7 @@ def evaluate(model: LanguageModel, data: dict, probe: Probe, sciq_own: tuple, it
            "exact": float((task["right"] == task["tokens"]).double().mean())}
     for name in ("sciq_text", "lambada_text"):
         found = drift_on(model, data[name][:items])
-        row.update({f"kl_{name}": found["kl"], f"perplexity_{name}": found["perplexity"]})
+        row.update({f"kl_{name}": found["kl"], f"kl_kept_{name}": found["kept"], f"perplexity_{name}": found["perplexity"]})
     row["kl_text"] = (row["kl_sciq_text"] + row["kl_lambada_text"]) / 2
     words = score(model, data["lambada"][:items])
     row["lambada"] = float((words["right"] == words["tokens"]).double().mean())

@@ -62,6 +62,7 @@ def test_every_arm_runs_and_leaves_the_model_as_it_was(bench):
     assert found["set-point .05, text"]["settled_kl"] <= 0.05 and "settled_kl" not in found["plain 1e-3"]
     after = bench.model.openvla.state_dict()
     assert set(before) == set(after) and all(torch.equal(before[name], after[name]) for name in before)
+    assert all(-1e-6 <= row["kl_kept_sciq_text"] <= row["kl_sciq_text"] + 1e-6 for row in found.values())
     lines = lm.table(list(found.values()))
     assert all(f"| {arm} | 1 |" in lines for arm in lm.ARMS)
 
