@@ -403,9 +403,15 @@ def key(job) -> tuple:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("files", nargs="*")
-    for name, default, kind in (("part", 0, int), ("parts", 1, int), ("seconds", 1e9, float), ("device", "cpu", str), ("threads", 1, int),
-                                ("data", ".", str), ("make", None, str), ("items", 500, int), ("also", "", str)):
-        parser.add_argument(f"--{name}", default=default, type=kind)
+    parser.add_argument("--data", default=".", help="folder that language_data.py has made")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", default=1, type=int)
+    parser.add_argument("--part", default=0, type=int)
+    parser.add_argument("--parts", default=1, type=int)
+    parser.add_argument("--seconds", default=1e9, type=float, help="no run is begun that would not end by then")
+    parser.add_argument("--items", default=500, type=int, help="most items of an evaluated set")
+    parser.add_argument("--also", default="", help="overrides for all runs")
+    parser.add_argument("--make", choices=["main", "check"])
     parser.add_argument("--table", action="store_true")
     own = parser.parse_args()
     if own.make:
