@@ -8,7 +8,7 @@ when its ratio is near 1. The new task can be learnt beside the old where its ra
 Axes: T tokens, D input size, K directions.
 """
 
-from typing import Any, Dict, Iterable, List, Sequence
+from typing import Any, Dict, Iterable, List, Optional, Sequence
 
 import torch
 from tqdm import tqdm
@@ -43,8 +43,10 @@ class InputWatch:
 
 
 @torch.no_grad()
-def input_moments(backbone, parts: Iterable[Part], first: int, linears: Dict[str, torch.nn.Module], key_of) -> Dict[str, torch.Tensor]:
-    """Input -> uncentred second moment X^T X / T [D, D] over all valid tokens, float32 on the model's device."""
+def input_moments(backbone, parts: Iterable[Part], first: int, linears: Dict[str, torch.nn.Module], key_of,
+                  stop: Optional[int] = None) -> Dict[str, torch.Tensor]:
+    """Input -> uncentred second moment X^T X / T [D, D] over all valid tokens, float32 on the model's device; the layers from `first`, in
+    front of which the parts stand, to before `stop` are run, None for all."""
     moments: Dict[str, torch.Tensor] = {}
     mask_BS, tokens = None, 0
 
@@ -60,7 +62,7 @@ def input_moments(backbone, parts: Iterable[Part], first: int, linears: Dict[str
             part = part.to(backbone.device)
             mask_BS = part.prefix.attention_mask_BS
             tokens += int(mask_BS.sum())
-            backbone.run_layers(part.prefix, start=first, stop=backbone.num_layers)
+            backbone.run_layers(part.prefix, start=first, stop=backbone.num_layers if stop is None else stop)
     return {key: moment_DD.div_(max(tokens, 1)) for key, moment_DD in moments.items()}
 
 
