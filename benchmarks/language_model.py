@@ -36,6 +36,7 @@ from language_data import load_model
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
+from vlakeep.method import Baseline
 
 from vlakeep.backbones.base import LossOutput, Prefix
 from vlakeep.backbones.lora import adapters_disabled, attach_lora
@@ -43,7 +44,6 @@ from vlakeep.compat import grad_scaler
 from vlakeep.config import config_from_argv
 from vlakeep.data.sample import IGNORE_INDEX, Batch
 from vlakeep.icsm.collect import input_key
-from vlakeep.method import Baseline
 from vlakeep.methods.graded import Graded
 from vlakeep.methods.graded_offline import split_items
 from vlakeep.teacher.answers import TOP, Answered, Part, divergence, logits_at, run_below, split_log_probabilities, teacher_answers

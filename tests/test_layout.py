@@ -22,8 +22,8 @@ METHODS = {"methods"}  # the arms, which put rooms together
 SHARED = {"vlakeep.data.sample", "vlakeep.data.prompts", "vlakeep.data.images", "vlakeep.backbones.base", "vlakeep.probe.pooling",
           "vlakeep.teacher.answers", "vlakeep.teacher.spectrum", "vlakeep.teacher.folder"}
 # Stages that may import others: the dispatcher, and the demo, which runs them in order;
-# `checks` belongs to preflight, `trained` to evaluate.
-MAY_IMPORT_STAGES = {"cli": None, "demo": None, "preflight": {"checks"}, "evaluate": {"trained"}}
+# `checks` belongs to preflight, `trained` to evaluate, `closing_pass` to export.
+MAY_IMPORT_STAGES = {"cli": None, "demo": None, "preflight": {"checks"}, "evaluate": {"trained"}, "export": {"closing_pass"}}
 OPTIONAL = {"timm", "torchvision", "wandb", "tensorboard", "tensorflow", "h5py", "pyarrow", "av"}
 DOCUMENTS = sorted([*REPO.glob("*.md"), *(REPO / "docs").glob("*.md")])
 

@@ -278,6 +278,9 @@ class ExportConfig:
     overwrite: bool = False
     # stored keeps the type of each base tensor; float32, bfloat16 or float16 converts.
     dtype: str = "stored"
+    # Closing pass: how far the old answers may move, in nats per answer token. The update is closed along the inputs of the probe until
+    # the divergence lies just below this (docs/graded.md); the artefact of --method graded must be there. None merges what was trained.
+    close_to: Optional[float] = None
     # Frames on which adapter and merged model must give the same actions; 0 skips the check.
     parity_frames: int = 16
 

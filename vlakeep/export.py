@@ -1,14 +1,17 @@
 """Stage `vlakeep export`: merge a run's adapter into the base weights, as a folder that the official OpenVLA code loads unchanged.
 
     vlakeep export --config configs/baseline_lora.yaml --export.target baseline
+    vlakeep export --config configs/baseline_lora.yaml --export.target baseline --export.close_to 0.002
 
-reads:  base checkpoint; the adapter of the run's newest intact checkpoint
+reads:  base checkpoint; the adapter of the run's newest intact checkpoint; for the closing pass what closing_pass.py says
 writes: run_root_dir/<run>/merged-step_N/ (or --export.folder): weights in shards, config.json, dataset_statistics.json, processor files,
-        and vlakeep_export.json, which says what was merged and how well adapter and merged model agree
+        and vlakeep_export.json, which says what was merged and how well adapter and merged model agree. With --export.close_to also
+        run_root_dir/<run>-closed-<budget>/, and merged-step_N in there
 """
 
 import gc
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import List, Tuple
@@ -17,6 +20,7 @@ import numpy as np
 import torch
 
 import vlakeep
+from vlakeep import closing_pass
 from vlakeep.backbones.base import DTYPES, Backbone, make_backbone
 from vlakeep.backbones.format import weight_files, weights_hash
 from vlakeep.backbones.lora import load_adapter
@@ -28,7 +32,7 @@ from vlakeep.data.formats import closing_all, open_datasets
 from vlakeep.data.images import resize_uint8
 from vlakeep.data.prompts import encode_prompts
 from vlakeep.data.sample import Sample
-from vlakeep.errors import CheckpointError, human_bytes
+from vlakeep.errors import CheckpointError, human_bytes, quoted
 from vlakeep.parallel import pick_device, set_threads
 from vlakeep.storage import Storage, atomic_dir, find_checkpoint, need_free
 from vlakeep.target import load_manifest, read_action_statistics, target_checkpoint
@@ -93,13 +97,25 @@ def check_parity(config: Config, storage: Storage, adapter: Path, merged: Path, 
 
 def refuse_second_merge(base: Path, adapter_sha256: str) -> None:
     path = base / RECORD
-    if path.is_file() and json.loads(path.read_text()).get("adapter_sha256") == adapter_sha256:
+    record = json.loads(path.read_text()) if path.is_file() else {}
+    if adapter_sha256 in (record.get("adapter_sha256"), record.get("closing", {}).get("adapter_sha256")):
         raise CheckpointError(f"{base} already holds this adapter ({path} says so); merging it twice would double its effect: give the "
                               "base model that the run was trained on with --backbone.checkpoint")
 
 
-def run_export(config: Config, storage: Storage) -> Path:
-    """Merge, check and return the folder."""
+def offline_command(argv: List[str]) -> str:
+    """The command that makes what the closing pass reads, for the model, probe and storage root of an export's command line."""
+    kept, following = [], False
+    for arg in argv:
+        ours = arg.startswith("--export.")
+        if not (ours or following):
+            kept.append(arg)
+        following = ours and "=" not in arg
+    return shlex.join(["vlakeep", "offline", *kept, "--method", "graded"])
+
+
+def run_export(config: Config, storage: Storage, command: str = "vlakeep offline --config ... --method graded") -> Path:
+    """Close the adapter if that is wanted, merge, check and return the folder. command: see offline_command; for messages."""
     set_threads(config.threads)
     target = config.export.target or config.name
     checkpoint = target_checkpoint(target, storage)
@@ -109,23 +125,32 @@ def run_export(config: Config, storage: Storage) -> Path:
     refuse_second_merge(base, adapter_sha256)
     base_sha256 = weights_hash(base)
     load_manifest(checkpoint, base_sha256)  # raises for a damaged checkpoint, and for other base weights
-    out = Path(config.export.folder) if config.export.folder else checkpoint.parents[1] / f"merged-{checkpoint.name}"
+    run, budget = checkpoint.parents[1], config.export.close_to
+    closed = None if budget is None else closing_pass.free_folder(storage, run.name, budget, config.export.overwrite)
+    out = Path(config.export.folder) if config.export.folder else (closed or run) / f"merged-{checkpoint.name}"
     out = storage.guard_write(out, what="merged model")
     if out.exists() and not config.export.overwrite:
         raise FileExistsError(f"{out} exists already; give another --export.folder, or replace it with --export.overwrite true")
     need_free(out.parent, 2 * sum(file.stat().st_size for file in weight_files(base)) if config.export.dtype == "float32"
               else sum(file.stat().st_size for file in weight_files(base)), "the merged model")
     statistics = read_action_statistics(checkpoint)
+    record = {"base": str(config.backbone.checkpoint), "base_sha256": base_sha256, "run": run.name, "checkpoint": checkpoint.name,
+              "adapter_sha256": adapter_sha256, "merged_modules": 0, "dtype": config.export.dtype, "vlakeep": vlakeep.__version__}
+    if closed:
+        checkpoint, record["closing"] = closing_pass.close(config, storage, checkpoint, closed, command)
+        record.update(run=closed.name, adapter_sha256=load_manifest(checkpoint, base_sha256))
+        print(f"wrote {closed} (evaluate it with --evaluate.target {quoted(closed.name)})")
     with atomic_dir(out) as temporary:
         modules = merge_checkpoint(base, checkpoint / "adapter", Path(temporary), statistics, DTYPES.get(config.export.dtype))
         Processor.from_folder(base).save(temporary)
-        record = {"base": str(config.backbone.checkpoint), "base_sha256": base_sha256, "run": checkpoint.parents[1].name,
-                  "checkpoint": checkpoint.name, "adapter_sha256": adapter_sha256, "merged_modules": len(modules),
-                  "dtype": config.export.dtype, "vlakeep": vlakeep.__version__}
+        record["merged_modules"] = len(modules)
         if config.export.parity_frames:
             key = config.backbone.unnorm_key or next(iter(statistics))
             record["parity"] = check_parity(config, storage, checkpoint, Path(temporary), key)
             _judge(record["parity"], config)
+        if closed:
+            record["closing"]["kl_merged"] = closing_pass.divergence_of(config, storage, Path(temporary))
+            _judge_merged(record["closing"], config)
         (Path(temporary) / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     size = sum(file.stat().st_size for file in out.iterdir())
     print(f"wrote {out} ({human_bytes(size)}, {len(modules)} adapters merged)")
@@ -145,9 +170,16 @@ def _judge(parity: dict, config: Config) -> None:
               "model both, or export with --export.dtype float32", file=sys.stderr)
 
 
+def _judge_merged(found: dict, config: Config) -> None:
+    print(f"divergence of the merged model: {found['kl_merged']:.3g} nats per answer token")
+    if found["kl_merged"] > max(found["budget"], found["kl_after"]) * (1 + 1e-3):
+        print(f"note: that is more than the {found['budget']:g} allowed, since the sum was rounded; the closed adapter on the base as it "
+              f"is has {found['kl_after']:.3g}. Export with --export.dtype float32, or with a lower --export.close_to", file=sys.stderr)
+
+
 def main(argv: List[str]) -> int:
     config = config_from_argv(argv)
-    run_export(config, Storage.from_config(config))
+    run_export(config, Storage.from_config(config), offline_command(argv))
     return 0
 
 

@@ -83,6 +83,7 @@ def problems(config) -> List[str]:
     one_of("evaluate.benchmark", "tabletop", "dataset", *LIBERO_SUITES)
     one_of("export.dtype", "stored", "float32", "bfloat16", "float16")
     need(config.export.parity_frames >= 0, "export.parity_frames", "0 or more")
+    need(config.export.close_to is None or config.export.close_to > 0, "export.close_to", "greater than 0, or null for no closing pass")
     need(config.evaluate.videos >= 0, "evaluate.videos", "0 or more")
     others = set(config.evaluate.other_suites)
     need(others <= set(LIBERO_SUITES) - {config.evaluate.benchmark}, "evaluate.other_suites",

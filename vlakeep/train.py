@@ -28,7 +28,7 @@ from vlakeep.compat import grad_scaler
 from vlakeep.config import Config, config_from_argv, to_dict
 from vlakeep.data.loader import make_stream
 from vlakeep.data.statistics import save_statistics
-from vlakeep.errors import Interrupted, TrainingStopped
+from vlakeep.errors import CheckpointError, Interrupted, TrainingStopped
 from vlakeep.parallel import Distributed, set_threads
 from vlakeep.registry import method_class
 from vlakeep.rundir import RunDir, RunLock
@@ -246,6 +246,8 @@ def _restore(folder: Path, backbone, optimizer, parts) -> int:
     """Load a checkpoint into everything that has state; returns its step."""
     tensors, state = ckpt.load_checkpoint(folder)
     ckpt.check_base(folder, state, backbone.weights_sha256)
+    if "trainable" not in tensors:
+        raise CheckpointError(f"{folder} holds a closed adapter and nothing to train it further with: go on with the run that was closed")
     load_trainable(backbone, tensors["trainable"])
     ckpt.join_optimizer(optimizer, tensors["optimizer"], state["optimizer"])
     ranks = state["ranks"]

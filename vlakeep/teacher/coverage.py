@@ -8,7 +8,7 @@ when its ratio is near 1. The new task can be learnt beside the old where its ra
 Axes: T tokens, D input size, K directions.
 """
 
-from typing import Any, Dict, Iterable, List, Sequence
+from typing import Any, Dict, Iterable, List, Optional, Sequence
 
 import torch
 from tqdm import tqdm
@@ -43,11 +43,11 @@ class InputWatch:
 
 
 @torch.no_grad()
-def input_moments(backbone, parts: Iterable[Part], weights_N: torch.Tensor, first: int, linears: Dict[str, torch.nn.Module],
-                  key_of) -> Dict[str, torch.Tensor]:
+def input_moments(backbone, parts: Iterable[Part], weights_N: Optional[torch.Tensor], first: int, linears: Dict[str, torch.nn.Module],
+                  key_of, stop: Optional[int] = None) -> Dict[str, torch.Tensor]:
     """Input -> uncentred second moment X^T W X / sum W [D, D] over all valid tokens, float32 on the model's device.
 
-    weights_N: of the rows of the parts, in order; a token has its row's.
+    The layers from `first`, in front of which the parts stand, to before `stop` are run, None for all. weights_N: of the rows of the parts, in order; a token has its row's. None weighs all alike.
     """
     moments: Dict[str, torch.Tensor] = {}
     mask_BS: Any = None
@@ -65,11 +65,12 @@ def input_moments(backbone, parts: Iterable[Part], weights_N: torch.Tensor, firs
         for part in parts:
             part = part.to(backbone.device)
             mask_BS = part.prefix.attention_mask_BS
-            weights_B = weights_N[position:position + len(mask_BS)].to(mask_BS.device)
-            position += len(mask_BS)
+            rows = len(mask_BS)
+            weights_B = torch.ones(rows).double() if weights_N is None else weights_N[position:position + rows]
+            weights_B, position = weights_B.to(mask_BS.device), position + rows
             root_BS = weights_B.sqrt().float()[:, None].expand(mask_BS.shape)
             tokens += float((weights_B * mask_BS.sum(1)).sum())
-            backbone.run_layers(part.prefix, start=first, stop=backbone.num_layers)
+            backbone.run_layers(part.prefix, start=first, stop=backbone.num_layers if stop is None else stop)
     return {key: moment_DD.div_(max(tokens, 1e-12)) for key, moment_DD in moments.items()}
 
 
