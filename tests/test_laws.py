@@ -34,6 +34,14 @@ def test_the_rates_of_a_run_are_those_of_its_schedule(world, baseline):
     assert [row["lr"] for row in read_metrics(baseline)] == pytest.approx(wanted)
 
 
+def test_a_measurement_between_two_logged_steps_is_logged(world):
+    """The loop must be replayable from the log."""
+    storage, make_config = world
+    run = run_training(make_config(METHOD, "--name", "law-between", "--train.log_every", 5, "--thermostat.every", 2), storage)
+    steps = {row["step"]: "d" in row for row in read_metrics(run) if row["step"]}
+    assert steps == {2: True, 4: True, 5: False, 6: True}
+
+
 @pytest.mark.parametrize("site", ["residual", "lora_input", "both"])
 def test_gains_held_at_one_are_the_baseline_bitwise(world, baseline, site):
     """All hooks in place, the Thermostat measuring, and not a bit moves while beta = gamma = 1."""

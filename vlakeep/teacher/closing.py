@@ -53,9 +53,9 @@ def sweep(backbone, old: List[Part], new: List[Part], own: Dict[str, torch.Tenso
     """Close the adapters of every decoder layer, from the first adapted one to the last.
 
     old, new: probe and new data, run up to the first adapted layer. weights_N: of the probe's rows. own: linear -> its A [R, D] as it was
-    trained; what the adapters hold is overwritten. mu = 0 puts them back. Returns per layer what is left of the update, 1 being all of it: of its `norm`, and of the root
-    mean square of what it adds to `new` and to `old` inputs. The norm may grow: what is taken out of a direction that the probe uses is
-    made up for in others that go with it in the new task's inputs.
+    trained; what the adapters hold is overwritten. mu = 0 puts them back. Returns per layer what is left of the update, 1 being all of
+    it: of its `norm`, and of the root mean square of what it adds to `new` and to `old` inputs. The norm may grow: what is taken out of a
+    direction that the probe uses is made up for in others that go with it in the new task's inputs.
     """
     linears = backbone.adapted_linears()
     first = backbone.first_adapted_layer()

@@ -47,7 +47,8 @@ def input_moments(backbone, parts: Iterable[Part], weights_N: Optional[torch.Ten
                   key_of, stop: Optional[int] = None) -> Dict[str, torch.Tensor]:
     """Input -> uncentred second moment X^T W X / sum W [D, D] over all valid tokens, float32 on the model's device.
 
-    The layers from `first`, in front of which the parts stand, to before `stop` are run, None for all. weights_N: of the rows of the parts, in order; a token has its row's. None weighs all alike.
+    The layers from `first`, in front of which the parts stand, to before `stop` are run, None for all.
+    weights_N: of the rows of the parts, in order; a token has its row's. None weighs all alike.
     """
     moments: Dict[str, torch.Tensor] = {}
     mask_BS: Any = None
