@@ -36,7 +36,6 @@ from language_data import load_model
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from vlakeep.method import Baseline
 
 from vlakeep.backbones.base import LossOutput, Prefix
 from vlakeep.backbones.lora import adapters_disabled, attach_lora
@@ -44,6 +43,7 @@ from vlakeep.compat import grad_scaler
 from vlakeep.config import config_from_argv
 from vlakeep.data.sample import IGNORE_INDEX, Batch
 from vlakeep.icsm.collect import input_key
+from vlakeep.methods.baseline import Baseline
 from vlakeep.methods.graded import Graded
 from vlakeep.methods.graded_offline import split_items
 from vlakeep.teacher.answers import TOP, Answered, Part, divergence, logits_at, run_below, split_log_probabilities, teacher_answers
@@ -212,14 +212,16 @@ class Probe:
         if kind == BOTH:  # in turn, so that both parts get both kinds
             texts = Items(*[values[::max(1, len(values) // (size // 2))][:size // 2] for values in texts])
             items = Items(*[[one for pair in zip(*lists) for one in pair] for lists in zip(texts, asked)])
-        self.fit, self.held = (items.pick(numbers) for numbers in split_items(list(range(len(items.rows))), config.gains.holdout))
+        count = len(items.rows)
+        kinds = ["text", "question"] * (count // 2) if kind == BOTH else ["text"] * count
+        self.fit, self.held = (items.pick(numbers) for numbers in split_items(list(range(count)), kinds, config.gains.holdout))
         self._model, self._columns = model, config.gains.columns
         self.held_answered = self.held.answered(model)
 
     @cached_property
     def spectra(self) -> Dict[str, Spectrum]:
         """Called before there are adapters: the linears are those of the teacher."""
-        moments = input_moments(self._model, self.fit.parts(self._model), 0, self._model.linears(), input_key)
+        moments = input_moments(self._model, self.fit.parts(self._model), None, 0, self._model.linears(), input_key)
         return {key: spectrum(moments.pop(key), self._columns) for key in sorted(moments)}
 
     @cached_property

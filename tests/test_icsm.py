@@ -279,7 +279,8 @@ def test_quantisation_is_compared_and_older_artefacts_are_refused(world, tmp_pat
 
 
 def test_sensitivity_items_are_spread_over_all_usable_items(world, monkeypatch):
-    from vlakeep import offline
+    from vlakeep.methods import icsm_hsw_thermostat_offline as offline
+    from vlakeep.offline import run_offline
     from vlakeep.probe.probe_set import evenly
     storage, make_config = world
     assert evenly(500, 64)[-1] == 492 and evenly(10, 10) == list(range(10)) and evenly(7, 3) == [0, 2, 4]
@@ -291,5 +292,5 @@ def test_sensitivity_items_are_spread_over_all_usable_items(world, monkeypatch):
 
     monkeypatch.setattr(offline, "prompt_batches", noted)
     config = make_config(METHOD, "--icsm.name", "spread", "--icsm.sensitivity_items", 28, "--icsm.rank", 4, "--icsm.tokens", False)
-    offline.run_offline(config, storage)
+    run_offline(config, storage)
     assert asked[0] == list(range(48)) and asked[1] == [i * 48 // 28 for i in range(28)] and len(set(asked[1])) == 28

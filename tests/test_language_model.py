@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from vlakeep.method import Baseline
 
 from vlakeep.compat import import_timm
+from vlakeep.methods.baseline import Baseline
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import language_data  # noqa: E402

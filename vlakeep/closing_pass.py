@@ -21,6 +21,7 @@ from vlakeep.checkpoint import save_checkpoint
 from vlakeep.config import Config
 from vlakeep.data.prompts import encode_prompts
 from vlakeep.data.sample import Batch, Sample
+from vlakeep.errors import quoted
 from vlakeep.icsm.collect import input_key
 from vlakeep.methods import graded_offline
 from vlakeep.parallel import pick_device
@@ -47,7 +48,7 @@ def free_folder(storage: Storage, run: str, budget: float, overwrite: bool) -> P
     if folder.exists() and not (folder / RECORD).is_file():
         raise FileExistsError(f"{folder} is there and was not made by a closing pass: move it away, or choose another --export.close_to")
     if folder.exists() and not overwrite:
-        raise FileExistsError(f"{folder} exists already: evaluate it with --evaluate.target {folder.name}, or make it anew with "
+        raise FileExistsError(f"{folder} exists already: evaluate it with --evaluate.target {quoted(folder.name)}, or make it anew with "
                               "--export.overwrite true")
     return folder
 
