@@ -39,6 +39,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vlakeep.backbones.base import LossOutput, Prefix
 from vlakeep.backbones.lora import adapters_disabled, attach_lora
+from vlakeep.backbones.openvla import layer_interface
 from vlakeep.compat import grad_scaler
 from vlakeep.config import config_from_argv
 from vlakeep.data.sample import IGNORE_INDEX, Batch
@@ -134,9 +135,11 @@ class LanguageModel(nn.Module):
         """The padding stands behind the text, where no token of it looks under the causal mask; so none is needed for it."""
         hidden_BSD, body = prefix.hidden_BSD, self.openvla.model
         positions_1S = torch.arange(hidden_BSD.shape[1], device=hidden_BSD.device)[None]
-        rotation = body.rotary_emb(hidden_BSD, positions_1S)
+        rotation = {}
+        if layer_interface(self.openvla)[1]:  # older versions of transformers make it inside the layers
+            rotation["position_embeddings"] = body.rotary_emb(hidden_BSD, positions_1S)
         for layer in body.layers[start:stop]:
-            out = layer(hidden_BSD, attention_mask=None, position_ids=positions_1S, position_embeddings=rotation)
+            out = layer(hidden_BSD, attention_mask=None, position_ids=positions_1S, **rotation)
             hidden_BSD = out[0] if isinstance(out, tuple) else out
         return hidden_BSD
 
