@@ -427,7 +427,7 @@ def test_old_skills_are_played_in_the_units_of_the_base_and_the_new_one_in_those
     assert model["statistics"] != model["old_statistics"]
 
 
-def test_a_run_on_two_data_sets_is_played_in_the_units_of_each_skills_own(world):
+def test_a_run_on_two_data_sets_is_played_in_the_units_of_each_skills_own():
     known = {"tabletop": 1, "tabletop_corner": 2, "tabletop_path": 3}
     assert tabletop.pick_key("path", None, known) == "tabletop_path" and tabletop.pick_key("corner", "tabletop", known) == "tabletop"
     assert tabletop.pick_key("order", None, known) is None and tabletop.old_key(known) == "tabletop"

@@ -109,9 +109,9 @@ def test_it_goes_on_where_it_stopped_and_refuses_another_share(world, run, tmp_p
     monkeypatch.undo()
     rows, _ = read_evaluation(run_evaluation(config, storage, tmp_path / "part"))
     assert rows == whole
-    with pytest.raises(ValueError, match="data"):
-        run_evaluation(make_config(BASELINE, *BRIEF, "--evaluate.target", run.name, "--data.train_fraction", "0.6"), storage,
-                       tmp_path / "part")
+    for other, named in ((["--data.train_fraction", "0.6"], "data"), (["--evaluate.center_crop", "true"], "center_crop")):
+        with pytest.raises(ValueError, match=named):
+            run_evaluation(make_config(BASELINE, *BRIEF, "--evaluate.target", run.name, *other), storage, tmp_path / "part")
 
 
 def test_what_cannot_be_held_out_is_said(world):

@@ -198,7 +198,8 @@ def run_open_loop(config: Config, settings, storage: Storage, folder: Optional[P
         key = backbone.action_key(config.backbone.unnorm_key)
         size = tuple(backbone.processor.image_processor.input_sizes[0][-2:])
         of_data = ",".join(f"{dataset.fingerprint()}-{data.train_fraction}" for dataset in datasets)
-        header = {**make_header(settings, weights, backbone.weights_sha256, None, model_settings(backbone, config, key)), "data": of_data}
+        header = {**make_header(settings, weights, backbone.weights_sha256, None, model_settings(backbone, config, key)), "data": of_data,
+                  "center_crop": settings.center_crop}
         folder = folder or storage.eval / open_loop.NAME / name
 
         def picture(image):

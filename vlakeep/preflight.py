@@ -211,7 +211,8 @@ def run_checks(
     if stage == "evaluate":
         lines += check_libero() if config.evaluate.benchmark in SUITES else []
         lines += checks.check_target(config, storage, model) + checks.check_evaluation_probes(config, storage)
-        lines += checks.check_data(config, storage) if "replay" == config.evaluate.target or config.evaluate.benchmark == "dataset" else []
+        reads_data = config.evaluate.target == "replay" or config.evaluate.benchmark == "dataset"
+        lines += checks.check_data(config, storage) if reads_data else []
     if stage == "train":
         lines += checks.check_data(config, storage)
         lines += checks.check_artifact(config, storage, model, probe_sha256, config_path) if needs_artifact else []
