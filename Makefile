@@ -40,7 +40,7 @@ mutations: setup
 	@$(PY) tests/mutations.py --workers $(WORKERS) "$(FAULT)"
 
 lint: setup
-	@$(PY) -m ruff check vlakeep tests benchmarks scripts setup.py
+	@$(PY) -m ruff check vlakeep tests speed studies scripts setup.py
 	@$(PY) -m mypy
 
 wheel: setup

@@ -10,7 +10,7 @@ from setuptools.command.sdist import sdist
 
 def provenance():
     """By its file and not from the package, whose directory need not be on the path of an isolated build."""
-    spec = importlib.util.spec_from_file_location("provenance", Path(__file__).parent / "vlakeep" / "provenance.py")
+    spec = importlib.util.spec_from_file_location("provenance", Path(__file__).parent / "vlakeep" / "core" / "provenance.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

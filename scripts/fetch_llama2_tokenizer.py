@@ -20,7 +20,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from vlakeep.backbones.tiny import llama_tokenizer_json, write_processor_files
+from vlakeep.openvla.tiny import llama_tokenizer_json, write_processor_files
 
 PACKAGE = "llama-tokenizer-js"
 VERSION = "1.2.2"

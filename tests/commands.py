@@ -1,4 +1,4 @@
-"""Which options the stages, scripts and benchmarks take, read from their sources, and which of a command line they do not."""
+"""Which options the stages and scripts take, read from their sources, and which of a command line they do not."""
 
 import ast
 import functools
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import List, Set
 
 from vlakeep import cli
-from vlakeep.config import known_keys
+from vlakeep.core.config import known_keys
 
 REPO = Path(__file__).resolve().parents[1]
 ENDS = re.compile(r"&&|\|\||[|;`()]|\s#\s")  # of a command within a line
@@ -37,8 +37,8 @@ def stage_options(name: str) -> Set[str]:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "OPTIONS":
             names = node.value.keys if isinstance(node.value, ast.Dict) else node.value.elts
             own |= {ast.literal_eval(name) for name in names}
-        if isinstance(node, ast.ImportFrom) and node.module == "vlakeep.backbones.pretraining":
-            own |= parsed_options(tree(REPO / "vlakeep" / "backbones" / "pretraining.py"))
+        if isinstance(node, ast.ImportFrom) and node.module == "vlakeep.openvla.pretraining":
+            own |= parsed_options(tree(REPO / "vlakeep" / "openvla" / "pretraining.py"))
         if isinstance(node, ast.FunctionDef) and (node.name == stage.function or not stage.configured):
             own |= parsed_options(node)
     if stage.configured:
@@ -54,15 +54,15 @@ def options(words: List[str]) -> Set[str]:
     if first in ("vlakeep", "vlakeep.cli") and second in cli.STAGES:
         return stage_options(second)
     path = REPO / (second if first.startswith("python") else first)
-    if path.parent not in (REPO / "scripts", REPO / "benchmarks") or not path.is_file():
+    if path.parent not in (REPO / "scripts", REPO / "speed", REPO / "studies") or not path.is_file():
         return set()
     # A run script hands all but --gpus to its stage.
     return {"gpus", "config", "help", *known_keys()} if path.suffix == ".sh" else {"help"} | parsed_options(tree(path))
 
 
 def all_options() -> Set[str]:
-    """Of all stages, scripts and benchmarks together, for a flag that stands without its command."""
-    files = [path for folder in ("scripts", "benchmarks") for path in (REPO / folder).iterdir() if path.is_file()]
+    """Of all stages and scripts together, for a flag that stands without its command."""
+    files = [path for folder in ("scripts", "speed", "studies") for path in (REPO / folder).iterdir() if path.is_file()]
     return {"version"}.union(*map(stage_options, cli.STAGES), *(options([f"{path.parent.name}/{path.name}"]) for path in files))
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import typing
 from typing import Dict, Iterable, List, Optional, Tuple
 
-from vlakeep.config import Config
+from vlakeep.core.config import Config
 
 HINTS = typing.get_type_hints(Config)
 SECTIONS = {name: hint for name, hint in HINTS.items() if dataclasses.is_dataclass(hint)}

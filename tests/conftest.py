@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from vlakeep.config import load_config
+from vlakeep.core.config import load_config
 
 torch.set_num_threads(1)
 
@@ -28,9 +28,9 @@ GRADED = "configs/method_graded.yaml"
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """(storage root, make_config): data, probe and artefact are there; `make_config(file, *overrides)` gives small runs in it."""
-    from vlakeep import tabletop_data
+    from vlakeep.core.storage import Storage
     from vlakeep.offline import run_offline
-    from vlakeep.storage import Storage
+    from vlakeep.tabletop import data as tabletop_data
 
     root = tmp_path_factory.mktemp("root")
 
@@ -78,5 +78,5 @@ def wilson_by_roots(successes, n):
 
 def final_adapter(folder):
     """Bytes of the newest checkpoint's adapter weights."""
-    from vlakeep.checkpoint import latest_intact
+    from vlakeep.core.checkpoint import latest_intact
     return (latest_intact(folder) / "adapter" / "adapter_model.safetensors").read_bytes()

@@ -1,6 +1,6 @@
 """What stands for the LIBERO simulator in tests/test_evaluate_libero.py, at the boundary of the worker processes.
 
-Suites, tasks and environments with the interface of vlakeep/benchmarks/libero_env.py. A worker imports this file in a process of
+Suites, tasks and environments with the interface of vlakeep/libero/env.py. A worker imports this file in a process of
 its own, so nothing here is heavy, and what an episode wants lies in the file that the variable FAKE_LIBERO names:
 
     {"<suite>/<task>/<init>": [[7 numbers], ...]}   the actions that an episode wants, in the simulator's terms, or "crash"
@@ -16,8 +16,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from vlakeep.benchmarks.tabletop_render import render
-from vlakeep.benchmarks.tabletop_world import TabletopWorld
+from vlakeep.tabletop.render import render
+from vlakeep.tabletop.world import TabletopWorld
 
 TASKS = {"libero_object": ("pick up the red square", "pick up the blue cross", "pick up the green circle"),
          "libero_goal": ("move to the red square", "move to the blue circle"),

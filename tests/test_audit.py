@@ -6,12 +6,12 @@ import re
 import numpy as np
 import pytest
 
-from vlakeep import audit
-from vlakeep.backbones.tiny import build_tiny_tokenizer
-from vlakeep.config import ConfigError
+from vlakeep.core.config import ConfigError
+from vlakeep.core.storage import PACKAGE
 from vlakeep.data.sample import Sample
+from vlakeep.openvla import audit
+from vlakeep.openvla.tiny import build_tiny_tokenizer
 from vlakeep.probe.probe_set import ProbeError, write_probe
-from vlakeep.storage import PACKAGE
 
 TEXTS = ["pick up the [bold] ring", "where is the ring?", "reach the cube"]
 

@@ -8,16 +8,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vlakeep.backbones import format as checkpoint_format
-from vlakeep.backbones.action_tokenizer import ActionTokenizer
-from vlakeep.backbones.base import EarlyStop, make_backbone
-from vlakeep.backbones.format import init_checkpoint, save_checkpoint, weights_hash
-from vlakeep.backbones.processor import ImageProcessor, Processor
-from vlakeep.backbones.tiny import build_tiny_tokenizer
-from vlakeep.config import BackboneConfig
+from vlakeep.core.config import BackboneConfig
+from vlakeep.core.errors import CheckpointError
 from vlakeep.data.prompts import encode_batch, encode_prompts
 from vlakeep.data.sample import IGNORE_INDEX, Batch, Sample
-from vlakeep.errors import CheckpointError
+from vlakeep.models.load import make_backbone
+from vlakeep.models.merge import save_checkpoint
+from vlakeep.openvla import format as checkpoint_format
+from vlakeep.openvla.action_tokenizer import ActionTokenizer
+from vlakeep.openvla.backbone import EarlyStop
+from vlakeep.openvla.format import init_checkpoint, weights_hash
+from vlakeep.openvla.processor import ImageProcessor, Processor
+from vlakeep.openvla.tiny import build_tiny_tokenizer
 
 VOCABULARY = 704
 TEXTS = [

@@ -15,17 +15,17 @@ from safetensors.torch import load_file, save_file
 from test_storage import file_size_limit, names
 
 from vlakeep import cli
-from vlakeep.benchmarks import tabletop
 from vlakeep.benchmarks.records import Records
-from vlakeep.checkpoint import list_checkpoints
+from vlakeep.core.checkpoint import list_checkpoints
+from vlakeep.core.errors import DiskFull, explain
+from vlakeep.core.rundir import RunLock, read_metrics
 from vlakeep.data import writer
 from vlakeep.data.rlds import RldsDataset
 from vlakeep.data.sample import Episode, Sample
-from vlakeep.errors import DiskFull, explain
-from vlakeep.icsm import artifact
 from vlakeep.offline import run_offline
 from vlakeep.probe.probe_set import write_probe
-from vlakeep.rundir import RunLock, read_metrics
+from vlakeep.tabletop import benchmark as tabletop
+from vlakeep.teacher import icsm_artifact as artifact
 from vlakeep.train import run_training
 
 ASSET = Path(cli.__file__).parent / "assets" / "tabletop-base"
@@ -35,7 +35,7 @@ EVALUATE = ["--evaluate.episodes", 1, "--evaluate.questions_per_kind", 1, "--eva
 @pytest.fixture
 def command(monkeypatch, capsys):
     """command(*argv): (exit status, what it printed, its error message without "error: "), in this process."""
-    monkeypatch.setattr("vlakeep.storage.prepare_environment", lambda *args, **kwargs: None)
+    monkeypatch.setattr("vlakeep.core.storage.prepare_environment", lambda *args, **kwargs: None)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
 
     def run(*argv):
@@ -147,7 +147,7 @@ def test_files_that_are_no_configuration(refused, tmp_path, content, words):
 
 
 def test_a_value_may_start_with_a_minus():
-    from vlakeep.config import load_config
+    from vlakeep.core.config import load_config
 
     assert load_config(None, ["--name", "-x"]).name == "-x"
 
@@ -229,7 +229,7 @@ def remake(folder, tokens, lora, section):
         meta["files"].pop("tokens.safetensors")
     else:
         save_file(tokens, folder / "tokens.safetensors")
-        from vlakeep.checkpoint import file_sha256
+        from vlakeep.core.checkpoint import file_sha256
 
         meta["files"]["tokens.safetensors"] = file_sha256(folder / "tokens.safetensors")
     (folder / "meta.json").write_text(json.dumps(meta))
@@ -375,7 +375,7 @@ def test_rank_and_space_are_looked_at_before_the_work(refused, small, monkeypatc
     has(refused(*small("offline", METHOD, "--icsm.rank", 48)), "icsm.rank 48", "= 47 (48 usable", "--icsm.rank 47")
     has(refused(*small("offline", METHOD, "--icsm.name", "../../bad")), "refused to write artefact", "outside the storage root",
         "--root DIR")
-    monkeypatch.setattr("vlakeep.storage.free_bytes", lambda path: 1000)
+    monkeypatch.setattr("vlakeep.core.storage.free_bytes", lambda path: 1000)
     has(refused(*small("offline", METHOD)), "no space for the ICSM artefact", "icms_tabletop-base", "1000 bytes", "--root")
 
 
@@ -483,7 +483,7 @@ def test_full_disk_during_training(refused, small, world):
 
 def test_space_for_checkpoints_is_looked_at_before_the_first_step(refused, small, world, monkeypatch):
     storage, _ = world
-    monkeypatch.setattr("vlakeep.storage.free_bytes", lambda path: 1_000_000)
+    monkeypatch.setattr("vlakeep.core.storage.free_bytes", lambda path: 1_000_000)
     message = refused(*small("train", BASELINE, "--name", "bad-space"))
     has(message, "no space for the checkpoints of this run", storage.runs / "bad-space", "1000000 bytes", "--train.keep_last")
     assert not (storage.runs / "bad-space" / "metrics.jsonl").exists()

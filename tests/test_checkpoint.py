@@ -12,8 +12,8 @@ import pytest
 import torch
 from test_storage import file_size_limit, names
 
-from vlakeep import checkpoint as ckpt
-from vlakeep.errors import CheckpointError, DiskFull
+from vlakeep.core import checkpoint as ckpt
+from vlakeep.core.errors import CheckpointError, DiskFull
 
 
 def trees_equal(a, b):
@@ -173,7 +173,7 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path):
 
 
 def test_foreseen_full_disk_writes_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("vlakeep.storage.free_bytes", lambda path: 1000)
+    monkeypatch.setattr("vlakeep.core.storage.free_bytes", lambda path: 1000)
     with pytest.raises(DiskFull, match="1000 bytes"):
         save(tmp_path, 1)
     assert names(tmp_path / "checkpoints") == []
@@ -181,7 +181,7 @@ def test_foreseen_full_disk_writes_nothing(tmp_path, monkeypatch):
 
 SAVER = """
 import sys, torch
-from vlakeep.checkpoint import save_checkpoint
+from vlakeep.core.checkpoint import save_checkpoint
 for step in range(1, 100000):
     print(step, flush=True)
     tensors = {"w": torch.full((500, 500), float(step)), "v": torch.full((300, 500), -float(step))}

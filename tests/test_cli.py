@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from vlakeep import cli
-from vlakeep.config import known_keys
+from vlakeep.core.config import known_keys
 
 REPO = Path(__file__).parents[1]
 
@@ -97,7 +97,7 @@ def stage(tmp_path, body):
         ("raise ValueError('wrong, do this')", 2, "error: wrong, do this\n"),
         ("open('/no/such/file')", 2, "error: [Errno 2] No such file"),
         ("raise PermissionError('not yours')", 2, "error: not yours\n"),
-        ("from vlakeep.errors import DiskFull; raise DiskFull('full: 1 byte free')", 2, "error: full: 1 byte free\n"),
+        ("from vlakeep.core.errors import DiskFull; raise DiskFull('full: 1 byte free')", 2, "error: full: 1 byte free\n"),
         ("raise KeyboardInterrupt", 130, "interrupted"),
         ("1 / 0", 1, "Traceback"),
         ("return 1", 1, ""),
@@ -118,7 +118,7 @@ def test_sigterm_runs_the_clean_up(tmp_path):
         tmp_path,
         """
         import time
-        from vlakeep.storage import atomic_write
+        from vlakeep.core.storage import atomic_write
         with atomic_write("file") as file:
             print("ready", flush=True)
             time.sleep(60)

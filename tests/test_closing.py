@@ -9,21 +9,20 @@ import torch
 from conftest import BASELINE, GRADED, final_adapter
 from safetensors.torch import load_file
 
-from vlakeep import closing_pass
-from vlakeep.backbones.base import make_backbone
-from vlakeep.backbones.lora import adapters_disabled, load_adapter
-from vlakeep.config import load_config
+from vlakeep.core.config import load_config
+from vlakeep.core.errors import CheckpointError
+from vlakeep.core.schema import ConfigError
+from vlakeep.core.target import target_checkpoint
 from vlakeep.data.prompts import encode_prompts
-from vlakeep.errors import CheckpointError
 from vlakeep.evaluate import load_target
 from vlakeep.export import offline_command, run_export
-from vlakeep.icsm.collect import input_key, token_moments, with_own_answers
-from vlakeep.methods import graded_offline
+from vlakeep.methods import closing_pass, graded_offline
+from vlakeep.models.adapters import adapters_disabled, load_adapter
+from vlakeep.models.load import make_backbone
 from vlakeep.offline import run_offline
 from vlakeep.probe.probe_set import ProbeSet
-from vlakeep.schema import ConfigError
-from vlakeep.target import target_checkpoint
 from vlakeep.teacher import artifact, closing
+from vlakeep.teacher.collect import input_key, token_moments, with_own_answers
 from vlakeep.train import run_training
 
 # The formula
@@ -243,7 +242,7 @@ def test_the_exported_model_keeps_to_the_budget_and_is_the_base_plus_the_closed_
 
 
 def test_without_a_closing_pass_the_export_is_what_it_was(run):
-    from vlakeep.backbones.lora import merged_state
+    from vlakeep.models.adapters import merged_state
 
     config, storage = run
     assert config.export.close_to is None

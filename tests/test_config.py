@@ -8,9 +8,9 @@ from config_reads import FIELDS, Reads
 from test_layout import SOURCES
 
 from vlakeep import cli
-from vlakeep.config import Config, ConfigError, config_from_argv, known_keys, load_config, save_config, to_dict
-from vlakeep.schema import SHIPPED
-from vlakeep.storage import KEYS
+from vlakeep.core.config import Config, ConfigError, config_from_argv, known_keys, load_config, save_config, to_dict
+from vlakeep.core.schema import SHIPPED
+from vlakeep.core.storage import KEYS
 
 
 def test_round_trip(tmp_path):

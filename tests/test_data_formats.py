@@ -11,9 +11,9 @@ import pytest
 import torch
 from test_data_prompts import processor  # noqa: F401  (a fixture)
 
-from vlakeep.benchmarks import tabletop
 from vlakeep.checks import _check_data_set
-from vlakeep.config import Config, DataConfig
+from vlakeep.core.config import Config, DataConfig
+from vlakeep.core.storage import Storage
 from vlakeep.data import dataset, images, lerobot
 from vlakeep.data.dataset import Conventions
 from vlakeep.data.formats import find_format, open_dataset, open_datasets
@@ -25,7 +25,7 @@ from vlakeep.data.rlds import RldsDataset
 from vlakeep.data.sample import Episode
 from vlakeep.data.statistics import unnormalise
 from vlakeep.data.writer import write_rlds
-from vlakeep.storage import Storage
+from vlakeep.tabletop import benchmark as tabletop
 
 h5py, pa, av = pytest.importorskip("h5py"), pytest.importorskip("pyarrow"), pytest.importorskip("av")
 pq = pytest.importorskip("pyarrow.parquet")

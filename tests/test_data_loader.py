@@ -10,7 +10,7 @@ import torch
 from test_data_prompts import processor  # noqa: F401  (a fixture)
 from test_data_rlds import make_episodes
 
-from vlakeep.config import DataConfig
+from vlakeep.core.config import DataConfig
 from vlakeep.data.formats import open_datasets
 from vlakeep.data.loader import BatchStream, make_stream
 from vlakeep.data.order import SampleOrder

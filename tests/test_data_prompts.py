@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from vlakeep.backbones.processor import Processor
-from vlakeep.backbones.tiny import build_tiny_tokenizer
 from vlakeep.data import prompts
 from vlakeep.data.sample import IGNORE_INDEX, Row, Sample
+from vlakeep.openvla.processor import Processor
+from vlakeep.openvla.tiny import build_tiny_tokenizer
 
 TEXTS = ["In: What action should the robot take to push the red block to the corner?\nOut:",
          "pick up the black bowl, State: 12 34;", "In: what color is the left block?\nOut:",
@@ -118,7 +118,7 @@ def test_golden_text():
         def __call__(self, text, add_special_tokens):
             return {"input_ids": {p["eval_prompt"]: p["eval_input_ids"] for p in official["prompts"]}[text]}
 
-    from vlakeep.backbones.action_tokenizer import ActionTokenizer
+    from vlakeep.openvla.action_tokenizer import ActionTokenizer
     recorded = SimpleNamespace(tokenizer=Recorded(), empty_token_id=official["space_token_id"], pad_token_id=official["pad_id"],
                                action_tokenizer=ActionTokenizer(official["vocab_size"]),
                                image_processor=lambda images: torch.zeros(len(images), 6, 2, 2))

@@ -10,10 +10,10 @@ import pytest
 
 from vlakeep.data import images, statistics, tfrecord
 from vlakeep.data.formats import open_datasets
-from vlakeep.data.golden import verify_augment_golden, verify_images_golden, verify_rlds_golden
 from vlakeep.data.rlds import RldsDataset
 from vlakeep.data.sample import Episode
 from vlakeep.data.writer import write_rlds
+from vlakeep.parity.golden_data import verify_augment_golden, verify_images_golden, verify_rlds_golden
 
 GOLDEN = os.environ.get("VLAKEEP_GOLDEN")
 needs_golden = pytest.mark.skipif(GOLDEN is None, reason="VLAKEEP_GOLDEN names no folder with the golden data")

@@ -7,15 +7,16 @@ import pytest
 import yaml
 from conftest import EVALUATION, METHOD, SMALL, read_evaluation
 
-from vlakeep import demo, tabletop_data
+from vlakeep import demo
 from vlakeep.benchmarks.records import wilson
-from vlakeep.checkpoint import file_sha256
-from vlakeep.config import load_config
+from vlakeep.core.checkpoint import file_sha256
+from vlakeep.core.config import load_config
+from vlakeep.core.rundir import read_metrics
+from vlakeep.core.storage import Storage
 from vlakeep.reporting.arms import load_arms
 from vlakeep.reporting.compare import Comparison
 from vlakeep.reporting.figures import CURVES
-from vlakeep.rundir import read_metrics
-from vlakeep.storage import Storage
+from vlakeep.tabletop import data as tabletop_data
 from vlakeep.train import run_training
 
 ARMS = ["base", "baseline", "method", "graded"]

@@ -90,7 +90,7 @@ def test_stages_and_flags_exist():
     ("vlakeep pretrain-tabletop --minutes 8 \\\n    --train.lr 1", ["vlakeep pretrain-tabletop: --train.lr"]),
     ("torchrun --standalone -m vlakeep.cli train --train.lr 1 --minutes 8", ["vlakeep.cli train: --minutes"]),
     ("scripts/run_method_train.sh --gpus 8 --demos 3", ["scripts/run_method_train.sh --gpus: --demos"]),
-    ("python benchmarks/step_time.py --rounds 3 --demos 3", ["python benchmarks/step_time.py: --demos"]),
+    ("python speed/step_time.py --rounds 3 --demos 3", ["python speed/step_time.py: --demos"]),
 ])
 def test_an_option_of_another_stage_is_found(command, wrong):
     assert wrong_options(command) == wrong
@@ -174,7 +174,7 @@ def test_log_fields_are_those_of_the_code():
     made |= keys_made("thermostat/controller.py", "Controller._row")
     made -= {"scaler", "method", "guard", "stream"}  # parts of a checkpoint, named in the same function
     assert '"lora_input/"' in (PACKAGE / "methods" / "icsm_hsw_thermostat.py").read_text()
-    assert '"nonfinite"' in (PACKAGE / "rundir.py").read_text()
+    assert '"nonfinite"' in (PACKAGE / "core" / "rundir.py").read_text()
     listed = [row[0].strip("`") for row in rows(METRICS.search(read("docs/formats.md"))[1])][1:]
     assert sorted(listed) == sorted(made)
     for name, title in (("docs/RESEARCH_PIPELINE.md", "## Log fields"), ("docs/RESEARCH_PIPELINE.zh-CN.md", "## 日志字段")):

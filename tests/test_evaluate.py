@@ -11,18 +11,20 @@ from conftest import BASELINE, EVALUATION, read_evaluation, wilson_by_roots
 from safetensors.torch import load_file
 
 from vlakeep import evaluate
-from vlakeep.backbones.base import Backbone, make_backbone
-from vlakeep.benchmarks import rollout, tabletop
 from vlakeep.benchmarks.summary import print_summary
-from vlakeep.benchmarks.tabletop_expert import expert_actions
-from vlakeep.benchmarks.tabletop_render import render
-from vlakeep.benchmarks.tabletop_world import MAX_STEPS, NEW_SKILL, TabletopWorld
-from vlakeep.checkpoint import file_sha256
+from vlakeep.core.checkpoint import file_sha256
+from vlakeep.core.errors import CheckpointError
 from vlakeep.data.sample import IGNORE_INDEX, Batch, Sample
-from vlakeep.errors import CheckpointError
 from vlakeep.evaluate import ActionPolicy, action_token_kl, load_target, run_evaluation
+from vlakeep.models.load import make_backbone
+from vlakeep.openvla.backbone import Backbone
 from vlakeep.probe.masks import mask_from_prompt
 from vlakeep.probe.probe_set import ProbeSet
+from vlakeep.tabletop import benchmark as tabletop
+from vlakeep.tabletop import rollout
+from vlakeep.tabletop.expert import expert_actions
+from vlakeep.tabletop.render import render
+from vlakeep.tabletop.world import MAX_STEPS, NEW_SKILL, TabletopWorld
 
 SKILLS, KINDS, SEED, EPISODES = ["reach", "pick", "corner"], ["color", "gripper"], 11, 3
 # Few questions, where it is the episodes that matter.

@@ -16,17 +16,18 @@ import torch
 from conftest import BASELINE
 
 from vlakeep import evaluate
-from vlakeep.backbones import safeguards
-from vlakeep.backbones.base import make_backbone
-from vlakeep.backbones.lora import load_adapter
-from vlakeep.benchmarks import libero, libero_setup
-from vlakeep.benchmarks.libero_workers import Workers
-from vlakeep.benchmarks.tabletop import question_trials
 from vlakeep.data.images import center_crop, libero_image
 from vlakeep.data.prompts import encode_prompts
 from vlakeep.data.sample import Episode, Sample
 from vlakeep.data.writer import write_rlds
+from vlakeep.libero import benchmark as libero
+from vlakeep.libero import setup as libero_setup
+from vlakeep.libero.workers import Workers
+from vlakeep.models import alarms as safeguards
+from vlakeep.models.adapters import load_adapter
+from vlakeep.models.load import make_backbone
 from vlakeep.probe.probe_set import write_probe
+from vlakeep.tabletop.benchmark import question_trials
 from vlakeep.train import run_training
 
 OBJECT, GOAL = "libero_object", "libero_goal"

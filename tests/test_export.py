@@ -8,13 +8,13 @@ import torch
 from conftest import BASELINE
 from safetensors.torch import load_file, save_file
 
-from vlakeep.backbones import merge
-from vlakeep.backbones.base import make_backbone
-from vlakeep.backbones.lora import load_adapter, merged_state
-from vlakeep.errors import CheckpointError
+from vlakeep.core.errors import CheckpointError
+from vlakeep.core.storage import find_checkpoint
+from vlakeep.core.target import target_checkpoint
 from vlakeep.export import run_export
-from vlakeep.storage import find_checkpoint
-from vlakeep.target import target_checkpoint
+from vlakeep.models import merge
+from vlakeep.models.adapters import load_adapter, merged_state
+from vlakeep.models.load import make_backbone
 from vlakeep.train import run_training
 
 

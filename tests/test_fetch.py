@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from vlakeep import fetch
+from vlakeep.core import fetch
 
 
 def failing(times, error):

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlakeep import golden
-from vlakeep.backbones.golden import UNCHECKED, verify_model, verify_shapes
-from vlakeep.backbones.golden_text import verify_text
-from vlakeep.backbones.golden_weights import formula_tensor, golden_config
-from vlakeep.backbones.openvla import OpenVLA, parameters_on_meta
-from vlakeep.backbones.tiny import build_tiny_tokenizer
-from vlakeep.compat import import_timm
+from vlakeep.core.compat import import_timm
 from vlakeep.data.sample import Row
+from vlakeep.openvla.model import OpenVLA, parameters_on_meta
+from vlakeep.openvla.tiny import build_tiny_tokenizer
+from vlakeep.parity import verify_golden as golden
+from vlakeep.parity.golden import UNCHECKED, verify_model, verify_shapes
+from vlakeep.parity.golden_text import verify_text
+from vlakeep.parity.golden_weights import formula_tensor, golden_config
 
 HERE = Path(__file__).resolve().parent
 
@@ -194,7 +194,7 @@ def test_sizes_of_unknown_vision_models_come_from_the_shapes(tmp_path):
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path):
-    from vlakeep.backbones.processor import load_tokenizer
+    from vlakeep.openvla.processor import load_tokenizer
 
     build_tiny_tokenizer(["pick up the cube"], [], tmp_path, 704)
     assert failed(verify_text(ROOT / "text", load_tokenizer(tmp_path))) == ["the tokenizer given is one of those recorded"]

@@ -14,21 +14,21 @@ from safetensors.torch import load_file
 from test_laws import REPOSITORY, command
 from torch import nn
 
-from vlakeep.backbones.base import make_backbone
-from vlakeep.backbones.lora import adapters_disabled, attach_lora, select_linears, target_modules
-from vlakeep.config import Config
+from vlakeep.core.config import Config
+from vlakeep.core.rundir import read_metrics
 from vlakeep.data.prompts import encode_prompts
 from vlakeep.evaluate import action_token_kl, load_target
 from vlakeep.hsw import graded
 from vlakeep.hsw.graded import GradedInput, GradedSite
-from vlakeep.icsm.collect import input_key, token_moments, with_own_answers
 from vlakeep.methods import graded as graded_method
 from vlakeep.methods import graded_offline
+from vlakeep.models.adapters import adapters_disabled, attach_lora, select_linears, target_modules
+from vlakeep.models.load import make_backbone
 from vlakeep.offline import run_offline
 from vlakeep.probe.probe_set import ProbeSet
-from vlakeep.rundir import read_metrics
 from vlakeep.teacher import artifact, coverage
 from vlakeep.teacher.answers import Answered, divergence, run_below, split_log_probabilities, teacher_answers
+from vlakeep.teacher.collect import input_key, token_moments, with_own_answers
 from vlakeep.teacher.spectrum import Spectrum, gains, spectrum
 from vlakeep.thermostat.kl_sensor import KLSensor, batched
 from vlakeep.thermostat.setpoint import SetPoint, SetPointController, replay, settle

@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import METHOD
 
-from vlakeep.icsm import artifact
-from vlakeep.icsm.collect import input_key, pooled_states, token_moments, with_own_answers
-from vlakeep.icsm.decompose import pooled_candidates, token_bases
-from vlakeep.icsm.sensitivity import measured_positions, order_by_fragility, sensitivities
+from vlakeep.teacher import icsm_artifact as artifact
+from vlakeep.teacher.collect import input_key, pooled_states, token_moments, with_own_answers
+from vlakeep.teacher.decompose import pooled_candidates, token_bases
+from vlakeep.teacher.sensitivity import measured_positions, order_by_fragility, sensitivities
 
 
 def test_candidates_recover_a_planted_subspace():
@@ -48,7 +48,7 @@ def test_a_large_fragile_share_is_kept_as_its_complement():
 
 
 def test_passes_stay_below_the_memory_and_keep_shared_inputs_together():
-    from vlakeep.icsm.collect import passes
+    from vlakeep.teacher.collect import passes
     linears = {f"layers.{i}.{name}": torch.nn.Linear(64, 8) for i in range(3) for name in ("self_attn.q_proj", "self_attn.v_proj")}
     groups = passes(linears, 2 * 4 * 64**2)
     assert [sorted(g) for g in groups] == [[f"layers.{i}.self_attn.{n}" for i in (a, b) if i < 3 for n in ("q_proj", "v_proj")]
@@ -73,7 +73,7 @@ def test_representatives_and_groups_of_18_and_32_layers():
 
 @pytest.fixture(scope="module")
 def teacher(world):
-    from vlakeep.backbones.base import make_backbone
+    from vlakeep.models.load import make_backbone
     from vlakeep.probe.batches import prompt_batches
     from vlakeep.probe.probe_set import ProbeSet
     storage, make_config = world
@@ -86,7 +86,7 @@ def teacher(world):
 @pytest.mark.parametrize("offset", [1, 3])
 def test_sensitivity_from_cached_activations_is_the_full_forward(teacher, offset):
     """The upper layers re-run from the cache, against the whole model run again with the perturbation put in by a hook."""
-    from vlakeep.backbones.base import sequence_mask
+    from vlakeep.openvla.backbone import sequence_mask
     backbone, batches = teacher
     layer = backbone.num_layers - offset
     directions = torch.linalg.qr(torch.randn(backbone.hidden_size, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
@@ -148,7 +148,7 @@ def test_empty_masks_are_counted_and_left_out_and_all_empty_is_an_error(teacher)
 
 
 def test_token_moments_count_valid_tokens_only_and_share_inputs(teacher):
-    from vlakeep.backbones.lora import select_linears
+    from vlakeep.models.adapters import select_linears
     backbone, batches = teacher
     linears = select_linears(backbone, "last:1", ["attention", "mlp"])
     (batch, _), = batches()
@@ -251,8 +251,8 @@ def test_damaged_or_foreign_artefacts_are_refused_with_the_remedy(made):
 
 
 def test_an_artefact_of_another_type_is_refused_with_the_command(world):
-    from vlakeep.backbones.base import make_backbone
     from vlakeep.methods.icsm_hsw_thermostat import METHOD as Method
+    from vlakeep.models.load import make_backbone
 
     storage, make_config = world
     meta = artifact.load(storage.artifact_folder("icms_tabletop-base")).meta

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from conftest import BASELINE
 
-from vlakeep import checkpoint, checks, preflight
-from vlakeep.benchmarks import libero, libero_setup
+from vlakeep import checks, preflight
 from vlakeep.benchmarks.records import Records
 from vlakeep.checks import GREEN, RED, YELLOW
+from vlakeep.core import checkpoint
 from vlakeep.data.sample import Sample
 from vlakeep.evaluate import crop_alarm, load_target, renderer_alarm, resolved, run_evaluation
+from vlakeep.libero import benchmark as libero
+from vlakeep.libero import setup as libero_setup
 from vlakeep.probe.probe_set import write_probe
 from vlakeep.train import run_training
 

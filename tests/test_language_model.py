@@ -1,4 +1,4 @@
-"""The language model's side of benchmarks/language_model.py, on a tiny random Llama."""
+"""The language model's side of studies/language_model.py, on a tiny random Llama."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vlakeep.compat import import_timm
+from vlakeep.core.compat import import_timm
 from vlakeep.methods.baseline import Baseline
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

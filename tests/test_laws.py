@@ -15,7 +15,7 @@ import torch
 from conftest import BASELINE, METHOD, SMALL, final_adapter
 
 from vlakeep import train
-from vlakeep.rundir import read_metrics
+from vlakeep.core.rundir import read_metrics
 from vlakeep.train import TrainingStopped, run_training
 
 REPOSITORY = Path(__file__).parent.parent
@@ -222,7 +222,7 @@ def test_sigterm_saves_and_the_run_goes_on_bitwise(world):
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(world, monkeypatch):
-    from vlakeep.backbones.base import Backbone
+    from vlakeep.openvla.backbone import Backbone
     storage, make_config = world
     original, calls = Backbone.forward, []
 

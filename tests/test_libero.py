@@ -14,17 +14,18 @@ import pytest
 if importlib.util.find_spec("libero") is None or importlib.util.find_spec("robosuite") is None:
     pytest.skip("the LIBERO simulator is not installed (make libero)", allow_module_level=True)
 
-from vlakeep.benchmarks import libero, libero_setup
-from vlakeep.benchmarks.libero_env import IDLE, MAX_STEPS, LiberoEnv, blind, load_suite, policy_image, to_simulator
-from vlakeep.benchmarks.libero_expert import Expert, NotCovered, goals
-from vlakeep.benchmarks.libero_play import evaluate_episode
-from vlakeep.benchmarks.libero_questions import look, questions
-from vlakeep.benchmarks.libero_record import Demo, Manner, record, render
-from vlakeep.benchmarks.libero_scene import Scene
-from vlakeep.benchmarks.libero_view import noun_of, owners, pixels_alone, segment
-from vlakeep.benchmarks.libero_workers import Job, Workers
 from vlakeep.data.dataset import Conventions
 from vlakeep.data.images import center_crop, decode_image, encode_jpeg, resize_uint8
+from vlakeep.libero import benchmark as libero
+from vlakeep.libero import setup as libero_setup
+from vlakeep.libero.env import IDLE, MAX_STEPS, LiberoEnv, blind, load_suite, policy_image, to_simulator
+from vlakeep.libero.expert import Expert, NotCovered, goals
+from vlakeep.libero.play import evaluate_episode
+from vlakeep.libero.questions import look, questions
+from vlakeep.libero.record import Demo, Manner, record, render
+from vlakeep.libero.scene import Scene
+from vlakeep.libero.view import noun_of, owners, pixels_alone, segment
+from vlakeep.libero.workers import Job, Workers
 
 STEPS = 5
 
@@ -157,7 +158,7 @@ def test_the_four_suites_are_covered():
 
 
 def test_what_hdf5_needs_is_said_before_anything_is_simulated(tmp_path, monkeypatch):
-    from vlakeep import libero_demos
+    from vlakeep.libero import demos as libero_demos
 
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(ModuleNotFoundError, match=r"--format both needs the package h5py.*pip install"):
@@ -335,9 +336,9 @@ def test_the_number_of_workers_changes_no_picture():
 
 def test_one_command_evaluates_a_suite_resumes_and_is_read_by_the_report(tmp_path, monkeypatch, capsys):
     from vlakeep import cli, evaluate
-    from vlakeep.benchmarks.tabletop import question_trials
     from vlakeep.data.sample import Sample
     from vlakeep.probe.probe_set import write_probe
+    from vlakeep.tabletop.benchmark import question_trials
 
     def act(backbone, images, instructions, key, width):
         assert images.shape == (2, 224, 224, 3) and key == "tabletop" and width > 20

@@ -5,10 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vlakeep.benchmarks.libero_colors import color_of, lab
-from vlakeep.benchmarks.libero_questions import questions
-from vlakeep.benchmarks.libero_view import Thing, View, noun_of
-from vlakeep.probe.balance import Question, choose, measure
+from vlakeep.libero.balance import Question, choose, measure
+from vlakeep.libero.colors import color_of, lab
+from vlakeep.libero.questions import questions
+from vlakeep.libero.view import Thing, View, noun_of
 
 
 def thing(name, x, depth, color=None):

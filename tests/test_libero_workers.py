@@ -12,15 +12,16 @@ import pytest
 import torch
 
 from vlakeep import evaluate, preflight
-from vlakeep.benchmarks import libero, libero_setup
-from vlakeep.benchmarks.libero import FixedBatch
-from vlakeep.benchmarks.libero_env import to_simulator
-from vlakeep.benchmarks.libero_record import Demo, Manner, disturbances, without_no_ops
-from vlakeep.benchmarks.libero_scene import Boxes, clearance, rotation_about, separation
-from vlakeep.benchmarks.libero_workers import Job, Seen, Workers
 from vlakeep.benchmarks.summary import make_summary, print_summary
-from vlakeep.config import BackboneConfig, Config, EvaluateConfig
-from vlakeep.storage import Storage
+from vlakeep.core.config import BackboneConfig, Config, EvaluateConfig
+from vlakeep.core.storage import Storage
+from vlakeep.libero import benchmark as libero
+from vlakeep.libero import setup as libero_setup
+from vlakeep.libero.benchmark import FixedBatch
+from vlakeep.libero.env import to_simulator
+from vlakeep.libero.record import Demo, Manner, disturbances, without_no_ops
+from vlakeep.libero.scene import Boxes, clearance, rotation_about, separation
+from vlakeep.libero.workers import Job, Seen, Workers
 
 
 class Counter:
@@ -128,9 +129,9 @@ def test_rows_that_nobody_fills_are_said(capsys):
 
 def test_the_model_gives_a_row_the_same_numbers_whoever_else_is_in_its_batch():
     """To the bit, for one shape of the batch: what FixedBatch relies on."""
-    from vlakeep.backbones.base import make_backbone
     from vlakeep.data.prompts import encode_prompts, whole_prompt
     from vlakeep.data.sample import Sample
+    from vlakeep.models.load import make_backbone
 
     backbone = make_backbone("tabletop-base")
     rng = np.random.default_rng(0)
@@ -192,7 +193,7 @@ def test_demonstrations_of_before_the_noise_were_executed_as_they_stand(tmp_path
 
 
 def test_the_amount_of_noise_is_checked_and_names_the_set():
-    from vlakeep.libero_demos import OPTIONS, set_name
+    from vlakeep.libero.demos import OPTIONS, set_name
 
     for bad in ("-0.1", "much", "nan", ""):
         with pytest.raises(ValueError, match="--noise .* must be a number, 0 or above"):

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from vlakeep.backbones.base import make_backbone
-from vlakeep.backbones.format import save_checkpoint
-from vlakeep.backbones.lora import (
+from vlakeep.core.config import BackboneConfig, LoraConfig
+from vlakeep.core.errors import CheckpointError
+from vlakeep.data.prompts import encode_batch
+from vlakeep.models.adapters import (
     adapted_linears,
     adapter_state,
     adapters_disabled,
@@ -24,9 +25,8 @@ from vlakeep.backbones.lora import (
     target_modules,
     trainable_state,
 )
-from vlakeep.config import BackboneConfig, LoraConfig
-from vlakeep.data.prompts import encode_batch
-from vlakeep.errors import CheckpointError
+from vlakeep.models.load import make_backbone
+from vlakeep.models.merge import save_checkpoint
 
 samples = test_backbone.samples
 folder = test_backbone.folder  # the fixture of the tiny checkpoint

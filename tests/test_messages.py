@@ -13,14 +13,14 @@ import pytest
 from vlakeep import preflight
 from vlakeep.benchmarks.records import Records, wilson
 from vlakeep.checks import check_artifact
-from vlakeep.config import Config, save_config
-from vlakeep.errors import RunDirError
+from vlakeep.core.config import Config, save_config
+from vlakeep.core.errors import RunDirError
+from vlakeep.core.rundir import RunDir
+from vlakeep.core.storage import Storage, find_checkpoint
+from vlakeep.core.target import target_checkpoint
 from vlakeep.reporting.arms import load_arms
 from vlakeep.reporting.compare import Comparison
 from vlakeep.reporting.provenance import reproduce
-from vlakeep.rundir import RunDir
-from vlakeep.storage import Storage, find_checkpoint
-from vlakeep.target import target_checkpoint
 
 REPOSITORY = Path(__file__).parent.parent
 NAME = "it's a root"

@@ -7,14 +7,14 @@ from conftest import BASELINE, GRADED, METHOD, final_adapter
 
 import vlakeep.methods
 from vlakeep import checks, preflight
-from vlakeep.backbones.base import make_backbone
-from vlakeep.backbones.lora import add_lora
-from vlakeep.config import ConfigError
+from vlakeep.core.config import ConfigError
+from vlakeep.core.registry import method_class, method_names
+from vlakeep.core.rundir import read_metrics
 from vlakeep.methods.base import Method
+from vlakeep.models.adapters import add_lora
+from vlakeep.models.load import make_backbone
 from vlakeep.offline import run_offline
-from vlakeep.registry import method_class, method_names
 from vlakeep.reporting.arms import Arm
-from vlakeep.rundir import read_metrics
 from vlakeep.train import run_training
 
 # Method -> (its configuration, what switches it off).

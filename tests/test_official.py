@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
-from vlakeep import verify_openvla
-from vlakeep.config import ConfigError, load_config
+from vlakeep.core.config import ConfigError, load_config
+from vlakeep.core.official_code import check_openvla_dir
 from vlakeep.data.sample import Row
-from vlakeep.official_code import check_openvla_dir
+from vlakeep.parity import verify_openvla
 
 CHECKOUT = os.environ.get("VLAKEEP_OPENVLA_DIR")
 
@@ -38,7 +38,7 @@ def test_the_table_fails_past_a_tolerance(capsys):
 def test_both_implementations_agree_and_train_alike(world, capsys):
     from conftest import METHOD
 
-    from vlakeep.rundir import read_metrics
+    from vlakeep.core.rundir import read_metrics
     from vlakeep.train import run_training
     assert verify_openvla.main(["--openvla_dir", CHECKOUT, "--device", "cpu"]) == 0, capsys.readouterr().out
     storage, make_config = world

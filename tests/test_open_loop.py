@@ -6,11 +6,12 @@ import pytest
 from conftest import BASELINE, read_evaluation
 
 from vlakeep import checks, evaluate, preflight
-from vlakeep.benchmarks import open_loop, tabletop
-from vlakeep.config import ConfigError
+from vlakeep.benchmarks import open_loop
+from vlakeep.core.config import ConfigError
 from vlakeep.data.formats import open_dataset
 from vlakeep.data.prompts import encode_prompts
 from vlakeep.evaluate import action_token_kl, load_target, run_evaluation
+from vlakeep.tabletop import benchmark as tabletop
 
 BRIEF = ["--evaluate.benchmark", "dataset", "--data.train_fraction", "0.5", "--evaluate.episodes", "3", "--evaluate.retention_frames", "6"]
 

@@ -9,14 +9,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vlakeep import compat, preflight
-from vlakeep import storage as storage_module
+from vlakeep import preflight
 from vlakeep.checks import RED, SPARE_BYTES, adapter_parameters, checkpoint_bytes, safetensors_problem
-from vlakeep.config import Config, save_config, to_dict
+from vlakeep.core import compat
+from vlakeep.core import storage as storage_module
+from vlakeep.core.config import Config, save_config, to_dict
 from vlakeep.data.sample import Sample
-from vlakeep.icsm import artifact
 from vlakeep.preflight import version_tuple
 from vlakeep.probe.probe_set import write_probe
+from vlakeep.teacher import icsm_artifact as artifact
 
 DEPTH, WIDTH = 6, 32
 VARIABLES = ["HF_HOME", "TRANSFORMERS_CACHE", "HF_DATASETS_CACHE", "TORCH_HOME", "WANDB_DIR", "TMPDIR"]

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from vlakeep.backbones.base import make_backbone
-from vlakeep.backbones.pretraining import compile_layers, fit, new_model, options, picker, save
-from vlakeep.config import BackboneConfig
+from vlakeep.core.config import BackboneConfig
 from vlakeep.data.sample import Sample
 from vlakeep.data.statistics import action_statistics
-from vlakeep.pretrain_libero import LIGHT, Windows, shrink, stored_side
+from vlakeep.libero.pretrain import LIGHT, Windows, shrink, stored_side
+from vlakeep.models.load import make_backbone
+from vlakeep.openvla.pretraining import compile_layers, fit, new_model, options, picker, save
 
 
 def samples(asked, others):

@@ -11,7 +11,8 @@ import yaml
 from conftest import read_evaluation, wilson_by_roots
 
 from vlakeep.benchmarks.records import wilson
-from vlakeep.config import Config, ConfigError, to_dict
+from vlakeep.core.config import Config, ConfigError, to_dict
+from vlakeep.core.storage import Storage
 from vlakeep.report import arms_from_runs, build_report, main, split_options
 from vlakeep.reporting import words
 from vlakeep.reporting.arms import Arm, load_arms
@@ -19,7 +20,6 @@ from vlakeep.reporting.compare import Comparison, pair
 from vlakeep.reporting.figures import figures, render
 from vlakeep.reporting.intervals import mean_of, newcombe, paired_mean
 from vlakeep.reporting.tables import differences_html
-from vlakeep.storage import Storage
 
 SKILLS = {"reach": 0.64, "push_left": 0.8, "touch_colour": 0.72}
 QUESTIONS = {"colour": 0.97, "count": 0.93, "left_or_right": 0.95, "exists": 0.98, "shape": 0.96}

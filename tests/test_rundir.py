@@ -12,12 +12,12 @@ import torch
 import yaml
 from test_storage import file_size_limit, names
 
-from vlakeep.checkpoint import save_checkpoint
-from vlakeep.config import Config
-from vlakeep.errors import DiskFull, RunDirError
-from vlakeep.parallel import Distributed
-from vlakeep.rundir import RunDir, config_differences, read_metrics
-from vlakeep.storage import Storage
+from vlakeep.core.checkpoint import save_checkpoint
+from vlakeep.core.config import Config
+from vlakeep.core.errors import DiskFull, RunDirError
+from vlakeep.core.parallel import Distributed
+from vlakeep.core.rundir import RunDir, config_differences, read_metrics
+from vlakeep.core.storage import Storage
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_dirty_diff_is_kept(storage, monkeypatch, tmp_path):
         subprocess.run([*git, *arguments], check=True)
     (code / "x.py").write_text("two\n")
     (code / "new.py").write_text("")
-    monkeypatch.setattr("vlakeep.provenance.__file__", str(code / "provenance.py"))
+    monkeypatch.setattr("vlakeep.core.provenance.PACKAGE", code)
     run = short_run(storage, make(), 1)
     source = provenance(run)["sessions"][0]["source"]
     assert (
@@ -100,7 +100,8 @@ def test_a_session_that_logged_nothing_does_not_block_the_name(storage):
 
 def test_two_processes_cannot_share_a_folder_and_a_stale_lock_is_recognised(storage):
     code = (
-        "import sys; from vlakeep.config import Config; from vlakeep.storage import Storage; from vlakeep.rundir import RunDir;"
+        "import sys; from vlakeep.core.config import Config; from vlakeep.core.storage import Storage\n"
+        "from vlakeep.core.rundir import RunDir\n"
         "c = Config(name='a', root=sys.argv[1]); c.train.tensorboard = False; r = RunDir.open(Storage.from_config(c), c);"
         "r.log(1, {'loss': 1.0}); print('open', flush=True); sys.stdin.read()"
     )
@@ -245,10 +246,10 @@ def test_processes_other_than_the_main_one_write_nothing(storage):
 
 PAIR = """
 import sys
-from vlakeep.config import Config
-from vlakeep.parallel import Distributed
-from vlakeep.rundir import RunDir
-from vlakeep.storage import Storage
+from vlakeep.core.config import Config
+from vlakeep.core.parallel import Distributed
+from vlakeep.core.rundir import RunDir
+from vlakeep.core.storage import Storage
 config = Config(name="a", root=sys.argv[1])
 config.train.resume, config.train.tensorboard = True, False
 with Distributed("cpu") as dist:

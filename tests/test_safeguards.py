@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from vlakeep.backbones.base import make_backbone
-from vlakeep.backbones.safeguards import ActionWatch, check_vision, orientation_alarm, vision_effect
+from vlakeep.models.alarms import ActionWatch, check_vision, orientation_alarm, vision_effect
+from vlakeep.models.load import make_backbone
 
 STATISTICS = {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask": [True] * 6 + [False]}
 

@@ -16,15 +16,15 @@ FOUND = {match[1]: match[2] for path in sorted(PACKAGE.rglob("*.py")) for match 
 # What stands for a folder of the user's in the line. The golden data in tests/golden are a part, so all of them must be named.
 PLACES = {"runs/NAME": "tests", "GOLDEN_FOLDER": os.environ.get("VLAKEEP_GOLDEN")}
 KEY_MODULES = [
-    "vlakeep.icsm.decompose",
-    "vlakeep.icsm.sensitivity",
+    "vlakeep.teacher.decompose",
+    "vlakeep.teacher.sensitivity",
     "vlakeep.hsw.transform",
     "vlakeep.hsw.residual",
     "vlakeep.hsw.lora_input",
     "vlakeep.thermostat.controller",
     "vlakeep.thermostat.drift",
     "vlakeep.probe.pooling",
-    "vlakeep.benchmarks.tabletop",
+    "vlakeep.tabletop.benchmark",
     "vlakeep.benchmarks.records",
 ]
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from vlakeep import storage as storage_module
-from vlakeep.config import Config
-from vlakeep.errors import DiskFull, StorageError
-from vlakeep.storage import Storage, atomic_dir, atomic_write, find_checkpoint, pick_root, prepare_environment, scan_large_files
+from vlakeep.core import storage as storage_module
+from vlakeep.core.config import Config
+from vlakeep.core.errors import DiskFull, StorageError
+from vlakeep.core.storage import Storage, atomic_dir, atomic_write, find_checkpoint, pick_root, prepare_environment, scan_large_files
 
 FOLDERS = {"hf_cache", "datasets", "probe", "artifacts", "runs", "tmp", "torch_cache", "wandb"}
 VARIABLES = {"HF_HOME", "TRANSFORMERS_CACHE", "HF_DATASETS_CACHE", "TORCH_HOME", "WANDB_DIR", "TMPDIR"}
@@ -154,7 +154,7 @@ def test_prepare_environment_reads_yaml_and_command_line(tmp_path, monkeypatch):
 
 def test_hub_reads_the_exported_cache(tmp_path):
     code = (
-        "import sys; from vlakeep.storage import prepare_environment; prepare_environment(['--root', sys.argv[1]]);"
+        "import sys; from vlakeep.core.storage import prepare_environment; prepare_environment(['--root', sys.argv[1]]);"
         "from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
     )
     environ = {k: v for k, v in os.environ.items() if k not in VARIABLES}

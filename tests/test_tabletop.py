@@ -7,15 +7,19 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vlakeep import evaluate, tabletop_data
-from vlakeep.benchmarks import tabletop
+from vlakeep import evaluate
 from vlakeep.benchmarks.records import Records, summarise
-from vlakeep.benchmarks.rollout import random_policy, run_skill_episodes
-from vlakeep.benchmarks.tabletop_expert import coarse, expert_actions
-from vlakeep.benchmarks.tabletop_questions import ANSWERS, QUESTION_KINDS, ask, corpus, words
-from vlakeep.benchmarks.tabletop_render import SIZE, render
-from vlakeep.benchmarks.tabletop_skills import COLUMN
-from vlakeep.benchmarks.tabletop_world import (
+from vlakeep.core.config import ConfigError, load_config
+from vlakeep.core.storage import Storage
+from vlakeep.data.rlds import RldsDataset
+from vlakeep.tabletop import benchmark as tabletop
+from vlakeep.tabletop import data as tabletop_data
+from vlakeep.tabletop.expert import coarse, expert_actions
+from vlakeep.tabletop.questions import ANSWERS, QUESTION_KINDS, ask, corpus, words
+from vlakeep.tabletop.render import SIZE, render
+from vlakeep.tabletop.rollout import random_policy, run_skill_episodes
+from vlakeep.tabletop.skills import COLUMN
+from vlakeep.tabletop.world import (
     ALL_SKILLS,
     COLORS,
     CONTROLS,
@@ -27,9 +31,6 @@ from vlakeep.benchmarks.tabletop_world import (
     TRAY,
     TabletopWorld,
 )
-from vlakeep.config import ConfigError, load_config
-from vlakeep.data.rlds import RldsDataset
-from vlakeep.storage import Storage
 
 
 def play(world, steps, noise=0.0, rng=None):
@@ -200,7 +201,7 @@ def expert_policy(world_of):
 
 def test_rollouts_record_every_trial_whatever_the_batch(tmp_path, monkeypatch):
     """The same policy in one batch and in several gives the same records; a policy that raises is a crash, not a failure."""
-    from vlakeep.benchmarks import rollout
+    from vlakeep.tabletop import rollout
     worlds = []
 
     def watched(world):
@@ -433,7 +434,7 @@ def test_one_table_two_prompts():
 
 def test_what_is_put_on_the_other_target_ends_the_episode_and_is_told_apart(tmp_path, monkeypatch):
     """A policy that puts everything on the blue one: it has followed one prompt of two."""
-    from vlakeep.benchmarks import rollout
+    from vlakeep.tabletop import rollout
     worlds = []
     monkeypatch.setattr(rollout, "render", lambda world: worlds.append(world) or render(world))
 

@@ -111,11 +111,11 @@ SEED, DRAW = 11, 12
 @pytest.fixture(scope="module")
 def student(world):
     """(backbone with dropout and adapters that do something, in training mode; items; pooled states of teacher and student; batches)."""
-    from vlakeep.backbones.base import make_backbone
-    from vlakeep.backbones.lora import add_lora
-    from vlakeep.icsm.collect import pooled_states
+    from vlakeep.models.adapters import add_lora
+    from vlakeep.models.load import make_backbone
     from vlakeep.probe.batches import prompt_batches
     from vlakeep.probe.probe_set import ProbeSet
+    from vlakeep.teacher.collect import pooled_states
 
     storage, make_config = world
     config = make_config(METHOD, "--lora.dropout", 0.5)

@@ -15,14 +15,14 @@ import torch
 from conftest import BASELINE, METHOD, SMALL
 
 from vlakeep import train
-from vlakeep.backbones.base import make_backbone
-from vlakeep.backbones.lora import add_lora
-from vlakeep.compat import grad_scaler
+from vlakeep.core.compat import grad_scaler
+from vlakeep.core.errors import Interrupted, TrainingStopped
+from vlakeep.core.rundir import read_metrics
 from vlakeep.data.prompts import encode_prompts
 from vlakeep.data.sample import Sample
-from vlakeep.errors import Interrupted, TrainingStopped
 from vlakeep.methods.baseline import Baseline
-from vlakeep.rundir import read_metrics
+from vlakeep.models.adapters import add_lora
+from vlakeep.models.load import make_backbone
 from vlakeep.train import run_training, train_step
 
 REPOSITORY = Path(__file__).parent.parent
@@ -100,7 +100,7 @@ def test_a_stage_after_training_ends_on_sigterm(world, tmp_path):
     """As `vlakeep demo` does: training and what follows it in one process."""
     storage, _ = world
     (tmp_path / "two_stages.py").write_text(
-        "import time\nfrom vlakeep.config import load_config\nfrom vlakeep.storage import Storage\n"
+        "import time\nfrom vlakeep.core.config import load_config\nfrom vlakeep.core.storage import Storage\n"
         "from vlakeep.train import run_training\n\n\ndef main(argv):\n"
         "    config = load_config('configs/baseline_lora.yaml', argv)\n    run_training(config, Storage.from_config(config))\n"
         "    print('trained', flush=True)\n    time.sleep(60)\n    return 0\n")
@@ -244,7 +244,7 @@ def test_the_remedy_for_a_blow_up_is_that_of_the_arm(world, arm, words, other):
                                      ("--lora.modules", "[all-linear]"), ("--train.optimizer", "sgd", "--lora.rank", 8)])
 def test_preflight_counts_the_bytes_of_a_checkpoint(world, changes):
     from vlakeep.checks import checkpoint_bytes
-    from vlakeep.storage import find_checkpoint
+    from vlakeep.core.storage import find_checkpoint
     storage, make_config = world
     config = make_config(BASELINE, "--name", "train-size-" + "-".join(c.strip("[]") for c in map(str, changes[1::2])), *SHORT, *changes)
     model = json.loads((find_checkpoint("tabletop-base", storage.cache) / "config.json").read_text())

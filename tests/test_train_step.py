@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from vlakeep.backbones.base import LossOutput
-from vlakeep.compat import grad_scaler
-from vlakeep.config import TrainConfig
+from vlakeep.core.compat import grad_scaler
+from vlakeep.core.config import TrainConfig
 from vlakeep.methods.baseline import Baseline
+from vlakeep.openvla.backbone import LossOutput
 from vlakeep.train import learning_rate, train_step
 
 LR = 0.1

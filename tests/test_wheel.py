@@ -92,7 +92,7 @@ def test_the_source_distribution_leaves_the_tests_out(built):
 
 def test_the_installed_package_runs_elsewhere(installed, tmp_path):
     commit, site = installed
-    code = "import vlakeep; from vlakeep.config import load_config; print(vlakeep.__file__, load_config('baseline_lora').method)"
+    code = "import vlakeep; from vlakeep.core.config import load_config; print(vlakeep.__file__, load_config('baseline_lora').method)"
     assert run(site, tmp_path, "-c", code).split() == [str(site / "vlakeep" / "__init__.py"), "baseline"]
     assert run(site, tmp_path, "-m", "vlakeep.cli", "--version") == f"vlakeep {vlakeep.__version__} (commit {commit[:7]})\n"
     assert "--hsw.site residual" in run(site, tmp_path, "-m", "vlakeep.cli", "train", "--help")
@@ -100,7 +100,7 @@ def test_the_installed_package_runs_elsewhere(installed, tmp_path):
 
 def test_provenance_of_an_installed_package_is_the_commit_it_was_built_from(installed, tmp_path):
     commit, site = installed
-    code = "import json; from vlakeep.provenance import source_state; print(json.dumps(source_state()))"
+    code = "import json; from vlakeep.core.provenance import source_state; print(json.dumps(source_state()))"
     state = json.loads(run(site, tmp_path, "-c", code))
     assert state == {"commit": commit, "dirty": False, "diff": "", "diff_sha256": None, "untracked": []}
 

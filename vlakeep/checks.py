@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
-from vlakeep.checkpoint import broken, check_base
-from vlakeep.config import Config
-from vlakeep.errors import CheckpointError, RunDirError, human_bytes, quoted
-from vlakeep.ranges import LIBERO_SUITES
-from vlakeep.registry import method_class
-from vlakeep.rundir import RunDir
-from vlakeep.storage import Storage, find_checkpoint, free_bytes
-from vlakeep.target import read_action_statistics, run_config, target_checkpoint
+from vlakeep.core.checkpoint import broken, check_base
+from vlakeep.core.config import Config
+from vlakeep.core.errors import CheckpointError, RunDirError, human_bytes, quoted
+from vlakeep.core.ranges import LIBERO_SUITES
+from vlakeep.core.registry import method_class
+from vlakeep.core.rundir import RunDir
+from vlakeep.core.storage import Storage, find_checkpoint, free_bytes
+from vlakeep.core.target import read_action_statistics, run_config, target_checkpoint
 
 GREEN, YELLOW, RED = "ok", "note", "FAIL"
 SPARE_BYTES = 50_000_000  # logs, boards and states beside the tensors of a run's checkpoints
@@ -135,7 +135,7 @@ def depth_and_width(model: dict) -> Tuple[int, int]:
 
 def check_layers(config: Config, model: dict) -> List[Line]:
     """Layer numbers against the depth, and what the method asks of a model."""
-    from vlakeep.backbones.lora import layer_numbers
+    from vlakeep.models.adapters import layer_numbers
 
     depth, width = depth_and_width(model)
     lines = []
@@ -201,7 +201,7 @@ def check_probe(config: Config, storage: Storage) -> Tuple[List[Line], Optional[
 
 def check_artifact(config: Config, storage: Storage, model: dict, probe_sha256: Optional[str], config_path: str) -> List[Line]:
     """What the method's offline step leaves: there, whole, made for this probe, depth and options; `train` compares the weights too."""
-    from vlakeep.backbones.base import model_name
+    from vlakeep.models.load import model_name
 
     method, remedy = method_class(config.method), "vlakeep offline" + (f" --config {quoted(config_path)}" if config_path else "")
     try:
@@ -261,8 +261,8 @@ def adapter_parameters(config: Config, model: dict, cache: Optional[Path] = None
 
     For all-linear the shapes come from the headers of the weights, which are looked for in `cache`.
     """
-    from vlakeep.backbones.format import tensor_table, weight_files
-    from vlakeep.backbones.lora import layer_numbers, leaf_names
+    from vlakeep.models.adapters import layer_numbers, leaf_names
+    from vlakeep.openvla.format import tensor_table, weight_files
 
     if list(config.lora.modules) == ["all-linear"]:
         folder = find_checkpoint(config.backbone.checkpoint, cache)
@@ -301,7 +301,7 @@ def check_target(config: Config, storage: Storage, model: dict) -> List[Line]:
 
 def check_target_base(config: Config, storage: Storage, base: Path, folder: Path) -> List[Line]:
     """Whether the checkpoint in `folder` was trained on this base model: by the hash of its weights where that is quick, else by name."""
-    from vlakeep.backbones.format import weight_files, weights_hash
+    from vlakeep.openvla.format import weight_files, weights_hash
 
     size = sum(file.stat().st_size for file in weight_files(base))
     if size > HASHED_AT_MOST:
@@ -320,9 +320,9 @@ def check_target_base(config: Config, storage: Storage, base: Path, folder: Path
 
 def check_action_key(config: Config, base: Path, model: dict, own: dict) -> List[Line]:
     """Whether the actions of base and run (`own`: the run's statistics) are un-normalised by a key that is there, as evaluate picks it."""
-    from vlakeep.backbones.format import read_statistics
-    from vlakeep.benchmarks import tabletop
-    from vlakeep.benchmarks.libero import pick_key
+    from vlakeep.libero.benchmark import pick_key
+    from vlakeep.openvla.format import read_statistics
+    from vlakeep.tabletop import benchmark as tabletop
 
     key, only = config.backbone.unnorm_key, next(iter(own)) if len(own) == 1 else None
     try:

@@ -16,7 +16,7 @@ import typing
 from pathlib import Path
 from typing import Dict, List, NamedTuple
 
-from vlakeep.errors import Interrupted, explain, is_user_error
+from vlakeep.core.errors import Interrupted, explain, is_user_error
 
 # Waiting OpenMP threads spin by default; beside any other busy process that makes a training step on two cores ten times slower. It must
 # be said before torch loads its OpenMP runtime. A value that the user has set is kept.
@@ -38,21 +38,23 @@ STAGES: Dict[str, Stage] = {
     "storage-check": Stage(
         "vlakeep.preflight", "check that all big files lie below the storage root; free space", "storage_check"
     ),
-    "fetch": Stage("vlakeep.fetch", "bring a base model from the hub below the storage root, with retries"),
-    "tabletop-data": Stage("vlakeep.tabletop_data", "make the demonstrations and the probe of the tabletop benchmark"),
-    "audit-probe": Stage("vlakeep.audit", "print token by token what of a probe prompt counts as instruction"),
+    "fetch": Stage("vlakeep.core.fetch", "bring a base model from the hub below the storage root, with retries"),
+    "tabletop-data": Stage("vlakeep.tabletop.data", "make the demonstrations and the probe of the tabletop benchmark"),
+    "audit-probe": Stage("vlakeep.openvla.audit", "print token by token what of a probe prompt counts as instruction"),
     "offline": Stage("vlakeep.offline", "the frozen teacher's ICSM subspaces and Thermostat statistics, once per base model"),
     "train": Stage("vlakeep.train", "fine-tune LoRA adapters, plain (baseline) or with the method"),
     "evaluate": Stage("vlakeep.evaluate", "new skill, old abilities and drift of a run, one record per trial"),
-    "libero-check": Stage("vlakeep.libero_check", "does the LIBERO simulator run here, and as the official data were rendered"),
-    "libero-demos": Stage("vlakeep.libero_demos", "demonstrations of LIBERO tasks by a scripted expert, as RLDS or HDF5"),
-    "libero-vqa": Stage("vlakeep.libero_vqa", "a probe of LIBERO scenes: instructions, and visual questions with known answers"),
+    "libero-check": Stage("vlakeep.libero.check", "does the LIBERO simulator run here, and as the official data were rendered"),
+    "libero-demos": Stage("vlakeep.libero.demos", "demonstrations of LIBERO tasks by a scripted expert, as RLDS or HDF5"),
+    "libero-vqa": Stage("vlakeep.libero.vqa", "a probe of LIBERO scenes: instructions, and visual questions with known answers"),
     "report": Stage("vlakeep.report", "tables, figures and an HTML page that compare evaluated runs"),
     "export": Stage("vlakeep.export", "merge a run's adapter into the base weights, in the official directory format"),
-    "verify-golden": Stage("vlakeep.golden", "compare with numbers recorded from the official OpenVLA code", configured=False),
-    "verify-openvla": Stage("vlakeep.verify_openvla", "compare vlakeep's model with the official code of your checkout", configured=False),
-    "pretrain-tabletop": Stage("vlakeep.pretrain", "rebuild the small model that ships with vlakeep (one GPU)", configured=False),
-    "pretrain-libero": Stage("vlakeep.pretrain_libero", "a small model of LIBERO demonstrations, from nothing (one GPU)", configured=False),
+    "verify-golden": Stage("vlakeep.parity.verify_golden", "compare with numbers recorded from the official OpenVLA code",
+                           configured=False),
+    "verify-openvla": Stage("vlakeep.parity.verify_openvla", "compare vlakeep's model with the official code of your checkout",
+                            configured=False),
+    "pretrain-tabletop": Stage("vlakeep.tabletop.pretrain", "rebuild the small model that ships with vlakeep (one GPU)", configured=False),
+    "pretrain-libero": Stage("vlakeep.libero.pretrain", "a small model of LIBERO demonstrations, from nothing (one GPU)", configured=False),
 }
 
 
@@ -78,7 +80,7 @@ def stage_help(name: str) -> str:
 
 def config_help() -> str:
     """Every configuration key with its default and the comment above it in config.py."""
-    from vlakeep import config
+    from vlakeep.core import config
 
     lines = ["configuration keys (in the YAML file, or on the command line as --section.key value):"]
 
@@ -122,7 +124,7 @@ def run(argv: List[str]) -> int:
         print(usage())
         return 0 if argv else 2
     if argv[0] in ("-V", "--version"):
-        from vlakeep.provenance import version_line
+        from vlakeep.core.provenance import version_line
 
         print(version_line())
         return 0
@@ -138,7 +140,7 @@ def run(argv: List[str]) -> int:
     if stage.configured and ("--help" in rest or "-h" in rest):
         print(stage_help(name))
         return 0
-    from vlakeep.storage import prepare_environment
+    from vlakeep.core.storage import prepare_environment
 
     prepare_environment(rest, demo=name == "demo")
     return getattr(importlib.import_module(stage.module), stage.function)(rest) or 0

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Dict, List
 
-from vlakeep.config import Config, load_config
+from vlakeep.core.config import Config, load_config
 
 # Arm -> (configuration that ships, what differs from it). Every arm gets the same seed, data, steps and evaluation states.
 ARMS = {
@@ -37,12 +37,12 @@ def arm_config(arm: str, extra: List[str]) -> Config:
 
 
 def main(argv: List[str]) -> int:
-    from vlakeep.checkpoint import list_checkpoints
+    from vlakeep.core.checkpoint import list_checkpoints
+    from vlakeep.core.storage import Storage
     from vlakeep.evaluate import run_evaluation
     from vlakeep.offline import run_offline
     from vlakeep.report import build_report
-    from vlakeep.storage import Storage
-    from vlakeep.tabletop_data import write_tabletop_data
+    from vlakeep.tabletop.data import write_tabletop_data
     from vlakeep.train import TrainingStopped, run_training
 
     started = time.perf_counter()

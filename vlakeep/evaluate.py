@@ -21,30 +21,33 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from vlakeep.backbones.base import make_backbone
-from vlakeep.backbones.lora import adapters_disabled, load_adapter
-from vlakeep.backbones.safeguards import ActionWatch, orientation_alarm
-from vlakeep.benchmarks import libero, libero_setup, open_loop, tabletop
+from vlakeep.benchmarks import open_loop
 from vlakeep.benchmarks.records import Records
 from vlakeep.benchmarks.summary import make_summary, write_summary
-from vlakeep.compat import require_numpy
-from vlakeep.config import Config, EvaluateConfig, config_from_argv, to_dict
+from vlakeep.benchmarks.trained import crop_alarm, renderer_alarm, trained_data, training_picture
+from vlakeep.core.compat import require_numpy
+from vlakeep.core.config import Config, EvaluateConfig, config_from_argv, to_dict
+from vlakeep.core.parallel import pick_device, set_threads
+from vlakeep.core.storage import Storage
+from vlakeep.core.target import load_manifest, read_action_statistics, target_checkpoint
 from vlakeep.data.dataset import Conventions
 from vlakeep.data.formats import closing_all, open_datasets
 from vlakeep.data.images import center_crop, resize_uint8
 from vlakeep.data.prompts import encode_prompts, whole_prompt
 from vlakeep.data.sample import Sample
 from vlakeep.data.statistics import normalise, unnormalise
-from vlakeep.icsm.artifact import default_layers, layer_map
-from vlakeep.icsm.collect import pooled_states
-from vlakeep.parallel import pick_device, set_threads
+from vlakeep.libero import benchmark as libero
+from vlakeep.libero import setup as libero_setup
+from vlakeep.models.adapters import adapters_disabled, load_adapter
+from vlakeep.models.alarms import ActionWatch, orientation_alarm
+from vlakeep.models.load import make_backbone
 from vlakeep.probe.batches import prompt_batches
 from vlakeep.probe.heldout import open_heldout
 from vlakeep.probe.probe_set import ProbeSet
-from vlakeep.storage import Storage
-from vlakeep.target import load_manifest, read_action_statistics, target_checkpoint
+from vlakeep.tabletop import benchmark as tabletop
+from vlakeep.teacher.collect import pooled_states
+from vlakeep.teacher.icsm_artifact import default_layers, layer_map
 from vlakeep.thermostat.drift import covariance, covariance_drift
-from vlakeep.trained import crop_alarm, renderer_alarm, trained_data, training_picture
 
 ANSWER_TOKENS = 6
 TABLETOP_SEED = 1000

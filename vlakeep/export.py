@@ -20,22 +20,23 @@ import numpy as np
 import torch
 
 import vlakeep
-from vlakeep import closing_pass
-from vlakeep.backbones.base import DTYPES, Backbone, make_backbone
-from vlakeep.backbones.format import weight_files, weights_hash
-from vlakeep.backbones.lora import load_adapter
-from vlakeep.backbones.merge import RECORD, merge_checkpoint
-from vlakeep.backbones.processor import Processor
-from vlakeep.config import BackboneConfig, Config, config_from_argv
+from vlakeep.core.config import BackboneConfig, Config, config_from_argv
+from vlakeep.core.errors import CheckpointError, human_bytes, quoted
+from vlakeep.core.parallel import pick_device, set_threads
+from vlakeep.core.storage import Storage, atomic_dir, find_checkpoint, need_free
+from vlakeep.core.target import load_manifest, read_action_statistics, target_checkpoint
 from vlakeep.data.dataset import Conventions
 from vlakeep.data.formats import closing_all, open_datasets
 from vlakeep.data.images import resize_uint8
 from vlakeep.data.prompts import encode_prompts
 from vlakeep.data.sample import Sample
-from vlakeep.errors import CheckpointError, human_bytes, quoted
-from vlakeep.parallel import pick_device, set_threads
-from vlakeep.storage import Storage, atomic_dir, find_checkpoint, need_free
-from vlakeep.target import load_manifest, read_action_statistics, target_checkpoint
+from vlakeep.methods import closing_pass
+from vlakeep.models.adapters import load_adapter
+from vlakeep.models.load import DTYPES, make_backbone
+from vlakeep.models.merge import RECORD, merge_checkpoint
+from vlakeep.openvla.backbone import Backbone
+from vlakeep.openvla.format import weight_files, weights_hash
+from vlakeep.openvla.processor import Processor
 
 PARITY_BATCH = 8
 

@@ -12,11 +12,11 @@ from typing import List
 
 import torch
 
-from vlakeep.backbones.base import make_backbone
-from vlakeep.config import Config, config_from_argv
-from vlakeep.parallel import pick_device, set_threads
-from vlakeep.registry import method_class
-from vlakeep.storage import Storage
+from vlakeep.core.config import Config, config_from_argv
+from vlakeep.core.parallel import pick_device, set_threads
+from vlakeep.core.registry import method_class
+from vlakeep.core.storage import Storage
+from vlakeep.models.load import make_backbone
 
 
 def run_offline(config: Config, storage: Storage) -> Path:

@@ -24,15 +24,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from vlakeep import checks
-from vlakeep.benchmarks import libero_setup
-from vlakeep.benchmarks.libero_env import SUITES
 from vlakeep.checks import GREEN, RED, YELLOW, Line
-from vlakeep.compat import NUMPY_1, numpy_trouble
-from vlakeep.config import Config, ConfigError, config_from_argv
-from vlakeep.errors import human_bytes, quoted
-from vlakeep.registry import method_class, method_names
-from vlakeep.schema import find_config
-from vlakeep.storage import Storage, code_trees, peek, scan_large_files
+from vlakeep.core.compat import NUMPY_1, numpy_trouble
+from vlakeep.core.config import Config, ConfigError, config_from_argv
+from vlakeep.core.errors import human_bytes, quoted
+from vlakeep.core.registry import method_class, method_names
+from vlakeep.core.schema import find_config
+from vlakeep.core.storage import Storage, code_trees, peek, scan_large_files
+from vlakeep.libero import setup as libero_setup
+from vlakeep.libero.env import SUITES
 
 STAGES = ("offline", "train", "evaluate")
 # As pyproject.toml; the official OpenVLA environment meets them all.

@@ -18,13 +18,13 @@ from typing import Dict, List, Optional
 
 from tqdm import tqdm
 
-from vlakeep.config import ConfigError, config_from_argv
+from vlakeep.core.config import ConfigError, config_from_argv
+from vlakeep.core.storage import Storage, atomic_dir
 from vlakeep.reporting import tables, words
 from vlakeep.reporting.arms import Arm, load_arms
 from vlakeep.reporting.compare import Comparison
 from vlakeep.reporting.figures import figures, save_files
 from vlakeep.reporting.page import page
-from vlakeep.storage import Storage, atomic_dir
 
 OPTIONS = ("runs", "out", "title", "seconds")
 OURS = {"index.html", "summary.json", "provenance.json", "tables", "figures"}

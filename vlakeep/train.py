@@ -20,19 +20,19 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from vlakeep import checkpoint as ckpt
-from vlakeep.backbones.base import make_backbone
-from vlakeep.backbones.lora import add_lora, load_trainable, save_adapter, trainable_state
-from vlakeep.backbones.safeguards import check_vision
-from vlakeep.compat import grad_scaler
-from vlakeep.config import Config, config_from_argv, to_dict
+from vlakeep.core import checkpoint as ckpt
+from vlakeep.core.compat import grad_scaler
+from vlakeep.core.config import Config, config_from_argv, to_dict
+from vlakeep.core.errors import CheckpointError, Interrupted, TrainingStopped
+from vlakeep.core.parallel import Distributed, set_threads
+from vlakeep.core.registry import method_class
+from vlakeep.core.rundir import RunDir, RunLock
+from vlakeep.core.storage import Storage, need_free
 from vlakeep.data.loader import make_stream
 from vlakeep.data.statistics import save_statistics
-from vlakeep.errors import CheckpointError, Interrupted, TrainingStopped
-from vlakeep.parallel import Distributed, set_threads
-from vlakeep.registry import method_class
-from vlakeep.rundir import RunDir, RunLock
-from vlakeep.storage import Storage, need_free
+from vlakeep.models.adapters import add_lora, load_trainable, save_adapter, trainable_state
+from vlakeep.models.alarms import check_vision
+from vlakeep.models.load import make_backbone
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -13,8 +13,8 @@ import os
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
-from vlakeep.errors import quoted
-from vlakeep.storage import naming_full_disk
+from vlakeep.core.errors import quoted
+from vlakeep.core.storage import naming_full_disk
 
 
 def wilson(successes: int, n: int, z: float = 1.959964) -> Tuple[float, float, float]:

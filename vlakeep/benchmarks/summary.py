@@ -5,9 +5,11 @@ import time
 from pathlib import Path
 from typing import Dict, List
 
-from vlakeep.benchmarks import libero, open_loop, tabletop
+from vlakeep.benchmarks import open_loop
 from vlakeep.benchmarks.records import mean_interval, summarise
-from vlakeep.storage import atomic_write
+from vlakeep.core.storage import atomic_write
+from vlakeep.libero import benchmark as libero
+from vlakeep.tabletop import benchmark as tabletop
 
 
 def make_summary(name: str, rows: List[dict], drift, weights: str, benchmark: str = "tabletop",

@@ -15,9 +15,9 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, cast
 
 import numpy as np
 
+from vlakeep.core.storage import atomic_write
 from vlakeep.data.sample import Episode, Sample
 from vlakeep.data.statistics import action_statistics, normalise, standardise
-from vlakeep.storage import atomic_write
 
 _INDEX_FORMAT = 2
 _CORE = ("start_E", "text_N", "actions_NA", "texts")

@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Dict, List
 
+from vlakeep.core.official_code import load_official
 from vlakeep.data.sample import Batch
-from vlakeep.official_code import load_official
 
 
 class OfficialStream:

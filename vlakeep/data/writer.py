@@ -11,10 +11,10 @@ from typing import Iterable
 
 import numpy as np
 
+from vlakeep.core.storage import naming_full_disk
 from vlakeep.data.images import encode_jpeg, encode_png
 from vlakeep.data.sample import Episode
 from vlakeep.data.tfrecord import RecordWriter, write_example
-from vlakeep.storage import naming_full_disk
 
 _STATE_WIDTH = 8  # the official LIBERO transform slices a state of 8
 _CLASS = "tensorflow_datasets.core.features."

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional, Tuple
 
-from vlakeep.config import Config
+from vlakeep.core.config import Config
 
 if TYPE_CHECKING:  # configurations are checked without it
     import torch

@@ -8,17 +8,17 @@ from typing import Callable, Dict, List, Optional
 
 import torch
 
-from vlakeep.backbones.lora import adapters_disabled
-from vlakeep.config import Config
+from vlakeep.core.config import Config
+from vlakeep.core.storage import Storage
 from vlakeep.data.prompts import encode_prompts
 from vlakeep.hsw.graded import GradedInput, GradedSite
-from vlakeep.icsm.collect import input_key
 from vlakeep.methods import graded_offline
 from vlakeep.methods.base import Method, Problem, never_measured
+from vlakeep.models.adapters import adapters_disabled
 from vlakeep.probe.probe_set import ProbeSet
-from vlakeep.storage import Storage
 from vlakeep.teacher.answers import Answered, run_below, teacher_answers
 from vlakeep.teacher.artifact import GradedArtifact, check, load_artifact
+from vlakeep.teacher.collect import input_key
 from vlakeep.teacher.folder import ArtifactError
 from vlakeep.thermostat.kl_sensor import KLSensor, batched
 from vlakeep.thermostat.setpoint import SetPoint, SetPointController, settle

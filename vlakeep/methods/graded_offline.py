@@ -13,19 +13,19 @@ import torch
 from tqdm import tqdm
 
 import vlakeep
-from vlakeep.backbones.lora import select_linears
-from vlakeep.config import Config
+from vlakeep.core.config import Config
+from vlakeep.core.provenance import library_versions, source_commit
+from vlakeep.core.storage import Storage, need_free
 from vlakeep.data.dataset import Conventions
 from vlakeep.data.formats import closing_all, open_datasets
 from vlakeep.data.images import resize_uint8
 from vlakeep.data.prompts import encode_prompts
 from vlakeep.data.sample import Batch, Sample
-from vlakeep.icsm.collect import input_key, passes, with_own_answers
+from vlakeep.models.adapters import select_linears
 from vlakeep.probe.probe_set import ProbeSet
-from vlakeep.provenance import library_versions, source_commit
-from vlakeep.storage import Storage, need_free
 from vlakeep.teacher import artifact, coverage
 from vlakeep.teacher.answers import Part, answer_columns, logits_at, run_below, teacher_answers
+from vlakeep.teacher.collect import input_key, passes, with_own_answers
 from vlakeep.teacher.spectrum import Spectrum, spectrum, to_tensors
 
 ANSWER_TOKENS = 8  # seven action tokens and the end of sequence

@@ -1,7 +1,7 @@
 """Method `icsm_hsw_thermostat`, the authors' frozen form: ICSM subspaces, HSW surgery at the residual stream and / or the LoRA inputs,
 gains held by the Thermostat.
 
-reads: artifact_dir/icms_<backbone>/ (icsm/artifact.py), which `vlakeep offline` makes (methods/icsm_hsw_thermostat_offline.py)
+reads: artifact_dir/icms_<backbone>/ (teacher/icsm_artifact.py), which `vlakeep offline` makes (methods/icsm_hsw_thermostat_offline.py)
 """
 
 from pathlib import Path
@@ -9,19 +9,19 @@ from typing import Any, Dict, List, Optional, Union
 
 import torch
 
-from vlakeep.config import Config, to_dict
+from vlakeep.core.config import Config, to_dict
+from vlakeep.core.storage import Storage
 from vlakeep.hsw.lora_input import LoraInputSite
 from vlakeep.hsw.residual import ResidualSite
 from vlakeep.hsw.transform import Gains, random_basis
-from vlakeep.icsm import artifact as icsm_artifact
-from vlakeep.icsm.artifact import ArtifactError
-from vlakeep.icsm.collect import input_key
-from vlakeep.icsm.decompose import fix_signs
 from vlakeep.methods import icsm_hsw_thermostat_offline
 from vlakeep.methods.base import CALMER, Method, Problem, never_measured
 from vlakeep.probe.batches import prompt_batches
 from vlakeep.probe.probe_set import ProbeSet
-from vlakeep.storage import Storage
+from vlakeep.teacher import icsm_artifact
+from vlakeep.teacher.collect import input_key
+from vlakeep.teacher.decompose import fix_signs
+from vlakeep.teacher.icsm_artifact import ArtifactError
 from vlakeep.thermostat.controller import Controller, Law
 from vlakeep.thermostat.thermometer import Thermometer
 

@@ -1,7 +1,7 @@
 """The offline step of method `icsm_hsw_thermostat`: ICSM subspaces and the Thermostat's statistics of the frozen teacher.
 
 reads:  probe_root_dir/<probe.name>
-writes: artifact_dir/icms_<backbone>/ (icsm/artifact.py lists the files)
+writes: artifact_dir/icms_<backbone>/ (teacher/icsm_artifact.py lists the files)
 """
 
 import time
@@ -11,16 +11,16 @@ import torch
 from tqdm import tqdm
 
 import vlakeep
-from vlakeep.backbones.lora import select_linears
-from vlakeep.config import Config, to_dict
-from vlakeep.icsm import artifact
-from vlakeep.icsm.collect import input_key, passes, pooled_states, token_moments, with_own_answers
-from vlakeep.icsm.decompose import check_rank, pooled_candidates, token_bases
-from vlakeep.icsm.sensitivity import order_by_fragility, sensitivities
+from vlakeep.core.config import Config, to_dict
+from vlakeep.core.provenance import library_versions, source_commit
+from vlakeep.core.storage import Storage, need_free
+from vlakeep.models.adapters import select_linears
 from vlakeep.probe.batches import prompt_batches
 from vlakeep.probe.probe_set import ProbeSet, evenly
-from vlakeep.provenance import library_versions, source_commit
-from vlakeep.storage import Storage, need_free
+from vlakeep.teacher import icsm_artifact as artifact
+from vlakeep.teacher.collect import input_key, passes, pooled_states, token_moments, with_own_answers
+from vlakeep.teacher.decompose import check_rank, pooled_candidates, token_bases
+from vlakeep.teacher.sensitivity import order_by_fragility, sensitivities
 
 ANSWER_TOKENS = 8  # seven action tokens and the end of sequence
 

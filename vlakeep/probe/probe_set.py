@@ -15,8 +15,8 @@ from typing import Dict, List, Optional, Sequence
 
 import numpy as np
 
+from vlakeep.core.storage import atomic_dir
 from vlakeep.data.sample import Sample
-from vlakeep.storage import atomic_dir
 
 FORMAT = 1
 _REMEDY = "make it again with `vlakeep tabletop-data`, or write your own with write_probe (vlakeep/probe/probe_set.py)"

@@ -13,8 +13,8 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import yaml
 
-from vlakeep.errors import quoted
-from vlakeep.registry import method_class, method_names
+from vlakeep.core.errors import quoted
+from vlakeep.core.registry import method_class, method_names
 
 LABELS = {
     "base": "Base model",

@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 from typing import Dict, List, Optional
 
-from vlakeep.errors import quoted
+from vlakeep.core.errors import quoted
 from vlakeep.reporting.arms import Arm
 from vlakeep.reporting.compare import Comparison, config_changes
 from vlakeep.reporting.tables import chip, escape, facts_html

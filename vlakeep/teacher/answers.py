@@ -12,8 +12,8 @@ from typing import Dict, Iterable, List, NamedTuple, Tuple
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from vlakeep.backbones.base import Prefix
 from vlakeep.data.sample import Batch
+from vlakeep.openvla.backbone import Prefix
 
 TOP = 32
 

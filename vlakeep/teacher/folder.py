@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, Sequence
 
-from vlakeep.storage import atomic_dir
+from vlakeep.core.storage import atomic_dir
 
 
 class ArtifactError(ValueError):

@@ -12,9 +12,9 @@ from typing import Iterator, List, Optional
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from vlakeep.backbones.base import Prefix
+from vlakeep.core.parallel import broadcast_float
 from vlakeep.data.sample import IGNORE_INDEX, Batch
-from vlakeep.parallel import broadcast_float
+from vlakeep.openvla.backbone import Prefix
 from vlakeep.teacher.answers import Answered, divergence, logits_at
 
 KEEP = 256 * 2**20  # bytes of cached hidden states that stay on the device; more are sent there at each measurement

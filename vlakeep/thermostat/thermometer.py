@@ -11,8 +11,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from vlakeep.backbones.base import Prefix, captured_outputs, sequence_mask
-from vlakeep.parallel import broadcast_float
+from vlakeep.core.parallel import broadcast_float
+from vlakeep.openvla.backbone import Prefix, captured_outputs, sequence_mask
 from vlakeep.probe.pooling import masked_mean
 from vlakeep.thermostat.drift import covariance_drift, paired_drift
 

@@ -1,0 +1,373 @@
+"""The experiment configuration: one schema for every stage, read from YAML and `--section.key value`.
+
+A stage reads the sections it needs and ignores none silently: an unknown key is an error with a suggestion, a wrong type names
+the key, and `Config.problems()` collects every out-of-range value so that all of them are shown at once.
+Each field is documented once, in the comment above it.
+"""
+
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import yaml
+
+from vlakeep.core import schema
+from vlakeep.core.ranges import problems
+from vlakeep.core.schema import ConfigError
+
+
+@dataclass
+class BackboneConfig:
+    # A folder in the official Hugging Face format, or `tabletop-base` for the small model that ships with vlakeep.
+    checkpoint: str = "tabletop-base"
+    # native: vlakeep's own implementation; official: the classes of the OpenVLA checkout in openvla_dir (official environment needed).
+    source: str = "native"
+    # Folder of a checkout of the official OpenVLA repository; only --backbone.source official reads it, nothing is changed there.
+    openvla_dir: Optional[str] = None
+    # Key into dataset_statistics.json / config.norm_stats; None takes the only key or the training data set's.
+    unnorm_key: Optional[str] = None
+    # Data type of the frozen weights: float32, bfloat16 or float16 (V100 has no bfloat16).
+    dtype: str = "float32"
+    # sdpa, eager or flash_attention_2. The official code needs flash-attention 2; sdpa gives the same result without it.
+    attn_implementation: str = "sdpa"
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class LoraConfig:
+    rank: int = 16
+    # Scale of the update is alpha / rank.
+    alpha: int = 16
+    dropout: float = 0.0
+    # Decoder layers that get adapters: all, last:N, or a list such as 24-31 or 0,2,4.
+    layers: str = "all"
+    # attention (q k v o), mlp (gate up down), or linear names; all-linear takes what peft 0.11.1 takes for the official script: every
+    # linear of vision, projector and LLM (then `layers` must be all), lm_head and both patch embeddings too.
+    modules: List[str] = field(default_factory=lambda: ["attention", "mlp"])
+    # float32, or model: the type of the frozen weights, as the official script has it (bfloat16 loses small updates).
+    dtype: str = "float32"
+    # gaussian: A ~ N(0, 1/rank), as the official fine-tuning script; kaiming: PEFT's default. B starts at zero in both.
+    init: str = "gaussian"
+
+
+@dataclass
+class DataConfig:
+    # Data sets below data_root_dir, each a folder in the format RLDS (TFDS), LIBERO's HDF5 or LeRobot; the content tells which.
+    # Every frame of their episodes is one training sample.
+    datasets: List[str] = field(default_factory=lambda: ["tabletop_corner"])
+    # native: vlakeep's readers, in an order that the seed fixes; official: the RLDS pipeline of the checkout in backbone.openvla_dir.
+    source: str = "native"
+    # Fraction of the episodes used for training, from the start of the split; the official pipeline uses 0.95.
+    train_fraction: float = 1.0
+    # Frames that the bounded shuffle buffer holds (as indices, not pixels).
+    shuffle_buffer: int = 100_000
+    # Threads that decode images ahead of the training step; 0 decodes in the step. The order of the samples is the same.
+    workers: int = 0
+    # The official pipeline's augmentation: random crop to 90 % of the area, brightness, contrast, saturation, hue.
+    image_aug: bool = False
+    # Name of the camera in the data sets; None takes image (RLDS), agentview_rgb (HDF5), the only or a usual one (LeRobot).
+    camera: Optional[str] = None
+    # What the last action value means: libero (-1 open to +1 close) or standard (1 open, 0 close); None goes by the name.
+    gripper: Optional[str] = None
+    # Turn the pictures by 180 degrees. None does what the format usually needs: HDF5 holds them upside down, the others upright.
+    # Some converters of LIBERO differ, which the files do not say: look at a picture.
+    rotate: Optional[bool] = None
+    # Key of the base's action statistics by which the actions are normalised; None takes the quantiles of the data set itself, as the
+    # official code does. For data of the robot that the base knows: an action then has the same tokens in old skills and new ones.
+    statistics: Optional[str] = None
+
+
+@dataclass
+class ProbeConfig:
+    # A probe folder below probe_root_dir, or a path.
+    name: str = "tabletop"
+    # Items taken from it.
+    size: int = 500
+
+
+@dataclass
+class IcsmConfig:
+    # Folder below artifact_dir; None gives icms_<backbone>.
+    name: Optional[str] = None
+    # Representative layers, one per protection group; None gives L-3 and L-1 (15 and 17 of 18 layers; 29 and 31 of 32).
+    layers: Optional[List[int]] = None
+    # Candidate directions r. Clipped subspaces are an error, not a warning: r <= min(N - 1, D).
+    rank: int = 128
+    # Share of the candidates, the most fragile ones, that becomes Uf; the rest becomes Up.
+    fragile_fraction: float = 0.5
+    # Size of the injected perturbation, as a fraction of the mean norm of the instruction hidden states.
+    epsilon: float = 0.1
+    # Order the candidates by output sensitivity (KL); False keeps the SVD order (ablation).
+    sensitivity: bool = True
+    # Probe items that the sensitivity is measured on, spread evenly over the probe.
+    sensitivity_items: int = 64
+    # Also write token-level bases of the inputs of every adapted linear (needed by hsw.site lora_input).
+    tokens: bool = True
+    # Shares of the input dimension that the token-level Uf and Up take. Much, because what tells two tasks apart lies in
+    # directions of little energy: with a quarter the old skills are lost all the same (docs/log.md has the figures).
+    tokens_fragile_fraction: float = 0.95
+    tokens_plastic_fraction: float = 0.03
+    # Let the teacher continue each probe prompt by itself, so that its answer positions are in the token statistics.
+    tokens_generated: bool = True
+    # Device memory for the second moments of the linears' inputs; where they need more, the probe is passed several times. 7B with LoRA
+    # on eight layers: 5.4 GiB, so three passes.
+    moments_gib: float = 2.0
+    batch_size: int = 32
+
+
+@dataclass
+class HswConfig:
+    enabled: bool = True
+    # residual: gradient of decoder-layer outputs; lora_input: gradient of LoRA A on its input side; both.
+    site: str = "residual"
+    # Decoder layers with a residual hook; None gives the last four, in the protection groups of the artefact.
+    layers: Optional[List[int]] = None
+    # icsm: the artefact's subspaces; random: orthonormal ones of the same shape (ablation).
+    subspace: str = "icsm"
+    # Gains when the Thermostat is off (with it they start at 1, and its bounds below hold).
+    gamma: float = 1.0
+    beta: float = 1.0
+    # Stabiliser of g' <- g' * min(1, ||g|| / (||g'|| + eps)).
+    eps: float = 1e-12
+    # float32 or model: precision of the projection.
+    dtype: str = "float32"
+
+
+@dataclass
+class GainsConfig:
+    # Method graded: gains per direction at the inputs of the adapted linears, g = (lambda / (sigma + lambda))^steepness, where sigma is
+    # the old inputs' energy along the direction (hsw/graded.py). Folder below artifact_dir; None gives graded_<backbone>.
+    name: Optional[str] = None
+    enabled: bool = True
+    # p: 1 is the ridge projector, 2 its square; 0.5, the natural gradient's shape, lets too much through beside Adam (docs/log.md).
+    steepness: float = 1.0
+    # r: lambda in units of the allocation below. None takes it from the spectrum and, with the Thermostat, from its loop: training begins
+    # where `start` of plain LoRA's probe energy passes. Very large (1e30) with scale 1 is plain LoRA to the bit.
+    opening: Optional[float] = None
+    start: float = 1e-4
+    # s: one scale of all updates, as lora.alpha, which gives back the step that small gains take.
+    scale: float = 10.0
+    # Unit of lambda. linear: mean eigenvalue of the linear's own inputs; model: the mean over all linears; sensitivity: linear, divided by
+    # how strongly the linear's output moves the teacher's answers, relative to the median linear.
+    allocation: str = "linear"
+    # Directions stored of wider inputs, the leading ones; the rest share one gain. Inputs up to this size keep all.
+    columns: int = 1024
+    # Share of the probe items that the spectrum does not see: the sensor measures on them, and the coverage report.
+    holdout: float = 0.2
+    # All kinds of probe prompts count alike in spectra and sensor, however many items there are of each. False weighs items alike: what is
+    # rare in the probe is then hardly protected, and hardly seen.
+    balance: bool = True
+    # Further probes whose coverage is reported: what shall be kept.
+    keep: List[str] = field(default_factory=list)
+
+
+@dataclass
+class ThermostatConfig:
+    enabled: bool = True
+    # covariance: ||C_S - C_T||_F of a fresh probe batch; paired: the same items' pooled states, teacher against student.
+    # None follows the site: covariance, as the method's authors define d, at the residual stream; paired at the LoRA inputs, where the
+    # drift left is a tenth of the covariance's sampling noise, so that the loop would never close.
+    # kl (method graded): KL(teacher || student) at the teacher's own answers to held-out probe prompts.
+    estimator: Optional[str] = None
+    # Method graded: how much may be forgotten, in nats per answer token; the loop finds the gains that use this budget.
+    target: float = 0.002
+    # Method graded: largest factors by which the opening may grow and shrink in one measurement.
+    open_factor: float = 1.5
+    close_factor: float = 4.0
+    # Measure every K optimizer steps, on a probe batch of this size.
+    every: int = 50
+    batch_size: int = 64
+    # Measurements before the first step that only calibrate: student and teacher are still equal, so they show the noise
+    # level of d.
+    calibration: int = 8
+    # Threshold = calibration mean + this many noise levels of the averaged d.
+    threshold_sigmas: float = 2.0
+    # Drift above the threshold, in noise levels, at which the suppression has covered half of its range.
+    half_excess: float = 1.0
+    # Noise level of the paired estimator, which has none of its own: a relative displacement.
+    paired_noise: float = 0.01
+    # Exponential moving average: weight of the newest measurement.
+    ema: float = 0.5
+    # Relative change of the averaged d below which the gains are left alone.
+    dead_band: float = 0.02
+    # Largest change of a gain per measurement.
+    rate_limit: float = 0.25
+    # Bounds of the gains; beta never reaches 0. None follows the site:
+    #   residual, both   gamma 0.5 to 1, beta 0.8 to 1: below that Adam blows the hidden states up
+    #   lora_input       gamma 0, beta 0.2 to 0.5: inputs in Uf carry nearly all the energy, so that a gamma of 0.05 already lets
+    #                    through what the old skills are lost by (docs/log.md); the loop works through beta
+    gamma_min: Optional[float] = None
+    gamma_max: Optional[float] = None
+    beta_min: Optional[float] = None
+    beta_max: Optional[float] = None
+
+@dataclass
+class TrainConfig:
+    steps: int = 1000
+    # Samples per process and forward pass; the global batch is batch_size * accumulation * processes.
+    batch_size: int = 16
+    accumulation: int = 1
+    optimizer: str = "adamw"
+    lr: float = 5e-4
+    weight_decay: float = 0.01
+    warmup: int = 50
+    # constant (after warm-up) or cosine (to a tenth of lr).
+    schedule: str = "constant"
+    # Gradient norm limit; 0 turns clipping off, as in the official recipe, which collapses at small batch.
+    clip: float = 1.0
+    # none, bfloat16 or float16 (with loss scaling).
+    autocast: str = "none"
+    log_every: int = 1
+    save_every: int = 500
+    keep_last: int = 2
+    # Stop when the mean hidden norm at the last layer exceeds this multiple of its value at step 1.
+    blowup_factor: float = 20.0
+    tensorboard: bool = True
+    use_wandb: bool = False
+    resume: bool = False
+
+
+@dataclass
+class EvaluateConfig:
+    # What is evaluated: base, or a run below run_root_dir, or a checkpoint folder. In LIBERO also replay, a control without a
+    # model: the actions of a demonstration of the task in data.datasets, the k-th from the k-th initial state, whatever is seen.
+    target: str = "base"
+    # tabletop; a LIBERO suite: libero_spatial, libero_object, libero_goal, libero_10, libero_90; or dataset: frames of data.datasets that a
+    # training on data.train_fraction has not seen, one action each, without simulator or robot (`episodes` of them, per data set).
+    benchmark: str = "tabletop"
+    # Skills (of a LIBERO suite: numbers of its tasks) and question kinds; empty takes all of the benchmark,
+    # of the tabletop's skills the known ones and new_skill.
+    skills: List[str] = field(default_factory=list)
+    questions: List[str] = field(default_factory=list)
+    # Tabletop: the skill that the run learnt: corner, path, order, relation, repeat, carry or blue. All others in `skills` are old ones.
+    new_skill: str = "corner"
+    # Per skill, per task. A LIBERO task has 50 fixed initial states, which are taken in order.
+    episodes: int = 50
+    questions_per_kind: int = 100
+    # Frames of off-task prompts for the teacher-relative KL of action tokens.
+    retention_frames: int = 200
+    # Start states; None takes 1000 on the tabletop and the official 0 in LIBERO.
+    seed: Optional[int] = None
+    # Tabletop: environments that run side by side in one policy batch.
+    parallel: int = 400
+    # LIBERO: a probe of `vlakeep libero-vqa` whose questions are asked and on whose instructions the KL is taken; another than
+    # probe.name, which says what the method protects.
+    probe: Optional[str] = None
+    # LIBERO: simulator processes with one environment each. Results do not depend on how many there are.
+    workers: int = 1
+    # LIBERO: rows of the policy's batch, which is always filled up to this many: the last bits of a model's output depend on the
+    # shape of its batch, and an episode must not depend on how many others happen to run beside it. Half of the workers is best.
+    batch: int = 4
+    # LIBERO: cut the central 90 % of the picture, as for models trained with crops; None follows data.image_aug.
+    center_crop: Optional[bool] = None
+    # LIBERO: how many episodes of each task are kept as videos (the first ones).
+    videos: int = 0
+    # LIBERO: suites whose success is measured beside the benchmark's, as old skills; all their tasks, as many episodes each.
+    other_suites: List[str] = field(default_factory=list)
+    # LIBERO: show the policy grey pictures, a control of how much of the success is memorised motion.
+    blank: bool = False
+
+
+@dataclass
+class ExportConfig:
+    # The run whose adapter is merged, or a checkpoint folder; None takes `name`.
+    target: Optional[str] = None
+    # The folder that is written; None gives merged-<step> in the run's folder. It must not exist, unless overwrite is true.
+    folder: Optional[str] = None
+    overwrite: bool = False
+    # stored keeps the type of each base tensor; float32, bfloat16 or float16 converts.
+    dtype: str = "stored"
+    # Closing pass: how far the old answers may move, in nats per answer token. The update is closed along the inputs of the probe until
+    # the divergence lies just below this (docs/graded.md); the artefact of --method graded must be there. None merges what was trained.
+    close_to: Optional[float] = None
+    # Frames on which adapter and merged model must give the same actions; 0 skips the check.
+    parity_frames: int = 16
+
+
+@dataclass
+class Config:
+    # Name of the run; its folder is run_root_dir/name.
+    name: str = "run"
+    # The arm: the name of a file in vlakeep/methods/, or of a method that another package brings (registry.py).
+    method: str = "baseline"
+    # Options of a method that has no section of its own below, e.g. --options.strength 0.5; the method's class says which there are.
+    options: Dict[str, Any] = field(default_factory=dict)
+    seed: int = 7
+    # cpu, cuda, or auto.
+    device: str = "auto"
+    # CPU threads; None leaves torch's choice. Fixed numbers make CPU runs comparable to the bit between machines of one kind.
+    threads: Optional[int] = None
+
+    # Storage root and the folders below it (storage.py). None derives each from the root.
+    root: Optional[str] = None
+    cache_dir: Optional[str] = None
+    data_root_dir: Optional[str] = None
+    probe_root_dir: Optional[str] = None
+    artifact_dir: Optional[str] = None
+    run_root_dir: Optional[str] = None
+    tmp_dir: Optional[str] = None
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    icsm: IcsmConfig = field(default_factory=IcsmConfig)
+    hsw: HswConfig = field(default_factory=HswConfig)
+    gains: GainsConfig = field(default_factory=GainsConfig)
+    thermostat: ThermostatConfig = field(default_factory=ThermostatConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+    def problems(self) -> List[str]:
+        """Every value out of its range, one line each with what is allowed; empty when the configuration is sound."""
+        return problems(self)
+
+
+def known_keys() -> List[str]:
+    """Every dotted key of the configuration, e.g. `train.lr`."""
+    return schema.known_keys(Config)
+
+
+def load_config(path: Optional[str] = None, overrides: Optional[List[str]] = None) -> Config:
+    """The configuration of a YAML file, or of one that ships by its name, with overrides (`--train.lr 1e-3` or `--train.lr=1e-3`).
+
+    Raises ConfigError naming every unknown key, the first value of a wrong type, or all values out of range.
+    """
+    config = schema.parse(Config, path, overrides or [])
+    found = config.problems()
+    if found:
+        raise ConfigError("\n".join(found))
+    return config
+
+
+def config_from_argv(argv: List[str]) -> Config:
+    """`--config FILE` (or none) and overrides, as every stage takes them."""
+    rest, path = [], None
+    position = 0
+    while position < len(argv):
+        arg = argv[position]
+        if arg == "--config" or arg.startswith("--config="):
+            if arg == "--config":
+                position += 1
+                if position == len(argv):
+                    raise ConfigError("--config needs a file, or the name of a configuration that ships, such as baseline_lora")
+            path = argv[position].split("=", 1)[1] if arg.startswith("--config=") else argv[position]
+        else:
+            rest.append(arg)
+        position += 1
+    return load_config(path, rest)
+
+
+def to_dict(config) -> dict:
+    """Plain nested dictionary of a configuration or one of its sections, for files and hashes."""
+    return asdict(config)
+
+
+def save_config(config: Config, path) -> None:
+    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
+if __name__ == "__main__":  # sanity check: python -m vlakeep.core.config configs/baseline_lora.yaml --train.lr 1e-3
+    print(yaml.safe_dump(to_dict(load_config(sys.argv[1] if len(sys.argv) > 1 else None, sys.argv[2:])), sort_keys=False))

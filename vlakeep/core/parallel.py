@@ -1,0 +1,160 @@
+"""One process or many, as torchrun's environment says (RANK WORLD_SIZE LOCAL_RANK): gloo on CPU, NCCL on GPU.
+
+    torchrun --standalone --nproc-per-node 8 -m vlakeep.cli train --config configs/baseline_lora.yaml
+
+Objects travel between processes as JSON and safetensors bytes (checkpoint.to_bytes), never as pickle.
+"""
+
+import os
+from datetime import timedelta
+from typing import Any, Dict, List, Optional
+
+import torch
+import torch.distributed as dist
+
+from vlakeep.core.checkpoint import from_bytes, to_bytes
+
+
+def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
+    """cpu, cuda (of this local rank) or auto. Raises ValueError when the GPU asked for is not there."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and count == 0):
+        return torch.device("cpu")
+    if count == 0:
+        raise ValueError(
+            f"--device {name}: no GPU in sight (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}); use --device cpu"
+        )
+    if local_rank >= count:
+        raise ValueError(f"process {local_rank} has no GPU of its own: this machine shows {count}; use --nproc-per-node {count}")
+    return torch.device("cuda", local_rank)
+
+
+def set_threads(threads: Optional[int]) -> None:
+    """Fix torch's CPU threads; None leaves torch's choice."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+class Distributed:
+    """The processes of one job, as a context manager. Attributes: rank world local_rank device is_main."""
+
+    _current: Optional["Distributed"] = None
+
+    def __init__(self, device: str = "auto", timeout_s: float = 1800.0):
+        """Raises ValueError for a half-set torchrun environment or a missing GPU."""
+        present = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ]
+        if present and len(present) < 3:
+            raise ValueError(
+                f"the environment has {', '.join(present)} but not all of RANK, WORLD_SIZE, LOCAL_RANK: start through torchrun, "
+                "or unset them"
+            )
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.device = pick_device(device, self.local_rank)
+        self._timeout = timedelta(seconds=timeout_s)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def __enter__(self) -> "Distributed":
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=self._timeout)
+        Distributed._current = self
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        Distributed._current = None
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    @classmethod
+    def current(cls) -> Optional["Distributed"]:
+        """The job of the innermost `with Distributed(...)` of this process."""
+        return cls._current
+
+    def wrap(self, module):
+        """`module` in DistributedDataParallel; itself in a single process."""
+        if self.world == 1:
+            return module
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return torch.nn.parallel.DistributedDataParallel(
+            module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            self.sum(0.0)  # a reduction works alike on gloo and NCCL, and needs no device_ids
+
+    def sum(self, value: float) -> float:
+        """Sum of a number over all processes (float64)."""
+        if self.world == 1:
+            return float(value)
+        total = torch.tensor([float(value)], dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return float(total.item())
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        return self.sum(1.0 if flag else 0.0) > 0
+
+    def mean_metrics(self, metrics: Dict[str, Any]) -> Dict[str, float]:
+        """Each number (float or 0-d tensor) as a float, averaged over the processes; one device synchronisation.
+
+        All processes must give the same keys.
+        """
+        keys = sorted(metrics)
+        values = torch.stack(
+            [
+                metrics[k].detach().double().reshape(()).to(self.device)
+                if isinstance(metrics[k], torch.Tensor)
+                else torch.tensor(float(metrics[k]), dtype=torch.float64, device=self.device)
+                for k in keys
+            ]
+        )
+        if self.world > 1:
+            dist.all_reduce(values)
+            values /= self.world
+        means = dict(zip(keys, values.tolist()))
+        return {key: means[key] for key in metrics}
+
+    def broadcast(self, value: Any) -> Any:
+        """Process 0's value in every process."""
+        return value if self.world == 1 else self._exchange(value if self.is_main else None)[0]
+
+    def gather(self, value: Any) -> List[Any]:
+        """Every process's value, by rank, in every process."""
+        return [value] if self.world == 1 else self._exchange(value)
+
+    def _exchange(self, value: Any) -> List[Any]:
+        data = torch.frombuffer(bytearray(to_bytes({"value": value})), dtype=torch.uint8).to(self.device)
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
+        dist.all_gather(sizes, torch.tensor([data.numel()], device=self.device))
+        longest = max(int(size) for size in sizes)
+        padded = torch.zeros(longest, dtype=torch.uint8, device=self.device)
+        padded[: data.numel()] = data
+        parts = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(parts, padded)
+        return [from_bytes(part[: int(size)].cpu().numpy().tobytes())["value"] for part, size in zip(parts, sizes)]
+
+
+def broadcast_float(value: float) -> float:
+    """Process 0's number in every process of the current job; the value itself without one."""
+    job = Distributed.current()
+    if job is None or job.world == 1:
+        return float(value)
+    holder = torch.tensor([float(value)], dtype=torch.float64, device=job.device)
+    dist.broadcast(holder, src=0)
+    return float(holder.item())
+
+
+if __name__ == "__main__":  # sanity check: torchrun --nproc-per-node 2 -m vlakeep.core.parallel
+    with Distributed("cpu") as job:
+        gathered, mean = job.gather({"rank": job.rank}), job.mean_metrics({"x": job.rank})
+        told, any_second = job.broadcast([job.rank, "from 0"]), job.any(job.rank == 1)
+        print(job.rank, gathered, mean, told, any_second)
+        assert mean == {"x": (job.world - 1) / 2} and told == [0, "from 0"] and any_second == (job.world > 1)
+        assert gathered == [{"rank": rank} for rank in range(job.world)]

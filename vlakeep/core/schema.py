@@ -1,0 +1,223 @@
+"""Reading a nested dataclass from YAML and `--section.key value`, strictly: what is unknown, misplaced or mistyped is an error.
+
+config.py has the schema and its ranges; here is only how it is read, and what a person is told when it cannot be.
+"""
+
+import difflib
+from dataclasses import fields, is_dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, Iterator, List, Optional, Tuple, get_args, get_origin, get_type_hints
+
+import draccus
+import yaml
+
+# Configurations that come with the package.
+SHIPPED = Path(__file__).parents[1] / "configs"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key, the place and the remedy."""
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that comes twice, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                text = f"`{key.value}` comes twice; keep one of them"
+                raise yaml.constructor.ConstructorError(None, None, text, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def known_keys(cls, prefix: str = "") -> List[str]:
+    """Every dotted key, sections too, e.g. `train` and `train.lr`."""
+    hints, keys = get_type_hints(cls), []
+    for f in fields(cls):
+        keys.append(prefix + f.name)
+        if is_dataclass(hints[f.name]):
+            keys += known_keys(hints[f.name], prefix + f.name + ".")
+    return keys
+
+
+def type_of(cls, key: str):
+    for part in key.split("."):
+        cls = get_type_hints(cls)[part]
+    return cls
+
+
+def open_section(cls, key: str) -> Optional[str]:
+    """The section without fixed keys that `key` belongs to: a field that is a dictionary, such as `options` of options.strength."""
+    section, dot, rest = key.partition(".")
+    return section if dot and rest and "." not in rest and get_origin(get_type_hints(cls).get(section)) is dict else None
+
+
+def in_words(kind, plural: bool = False) -> str:
+    """A type for a person: Optional[List[int]] -> a list of whole numbers such as '[1, 2]', or null."""
+    inner = [k for k in get_args(kind) if k is not type(None)]
+    if get_origin(kind) is list:
+        return f"a list of {in_words(inner[0], True)} such as " + ("'[1, 2]'" if inner[0] is int else "'[one, two]'")
+    if inner:
+        return in_words(inner[0]) + ", or null"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+    return names[kind].removeprefix("a ") + "s" if plural else names[kind]
+
+
+def _flatten(tree: dict, prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        yield prefix + str(key)
+        if isinstance(value, dict):
+            yield from _flatten(value, prefix + str(key) + ".")
+
+
+def _refuse_unknown(cls, keys, where: str) -> None:
+    known, lines = known_keys(cls), []
+    for key in keys:
+        if key not in known and not open_section(cls, key):
+            leaf = key.split(".")[-1]
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or [k for k in known if k.split(".")[-1] == leaf][:1]
+            remedy = f"; did you mean `{close[0]}`?" if close else "; `vlakeep train --help` lists the keys"
+            lines.append(f"unknown key `{key}` in {where}" + remedy)
+    if lines:
+        raise ConfigError("\n".join(lines))
+
+
+def _refuse_section(cls, key: str, where: str) -> None:
+    example = known_keys(type_of(cls, key))[0] if is_dataclass(type_of(cls, key)) else "NAME"
+    raise ConfigError(f"`{key}` in {where} is a section and takes no value; give its keys, such as --{key}.{example} "
+                      f"(in YAML: `{key}: {{{example}: ...}}`)")
+
+
+def find_config(name) -> Path:
+    """The file that `--config` names: a path that exists, else a configuration that ships, as `configs/x.yaml`, `x.yaml` or `x`.
+
+    Raises ConfigError listing those that ship.
+    """
+    given = Path(name)
+    if given.is_file():
+        return given
+    short = given.parts[1:] if given.parts[:1] == ("configs",) else given.parts
+    shipped = sorted(SHIPPED.glob("*.yaml"))
+    for path in shipped:
+        if short in ((path.name,), (path.stem,)):
+            return path
+    raise ConfigError(f"no configuration file at {name}; those that ship are {', '.join(path.stem for path in shipped)}")
+
+
+def read_yaml(cls, path: Path) -> dict:
+    """The tree of a YAML file whose keys are all in `cls`. Raises ConfigError naming the file."""
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as text ({error}); --config takes a YAML file as in vlakeep/configs/") from error
+    if not isinstance(tree, dict):
+        what = "nothing" if tree is None else type(tree).__name__
+        raise ConfigError(f"{path} must hold `key: value` pairs as the files in vlakeep/configs/ do, not {what}")
+    _refuse_unknown(cls, _flatten(tree), str(path))
+    for key, value in tree.items():
+        if (is_dataclass(type_of(cls, key)) or get_origin(type_of(cls, key)) is dict) and not isinstance(value, dict):
+            _refuse_section(cls, key, str(path))
+    return tree
+
+
+def read_pairs(cls, argv: List[str]) -> List[Tuple[str, str]]:
+    """(key, value) of every `--key value` and `--key=value`. Raises ConfigError for unknown keys, stray words, missing values."""
+    pairs: List[Tuple[str, Optional[str]]] = []
+    for arg in argv:
+        if pairs and pairs[-1][1] is None and not arg.startswith("--"):
+            pairs[-1] = (pairs[-1][0], arg)
+        elif arg.startswith("--"):
+            key, equals, value = arg[2:].partition("=")
+            pairs.append((key, value if equals else None))
+        else:
+            raise ConfigError(f"`{arg}` on the command line belongs to no key; write --section.key VALUE, and a list in quotes: "
+                              "'[one, two]'")
+    _refuse_unknown(cls, [key for key, _ in pairs], "the command line")
+    for key, value in pairs:
+        if open_section(cls, key):
+            if value is None:
+                raise ConfigError(f"--{key} on the command line has no value; it takes a number, a word, or true or false")
+            continue
+        kind = type_of(cls, key)
+        if is_dataclass(kind) or get_origin(kind) is dict:
+            _refuse_section(cls, key, "the command line")
+        if value is None:
+            default = attrgetter(key)(cls())
+            example = "true" if kind is bool else default if kind in (int, float, str) else "VALUE"
+            raise ConfigError(f"--{key} on the command line has no value; it takes {in_words(kind)}: --{key} {example}")
+    return pairs
+
+
+def _wrong_type(cls, error, pairs: List[Tuple[str, str]], tree: dict, path: Optional[Path]) -> ConfigError:
+    parts, known = [str(part) for part in error.key_path], known_keys(cls)
+    while parts and ".".join(parts) not in known:  # an element of a list carries its number
+        parts.pop()
+    if not parts:
+        return ConfigError(f"wrong type: {error}")
+    key = ".".join(parts)
+    given: List[Any] = [value for name, value in pairs if name == key]
+    where = "on the command line" if given else f"in {path}"
+    value: Any = given[-1] if given else tree
+    for part in [] if given else parts:
+        value = value[part]
+    return ConfigError(f"wrong type: --{key} must be {in_words(type_of(cls, key))}, not {value!r} ({where})")
+
+
+def _refuse_fractions(cls, pairs: List[Tuple[str, str]], tree: dict, path: Optional[Path]) -> None:
+    """Older versions of draccus cut 1.5 down to 1 without a word."""
+    given = [(key, value, "on the command line") for key, value in pairs]
+    for key in known_keys(cls):
+        value: Any = tree
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        given.append((key, value, f"in {path}"))
+    for key, value, where in given:
+        kind = type_of(cls, key)
+        if kind not in (int, Optional[int]):
+            continue
+        try:
+            fraction = isinstance(value, (str, float)) and float(value) % 1 != 0
+        except ValueError:
+            continue  # draccus says it
+        if fraction:
+            raise ConfigError(f"wrong type: --{key} must be {in_words(kind)}, not {value!r} ({where})")
+
+
+def parse(cls, name: Optional[str], argv: List[str]):
+    """An instance of `cls` from a YAML file, or a configuration that ships, and overrides. Raises ConfigError."""
+    pairs = read_pairs(cls, argv)
+    loose = [pair for pair in pairs if open_section(cls, pair[0])]
+    pairs = [pair for pair in pairs if pair not in loose]
+    path = find_config(name) if name is not None else None
+    tree = read_yaml(cls, path) if path is not None else {}
+    _refuse_fractions(cls, pairs, tree, path)
+    args = ["--config_path", str(path)] if path is not None else []
+    for key, value in pairs:  # draccus wants two words, but would take a value that starts with "-" for an option
+        args += [f"--{key}={value}"] if value.startswith("-") else [f"--{key}", value]
+    try:
+        made = draccus.parse(cls, args=args)
+    except draccus.utils.DecodingError as error:
+        raise _wrong_type(cls, error, pairs, tree, path) from error
+    except SystemExit as error:
+        raise ConfigError(f"the command line could not be read: {' '.join(args)}") from error
+    for key, text in loose:
+        section, _, name = key.partition(".")
+        getattr(made, section)[name] = plain_value(text)
+    return made
+
+
+def plain_value(text: str) -> Any:
+    """A word of the command line as YAML reads it, and as a number where it is one that YAML takes for a word, such as 1e-3."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

@@ -1,0 +1,51 @@
+"""What a trained run leaves for the stages after it: checkpoint, configuration, the hash of its adapter, its action statistics."""
+
+import json
+from pathlib import Path
+from typing import Optional
+
+import yaml
+
+from vlakeep.core.checkpoint import check_base, latest_intact, load_checkpoint
+from vlakeep.core.errors import quoted
+from vlakeep.core.storage import Storage
+
+
+def target_checkpoint(target: str, storage: Storage) -> Path:
+    """The checkpoint folder that a run's name or a path stands for; of a run the newest intact one. Raises FileNotFoundError."""
+    folder = Path(target).absolute() if "/" in target else storage.run_folder(target)
+    if (folder / "manifest.json").is_file():
+        return folder
+    checkpoint = latest_intact(folder) if folder.is_dir() else None
+    if checkpoint is None:
+        known = ", ".join(sorted(path.parent.name for path in storage.runs.glob("*/checkpoints"))) or "none"
+        raise FileNotFoundError(f"no intact checkpoint of the run `{target}` under {folder} (runs with checkpoints: {known})"
+                                f": make it with `vlakeep train --config ... --name {quoted(folder.name)}`, or choose another target "
+                                "with --evaluate.target")
+    return checkpoint
+
+
+def run_config(target: str, storage: Storage) -> Optional[dict]:
+    """config.yaml of the run that a target is (a name, a run folder) or belongs to (a checkpoint folder); None for what has none."""
+    folder = Path(target).absolute() if "/" in target else storage.runs / target
+    if (folder / "manifest.json").is_file():  # RUN/checkpoints/step_N
+        folder = folder.parents[1]
+    path = folder / "config.yaml"
+    return yaml.safe_load(path.read_text()) if path.is_file() else None
+
+
+def read_action_statistics(folder: Path) -> dict:
+    """dataset_statistics.json beside the adapter of a checkpoint. Raises FileNotFoundError."""
+    path = folder / "adapter" / "dataset_statistics.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}, without which the actions of this adapter mean nothing: train the run again, or "
+                                "copy the file of a run on the same data")
+    return json.loads(path.read_text())
+
+
+def load_manifest(folder: Path, base_weights: str) -> str:
+    """Verify a checkpoint folder and return the hash of its adapter weights."""
+    _, state = load_checkpoint(folder)  # raises when a file is damaged
+    check_base(folder, state, base_weights)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return manifest["files"]["adapter/adapter_model.safetensors"]["sha256"]

@@ -1,0 +1,113 @@
+"""Adapters merged into the base weights, written as a folder in the official format, one shard in memory at a time.
+
+A 7B model in bfloat16 takes 15 GB; merging it in place would need the base, the result and float32 copies. Here the base files stay on
+disk and are read tensor by tensor, so that the peak is one shard (5 GB) and one float32 matrix.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Dict, List, Optional, Tuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from vlakeep.core.errors import CheckpointError
+from vlakeep.models.adapters import merged_state
+from vlakeep.openvla import format as checkpoint_format
+from vlakeep.openvla.format import INDEX, MAX_SHARD, WEIGHTS, tensor_table, weight_files, write_json, write_sidecars
+
+RECORD = "vlakeep_export.json"
+_STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def read_deltas(adapter: Path) -> Tuple[Dict[str, Tuple[torch.Tensor, torch.Tensor]], float]:
+    """({module: (A, B)}, scale) of an adapter folder; a plain LoRA as save_adapter writes it."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    state = load_file(str(adapter / "adapter_model.safetensors"))
+    pairs: Dict[str, List[Optional[torch.Tensor]]] = {}
+    for name, tensor in state.items():
+        found = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
+        if found:
+            pairs.setdefault(found[1], [None, None])["AB".index(found[2])] = tensor.float()
+    half = [name for name, pair in pairs.items() if pair[0] is None or pair[1] is None]
+    if half or not pairs:
+        what = f"{half[0]} lacks A or B" if half else "it holds no LoRA weights"
+        raise CheckpointError(f"the adapter in {adapter} is not whole ({what}): use another checkpoint of the run")
+    return {name: (a, b) for name, (a, b) in pairs.items()}, config["lora_alpha"] / config["r"]
+
+
+def merged(weight: torch.Tensor, pair: Tuple[torch.Tensor, torch.Tensor], scale: float) -> torch.Tensor:
+    """W + scale B A in float32, in the shape of W; `pair` is (A [r, ...], B [out, r, ...]), a convolution's B being 1 x 1."""
+    a, b = pair
+    return weight.float() + scale * (b.flatten(1) @ a.flatten(1)).view(weight.shape)
+
+
+def _shards(sizes: Dict[str, int]) -> List[List[str]]:
+    shards, room = [[]], MAX_SHARD
+    for name, size in sizes.items():
+        if size > room and shards[-1]:
+            shards.append([])
+            room = MAX_SHARD
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def merge_checkpoint(base: Path, adapter: Path, out: Path, statistics: dict, dtype: Optional[torch.dtype] = None) -> Dict[str, str]:
+    """Write `base` with `adapter` merged in to the new folder `out`; dtype None keeps each tensor's stored type.
+
+    The sum is taken in float32 and rounded once. Returns the names of the merged modules and the weight file of each.
+    Raises CheckpointError when the adapter is for modules that the base does not have, or of another shape.
+    """
+    table, where = {}, {}
+    for file in weight_files(base):
+        for name, entry in tensor_table(file).items():
+            table[name], where[name] = entry, file
+    deltas, scale = read_deltas(adapter)
+    problems = []
+    for module, (a, b) in deltas.items():
+        shape = table.get(module + ".weight", {}).get("shape")
+        if shape is None:
+            problems.append(f"{module} is not in the base model")
+        elif [b.shape[0], *a.shape[1:]] != shape:
+            problems.append(f"{module} is {shape} in the base model, {[b.shape[0], *a.shape[1:]]} in the adapter")
+    if problems:
+        raise CheckpointError(f"the adapter in {adapter} does not fit {base}: " + "; ".join(problems[:6]) + ": merge it into the base "
+                              "model that it was trained on")
+    kinds = {name: dtype or _STORED[entry["dtype"]] for name, entry in table.items()}
+    shards = _shards({name: torch.Size(table[name]["shape"]).numel() * kinds[name].itemsize for name in sorted(table)})
+    names = [WEIGHTS] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    done, total = {}, 0
+    with tqdm(total=len(table), desc="merging", unit="tensor", disable=len(table) < 300, leave=False) as bar:
+        for file_name, members in zip(names, shards):
+            tensors = {}
+            for name in members:
+                with safe_open(str(where[name]), framework="pt") as file:
+                    tensor = file.get_tensor(name)
+                module = name[:-len(".weight")] if name.endswith(".weight") else None
+                if module in deltas:
+                    tensor = merged(tensor, deltas[module], scale)
+                    done[module] = file_name
+                tensors[name] = tensor.to(kinds[name]).contiguous()
+                bar.update()
+            partial = out / (file_name + ".partial")
+            save_file(tensors, str(partial), metadata={"format": "pt"})
+            os.replace(partial, out / file_name)
+            total += sum(t.nbytes for t in tensors.values())
+    if len(shards) > 1:
+        write_json(out / INDEX, {"metadata": {"total_size": total},
+                                 "weight_map": {name: file for file, members in zip(names, shards) for name in members}})
+    config = checkpoint_format.read_config(base)
+    config.pop("auto_map", None)  # it would make the official code look for Python files that are not there; classes are registered
+    write_sidecars(out, dict(config, torch_dtype=str(kinds[sorted(table)[0]]).replace("torch.", "")), statistics)
+    return done
+
+
+def save_checkpoint(backbone, folder, dtype: Optional[torch.dtype] = None) -> None:
+    """A Backbone as a folder that vlakeep and the official code load; adapters are merged into the weights (in float32)."""
+    checkpoint_format.write_checkpoint(folder, merged_state(backbone, dtype), backbone.config, backbone.norm_stats, dtype)
+    backbone.processor.save(folder)

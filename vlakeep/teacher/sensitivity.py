@@ -1,0 +1,74 @@
+"""ICSM step 3, sensitivity: order the candidates by what breaks (O6).
+
+Direction u_k times epsilon is added to the hidden states of all instruction tokens at layer l; only the layers above l are
+re-run, from cached activations. The measure is the KL divergence between the clean and the perturbed next-token distributions,
+averaged over all text positions from the first injected one on: at the last layer nothing flows to later positions, so the
+answer positions alone would give zero for every direction.
+
+Axes: B items, S sequence, D hidden, V vocabulary, T selected positions.
+"""
+
+from typing import List, Tuple
+
+import torch
+from tqdm import tqdm
+
+from vlakeep.openvla.backbone import captured_outputs, sequence_mask
+
+
+def measured_positions(mask_BS: torch.Tensor, valid_BS: torch.Tensor) -> torch.Tensor:
+    """Valid positions from each row's first instruction token on, [B, S] bool."""
+    return (mask_BS.long().cumsum(1) > 0) & valid_BS.bool()
+
+
+@torch.no_grad()
+def sensitivities(backbone, batches: List[Tuple], layer: int, candidates_DK: torch.Tensor, step: float) -> torch.Tensor:
+    """KL [K] per candidate direction. `batches` holds (prompt Batch, instruction mask [B, L]); `step` is epsilon in hidden units."""
+    device = backbone.device
+    total_K = torch.zeros(candidates_DK.shape[1], dtype=torch.float64)
+    positions = 0
+
+    def log_probabilities(prefix, hidden_BSD, where_BS):
+        upper_BSD = backbone.run_layers(prefix._replace(hidden_BSD=hidden_BSD), start=layer + 1)
+        return torch.log_softmax(backbone.logits(upper_BSD[where_BS]).float(), dim=-1)
+
+    with tqdm(total=len(batches) * candidates_DK.shape[1], desc=f"sensitivity of layer {layer}", leave=False) as bar:
+        for batch, mask_BL in batches:
+            mask_BS = sequence_mask(mask_BL, backbone.num_patches).to(device)
+            prefix = backbone.embed(batch)
+            with captured_outputs(backbone.decoder_layers, [layer]) as outputs:
+                backbone.run_layers(prefix, stop=layer + 1)
+            hidden_BSD = outputs[layer]
+            where_BS = measured_positions(mask_BS, prefix.attention_mask_BS)
+            if not where_BS.any():
+                bar.update(candidates_DK.shape[1])
+                continue
+            clean_TV = log_probabilities(prefix, hidden_BSD, where_BS)
+            probabilities_TV = clean_TV.exp()
+            for k in range(candidates_DK.shape[1]):
+                push_BSD = mask_BS[..., None] * (step * candidates_DK[:, k].to(device, hidden_BSD.dtype))
+                kl_T = (probabilities_TV * (clean_TV - log_probabilities(prefix, hidden_BSD + push_BSD, where_BS))).sum(-1)
+                total_K[k] += kl_T.double().sum().cpu()
+                bar.update()
+            positions += int(where_BS.sum())
+    return total_K / max(positions, 1)
+
+
+def order_by_fragility(candidates_DK: torch.Tensor, kl_K: torch.Tensor, fragile_fraction: float):
+    """(Uf [D, r_f], Up [D, r - r_f], order): the most fragile first; ties keep the SVD order."""
+    order = torch.argsort(kl_K, descending=True, stable=True)
+    fragile = max(1, min(len(order) - 1, round(len(order) * fragile_fraction)))
+    ranked_DK = candidates_DK[:, order]
+    return ranked_DK[:, :fragile].contiguous(), ranked_DK[:, fragile:].contiguous(), order
+
+
+if __name__ == "__main__":  # sanity check: python -m vlakeep.teacher.sensitivity
+    generator = torch.Generator().manual_seed(0)
+    head_VD = torch.randn(50, 6, generator=generator) * torch.tensor([0.1, 3.0, 0.5, 2.0, 0.2, 1.0])  # direction 1 breaks most
+    hidden_TD = torch.randn(200, 6, generator=generator)
+    clean_TV = torch.log_softmax(hidden_TD @ head_VD.T, -1)
+    pushed = [torch.log_softmax((hidden_TD + 0.3 * push_D) @ head_VD.T, -1) for push_D in torch.eye(6)]
+    kl_K = torch.stack([(clean_TV.exp() * (clean_TV - other_TV)).sum(-1).mean() for other_TV in pushed])
+    found, planted = order_by_fragility(torch.eye(6), kl_K, 0.5)[2].tolist(), [1, 3, 5, 2, 4, 0]
+    print(f"fragility order {found}, planted {planted}")
+    assert found == planted
