@@ -1,74 +1,49 @@
-"""Which options the stages and scripts take, read from their sources, and which of a command line they do not."""
+"""Which options the stages (as they declare them) and the scripts take, and which of a command line they do not."""
 
 import ast
-import functools
 import re
 from pathlib import Path
 from typing import List, Set
 
 from vlakeep import cli
-from vlakeep.core.config import known_keys
 
 REPO = Path(__file__).resolve().parents[1]
 ENDS = re.compile(r"&&|\|\||[|;`()]|\s#\s")  # of a command within a line
 
 
-def tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-def parsed_options(node: ast.AST) -> Set[str]:
-    """Those that are given to argparse, or taken out of the arguments by name (preflight's _take)."""
-    found = set()
-    for call in (n for n in ast.walk(node) if isinstance(n, ast.Call)):
-        texts = [a.value for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
-        if getattr(call.func, "attr", getattr(call.func, "id", "")) in ("add_argument", "_take"):
-            found |= {text[2:] for text in texts if text.startswith("--")}
-    return found
-
-
-@functools.lru_cache(maxsize=None)
-def stage_options(name: str) -> Set[str]:
-    """Every option of `vlakeep NAME`, without the dashes."""
-    stage = cli.STAGES[name]
-    module = tree(REPO / (stage.module.replace(".", "/") + ".py"))
-    own = {"help"}
-    for node in module.body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "OPTIONS":
-            names = node.value.keys if isinstance(node.value, ast.Dict) else node.value.elts
-            own |= {ast.literal_eval(name) for name in names}
-        if isinstance(node, ast.ImportFrom) and node.module == "vlakeep.openvla.pretraining":
-            own |= parsed_options(tree(REPO / "vlakeep" / "openvla" / "pretraining.py"))
-        if isinstance(node, ast.FunctionDef) and (node.name == stage.function or not stage.configured):
-            own |= parsed_options(node)
-    if stage.configured:
-        own |= set(known_keys())
-        reads_file = any(getattr(node, "id", "") == "config_from_argv" for node in ast.walk(module))
-        own |= {"config"} if reads_file else set()
-    return own
+def parsed_options(path: Path) -> Set[str]:
+    """Those that a script of its own gives to argparse."""
+    calls = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)]
+    return {a.value[2:] for n in calls if getattr(n.func, "attr", "") == "add_argument" for a in n.args
+            if isinstance(a, ast.Constant) and str(a.value).startswith("--")}
 
 
 def options(words: List[str]) -> Set[str]:
     """What the command takes that begins with these words; an empty set for one that is none of ours."""
     first, second = [*words, "", ""][:2]
     if first in ("vlakeep", "vlakeep.cli") and second in cli.STAGES:
-        return stage_options(second)
+        return set(cli.STAGES[second].names())
     path = REPO / (second if first.startswith("python") else first)
     if path.parent not in (REPO / "scripts", REPO / "speed", REPO / "studies") or not path.is_file():
         return set()
+    if path.suffix != ".sh":
+        return {"help"} | parsed_options(path)
     # A run script hands all but --gpus to its stage.
-    return {"gpus", "config", "help", *known_keys()} if path.suffix == ".sh" else {"help"} | parsed_options(tree(path))
+    return {"gpus", "config", "help"}.union(*(cli.STAGES[name].names() for name in re.findall(r"^launch (\w+)", path.read_text(), re.M)))
 
 
 def all_options() -> Set[str]:
     """Of all stages and scripts together, for a flag that stands without its command."""
     files = [path for folder in ("scripts", "speed", "studies") for path in (REPO / folder).iterdir() if path.is_file()]
-    return {"version"}.union(*map(stage_options, cli.STAGES), *(options([f"{path.parent.name}/{path.name}"]) for path in files))
+    stages = (stage.names() for stage in cli.STAGES.values())
+    return {"version"}.union(*stages, *(options([f"{path.parent.name}/{path.name}"]) for path in files))
 
 
 def wrong_options(text: str) -> List[str]:
     """`command: --option` of every option in the lines of `text` that its command does not take."""
     wrong = []
+    for name, words in re.findall(r"^(\w+)\+?=\((.*)\)$", text, re.M):  # MODEL=(...), and "${MODEL[@]}" in later commands
+        text = text.replace(f'"${{{name}[@]}}"', f'{words} "${{{name}[@]}}"')
     for part in (part for line in re.sub(r"\\\n\s*#?", " ", text).splitlines() for part in ENDS.split(line)):
         words = part.replace("'", " ").replace('"', " ").split()
         for start in range(len(words)):

@@ -1,6 +1,7 @@
 """The command line as a user meets it: help, typing mistakes, one-line errors, exit statuses, signals."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,9 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from stage_reads import Calls
 
 from vlakeep import cli
-from vlakeep.core.config import known_keys
+from vlakeep.core.config import ConfigError, load_config
+from vlakeep.core.options import help_text, leaves, read, split
+from vlakeep.core.storage import KEYS
 
 REPO = Path(__file__).parents[1]
 
@@ -47,13 +51,109 @@ def test_help_lists_every_stage_and_imports_nothing_heavy():
         assert f"\n  {name} " in done.stdout
 
 
-def test_stage_help_shows_every_key_with_default_and_comment():
-    text = cli.stage_help("train")
+def test_stage_help_shows_default_choices_and_a_line_of_explanation():
+    text = help_text(cli.STAGES["train"])
     assert "reads:" in text and "writes:" in text
-    for key in known_keys():
-        assert f"--{key} " in text or f"--{key}." in text, key
-    assert "  --thermostat.batch_size 64\n" in text
-    assert "  --lora.alpha 16\n      Scale of the update is alpha / rank." in text
+    assert "  --thermostat.batch_size 64\n      At least 2. Probe items" in text
+    assert "  --lora.alpha 16\n      At least 1. Scale of the update is alpha / rank." in text
+    assert "  --train.resume false\n" in text and "  --train.optimizer adamw\n      One of adamw, sgd. " in text
+    text = help_text(cli.STAGES["libero-demos"])
+    assert "  --suite libero_object\n      One of libero_spatial, libero_object, libero_goal, libero_10, libero_90. " in text
+    for stage in cli.STAGES.values():
+        shown = entries(help_text(stage))
+        assert set(shown) == {*stage.names(), *(option.dest for option in stage.own)} - {"help"}, stage.name
+        assert [name for name, note in shown.items() if not note] == [], f"{stage.name}: no explanation"
+
+
+def entries(text):
+    """Option -> what is said of it, of the lists below the docstring."""
+    lists = re.split(r"^(?:options of this stage|configuration keys that it reads.*):$", text, flags=re.M)[1:]
+    return dict(re.findall(r"^  (?:--)?(\w[\w.]*).*\n(?:      (.*)\n)?", "\n".join([*lists, ""]), flags=re.M))
+
+
+@pytest.fixture(scope="module")
+def calls():
+    return Calls()
+
+
+# No method that comes with vlakeep has options; the demo sets its own for these; a new model is made with a section of its own.
+UNSEEN, SET = {"options"}, {"name", "evaluate.target", "train.keep_last", "train.save_every"}
+
+
+@pytest.mark.parametrize("name", [name for name, stage in cli.STAGES.items() if stage.keys])
+def test_a_stage_declares_what_it_reads_and_nothing_else(calls, name):
+    stage = cli.STAGES[name]
+    declared, found = set(stage.reads()), calls.keys(stage)
+    assert {"root", *KEYS} <= declared
+    if name == "preflight":
+        expected = {key for one in ("offline", "train", "evaluate") for key in cli.STAGES[one].reads()}
+        assert declared == expected and found <= declared
+        return
+    found -= {"demo": SET, "pretrain-libero": {key for key in leaves() if key.startswith("backbone.")}}.get(name, set())
+    assert declared - UNSEEN - set(KEYS) == found - UNSEEN
+
+
+def test_a_key_that_is_read_and_not_declared_is_found(calls):
+    found = calls.keys(cli.STAGES["libero-check"]._replace(module="vlakeep.libero.vqa"))
+    assert found == {"root", "seed", "probe.name"}
+    assert "thermostat.ema" in calls.keys(cli.STAGES["train"]) - calls.keys(cli.STAGES["evaluate"])
+
+
+def test_help_of_a_stage_is_quick():
+    code = "import sys; from vlakeep import cli; [cli.run([name, '--help']) for name in cli.STAGES]; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
+    assert done.returncode == 0, "--help of a stage imported torch"
+    assert all(f"vlakeep {name}" in done.stdout for name in cli.STAGES)
+
+
+@pytest.mark.parametrize("argv, words", [
+    ("evaluate --train.lr 3", r"--train.lr in the command line: `vlakeep evaluate` does not read it \(`vlakeep train`, .* would\)"),
+    ("train --suite libero_10", r"`vlakeep train` does not read it \(`vlakeep libero-\w+`, `vlakeep libero-\w+` would\)"),
+    ("evaluate --evaluate.btach 3", "unknown key `evaluate.btach` in the command line; did you mean `evaluate.batch`\\?$"),
+    ("storage-check --trian.lr 3", "did you mean `train.lr`. Of `vlakeep train`, not of this stage"),
+    ("libero-demos --demo 3", "did you mean `demos`"),
+    ("evaluate --options.strength 3", "--options.strength in the command line: `vlakeep evaluate` does not read it"),
+    ("train --zzz 3", "unknown key `zzz` in the command line; `vlakeep train --help` lists what it reads"),
+    ("train --train 3", "`train` in the command line is a section"),
+    ("train --train.lr", "--train.lr on the command line has no value; it takes a number: --train.lr 0.0005"),
+    ("train word", "`word` on the command line belongs to no key"),
+    ("train --config", "--config needs a file"),
+    ("fetch a/b --config x.yaml", "--config in the command line: `vlakeep fetch` does not read it"),
+    ("fetch", "vlakeep fetch needs model: A model of the hub"),
+    ("verify-golden", "vlakeep verify-golden needs folders"),
+    ("verify-openvla --device cpu", "vlakeep verify-openvla needs --openvla_dir"),
+    ("libero-demos --demos 0", "--demos '0': must be a whole number above 0"),
+    ("libero-demos --workers", "--workers '': must be a whole number above 0"),
+    ("libero-demos --suite libero_100", "--suite 'libero_100': must be one of libero_spatial, "),
+    ("report --seconds much", "--seconds 'much': must be a number, 0 or above"),
+    ("preflight --gpus 0", "--gpus '0': must be a whole number above 0"),
+    ("preflight --large_file_gb 0", "--large_file_gb '0': must be a number above 0"),
+    ("pretrain-tabletop --out x --patch 9", "--patch '9': must be 8 or 16"),
+])
+def test_what_a_stage_does_not_take_is_refused(argv, words):
+    name, *rest = argv.split()
+    with pytest.raises(ConfigError, match=words):
+        read(cli.STAGES[name], rest)
+
+
+def test_a_file_may_hold_keys_of_other_stages(tmp_path):
+    (tmp_path / "c.yaml").write_text("train: {lr: 0.25}\nprobe: {size: 9}\n")
+    argv = ["--probe.name=x", "--config", str(tmp_path / "c.yaml"), "--probe.size", "7", "--probe.size=8", "--root", "-1"]
+    _, config = read(cli.STAGES["audit-probe"], argv)
+    assert config == load_config(str(tmp_path / "c.yaml"), ["--probe.name", "x", "--probe.size", "8", "--root", "-1"])
+
+
+def test_own_options_are_read_beside_the_configuration():
+    args, file, pairs = split(cli.STAGES["libero-demos"], ["--tasks", "0, 4", "--root=a b", "--noise=.5", "--first", "0"])
+    assert (args.tasks, args.noise, args.first, args.demos, file, pairs) == (["0", "4"], 0.5, 0, 20, None, ["--root=a b"])
+    args, _, _ = split(cli.STAGES["verify-golden"], ["a", "b", "--tokenizer", "t"])
+    assert (args.folders, args.tokenizer) == ([Path("a"), Path("b")], Path("t"))
+    args, config = read(cli.STAGES["fetch"], ["--root", "r", "a/b"])
+    assert (args.model, config.root) == ("a/b", "r")
+    args, _, _ = split(cli.STAGES["pretrain-tabletop"], ["--out", "o", "--seed", "3", "--compile"])
+    assert (args.out, args.seed, args.compile, args.device) == (Path("o"), 3, True, "cuda")
+    args, _, pairs = split(cli.STAGES["train"], ["--options.strength", "1", "--options.kind=x"])
+    assert pairs == ["--options.strength=1", "--options.kind=x"]
 
 
 def test_unknown_stage_is_met_with_a_suggestion():
@@ -63,7 +163,7 @@ def test_unknown_stage_is_met_with_a_suggestion():
 
 def test_mistakes_print_one_message_and_exit_2(tmp_path):
     for argv, words in (
-        (["--train.lr", "-1"], "--train.lr -1.0: must be greater than 0"),
+        (["--train.lr", "-1"], "--train.lr in the command line: `vlakeep storage-check` does not read it"),
         (["--trian.lr", "1"], "did you mean `train.lr`?"),
         (["--config", "no.yaml"], "no configuration file at no.yaml"),
         (["--root", str(REPO / "x")], "source tree"),
@@ -86,7 +186,7 @@ def stage(tmp_path, body):
     return [
         sys.executable,
         "-c",
-        "import sys; from vlakeep import cli; cli.STAGES['x'] = cli.Stage('a_stage', ''); sys.argv = ['vlakeep', 'x'];"
+        "import sys; from vlakeep import cli; cli.STAGES['x'] = cli.Stage('x', 'a_stage', ''); sys.argv = ['vlakeep', 'x'];"
         "sys.exit(cli.main())",
     ], dict(os.environ, PYTHONPATH=f"{REPO}:{tmp_path}", VLAKEEP_ROOT=str(tmp_path / "root"))
 

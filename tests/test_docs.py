@@ -83,13 +83,14 @@ def test_stages_and_flags_exist():
 
 @pytest.mark.parametrize("command, wrong", [
     ("vlakeep train --config x.yaml --demos 3", ["vlakeep train: --demos"]),
-    ("vlakeep libero-demos --demos 3 --train.lr=1", []),
+    ("vlakeep libero-demos --demos 3 --train.lr=1 --root x", ["vlakeep libero-demos: --train.lr"]),
     ("vlakeep fetch openvla/openvla-7b --config x.yaml", ["vlakeep fetch: --config"]),
     ("vlakeep train && vlakeep preflight --gpus 8 | tee --append log", []),
     ("vlakeep storage-check --gpus 8", ["vlakeep storage-check: --gpus"]),
     ("vlakeep pretrain-tabletop --minutes 8 \\\n    --train.lr 1", ["vlakeep pretrain-tabletop: --train.lr"]),
     ("torchrun --standalone -m vlakeep.cli train --train.lr 1 --minutes 8", ["vlakeep.cli train: --minutes"]),
     ("scripts/run_method_train.sh --gpus 8 --demos 3", ["scripts/run_method_train.sh --gpus: --demos"]),
+    ('ALL=(--lora.rank 8)\nALL+=(--threads 2)\nvlakeep offline "${ALL[@]}"', ["vlakeep offline: --lora.rank"]),
     ("python speed/step_time.py --rounds 3 --demos 3", ["python speed/step_time.py: --demos"]),
 ])
 def test_an_option_of_another_stage_is_found(command, wrong):

@@ -193,11 +193,13 @@ def test_demonstrations_of_before_the_noise_were_executed_as_they_stand(tmp_path
 
 
 def test_the_amount_of_noise_is_checked_and_names_the_set():
-    from vlakeep.libero.demos import OPTIONS, set_name
+    from vlakeep.core.options import split
+    from vlakeep.libero.demos import set_name
+    from vlakeep.libero.stages import DEMOS
 
     for bad in ("-0.1", "much", "nan", ""):
         with pytest.raises(ValueError, match="--noise .* must be a number, 0 or above"):
-            libero.stage_options(["--noise", bad], OPTIONS)
+            split(DEMOS, ["--noise", bad])
     assert [set_name("libero_goal", Manner(*how)) for how in ((), (0.3,), (1.0, "side"))] == [
         "libero_goal_expert", "libero_goal_expert_noise0_3", "libero_goal_expert_side_noise1"]
 

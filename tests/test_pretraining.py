@@ -1,6 +1,5 @@
 """Training small models from nothing: batches, windows of pictures, and a model that learns and is read back."""
 
-import argparse
 import json
 
 import numpy as np
@@ -8,11 +7,13 @@ import pytest
 import torch
 
 from vlakeep.core.config import BackboneConfig
+from vlakeep.core.options import Stage, split
 from vlakeep.data.sample import Sample
 from vlakeep.data.statistics import action_statistics
 from vlakeep.libero.pretrain import LIGHT, Windows, shrink, stored_side
 from vlakeep.models.load import make_backbone
-from vlakeep.openvla.pretraining import compile_layers, fit, new_model, options, picker, save
+from vlakeep.openvla.pretraining import compile_layers, fit, new_model, picker, save
+from vlakeep.openvla.sizes import model_options
 
 
 def samples(asked, others):
@@ -63,9 +64,8 @@ def test_the_window_is_nine_tenths_of_the_stored_picture():
 
 
 def test_a_small_model_learns_and_is_read_back(tmp_path):
-    args = options("x", "y", hidden=48, heads=6, layers=2, mlp=64, vocab=720, batch=8, patch=16, lr=3e-3).parse_args(
-        ["--out", str(tmp_path / "m"), "--minutes", "0.15", "--device", "cpu"])
-    assert isinstance(args, argparse.Namespace)
+    sizes = model_options(hidden=48, heads=6, layers=2, mlp=64, vocab=720, batch=8, patch=16, lr=3e-3)
+    args, _, _ = split(Stage("x", "x", "y", own=sizes), ["--out", str(tmp_path / "m"), "--minutes", "0.15", "--device", "cpu"])
     backbone, processor = new_model(args, ["move left", "move right"], ["move", "left", "right"], 64, "tiny")
     actions = {"move left": np.full(7, -0.5, np.float32), "move right": np.full(7, 0.5, np.float32)}
     data = [Sample(None, text, action) for text, action in actions.items() for _ in range(4)]

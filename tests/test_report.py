@@ -13,7 +13,7 @@ from conftest import read_evaluation, wilson_by_roots
 from vlakeep.benchmarks.records import wilson
 from vlakeep.core.config import Config, ConfigError, to_dict
 from vlakeep.core.storage import Storage
-from vlakeep.report import arms_from_runs, build_report, main, split_options
+from vlakeep.report import arms_from_runs, build_report, main
 from vlakeep.reporting import words
 from vlakeep.reporting.arms import Arm, load_arms
 from vlakeep.reporting.compare import Comparison, pair
@@ -431,7 +431,6 @@ def test_command_line(tmp_path, monkeypatch, capsys):
         main(["--runs", "base,baseline", "--out", str(tmp_path / "out")])
     with pytest.raises(ConfigError, match="comes twice"):
         main(["--runs", "base,base"])
-    assert split_options(["--out", "x", "--seed", "3"]) == ({"out": "x"}, ["--seed", "3"])
     storage = Storage(tmp_path)
     assert arms_from_runs("method=abc", storage)["method"]["run"] == storage.runs / "abc"
 

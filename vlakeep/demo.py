@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Dict, List
 
 from vlakeep.core.config import Config, load_config
+from vlakeep.core.options import split
+from vlakeep.core.stages import DEMO
 
 # Arm -> (configuration that ships, what differs from it). Every arm gets the same seed, data, steps and evaluation states.
 ARMS = {
@@ -46,6 +48,7 @@ def main(argv: List[str]) -> int:
     from vlakeep.train import TrainingStopped, run_training
 
     started = time.perf_counter()
+    _, _, argv = split(DEMO, argv)
     method = arm_config("method", argv)
     storage = Storage.from_config(method, demo=True)
     argv = argv + ["--root", str(storage.root)]

@@ -26,8 +26,10 @@ from vlakeep.benchmarks.records import Records
 from vlakeep.benchmarks.summary import make_summary, write_summary
 from vlakeep.benchmarks.trained import crop_alarm, renderer_alarm, trained_data, training_picture
 from vlakeep.core.compat import require_numpy
-from vlakeep.core.config import Config, EvaluateConfig, config_from_argv, to_dict
+from vlakeep.core.config import Config, EvaluateConfig, to_dict
+from vlakeep.core.options import read
 from vlakeep.core.parallel import pick_device, set_threads
+from vlakeep.core.stages import EVALUATE
 from vlakeep.core.storage import Storage
 from vlakeep.core.target import load_manifest, read_action_statistics, target_checkpoint
 from vlakeep.data.dataset import Conventions
@@ -427,7 +429,7 @@ def run_probe(backbone, probe: ProbeSet, settings, records: Records, name: str) 
 
 
 def main(argv: List[str]) -> int:
-    config = config_from_argv(argv)
+    _, config = read(EVALUATE, argv)
     run_evaluation(config, Storage.from_config(config))
     return 0
 

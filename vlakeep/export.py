@@ -20,9 +20,11 @@ import numpy as np
 import torch
 
 import vlakeep
-from vlakeep.core.config import BackboneConfig, Config, config_from_argv
+from vlakeep.core.config import BackboneConfig, Config
 from vlakeep.core.errors import CheckpointError, human_bytes, quoted
+from vlakeep.core.options import read, split
 from vlakeep.core.parallel import pick_device, set_threads
+from vlakeep.core.stages import EXPORT, OFFLINE
 from vlakeep.core.storage import Storage, atomic_dir, find_checkpoint, need_free
 from vlakeep.core.target import load_manifest, read_action_statistics, target_checkpoint
 from vlakeep.data.dataset import Conventions
@@ -106,12 +108,10 @@ def refuse_second_merge(base: Path, adapter_sha256: str) -> None:
 
 def offline_command(argv: List[str]) -> str:
     """The command that makes what the closing pass reads, for the model, probe and storage root of an export's command line."""
-    kept, following = [], False
-    for arg in argv:
-        ours = arg.startswith("--export.")
-        if not (ours or following):
-            kept.append(arg)
-        following = ours and "=" not in arg
+    _, file, pairs = split(EXPORT, argv)
+    shared = {f"--{key}" for key in OFFLINE.reads()} - {"--method"}
+    kept = ["--config", file] if file else []
+    kept += [word for pair in pairs if pair.partition("=")[0] in shared for word in pair.split("=", 1)]
     return shlex.join(["vlakeep", "offline", *kept, "--method", "graded"])
 
 
@@ -179,7 +179,7 @@ def _judge_merged(found: dict, config: Config) -> None:
 
 
 def main(argv: List[str]) -> int:
-    config = config_from_argv(argv)
+    _, config = read(EXPORT, argv)
     run_export(config, Storage.from_config(config), offline_command(argv))
     return 0
 

@@ -12,9 +12,11 @@ from typing import List
 
 import torch
 
-from vlakeep.core.config import Config, config_from_argv
+from vlakeep.core.config import Config
+from vlakeep.core.options import read
 from vlakeep.core.parallel import pick_device, set_threads
 from vlakeep.core.registry import method_class
+from vlakeep.core.stages import OFFLINE
 from vlakeep.core.storage import Storage
 from vlakeep.models.load import make_backbone
 
@@ -28,7 +30,7 @@ def run_offline(config: Config, storage: Storage) -> Path:
 
 
 def main(argv: List[str]) -> int:
-    config = config_from_argv(argv)
+    _, config = read(OFFLINE, argv)
     run_offline(config, Storage.from_config(config))
     return 0
 

@@ -8,16 +8,14 @@ writes: the folders of the storage root, when they do not exist
 Exit status: 0 when nothing is red, 1 otherwise.
 """
 
-import contextlib
+import functools
 import importlib.metadata
 import importlib.util
-import io
 import os
 import re
 import sys
 from typing import List, Optional, Tuple
 
-import draccus
 import torch
 from rich.console import Console
 from rich.markup import escape
@@ -25,11 +23,13 @@ from rich.table import Table
 
 from vlakeep import checks
 from vlakeep.checks import GREEN, RED, YELLOW, Line
+from vlakeep.core import schema
 from vlakeep.core.compat import NUMPY_1, numpy_trouble
-from vlakeep.core.config import Config, ConfigError, config_from_argv
+from vlakeep.core.config import Config, ConfigError, load_config
 from vlakeep.core.errors import human_bytes, quoted
+from vlakeep.core.options import read, split
 from vlakeep.core.registry import method_class, method_names
-from vlakeep.core.schema import find_config
+from vlakeep.core.stages import PREFLIGHT, STORAGE_CHECK
 from vlakeep.core.storage import Storage, code_trees, peek, scan_large_files
 from vlakeep.libero import setup as libero_setup
 from vlakeep.libero.env import SUITES
@@ -250,67 +250,38 @@ def show(lines: List[Line], title: str) -> int:
     return 1 if red else 0
 
 
-def _take(argv: List[str], name: str, default: str) -> Tuple[str, List[str]]:
-    """Value of an option that is not a configuration key, and the other arguments."""
-    rest, value, position = [], default, 0
-    while position < len(argv):
-        arg = argv[position]
-        if arg == name and position + 1 < len(argv):
-            value, position = argv[position + 1], position + 1
-        elif arg.startswith(name + "="):
-            value = arg.split("=", 1)[1]
-        else:
-            rest.append(arg)
-        position += 1
-    return value, rest
-
-
-def _number(name: str, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not value > 0:
-        raise ConfigError(f"{name} {text!r}: must be a number above 0")
-    return value
-
-
 def main(argv: List[str]) -> int:
-    large, argv = _take(argv, "--large_file_gb", "1")
-    stage, argv = _take(argv, "--stage", "train")
-    count, argv = _take(argv, "--gpus", "1")
-    large_file_gb, gpus = _number("--large_file_gb", large), int(_number("--gpus", count))
-    config_path, rest = _take(argv, "--config", "")
-    where = f"correct it in {config_path} or on the command line" if config_path else "correct it on the command line"
     try:
-        return show(run_checks(config_from_argv(argv), stage, config_path, large_file_gb, gpus), "preflight")
+        args, file, pairs = split(PREFLIGHT, argv)
     except ConfigError as error:
-        lines = [Line(RED, "configuration", problem, where) for problem in str(error).splitlines()]
-    config = _parse_unchecked(config_path, rest)
-    if config is not None:  # values out of range: they do not hide a missing data set
-        return show(lines + run_checks(config, stage, config_path, large_file_gb, gpus)[len(config.problems()) :], "preflight")
-    found, _ = check_storage(lambda: peek(argv), large_file_gb, create=False)
-    lines += found + check_environment(Config())
-    return show([*lines, Line(YELLOW, "inputs", "not checked: correct the configuration first")], "preflight")
-
-
-def _parse_unchecked(config_path: str, overrides: List[str]) -> Optional[Config]:
-    """The configuration without its range checks; None when a key is unknown or a type is wrong."""
+        return _show_mistakes(error, "correct it on the command line", argv)
+    where = f"correct it in {file} or on the command line" if file else "correct it on the command line"
+    checked = functools.partial(run_checks, stage=args.stage, config_path=file or "", large_file_gb=args.large_file_gb, gpus=args.gpus)
     try:
-        args = ["--config_path", str(find_config(config_path))] if config_path else []
-        for arg in overrides:
-            args += arg.split("=", 1) if arg.startswith("--") else [arg]
-        with contextlib.redirect_stderr(io.StringIO()):  # argparse prints its usage there
-            return draccus.parse(Config, args=args)
-    except (Exception, SystemExit):
-        return None
+        return show(checked(load_config(file, pairs)), "preflight")
+    except ConfigError as error:
+        try:
+            config = schema.parse(Config, file, pairs)
+        except ConfigError:  # a type is wrong, or the file is
+            return _show_mistakes(error, where, argv)
+        # Values out of range: they do not hide a missing data set.
+        return show(_red(error, where) + checked(config)[len(config.problems()):], "preflight")
+
+
+def _red(error: ConfigError, where: str) -> List[Line]:
+    return [Line(RED, "configuration", problem, where) for problem in str(error).splitlines()]
+
+
+def _show_mistakes(error: ConfigError, where: str, argv: List[str]) -> int:
+    found, _ = check_storage(lambda: peek(argv), create=False)
+    found += check_environment(Config())
+    return show([*_red(error, where), *found, Line(YELLOW, "inputs", "not checked: correct the configuration first")], "preflight")
 
 
 def storage_check(argv: List[str]) -> int:
     """`vlakeep storage-check`: folders below the root, cache variables, large files in source trees, free space."""
-    large, argv = _take(argv, "--large_file_gb", "1")
-    config = config_from_argv(argv)
-    lines, _ = check_storage(lambda: Storage.from_config(config, create=False), _number("--large_file_gb", large), create=False)
+    args, config = read(STORAGE_CHECK, argv)
+    lines, _ = check_storage(lambda: Storage.from_config(config, create=False), args.large_file_gb, create=False)
     return show(lines, "storage-check")
 
 

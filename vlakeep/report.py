@@ -18,7 +18,9 @@ from typing import Dict, List, Optional
 
 from tqdm import tqdm
 
-from vlakeep.core.config import ConfigError, config_from_argv
+from vlakeep.core.config import ConfigError
+from vlakeep.core.options import read
+from vlakeep.core.stages import REPORT
 from vlakeep.core.storage import Storage, atomic_dir
 from vlakeep.reporting import tables, words
 from vlakeep.reporting.arms import Arm, load_arms
@@ -26,7 +28,6 @@ from vlakeep.reporting.compare import Comparison
 from vlakeep.reporting.figures import figures, save_files
 from vlakeep.reporting.page import page
 
-OPTIONS = ("runs", "out", "title", "seconds")
 OURS = {"index.html", "summary.json", "provenance.json", "tables", "figures"}
 
 
@@ -119,35 +120,12 @@ def arms_from_runs(runs: str, storage: Storage, benchmark: str = "tabletop") -> 
     return arms
 
 
-def split_options(argv: List[str]) -> tuple:
-    """(this stage's own options, the rest for the configuration); `--key value` and `--key=value`."""
-    own, rest, position = {}, [], 0
-    while position < len(argv):
-        name, equals, value = argv[position].partition("=")
-        if name[:2] == "--" and name[2:] in OPTIONS:
-            if not equals:
-                position += 1
-                if position == len(argv):
-                    raise ConfigError(f"{name} needs a value")
-                value = argv[position]
-            own[name[2:]] = value
-        else:
-            rest.append(argv[position])
-        position += 1
-    return own, rest
-
-
 def main(argv: List[str]) -> int:
     started = time.perf_counter()
-    own, rest = split_options(argv)
-    config = config_from_argv(rest)
+    args, config = read(REPORT, argv)
     storage = Storage.from_config(config)
-    try:
-        seconds = float(own["seconds"]) if "seconds" in own else None
-    except ValueError:
-        raise ConfigError(f"--seconds {own['seconds']}: must be a number") from None
-    arms = arms_from_runs(own.get("runs", "base,baseline,method"), storage, config.evaluate.benchmark)
-    path = build_report(storage.root, arms, Path(own.get("out", storage.report)), own.get("title", "vlakeep report"), seconds)
+    arms = arms_from_runs(args.runs, storage, config.evaluate.benchmark)
+    path = build_report(storage.root, arms, Path(args.out or storage.report), args.title, args.seconds)
     print(f"{path} ({time.perf_counter() - started:.0f} s)")
     return 0
 

@@ -22,11 +22,13 @@ from tqdm import tqdm
 
 from vlakeep.core import checkpoint as ckpt
 from vlakeep.core.compat import grad_scaler
-from vlakeep.core.config import Config, config_from_argv, to_dict
+from vlakeep.core.config import Config, to_dict
 from vlakeep.core.errors import CheckpointError, Interrupted, TrainingStopped
+from vlakeep.core.options import read
 from vlakeep.core.parallel import Distributed, set_threads
 from vlakeep.core.registry import method_class
 from vlakeep.core.rundir import RunDir, RunLock
+from vlakeep.core.stages import TRAIN
 from vlakeep.core.storage import Storage, need_free
 from vlakeep.data.loader import make_stream
 from vlakeep.data.statistics import save_statistics
@@ -287,7 +289,7 @@ def say(dist: Distributed, text: str) -> None:
 
 
 def main(argv: List[str]) -> int:
-    config = config_from_argv(argv)
+    _, config = read(TRAIN, argv)
     run_training(config, Storage.from_config(config))
     return 0
 

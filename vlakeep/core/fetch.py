@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 from typing import Callable, List
 
-from vlakeep.core.config import ConfigError, load_config
+from vlakeep.core.config import ConfigError
 from vlakeep.core.errors import is_disk_full, quoted
+from vlakeep.core.options import read
+from vlakeep.core.stages import FETCH
 from vlakeep.core.storage import Storage
 
 TRIES, FIRST_WAIT_S = 6, 5.0
@@ -50,13 +52,13 @@ def _network_errors() -> tuple:
 
 
 def main(argv: List[str]) -> int:
-    names = [arg for arg in argv[:1] if not arg.startswith("-")]
-    if not names or names[0].count("/") != 1:
-        raise ConfigError("vlakeep fetch takes a model of the hub first, such as openvla/openvla-7b")
-    storage = Storage.from_config(load_config(None, argv[1:]))
-    folder = storage.guard_write(storage.cache / names[0].split("/")[1], what="base model")
-    path = with_retries(lambda: _download(names[0], folder))
-    print(f"fetched {path}; name it with --backbone.checkpoint {quoted(names[0])}")
+    args, config = read(FETCH, argv)
+    if args.model.count("/") != 1:
+        raise ConfigError("vlakeep fetch needs a model of the hub, such as openvla/openvla-7b")
+    storage = Storage.from_config(config)
+    folder = storage.guard_write(storage.cache / args.model.split("/")[1], what="base model")
+    path = with_retries(lambda: _download(args.model, folder))
+    print(f"fetched {path}; name it with --backbone.checkpoint {quoted(args.model)}")
     return 0
 
 

@@ -3,11 +3,12 @@
 config.py has the schema and its ranges; here is only how it is read, and what a person is told when it cannot be.
 """
 
+import argparse
 import difflib
 from dataclasses import fields, is_dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Iterator, List, Optional, Tuple, get_args, get_origin, get_type_hints
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, get_args, get_origin, get_type_hints
 
 import draccus
 import yaml
@@ -64,6 +65,21 @@ def in_words(kind, plural: bool = False) -> str:
         return in_words(inner[0]) + ", or null"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
     return names[kind].removeprefix("a ") + "s" if plural else names[kind]
+
+
+def allowed(field) -> str:
+    """What a field of the configuration may be, as a sentence without its point; empty where its type says all."""
+    text = field.metadata.get("allowed", "").partition("; --")[0].partition(": ")[0]
+    return text[:1].upper() + text[1:]
+
+
+def pick(argv: List[str], names: Sequence[str]) -> Tuple[Dict[str, str], List[str]]:
+    """(the options of these names that are given, the other arguments); the last one counts. A value that is missing is empty."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for name in names:
+        parser.add_argument(f"--{name}", nargs="?", const="", dest=name)
+    given, rest = parser.parse_known_args(argv)
+    return vars(given), rest
 
 
 def _flatten(tree: dict, prefix: str = "") -> Iterator[str]:

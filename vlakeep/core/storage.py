@@ -21,7 +21,7 @@ import yaml
 from tqdm import tqdm
 
 from vlakeep.core.errors import DiskFull, StorageError, human_bytes, is_disk_full, quoted
-from vlakeep.core.schema import find_config
+from vlakeep.core.schema import find_config, pick
 
 DEFAULT_ROOT = Path("/opt/data/private/vlakeep")
 DEMO_ROOT = Path("~/.cache/vlakeep")
@@ -213,13 +213,10 @@ def peek(argv: List[str], demo: bool = False) -> "Storage":
 
     Raises what Storage raises, and ConfigError, OSError or yaml.YAMLError for a configuration file that cannot be read.
     """
-    pairs = {}
-    for arg, following in zip(argv, [*argv[1:], ""]):
-        name, equals, value = arg.partition("=")
-        pairs[name] = value if equals else following
-    tree = yaml.safe_load(find_config(pairs["--config"]).read_text()) if "--config" in pairs else {}
+    given, _ = pick(argv, ["config", "root", *KEYS])
+    tree = yaml.safe_load(find_config(given["config"]).read_text()) if "config" in given else {}
     tree = tree if isinstance(tree, dict) else {}
-    wanted = {key: pairs.get(f"--{key}") or tree.get(key) for key in ["root", *KEYS]}
+    wanted = {key: given.get(key) or tree.get(key) for key in ["root", *KEYS]}
     return Storage(pick_root(wanted.pop("root"), demo, quiet=True), wanted)
 
 

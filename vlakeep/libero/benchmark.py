@@ -3,10 +3,9 @@
 An episode is a function of (task, initial state, seed) and of the policy: neither the number of workers nor the order changes it.
 """
 
-import re
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -52,38 +51,6 @@ class FixedBatch:
         fill = self._rows - len(part)
         images = np.stack([s.image for s in part] + [np.zeros_like(part[0].image)] * fill)
         return list(self._policy(images, [s.instruction for s in part] + [part[0].instruction] * fill, len(part))[:len(part)])
-
-
-def stage_options(argv: List[str], defaults: Dict[str, str],
-                  choices: Optional[Mapping[str, Sequence[str]]] = None) -> Tuple[dict, List[str]]:
-    """(a stage's own options, numbers as such; the arguments for the configuration). Raises ValueError for a bad value.
-
-    Options whose default is a whole number take whole numbers, those with a point in it take numbers from 0 on; `suite` must be a
-    suite, `tasks` becomes a list of task numbers. choices: option -> the values that it may have.
-    """
-    own: Dict[str, Any] = dict(defaults)
-    rest, arguments = [], iter(argv)
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if key[:2] == "--" and key[2:] in defaults:
-            own[key[2:]] = value if equals else next(arguments, "")
-        else:
-            rest.append(argument)
-    for key, default in defaults.items():
-        if default.isdigit():
-            if not own[key].isdigit() or (int(own[key]) < 1 and key != "first"):
-                raise ValueError(f"--{key} {own[key]!r}: must be a whole number above 0")
-            own[key] = int(own[key])
-        elif default.replace(".", "", 1).isdigit():
-            if not re.fullmatch(r"\d+\.?\d*|\.\d+", own[key]):
-                raise ValueError(f"--{key} {own[key]!r}: must be a number, 0 or above")
-            own[key] = float(own[key])
-    for key, known in {"suite": SUITES, **(choices or {})}.items():
-        if own[key] not in known:
-            raise ValueError(f"--{key} {own[key]!r}: must be one of {', '.join(known)}")
-    require_libero()
-    own["tasks"] = pick_tasks(own["suite"], [part.strip() for part in own["tasks"].split(",") if part.strip()], "--tasks")
-    return own, rest
 
 
 def pick_tasks(suite: str, chosen: Sequence[str], option: str = "--evaluate.skills") -> List[int]:

@@ -15,17 +15,18 @@ from typing import List
 import numpy as np
 
 from vlakeep.core.compat import require_numpy
-from vlakeep.core.config import config_from_argv
+from vlakeep.core.options import read
 from vlakeep.core.storage import Storage, atomic_write
 from vlakeep.data.images import encode_png
 from vlakeep.libero import setup as libero_setup
 from vlakeep.libero.env import CAMERA, SUITES, LiberoEnv, policy_image
+from vlakeep.libero.stages import CHECK
 
 STEPS = 10
 
 
 def main(argv: List[str]) -> int:
-    config = config_from_argv(argv)
+    _, config = read(CHECK, argv)
     suite = config.evaluate.benchmark if config.evaluate.benchmark in SUITES else "libero_object"
     require_numpy()
     libero_setup.require_libero()

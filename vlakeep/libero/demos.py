@@ -32,21 +32,20 @@ from typing import Dict, Iterator, List, NamedTuple, Tuple
 import numpy as np
 from tqdm import tqdm
 
-from vlakeep.core.config import ConfigError, config_from_argv
+from vlakeep.core.config import ConfigError
+from vlakeep.core.options import read
 from vlakeep.core.storage import Storage, atomic_dir, atomic_write
 from vlakeep.data.hdf5_writer import Demonstration, append_demo, need_h5py
 from vlakeep.data.sample import Episode
 from vlakeep.data.writer import write_rlds
-from vlakeep.libero.benchmark import SPLITS, stage_options
-from vlakeep.libero.env import CAMERA, CAMERAS, MAX_STEPS, WRIST, LiberoEnv, about_task, load_suite
-from vlakeep.libero.expert import APPROACHES, NotCovered, goals
+from vlakeep.libero.benchmark import SPLITS, pick_tasks, require_libero
+from vlakeep.libero.env import CAMERA, MAX_STEPS, WRIST, LiberoEnv, about_task, load_suite
+from vlakeep.libero.expert import NotCovered, goals
 from vlakeep.libero.record import Demo, Manner, record, render
 from vlakeep.libero.setup import versions
+from vlakeep.libero.stages import DEMOS
 from vlakeep.libero.workers import Job, Workers
 
-OPTIONS = {"suite": "libero_object", "demos": "20", "tasks": "", "workers": "1", "resolution": "256", "first": "1000",
-           "noise": "0.0", "approach": "above", "format": "rlds", "camera": CAMERA}
-CHOICES = {"format": ("rlds", "hdf5", "both"), "camera": CAMERAS, "approach": APPROACHES}
 PATIENCE = 3  # seeds tried per demonstration that is wanted
 Key = Tuple[int, int]  # task, seed
 
@@ -60,10 +59,13 @@ class Shot(NamedTuple):
 
 
 def main(argv: List[str]) -> int:
-    own, rest = stage_options(argv, OPTIONS, CHOICES)
+    args, config = read(DEMOS, argv)
+    own = vars(args)
+    require_libero()
+    own["tasks"] = pick_tasks(own["suite"], own["tasks"], "--tasks")
     if own["format"] != "rlds":
         need_h5py(f"--format {own['format']}")
-    storage = Storage.from_config(config_from_argv(rest))
+    storage = Storage.from_config(config)
     suite, manner = own["suite"], Manner(own["noise"], own["approach"])
     name = set_name(suite, manner)
     if own["first"] + PATIENCE * own["demos"] > SPLITS["probe"]:

@@ -9,7 +9,6 @@ scripts/build_libero_base.sh runs these, with two sets of demonstrations. All pa
 actions and, with --questions, on the questions of probes. Pictures are those of the evaluation (official size, then the
 model's); a random window of nine tenths of the area is cut from them, and brightness, contrast and saturation vary: evaluate
 with --evaluate.center_crop true. The un-normalisation key is --key. Not a stage of an experiment: its options are its own.
---root names the storage root.
 
 writes: OUT/ in the official checkpoint format, in bfloat16, with PROVENANCE.json (command, seed, data, versions, hashes, time)
 """
@@ -26,7 +25,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from vlakeep.core.config import config_from_argv
+from vlakeep.core.config import ConfigError
+from vlakeep.core.options import read
 from vlakeep.core.storage import Storage
 from vlakeep.data.formats import open_datasets
 from vlakeep.data.images import resize_uint8
@@ -34,7 +34,8 @@ from vlakeep.data.sample import Sample
 from vlakeep.data.statistics import action_statistics, normalise, standardise
 from vlakeep.libero.benchmark import SUITES, instructions, load_suite
 from vlakeep.libero.setup import rendered_with, require_libero
-from vlakeep.openvla.pretraining import fit, new_model, options, save
+from vlakeep.libero.stages import PRETRAIN
+from vlakeep.openvla.pretraining import fit, new_model, save
 from vlakeep.probe.probe_set import ProbeSet
 
 OFFICIAL = (224, 224)  # what the evaluation hands to the model's own preprocessing
@@ -43,18 +44,11 @@ LIGHT = 0.2  # brightness is shifted by up to this share of white; contrast and 
 
 
 def main(argv: List[str]) -> int:
-    parser = options("pretrain-libero", __doc__, patch=8, vocab=1600, batch=512, lr=1e-3)
-    parser.add_argument("--data", required=True, help="names of data sets, separated by commas")
-    parser.add_argument("--questions", default="", help="names of probes with answers, separated by commas")
-    parser.add_argument("--key", required=True, help="name under which the action statistics are stored, such as libero_object")
-    parser.add_argument("--share", type=float, default=0.2, help="part of each batch that asks a question")
-    parser.add_argument("--image", type=int, default=128, help="side of the model's pictures in pixels")
-    parser.add_argument("--root", default=None)
-    args = parser.parse_args(argv)
+    args, config = read(PRETRAIN, argv)
     if args.image % args.patch:
-        parser.error(f"--image {args.image} must be a multiple of --patch {args.patch}")
+        raise ConfigError(f"--image {args.image} must be a multiple of --patch {args.patch}")
     require_libero()
-    storage = Storage.from_config(config_from_argv([] if args.root is None else ["--root", args.root]))
+    storage = Storage.from_config(config)
 
     frames, samples, statistics = demonstrations(args, storage)
     for name in filter(None, args.questions.split(",")):
@@ -70,7 +64,7 @@ def main(argv: List[str]) -> int:
     backbone, processor = new_model(args, corpus, words, args.image, "small")
     backbone.norm_stats = {args.key: statistics}
     trained = fit(backbone, processor, samples, Windows(images, args.image), args, args.share)
-    shown = [arg.replace(str(args.out), "OUT").replace(str(args.root), "ROOT") for arg in argv]
+    shown = [arg.replace(str(args.out), "OUT").replace(str(config.root), "ROOT") for arg in argv]
     command = shlex.join(["vlakeep", "pretrain-libero", *shown])
     names = args.data.split(",")
     save(backbone, args, command, trained, samples=len(samples), data=names,

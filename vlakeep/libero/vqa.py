@@ -24,24 +24,27 @@ from typing import Dict, List, Tuple
 import numpy as np
 from tqdm import tqdm
 
-from vlakeep.core.config import ConfigError, config_from_argv
+from vlakeep.core.config import ConfigError
+from vlakeep.core.options import read
 from vlakeep.core.storage import Storage, atomic_write
 from vlakeep.data.sample import Sample
 from vlakeep.libero.balance import Question, choose, measure
-from vlakeep.libero.benchmark import SPLIT_SIZE, SPLITS, stage_options
+from vlakeep.libero.benchmark import SPLIT_SIZE, SPLITS, pick_tasks, require_libero
 from vlakeep.libero.env import LiberoEnv
 from vlakeep.libero.questions import Pictured, look, questions
+from vlakeep.libero.stages import VQA
 from vlakeep.libero.workers import Job, Workers
 from vlakeep.probe.probe_set import write_probe
 
-OPTIONS = {"suite": "libero_90", "items": "500", "questions_per_scene": "1", "tasks": "", "workers": "1", "first": "0", "split": "probe"}
 LONGEST = 300  # steps of an episode
 Scene = Tuple[int, int]  # task, seed
 
 
 def main(argv: List[str]) -> int:
-    own, rest = stage_options(argv, OPTIONS)
-    config = config_from_argv(rest)
+    args, config = read(VQA, argv)
+    own = vars(args)
+    require_libero()
+    own["tasks"] = pick_tasks(own["suite"], own["tasks"], "--tasks")
     storage = Storage.from_config(config)
     scenes = pick_scenes(own)
     folder = storage.guard_write(storage.probe_folder(config.probe.name), what="probe")
@@ -74,9 +77,7 @@ def main(argv: List[str]) -> int:
 
 
 def pick_scenes(own: dict) -> List[Scene]:
-    """The split's scenes, tasks in turn. ConfigError for a split that is none, or more scenes than it has."""
-    if own["split"] not in SPLITS:
-        raise ConfigError(f"--split {own['split']!r}: must be one of {', '.join(SPLITS)}")
+    """The split's scenes, tasks in turn. ConfigError for more scenes than it has."""
     count = -(-own["items"] // (1 + own["questions_per_scene"]))
     if own["first"] + count > SPLIT_SIZE:
         raise ConfigError(f"--first {own['first']}: a split has {SPLIT_SIZE} scenes, and --first counts from its first one; other scenes "

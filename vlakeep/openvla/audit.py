@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vlakeep.core.config import config_from_argv
+from vlakeep.core.options import read
+from vlakeep.core.stages import AUDIT
 from vlakeep.core.storage import Storage, find_checkpoint
 from vlakeep.data.prompts import prompt_text
 from vlakeep.openvla.processor import Processor
@@ -40,7 +41,7 @@ def item_table(rows: List[AuditRow]) -> Table:
 
 
 def main(argv: List[str]) -> int:
-    config = config_from_argv(argv)
+    _, config = read(AUDIT, argv)
     storage = Storage.from_config(config)
     processor = Processor.from_folder(find_checkpoint(config.backbone.checkpoint, storage.cache))
     probe = ProbeSet(storage.probe_folder(config.probe.name))

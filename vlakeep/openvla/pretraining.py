@@ -4,12 +4,10 @@ The two stages that build the models of this project use it: pretrain-tabletop a
 through the training loop of vlakeep/train.py.
 """
 
-import argparse
 import hashlib
 import json
 import math
 import time
-from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
@@ -26,27 +24,6 @@ from vlakeep.openvla.processor import Processor
 from vlakeep.openvla.tiny import build_tiny_tokenizer
 
 WARM_UP = 500  # steps
-
-
-def options(stage: str, description: str, **defaults) -> argparse.ArgumentParser:
-    """What both stages ask for. `defaults` replaces values of the small model's sizes and of the optimisation."""
-    parser = argparse.ArgumentParser(f"vlakeep {stage}", description=description, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=8.0, help="time for optimisation; reading or making the data comes on top")
-    parser.add_argument("--batch", type=int, default=1024)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--patch", type=int, default=16, choices=[8, 16])
-    parser.add_argument("--hidden", type=int, default=192)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--heads", type=int, default=6)
-    parser.add_argument("--mlp", type=int, default=512)
-    parser.add_argument("--vocab", type=int, default=768)
-    parser.add_argument("--processes", type=int, default=None)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--compile", action="store_true", help="fuse the kernels of each layer: half the time, after a minute")
-    parser.set_defaults(**defaults)
-    return parser
 
 
 def model_config(args, image_size: int, vit: str) -> dict:

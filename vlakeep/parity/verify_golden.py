@@ -8,7 +8,6 @@ past its tolerance, 2 for a folder that is not golden. --tokenizer names a folde
 cannot be checked without one is said.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Callable, Dict, List, Optional
 
 import numpy as np
 
+from vlakeep.core.options import split
 from vlakeep.data import images
 from vlakeep.data.sample import Row
 from vlakeep.openvla.processor import ImageProcessor, Processor, load_tokenizer
@@ -24,6 +24,7 @@ from vlakeep.parity import golden_data as data_golden
 from vlakeep.parity.golden import UNCHECKED, difference, unchecked
 from vlakeep.parity.golden_text import verify_text
 from vlakeep.parity.golden_weights import EMPTY_TOKEN
+from vlakeep.parity.stages import GOLDEN
 
 
 def kind_of(folder: Path) -> Optional[str]:
@@ -133,12 +134,7 @@ def verify_golden(folders: List[Path], tokenizer: Optional[Path] = None) -> int:
 
 
 def main(argv: List[str]) -> int:
-    parser = argparse.ArgumentParser("vlakeep verify-golden", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
-    parser.add_argument(
-        "--tokenizer", type=Path, default=None, metavar="DIR", help="folder with tokenizer.json or tokenizer.model"
-    )
-    args = parser.parse_args(argv)
+    args, _, _ = split(GOLDEN, argv)
     try:
         return verify_golden(args.folders, args.tokenizer)
     except (FileNotFoundError, ValueError) as error:

@@ -7,7 +7,6 @@ Runs in the official environment (transformers 4.40.1, timm 0.9.x, peft). `--che
 Prints a table of the largest deviations and exits non-zero past a tolerance. Nothing that lies in the checkpoint is run.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from PIL import Image
 
 from vlakeep.core.config import BackboneConfig
 from vlakeep.core.official_code import load_official, versions
+from vlakeep.core.options import split
 from vlakeep.core.parallel import pick_device
 from vlakeep.core.storage import find_checkpoint, pick_root
 from vlakeep.data.prompts import action_prompt, encode, encode_batch, encode_prompts, prompt_ids
@@ -32,6 +32,7 @@ from vlakeep.openvla.official import official_model
 from vlakeep.openvla.processor import PREPROCESSOR_FILE, ImageProcessor, Processor, load_tokenizer
 from vlakeep.parity.golden import UNCHECKED, difference, unchecked
 from vlakeep.parity.golden_weights import EMPTY_TOKEN, golden_backbone
+from vlakeep.parity.stages import OPENVLA
 
 INSTRUCTIONS = ["pick up the red block", "Put the bowl ON the plate", "open the top drawer and put the bowl inside"]
 # Shapes of the released OpenVLA-7B.
@@ -317,13 +318,7 @@ def check_lora(pair: Pair, tolerance: dict) -> List[Row]:
 
 
 def main(argv: List[str]) -> int:
-    parser = argparse.ArgumentParser("vlakeep verify-openvla", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--openvla_dir", required=True)
-    parser.add_argument("--checkpoint", default="tabletop-base")
-    parser.add_argument("--tokenizer", type=Path, default=None, help="folder with a Llama-2 tokenizer, for golden folders")
-    parser.add_argument("--dtype", choices=sorted(TOLERANCES), default="float32")
-    parser.add_argument("--device", default="auto")
-    args = parser.parse_args(argv)
+    args, _, _ = split(OPENVLA, argv)
     try:
         code = load_official(args.openvla_dir)
         print(f"official code in {code.folder}; {', '.join(versions())}")

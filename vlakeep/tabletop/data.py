@@ -9,14 +9,15 @@ writes: data_root_dir/tabletop_<skill>/ for every skill, probe_root_dir/<probe.n
 """
 
 import sys
-from typing import List, Optional, Sequence, Tuple
+from typing import List, Optional, Sequence
 
-from vlakeep.core.config import Config, ConfigError, config_from_argv
+from vlakeep.core.config import Config, ConfigError
+from vlakeep.core.options import read
 from vlakeep.core.storage import Storage
 from vlakeep.data.writer import write_rlds
 from vlakeep.probe.probe_set import write_probe
+from vlakeep.tabletop.stages import DATA
 
-OPTIONS = ("skills", "episodes")
 EPISODES = 200
 NOISE = 0.2
 
@@ -47,28 +48,11 @@ def write_tabletop_data(config: Config, storage: Storage, skills: Sequence[str] 
     print(f"wrote {probe_folder}: {len(samples)} items of {len(set(kinds))} kinds")
 
 
-def own_options(argv: List[str]) -> Tuple[List[str], Optional[int], List[str]]:
-    """(skills, episodes, the arguments for the configuration). ConfigError for a value that is missing or no whole number above 0."""
-    own, rest, arguments = {}, [], iter(argv)
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if key[:2] == "--" and key[2:] in OPTIONS:
-            own[key[2:]] = value if equals else next(arguments, "")
-        else:
-            rest.append(argument)
-    skills = [part.strip() for part in own.get("skills", "").split(",") if part.strip()]
-    if "skills" in own and not skills:
-        raise ConfigError("--skills needs names, such as --skills path,order")
-    episodes = own.get("episodes")
-    if episodes is not None and not (episodes.isdigit() and int(episodes)):
-        raise ConfigError(f"--episodes {episodes!r}: must be a whole number above 0")
-    return skills, int(episodes) if episodes else None, rest
-
-
 def main(argv: List[str]) -> int:
-    skills, episodes, rest = own_options(argv)
-    config = config_from_argv(rest)
-    write_tabletop_data(config, Storage.from_config(config), skills, episodes)
+    args, config = read(DATA, argv)
+    if args.skills == []:
+        raise ConfigError("--skills needs names, such as --skills path,order")
+    write_tabletop_data(config, Storage.from_config(config), args.skills or (), args.episodes)
     return 0
 
 

@@ -18,17 +18,16 @@ from typing import List
 import numpy as np
 import torch
 
+from vlakeep.core.options import split
 from vlakeep.data.statistics import action_statistics
-from vlakeep.openvla.pretraining import fit, new_model, options, save
+from vlakeep.openvla.pretraining import fit, new_model, save
 from vlakeep.openvla.tiny import TINY_IMAGE_SIZE
 from vlakeep.tabletop import benchmark as tabletop
+from vlakeep.tabletop.stages import PRETRAIN
 
 
 def main(argv: List[str]) -> int:
-    parser = options("pretrain-tabletop", __doc__)
-    parser.add_argument("--frames", type=int, default=800_000)
-    parser.add_argument("--questions", type=float, default=0.4, help="share of frames that carry a question")
-    args = parser.parse_args(argv)
+    args, _, _ = split(PRETRAIN, argv)
     backbone, processor = new_model(args, tabletop.corpus(), tabletop.words(), TINY_IMAGE_SIZE, "tiny")
     started = time.perf_counter()
     frames, samples = tabletop.training_frames(args.frames, args.seed, args.processes, args.questions)

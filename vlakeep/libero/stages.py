@@ -1,0 +1,43 @@
+"""The stages of LIBERO: what each reads (core/options.py says how it is written down)."""
+
+from vlakeep.core.options import Option, Stage, names, number, whole
+from vlakeep.core.stages import FOLDERS
+from vlakeep.libero.env import CAMERA, CAMERAS, SUITES
+from vlakeep.libero.expert import APPROACHES
+from vlakeep.openvla.sizes import model_options
+
+TASKS = Option("--tasks", [], "Numbers of tasks, with commas between them; none takes all of the suite.", names)
+WORKERS = Option("--workers", 1, "Simulator processes; they do not change what is written.", whole())
+
+
+def suite(default: str) -> Option:
+    return Option("--suite", default, "The suite of tasks.", choices=SUITES)
+
+
+CHECK = Stage("libero-check", "vlakeep.libero.check", "does the LIBERO simulator run here, and as the official data were rendered",
+              f"{FOLDERS} evaluate.benchmark")
+DEMOS = Stage("libero-demos", "vlakeep.libero.demos", "demonstrations of LIBERO tasks by a scripted expert, as RLDS or HDF5", FOLDERS, own=(
+    suite("libero_object"), TASKS, WORKERS,
+    Option("--demos", 20, "Demonstrations of each task.", whole()),
+    Option("--resolution", 256, "Side of the pictures in pixels.", whole()),
+    Option("--first", 1000, "Seed of the first demonstration.", whole(0)),
+    Option("--noise", 0.0, "Noise that pushes the hand off its way, as a share of the expert's own motion.", number()),
+    Option("--approach", "above", "How the hand comes to a thing.", choices=APPROACHES),
+    Option("--format", "rlds", "What is written.", choices=("rlds", "hdf5", "both")),
+    Option("--camera", CAMERA, "The picture of the RLDS set.", choices=CAMERAS)))
+VQA = Stage("libero-vqa", "vlakeep.libero.vqa", "a probe of LIBERO scenes: instructions, and visual questions with known answers",
+            f"{FOLDERS} probe.name seed", own=(
+    suite("libero_90"), TASKS, WORKERS,
+    Option("--items", 500, "Items of the probe, instructions and questions together.", whole()),
+    Option("--questions_per_scene", 1, "Questions of each scene, on average.", whole()),
+    Option("--first", 0, "Number of the first scene in its split.", whole(0)),
+    Option("--split", "probe", "Scenes for what the method protects, or for what --evaluate.probe asks.", choices=("probe", "heldout"))))
+PRETRAIN = Stage("pretrain-libero", "vlakeep.libero.pretrain", "a small model of LIBERO demonstrations, from nothing (one GPU)", FOLDERS,
+                 file=False, own=(
+    *model_options(patch=8, vocab=1600, batch=512, lr=1e-3),
+    Option("--data", None, "Names of data sets, with commas between them.", required=True),
+    Option("--questions", "", "Names of probes with answers, with commas between them."),
+    Option("--key", None, "Name under which the action statistics are stored, such as libero_object.", required=True),
+    Option("--share", 0.2, "Part of each batch that asks a question.", number()),
+    Option("--image", 128, "Side of the model's pictures in pixels.", whole())))
+STAGES = (CHECK, DEMOS, VQA, PRETRAIN)
