@@ -9,8 +9,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import pytest
 import torch
+import yaml
 
-from vlakeep.core.config import load_config
+from vlakeep.core.config import load_config, to_dict
 
 torch.set_num_threads(1)
 
@@ -23,6 +24,10 @@ EVALUATION = ["--evaluate.skills", "[reach,pick,corner]", "--evaluate.episodes",
               "--evaluate.questions_per_kind", "6", "--evaluate.retention_frames", "6", "--evaluate.seed", "11"]
 METHOD, BASELINE = "configs/method_icsm_hsw_thermostat.yaml", "configs/baseline_lora.yaml"
 GRADED = "configs/method_graded.yaml"
+
+
+def save_config(config, path) -> None:
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
 @pytest.fixture(scope="session")

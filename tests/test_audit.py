@@ -66,7 +66,7 @@ def test_missing_inputs_name_the_remedy(root):
         run(root, "other")
     with pytest.raises(FileNotFoundError, match="--backbone.checkpoint"):
         audit.main(["--root", str(root), "--backbone.checkpoint", "absent", "--probe.name", "p"])
-    with pytest.raises(ConfigError, match="unknown key `items`"):
+    with pytest.raises(ConfigError, match="--items in the command line: `vlakeep audit-probe` does not read it"):
         audit.main(["--root", str(root), "--items", "3"])
 
 

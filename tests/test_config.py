@@ -5,9 +5,10 @@ import dataclasses
 
 import pytest
 from config_reads import FIELDS, Reads
+from conftest import save_config
 from test_layout import SOURCES
 
-from vlakeep.core.config import Config, ConfigError, config_from_argv, known_keys, load_config, save_config, to_dict
+from vlakeep.core.config import Config, ConfigError, config_from_argv, known_keys, load_config, to_dict
 from vlakeep.core.options import config_help, leaves
 from vlakeep.core.schema import SHIPPED
 from vlakeep.core.storage import KEYS

@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import save_config
 
 from vlakeep import preflight
 from vlakeep.benchmarks.records import Records, wilson
 from vlakeep.checks import check_artifact
-from vlakeep.core.config import Config, save_config
+from vlakeep.core.config import Config
 from vlakeep.core.errors import RunDirError
 from vlakeep.core.rundir import RunDir
 from vlakeep.core.storage import Storage, find_checkpoint

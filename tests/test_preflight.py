@@ -7,13 +7,14 @@ import re
 import numpy as np
 import pytest
 import torch
+from conftest import save_config
 from safetensors.torch import save_file
 
 from vlakeep import preflight
 from vlakeep.checks import RED, SPARE_BYTES, adapter_parameters, checkpoint_bytes, safetensors_problem
 from vlakeep.core import compat
 from vlakeep.core import storage as storage_module
-from vlakeep.core.config import Config, save_config, to_dict
+from vlakeep.core.config import Config, to_dict
 from vlakeep.data.sample import Sample
 from vlakeep.preflight import version_tuple
 from vlakeep.probe.probe_set import write_probe

@@ -14,7 +14,17 @@ import pytest
 from vlakeep.core import storage as storage_module
 from vlakeep.core.config import Config
 from vlakeep.core.errors import DiskFull, StorageError
-from vlakeep.core.storage import Storage, atomic_dir, atomic_write, find_checkpoint, pick_root, prepare_environment, scan_large_files
+from vlakeep.core.storage import (
+    Storage,
+    atomic_dir,
+    atomic_path,
+    atomic_write,
+    find_checkpoint,
+    pick_root,
+    prepare_environment,
+    remove_leftovers,
+    scan_large_files,
+)
 
 FOLDERS = {"hf_cache", "datasets", "probe", "artifacts", "runs", "tmp", "torch_cache", "wandb"}
 VARIABLES = {"HF_HOME", "TRANSFORMERS_CACHE", "HF_DATASETS_CACHE", "TORCH_HOME", "WANDB_DIR", "TMPDIR"}
@@ -188,6 +198,22 @@ def test_enospc_from_the_kernel_is_reported_as_disk_full(tmp_path):
             with open("/dev/full", "wb") as full:  # every write to it is answered with ENOSPC
                 full.write(b"x")
     assert names(tmp_path) == []
+
+
+def test_a_library_writes_at_a_path_with_the_same_suffix(tmp_path):
+    file = tmp_path / "a.npz"
+    with atomic_path(file) as partial:
+        assert partial.suffix == ".npz" and partial.parent == tmp_path  # numpy would add it, and write elsewhere
+        partial.write_bytes(b"one")
+        assert not file.exists()
+    with pytest.raises(RuntimeError), atomic_path(file) as partial:
+        partial.write_bytes(b"two")
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"] and file.read_bytes() == b"one"
+    left = tmp_path / partial.name.replace(str(os.getpid()), "999999999")
+    left.write_bytes(b"of a process that was killed")
+    remove_leftovers(tmp_path, "a.npz")
+    assert not left.exists()
 
 
 def test_atomic_dir_replaces_at_once_and_cleans_up(tmp_path):

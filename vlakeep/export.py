@@ -27,8 +27,7 @@ from vlakeep.core.parallel import pick_device, set_threads
 from vlakeep.core.stages import EXPORT, OFFLINE
 from vlakeep.core.storage import Storage, atomic_dir, find_checkpoint, need_free
 from vlakeep.core.target import load_manifest, read_action_statistics, target_checkpoint
-from vlakeep.data.dataset import Conventions
-from vlakeep.data.formats import closing_all, open_datasets
+from vlakeep.data.formats import closing_all, open_configured
 from vlakeep.data.images import resize_uint8
 from vlakeep.data.prompts import encode_prompts
 from vlakeep.data.sample import Sample
@@ -47,9 +46,7 @@ def parity_samples(config: Config, storage: Storage, size) -> Tuple[List[Sample]
     """`export.parity_frames` frames of the run's data, spread evenly, or random pictures where the data are not there."""
     count = config.export.parity_frames
     try:
-        data = config.data
-        datasets = open_datasets(storage.data, data.datasets, data.train_fraction, storage.cache,
-                                 Conventions(data.camera, data.gripper, data.rotate))
+        datasets = open_configured(config.data, storage.data, storage.cache)
     except FileNotFoundError:
         rng = np.random.default_rng(config.seed)
         return [Sample(rng.integers(0, 256, (*size, 3), dtype=np.uint8), "pick up the red block") for _ in range(count)], "random pictures"

@@ -7,7 +7,6 @@ Each field is documented once, in the comment above it.
 
 import sys
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import yaml
@@ -391,10 +390,6 @@ def config_from_argv(argv: List[str]) -> Config:
 def to_dict(config) -> dict:
     """Plain nested dictionary of a configuration or one of its sections, for files and hashes."""
     return asdict(config)
-
-
-def save_config(config: Config, path) -> None:
-    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
 if __name__ == "__main__":  # sanity check: python -m vlakeep.core.config configs/baseline_lora.yaml --train.lr 1e-3

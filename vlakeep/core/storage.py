@@ -274,8 +274,8 @@ def _fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _sibling(path: Path, mark: str) -> Path:
-    return path.parent / f".{path.name}.{mark}-{socket.gethostname()}-{os.getpid()}"
+def _sibling(path: Path, mark: str, suffix: str = "") -> Path:
+    return path.parent / f".{path.name}.{mark}-{socket.gethostname()}-{os.getpid()}{suffix}"
 
 
 def _disk_full(path: Path, error: BaseException) -> DiskFull:
@@ -297,17 +297,16 @@ def naming_full_disk(path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_write(path, mode: str = "wb") -> Iterator:
-    """An open file that becomes `path` when the block ends well; otherwise `path` stays what it was.
+def atomic_path(path) -> Iterator[Path]:
+    """A path with the suffix of `path`, for a library to write a file at, which becomes `path` when the block ends well.
 
-    Written beside `path`, flushed to disk, renamed. Raises DiskFull for a full disk, quota or file-size limit.
+    Otherwise `path` stays what it was. Written beside it, flushed to disk, renamed. Raises DiskFull for a full disk, quota or limit.
     """
     path = Path(path)
-    temporary = _sibling(path, "tmp")
+    temporary = _sibling(path, "tmp", path.suffix)
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _fsync_folder(path.parent)
@@ -316,6 +315,13 @@ def atomic_write(path, mode: str = "wb") -> Iterator:
         if is_disk_full(error) and not isinstance(error, DiskFull):
             raise _disk_full(path, error) from error
         raise
+
+
+@contextmanager
+def atomic_write(path, mode: str = "wb") -> Iterator:
+    """An open file that becomes `path` when the block ends well; as atomic_path."""
+    with atomic_path(path) as temporary, open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        yield file
 
 
 @contextmanager
@@ -357,7 +363,7 @@ def remove_leftovers(folder: Path, name: str = "") -> None:
     A leftover of another host is cleared after a day, since its process cannot be looked up from here.
     """
     for entry in sorted(folder.glob(f".{name or '*'}.*-*")):
-        match = re.fullmatch(r"\.(.+)\.(tmp|old)-(.+)-(\d+)", entry.name)
+        match = re.fullmatch(r"\.(.+)\.(tmp|old)-(.+)-(\d+)(?:\.\w+)?", entry.name)
         if match is None or (name and match[1] != name):
             continue
         kind, host, pid = match[2], match[3], int(match[4])

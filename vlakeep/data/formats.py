@@ -61,6 +61,12 @@ def open_datasets(root, names: List[str], fraction: float = 1.0, cache_dir: Unio
     return opened
 
 
+def open_configured(settings, root, cache_dir) -> List[DemoDataset]:
+    """The data sets of the configuration section `data` (DataConfig), below `root`; see open_datasets."""
+    return open_datasets(root, settings.datasets, settings.train_fraction, cache_dir,
+                         Conventions(settings.camera, settings.gripper, settings.rotate))
+
+
 @contextmanager
 def closing_all(datasets: List[DemoDataset]) -> Iterator[List[DemoDataset]]:
     """The data sets of open_datasets, closed at the end of the block."""

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Union
 import numpy as np
 
 from vlakeep.data.augment import augment, draw
-from vlakeep.data.dataset import Conventions, DemoDataset
-from vlakeep.data.formats import open_datasets
+from vlakeep.data.dataset import DemoDataset
+from vlakeep.data.formats import open_configured
 from vlakeep.data.images import resize_uint8
 from vlakeep.data.order import SampleOrder
 from vlakeep.data.prompts import encode_batch
@@ -155,8 +155,7 @@ def make_stream(data, data_root_dir, processor, batch_size: int, seed: int, rank
         from vlakeep.data.official import OfficialStream
 
         return OfficialStream(data, data_root_dir, processor, batch_size, openvla_dir)
-    conventions = Conventions(data.camera, data.gripper, data.rotate)
-    datasets = open_datasets(data_root_dir, data.datasets, data.train_fraction, cache_dir, conventions)
+    datasets = open_configured(data, data_root_dir, cache_dir)
     try:
         for dataset in datasets if data.statistics is not None else ():
             dataset.scale(known[data.statistics])

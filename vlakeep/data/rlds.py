@@ -140,11 +140,6 @@ class RldsDataset(DemoDataset):
                              "changed since it was indexed")
         return data
 
-    def image_bytes(self, episode: int, frame: int) -> bytes:
-        """The encoded picture of one frame, by one positioned read; safe from several threads."""
-        row = self._row(episode, frame)
-        return self._bytes(int(self._numbers[episode]), row, f"episode {episode}, frame {frame}")
-
     def _picture(self, number: int, row: int, frame: int, where: str) -> np.ndarray:
         return decode_image(self._bytes(number, row, where), where)  # as officially
 

@@ -6,11 +6,11 @@ Axes: N frames of a data set, A action dimensions (the last is the gripper).
 """
 
 import json
-import os
-from pathlib import Path
 from typing import Callable, Dict, Optional, Tuple
 
 import numpy as np
+
+from vlakeep.core.storage import atomic_write
 
 
 def libero_transform(actions_NA: np.ndarray) -> np.ndarray:
@@ -100,7 +100,5 @@ def unnormalise(actions: np.ndarray, statistics: Dict) -> np.ndarray:
 
 def save_statistics(path, statistics: Dict[str, Dict]) -> None:
     """Write dataset_statistics.json, keyed by data set name, byte for byte as the official save_dataset_statistics."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(statistics, indent=2))
-    os.replace(temporary, path)
+    with atomic_write(path, "w") as file:
+        file.write(json.dumps(statistics, indent=2))

@@ -5,13 +5,12 @@ Axes: T frames, H W pixels, A action and S state dimensions.
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Iterable
 
 import numpy as np
 
-from vlakeep.core.storage import naming_full_disk
+from vlakeep.core.storage import atomic_dir
 from vlakeep.data.images import encode_jpeg, encode_png
 from vlakeep.data.sample import Episode
 from vlakeep.data.tfrecord import RecordWriter, write_example
@@ -89,16 +88,13 @@ def write_rlds(folder, name: str, episodes: Iterable[Episode], image_format: str
     final = Path(folder) / name / version
     if final.exists() and not overwrite:
         raise FileExistsError(f"{final} exists; remove it or ask for it to be overwritten")
-    partial = final.with_name(f"{version}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    with naming_full_disk(final):
-        _fill(partial, final, name, episodes, encode, image_format, version, shard_bytes)
+    with atomic_dir(final) as partial:
+        _fill(partial, name, episodes, encode, image_format, version, shard_bytes)
     return final
 
 
-def _fill(partial: Path, final: Path, name: str, episodes, encode, image_format: str, version: str, shard_bytes: int) -> None:
-    """Write everything into `partial` and rename it to `final`; a failure removes it."""
+def _fill(partial: Path, name: str, episodes, encode, image_format: str, version: str, shard_bytes: int) -> None:
+    """Write everything into the folder `partial`."""
     shape, lengths, total, writer = None, [], 0, None
     try:
         for number, episode in enumerate(episodes):
@@ -130,15 +126,9 @@ def _fill(partial: Path, final: Path, name: str, episodes, encode, image_format:
                         "numBytes": str(total), "shardLengths": [str(n) for n in lengths]}],
             "version": version,
         }, indent=2))
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
     except BaseException:
-        try:
-            if writer is not None:
-                writer.__exit__()  # on a full disk this fails too
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        if writer is not None:
+            writer.__exit__()  # on a full disk this fails too
         raise
 
 

@@ -5,6 +5,7 @@ from typing import List
 
 import numpy as np
 
+from vlakeep.core.storage import atomic_path
 from vlakeep.libero.env import CAMERA, LiberoEnv, policy_image, to_simulator
 from vlakeep.libero.workers import Job, Seen
 
@@ -40,12 +41,10 @@ def write_video(path: Path, frames: List[np.ndarray]) -> None:
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.stem}.partial.mp4")
-    with av.open(str(partial), "w") as container:
+    with atomic_path(path) as partial, av.open(str(partial), "w") as container:
         stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND)
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = "yuv420p"
         for frame_HWC in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")))
         container.mux(stream.encode())
-    partial.replace(path)

@@ -16,6 +16,7 @@ from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Tuple
 
 import numpy as np
 
+from vlakeep.core.storage import atomic_path
 from vlakeep.libero.env import LiberoEnv
 from vlakeep.libero.expert import Expert, goals
 from vlakeep.libero.workers import Job
@@ -35,9 +36,8 @@ class Demo(NamedTuple):
     proprio: np.ndarray  # float32 [T, 8]: hand position, rotation vector, finger positions
 
     def save(self, path: Path) -> None:
-        partial = path.with_name(f"{path.stem}.partial.npz")
-        np.savez_compressed(partial, **self._asdict())
-        partial.replace(path)
+        with atomic_path(path) as partial:
+            np.savez_compressed(partial, **self._asdict())
 
     @classmethod
     def load(cls, path: Path) -> "Demo":

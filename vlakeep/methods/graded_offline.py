@@ -16,8 +16,7 @@ import vlakeep
 from vlakeep.core.config import Config
 from vlakeep.core.provenance import library_versions, source_commit
 from vlakeep.core.storage import Storage, need_free
-from vlakeep.data.dataset import Conventions
-from vlakeep.data.formats import closing_all, open_datasets
+from vlakeep.data.formats import closing_all, open_configured
 from vlakeep.data.images import resize_uint8
 from vlakeep.data.prompts import encode_prompts
 from vlakeep.data.sample import Batch, Sample
@@ -65,10 +64,8 @@ def item_weights(config: Config, kinds: List[str]) -> torch.Tensor:
 
 def new_samples(config: Config, storage: Storage, size, count: int = NEW_FRAMES) -> Dict[str, List[Sample]]:
     """Data set -> frames spread evenly over it, with their instructions; {} when there are no data yet."""
-    data = config.data
     try:
-        datasets = open_datasets(storage.data, data.datasets, data.train_fraction, storage.cache,
-                                 Conventions(data.camera, data.gripper, data.rotate))
+        datasets = open_configured(config.data, storage.data, storage.cache)
     except FileNotFoundError:
         return {}
     found = {}

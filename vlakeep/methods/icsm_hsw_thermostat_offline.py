@@ -21,6 +21,7 @@ from vlakeep.teacher import icsm_artifact as artifact
 from vlakeep.teacher.collect import input_key, passes, pooled_states, token_moments, with_own_answers
 from vlakeep.teacher.decompose import check_rank, pooled_candidates, token_bases
 from vlakeep.teacher.sensitivity import order_by_fragility, sensitivities
+from vlakeep.thermostat.drift import covariance
 
 ANSWER_TOKENS = 8  # seven action tokens and the end of sequence
 
@@ -55,10 +56,7 @@ def build(config: Config, storage: Storage, backbone) -> Path:
         else:
             kl_K = torch.arange(config.icsm.rank, 0, -1, dtype=torch.float64)
         fragile_DK, plastic_DK, order = order_by_fragility(candidates_DK, kl_K, config.icsm.fragile_fraction)
-        x_ND = pooled.states[layer].double()
-        centred_ND = x_ND - mean_D
-        tensors[layer] = {"U_f": fragile_DK, "U_p": plastic_DK, "mu": mean_D,
-                          "C_T": centred_ND.T @ centred_ND / (len(x_ND) - 1)}
+        tensors[layer] = {"U_f": fragile_DK, "U_p": plastic_DK, "mu": mean_D, "C_T": covariance(pooled.states[layer])}
         energy = (values.square() / values.square().sum())[:config.icsm.rank]
         notes[str(layer)] = {
             "r_f": fragile_DK.shape[1], "r_p": plastic_DK.shape[1], "epsilon_absolute": step,

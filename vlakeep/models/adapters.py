@@ -5,18 +5,18 @@ merged into whatever is saved.
 """
 
 import json
-import os
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Tuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vlakeep.core.errors import CheckpointError
+from vlakeep.core.storage import atomic_path
 from vlakeep.openvla.backbone import LORA_PREFIX, Backbone
 
 ADAPTER = "default"
@@ -256,11 +256,10 @@ def save_adapter(backbone: Backbone, folder) -> None:
         "use_dora": False,
         "layer_replication": None,
     }
-    partial = folder / (WEIGHTS_FILE + ".partial")
-    save_file(
-        {name: t.cpu().contiguous() for name, t in adapter_state(backbone).items()}, str(partial), metadata={"format": "pt"}
-    )
-    os.replace(partial, folder / WEIGHTS_FILE)
+    with atomic_path(folder / WEIGHTS_FILE) as partial:
+        save_file(
+            {name: t.cpu().contiguous() for name, t in adapter_state(backbone).items()}, str(partial), metadata={"format": "pt"}
+        )
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -298,6 +297,12 @@ def load_adapter(backbone: Backbone, folder) -> None:
     load_adapter_state(backbone, stored, f"the adapter in {folder}")
 
 
+def merged(weight: torch.Tensor, pair: Tuple[torch.Tensor, torch.Tensor], scale: float) -> torch.Tensor:
+    """W + scale B A in float32, in the shape of W; `pair` is (A [r, ...], B [out, r, ...]), a convolution's B being 1 x 1."""
+    a, b = pair
+    return weight.float() + scale * (b.flatten(1) @ a.flatten(1)).view(weight.shape)
+
+
 @torch.no_grad()
 def merged_state(backbone: Backbone, dtype: Optional[torch.dtype] = None) -> Dict[str, torch.Tensor]:
     """Official state dict with the adapters merged in: W + alpha/rank B A, added in float32 and rounded once."""
@@ -310,8 +315,7 @@ def merged_state(backbone: Backbone, dtype: Optional[torch.dtype] = None) -> Dic
         name, _, kind = key.rpartition(".")
         if name in layers and kind == "weight":
             layer = layers[name]
-            a, b = layer.lora_A[ADAPTER].weight.float(), layer.lora_B[ADAPTER].weight.float()
-            delta = (b.flatten(1) @ a.flatten(1)).view(tensor.shape)  # a convolution's B is 1x1
-            tensor = (tensor.float() + layer.scaling[ADAPTER] * delta).to(dtype or tensor.dtype)
+            pair = layer.lora_A[ADAPTER].weight.float(), layer.lora_B[ADAPTER].weight.float()
+            tensor = merged(tensor, pair, layer.scaling[ADAPTER]).to(dtype or tensor.dtype)
         state[key] = tensor
     return state

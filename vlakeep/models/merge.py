@@ -5,7 +5,6 @@ disk and are read tensor by tensor, so that the peak is one shard (5 GB) and one
 """
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
@@ -16,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from vlakeep.core.errors import CheckpointError
-from vlakeep.models.adapters import merged_state
+from vlakeep.core.storage import atomic_path
+from vlakeep.models.adapters import merged, merged_state
 from vlakeep.openvla import format as checkpoint_format
 from vlakeep.openvla.format import INDEX, MAX_SHARD, WEIGHTS, tensor_table, weight_files, write_json, write_sidecars
 
@@ -38,12 +38,6 @@ def read_deltas(adapter: Path) -> Tuple[Dict[str, Tuple[torch.Tensor, torch.Tens
         what = f"{half[0]} lacks A or B" if half else "it holds no LoRA weights"
         raise CheckpointError(f"the adapter in {adapter} is not whole ({what}): use another checkpoint of the run")
     return {name: (a, b) for name, (a, b) in pairs.items()}, config["lora_alpha"] / config["r"]
-
-
-def merged(weight: torch.Tensor, pair: Tuple[torch.Tensor, torch.Tensor], scale: float) -> torch.Tensor:
-    """W + scale B A in float32, in the shape of W; `pair` is (A [r, ...], B [out, r, ...]), a convolution's B being 1 x 1."""
-    a, b = pair
-    return weight.float() + scale * (b.flatten(1) @ a.flatten(1)).view(weight.shape)
 
 
 def _shards(sizes: Dict[str, int]) -> List[List[str]]:
@@ -94,9 +88,8 @@ def merge_checkpoint(base: Path, adapter: Path, out: Path, statistics: dict, dty
                     done[module] = file_name
                 tensors[name] = tensor.to(kinds[name]).contiguous()
                 bar.update()
-            partial = out / (file_name + ".partial")
-            save_file(tensors, str(partial), metadata={"format": "pt"})
-            os.replace(partial, out / file_name)
+            with atomic_path(out / file_name) as partial:
+                save_file(tensors, str(partial), metadata={"format": "pt"})
             total += sum(t.nbytes for t in tensors.values())
     if len(shards) > 1:
         write_json(out / INDEX, {"metadata": {"total_size": total},

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vlakeep.data.sample import IGNORE_INDEX, Batch, Sample
+from vlakeep.data.statistics import unnormalise
 from vlakeep.models.load import model_name
 from vlakeep.openvla import format as checkpoint_format
 from vlakeep.openvla.model import OpenVLA
@@ -146,10 +147,6 @@ class Backbone(nn.Module):
         """Sequence positions [L] of the text tokens."""
         index_L = torch.arange(length, device=self.device)
         return index_L + self.num_patches * (index_L > 0)
-
-    def to_text_positions(self, x_BSD: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """[B, S, ...] -> [B, L, ...]: what stands at the text tokens."""
-        return x_BSD[:, self.text_index(batch.input_ids.shape[1])]
 
     # Forward
 
@@ -291,10 +288,7 @@ class Backbone(nn.Module):
 
     def unnormalise(self, actions_BA: np.ndarray, unnorm_key: Optional[str] = None) -> np.ndarray:
         """[-1, 1] to the data set's units, float64: 0.5 (x + 1) (q99 - q01) + q01 where the mask is true, else unchanged."""
-        statistics = self.action_statistics(unnorm_key)
-        low, high = np.array(statistics["q01"]), np.array(statistics["q99"])
-        mask = np.array(statistics.get("mask", np.ones_like(low, dtype=bool)))
-        return np.where(mask, 0.5 * (actions_BA + 1) * (high - low) + low, actions_BA)
+        return unnormalise(actions_BA, self.norm_stats[self.action_key(unnorm_key)])
 
     def predict_actions(self, images, instructions: List[str], unnorm_key: Optional[str] = None) -> np.ndarray:
         """Actions [B, A] float64 for uint8 images [B, H, W, 3] (or a list) and instructions. EarlyStop when a row ends early."""
