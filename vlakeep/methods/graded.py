@@ -10,7 +10,6 @@ import torch
 
 from vlakeep.core.config import Config
 from vlakeep.core.storage import Storage
-from vlakeep.data.prompts import encode_prompts
 from vlakeep.hsw.graded import GradedInput, GradedSite
 from vlakeep.methods import graded_offline
 from vlakeep.methods.base import Method, Problem, never_measured
@@ -18,7 +17,6 @@ from vlakeep.models.adapters import adapters_disabled
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.teacher.answers import Answered, run_below, teacher_answers
 from vlakeep.teacher.artifact import GradedArtifact, check, load_artifact
-from vlakeep.teacher.collect import input_key
 from vlakeep.teacher.folder import ArtifactError
 from vlakeep.thermostat.kl_sensor import KLSensor, batched
 from vlakeep.thermostat.setpoint import SetPoint, SetPointController, settle
@@ -77,7 +75,7 @@ class Graded(Method):
             rows = torch.tensor([i * len(items) // count for i in range(count)])
             chosen = [items[i] for i in rows]
             sensor = KLSensor(backbone, Answered(*[value[rows] for value in answered]),
-                              batched(probe.samples(chosen), backbone.processor, encode_prompts, size), size,
+                              batched(probe.samples(chosen), backbone.processor, size), size,
                               graded_offline.item_weights(config, probe.kinds(chosen)))
             new = graded_offline.new_samples(config, storage, graded_offline.picture_size(backbone), max(1, count // 4))
             samples = [sample for group in new.values() for sample in group]
@@ -86,7 +84,7 @@ class Graded(Method):
             with adapters_disabled(backbone):
                 first = backbone.first_adapted_layer()
                 own = teacher_answers(backbone, run_below(backbone, graded_offline.answered_samples(backbone, samples, size), first), first)
-            return {"kl": sensor, "kl_new": KLSensor(backbone, own, batched(samples, backbone.processor, encode_prompts, size), size)}
+            return {"kl": sensor, "kl_new": KLSensor(backbone, own, batched(samples, backbone.processor, size), size)}
 
         return cls(config, artifact, make_sensors), {"artifact": artifact.meta["files"], "probe": probe.sha256}
 
@@ -104,7 +102,7 @@ class Graded(Method):
         settings, thermostat = self._config.gains, self._config.thermostat
         if settings.enabled:
             adapted = backbone.adapted_linears()
-            spaces = self._spaces(adapted)
+            spaces = self._spaces(adapted, backbone.input_key)
             self._site = GradedSite(adapted, spaces, self._units(adapted, spaces), settings.steepness, settings.scale)
             start = settings.opening or min(max(self._site.opening_for(settings.start), LOWEST), HIGHEST)
             self._site.set_opening(start)
@@ -115,7 +113,7 @@ class Graded(Method):
                     target=thermostat.target, start=start, lowest=LOWEST, highest=HIGHEST, steepness=settings.steepness,
                     open_factor=thermostat.open_factor, close_factor=thermostat.close_factor))
 
-    def _spaces(self, adapted: Dict[str, torch.nn.Module]) -> Dict[str, GradedInput]:
+    def _spaces(self, adapted: Dict[str, torch.nn.Module], input_key: Callable[[str], str]) -> Dict[str, GradedInput]:
         spectra = self._artifact.spectra()
         missing = [name for name in adapted if input_key(name) not in spectra]
         if missing:
