@@ -306,8 +306,18 @@ def test_an_artefact_of_something_else_is_refused(artefact):
                 section={"columns": 1024, "holdout": 0.2, "balance": True})
     assert artifact.check(artefact, **good) == []
     for key, value in (("weights_hash", "x"), ("probe_hash", "x"), ("probe_size", 9), ("depth", 7), ("dtype", "bfloat16"),
-                       ("section", {"columns": 5, "holdout": 0.2})):
+                       ("quantisation", "4bit"), ("section", {"columns": 5, "holdout": 0.2})):
         assert len(artifact.check(artefact, **dict(good, **{key: value}))) == 1, key
+
+
+def test_another_attention_is_said_and_refuses_nothing(world, artefact, capsys):
+    storage, make_config = world
+    meta = artefact.meta
+    assert (meta["dtype"], meta["quantisation"], meta["attn_implementation"]) == ("float32", "none", "sdpa")
+    for attention, told in (("sdpa", False), ("eager", True)):
+        config = make_config(GRADED, "--backbone.attn_implementation", attention)
+        graded_method.Graded.prepare(config, storage, make_backbone(config.backbone, "cpu", storage.cache))
+        assert (f"was made with attn_implementation sdpa, this run uses {attention}" in capsys.readouterr().err) == told
 
 
 def test_preflight_looks_at_this_methods_artefact(world, artefact, tmp_path):

@@ -251,7 +251,7 @@ def test_damaged_or_foreign_artefacts_are_refused_with_the_remedy(made):
 # ---- what the artefact says of its making ----
 
 
-def test_an_artefact_of_another_type_is_refused_with_the_command(world):
+def test_an_artefact_of_another_type_is_refused_with_the_command(world, capsys):
     from vlakeep.methods.icsm_hsw_thermostat import METHOD as Method
     from vlakeep.models.load import make_backbone
 
@@ -264,6 +264,7 @@ def test_an_artefact_of_another_type_is_refused_with_the_command(world):
         Method.prepare(config, storage, backbone)
     eager = make_config(METHOD, "--backbone.attn_implementation", "eager")  # recorded, and the same up to rounding
     Method.prepare(eager, storage, make_backbone(eager.backbone, "cpu", storage.cache))
+    assert "was made with attn_implementation sdpa, this run uses eager" in capsys.readouterr().err
 
 
 def test_quantisation_is_compared_and_older_artefacts_are_refused(world, tmp_path):

@@ -39,23 +39,24 @@ from vlakeep.models.merge import RECORD, merge_checkpoint
 PARITY_BATCH = 8
 
 
-def parity_samples(config: Config, storage: Storage, size) -> Tuple[List[Sample], str]:
+def parity_samples(config: Config, storage: Storage, processor) -> Tuple[List[Sample], str]:
     """`export.parity_frames` frames of the run's data, spread evenly, or random pictures where the data are not there."""
-    count = config.export.parity_frames
+    count, size = config.export.parity_frames, tuple(processor.picture_size)
     try:
         data = config.data
         datasets = open_datasets(storage.data, data.datasets, data.train_fraction, storage.cache,
                                  Conventions(data.camera, data.gripper, data.rotate))
     except FileNotFoundError:
         rng = np.random.default_rng(config.seed)
-        return [Sample(rng.integers(0, 256, (*size, 3), dtype=np.uint8), "pick up the red block") for _ in range(count)], "random pictures"
+        blank = processor.spec.blank(0, size, "pick up the red block")
+        return [blank.with_pictures(lambda picture: rng.integers(0, 256, picture.shape, dtype=np.uint8)) for _ in range(count)], \
+            "random pictures"
     samples = []
     with closing_all(datasets):
         keys = [(d, e, t) for d in datasets for e, length in enumerate(d.lengths) for t in range(int(length))]
         for index in np.linspace(0, len(keys) - 1, count).astype(int):
             dataset, episode, frame = keys[index]
-            raw = dataset.frame(episode, frame)
-            samples.append(Sample(resize_uint8(raw.image, size), raw.instruction))
+            samples.append(dataset.frame(episode, frame).with_pictures(lambda picture: resize_uint8(picture, size)))
     return samples, "frames of " + ", ".join(config.data.datasets)
 
 
@@ -81,7 +82,7 @@ def check_parity(config: Config, storage: Storage, adapter: Path, merged: Path, 
         if folder is None:
             load_adapter(backbone, adapter / "adapter")
             backbone.norm_stats = read_action_statistics(adapter)
-            samples, source = parity_samples(config, storage, tuple(backbone.processor.picture_size))
+            samples, source = parity_samples(config, storage, backbone.processor)
         processor = backbone.processor
         ids.append(action_ids(backbone.eval(), samples, unnorm_key))
         del backbone

@@ -171,7 +171,7 @@ def refuse_early(config: Config, storage: Storage, dist: Distributed) -> None:
 
 
 def _loop(config: Config, dist: Distributed, run: RunDir, backbone, method, stream) -> None:
-    model = dist.wrap(backbone)
+    model = backbone.parallelised(dist)
     settings = config.train
     params = [p for p in backbone.parameters() if p.requires_grad]
     optimizer = make_optimizer(params, settings)

@@ -62,7 +62,7 @@ class SampleSpec:
                 lacking.append(f"a chunk of {self.chunk} actions")
             if lacking:
                 has = [*(["an image"] if sample.image is not None else []), *(f"the camera {name!r}" for name in sample.cameras)]
-                has += [f"a {what} {list(np.shape(one))}" for what, one in (("state", sample.state), ("action", sample.action))
+                has += [f"{what} {list(np.shape(one))}" for what, one in (("a state", sample.state), ("an action", sample.action))
                         if one is not None]
                 raise ValueError(f"{sample.instruction!r} of data set {sample.dataset!r} lacks {' and '.join(lacking)}, which the model "
                                  f"{model} takes; it has {', '.join(has) or 'nothing'}: choose other data with --data.datasets, or another "

@@ -28,7 +28,7 @@ from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.teacher import closing
 from vlakeep.teacher.answers import Part, run_below
 from vlakeep.teacher.artifact import GradedArtifact, check, load_artifact
-from vlakeep.teacher.folder import ArtifactError
+from vlakeep.teacher.folder import ArtifactError, note_attention
 from vlakeep.thermostat.kl_sensor import KLSensor, batched
 
 NEW_FRAMES = 256  # of the run's data, over all data sets: 20,000 tokens on the tabletop, for moments of at most 512 x 512
@@ -62,6 +62,7 @@ def open_answers(config: Config, storage: Storage, backbone, probe: ProbeSet, co
                      graded_offline.deciding(config))
     if problems:
         raise ArtifactError("\n".join([*problems, remedy]))
+    note_attention(artifact.folder, artifact.meta, config.backbone)
     return artifact
 
 

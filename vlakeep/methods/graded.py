@@ -17,7 +17,7 @@ from vlakeep.models.adapters import adapters_disabled
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.teacher.answers import Answered, run_below, teacher_answers
 from vlakeep.teacher.artifact import GradedArtifact, check, load_artifact
-from vlakeep.teacher.folder import ArtifactError
+from vlakeep.teacher.folder import ArtifactError, note_attention
 from vlakeep.thermostat.kl_sensor import KLSensor, batched
 from vlakeep.thermostat.setpoint import SetPoint, SetPointController, settle
 
@@ -67,6 +67,7 @@ class Graded(Method):
         if problems:
             raise ArtifactError("\n".join(problems))
         artifact = load_artifact(folder)
+        note_attention(folder, artifact.meta, config.backbone)
         size = config.icsm.batch_size
 
         def make_sensors(backbone):

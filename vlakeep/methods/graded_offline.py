@@ -25,6 +25,7 @@ from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.teacher import artifact, coverage
 from vlakeep.teacher.answers import Part, answer_columns, logits_at, run_below, teacher_answers
 from vlakeep.teacher.collect import passes, with_own_answers
+from vlakeep.teacher.folder import numerics
 from vlakeep.teacher.spectrum import Spectrum, spectrum, to_tensors
 
 FEW = 4  # items whose activations are kept for a backward pass
@@ -75,7 +76,7 @@ def new_samples(config: Config, storage: Storage, size, count: int = NEW_FRAMES)
             keys = [(e, t) for e, length in enumerate(dataset.lengths) for t in range(int(length))]
             chosen = [keys[i * len(keys) // count] for i in range(min(count, len(keys)))]
             raw = [dataset.frame(*key) for key in chosen]
-            found[dataset.name] = [Sample(resize_uint8(one.image, size), one.instruction) for one in raw]
+            found[dataset.name] = [one.with_pictures(lambda picture: resize_uint8(picture, size)) for one in raw]
     return found
 
 
@@ -135,7 +136,7 @@ def build(config: Config, storage: Storage, backbone) -> Path:
 def _meta(config: Config, backbone, probe, linears) -> dict:
     return {
         "backbone": backbone.name, "weights_sha256": backbone.weights_sha256, "depth": backbone.num_layers,
-        "hidden_size": backbone.hidden_size, "dtype": config.backbone.dtype, "probe": config.probe.name, "probe_sha256": probe.sha256,
+        "hidden_size": backbone.hidden_size, **numerics(config.backbone), "probe": config.probe.name, "probe_sha256": probe.sha256,
         "probe_items": config.probe.size, "config": deciding(config), "linears": len(linears),
         "lora": {"layers": config.lora.layers, "modules": list(config.lora.modules)},
         "vlakeep": vlakeep.__version__, "versions": library_versions(), "commit": source_commit(),

@@ -20,6 +20,7 @@ from vlakeep.probe.batches import prompt_batches
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.teacher import icsm_artifact
 from vlakeep.teacher.decompose import fix_signs
+from vlakeep.teacher.folder import note_attention
 from vlakeep.teacher.icsm_artifact import ArtifactError
 from vlakeep.thermostat.controller import Controller, Law
 from vlakeep.thermostat.thermometer import Thermometer
@@ -102,6 +103,7 @@ class IcsmHswThermostat(Method):
         if problems:
             raise ArtifactError("\n".join(problems))
         artifact = icsm_artifact.load(folder)
+        note_attention(folder, artifact.meta, config.backbone)
 
         def make_thermometer(backbone):
             teacher, items = artifact.teacher_states()

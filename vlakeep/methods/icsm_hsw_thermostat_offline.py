@@ -20,6 +20,7 @@ from vlakeep.probe.probe_set import ProbeSet, evenly
 from vlakeep.teacher import icsm_artifact as artifact
 from vlakeep.teacher.collect import passes, pooled_states, token_moments, with_own_answers
 from vlakeep.teacher.decompose import check_rank, pooled_candidates, token_bases
+from vlakeep.teacher.folder import numerics
 from vlakeep.teacher.sensitivity import order_by_fragility, sensitivities
 
 
@@ -68,8 +69,7 @@ def build(config: Config, storage: Storage, backbone) -> Path:
 
     tokens = _token_level(backbone, batches(items), linears, config, steps) if config.icsm.tokens else None
     meta = {
-        "backbone": backbone.name, "weights_sha256": backbone.weights_sha256, "dtype": config.backbone.dtype, "quantisation": "none",
-        "attn_implementation": config.backbone.attn_implementation, "depth": backbone.num_layers,
+        "backbone": backbone.name, "weights_sha256": backbone.weights_sha256, **numerics(config.backbone), "depth": backbone.num_layers,
         "hidden_size": backbone.hidden_size, "layers": layers, "layer_map": {str(k): v for k, v in mapping.items()},
         "r": config.icsm.rank, "epsilon": config.icsm.epsilon, "per_layer": notes,
         "probe": config.probe.name, "probe_sha256": probe.sha256, "probe_items": len(items), "empty_masks": pooled.empty,
