@@ -97,7 +97,7 @@ def test_contractions_of_one_shape_at_once_are_those_one_by_one(monkeypatch, den
         site = GradedSite(linears, {name: spaces[name[0]] for name in linears}, dict.fromkeys(linears, 0.5), 1.5, 7.0, batched)
         for opening in (0.3, 0.01):  # the second finds the places of the first
             site.set_opening(opening)
-            list(linears.values())[0].lora_A["default"].weight
+            assert linears["0q"].lora_A["default"].weight.shape == (4, 24)
         site.meter.start(True)
         used = list(linears.items())[1:]  # one takes no part
         for _ in range(2):  # two micro-batches

@@ -38,7 +38,8 @@ AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 @dataclass
 class Options:
-    weight: float = 1.0  # w at the start, and throughout without the Thermostat
+    weight: float = 1.0  # w at the start
+    loop: bool = True  # whether the Thermostat moves w; else it measures only
     items: int = 8  # probe items per micro-batch
 
 
@@ -96,7 +97,7 @@ class Distillation(Graded):
 
     def _law(self) -> Optional[SetPoint]:
         thermostat = self._config.thermostat
-        if self._options.weight == 0:
+        if self._options.weight == 0 or not self._options.loop:
             return None
         return SetPoint(target=thermostat.target, start=1 / self._options.weight, lowest=1 / HEAVIEST, highest=1 / LIGHTEST,
                         steepness=STEEPNESS, open_factor=thermostat.open_factor, close_factor=thermostat.close_factor)
