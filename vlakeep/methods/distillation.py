@@ -1,4 +1,4 @@
-"""Method `distillation`: the new task's loss plus w times the student's divergence from the teacher on probe items, w set by the Thermostat.
+"""Method `distillation`: the new task's loss plus w times the divergence from the teacher on probe items, w set by the Thermostat.
 
     loss = loss of the new task + w * KL(teacher || student) at the teacher's own answers to probe prompts, in nats per answer token
     w <- w * clip((d / target)^(1 / 2), 1 / open, close)       d: the divergence on the held-out items, every K steps
@@ -58,8 +58,10 @@ class Distillation(Graded):
         found = super().problems(config)
         if not found:
             options = cls.options(config)
-            found += [f"--options.weight {options.weight}: must be 0 or above, at most {HEAVIEST:g}"] * (not 0 <= options.weight <= HEAVIEST)
-            found += [f"--options.items {options.items}: must be above 0"] * (options.items < 1)
+            if not 0 <= options.weight <= HEAVIEST:
+                found.append(f"--options.weight {options.weight}: must be 0 or above, at most {HEAVIEST:g}")
+            if options.items < 1:
+                found.append(f"--options.items {options.items}: must be above 0")
         return found
 
     @classmethod

@@ -42,8 +42,8 @@ def model_kind(folder: Path) -> str:
         return "openvla"  # its reader says what is wrong with the folder, and what to do
     kind = said.get("model_type", said.get("type", "openvla")) if isinstance(said, dict) else "openvla"
     if kind not in model_kinds():
-        raise CheckpointError(f"{file}: model_type is {kind!r}; vlakeep knows {', '.join(model_kinds())}: name a checkpoint of one of these "
-                              "with --backbone.checkpoint")
+        raise CheckpointError(f"{file}: model_type is {kind!r}; vlakeep knows {', '.join(model_kinds())}: name a checkpoint of one of "
+                              "these with --backbone.checkpoint")
     return kind
 
 
