@@ -82,6 +82,44 @@ def test_effective_weight_and_gradient_are_those_of_the_formula(monkeypatch, den
     assert torch.equal(linear.lora_A["default"].weight, effective)
 
 
+@pytest.mark.parametrize("dense", [1024, 0])
+def test_contractions_of_one_shape_at_once_are_those_one_by_one(monkeypatch, dense):
+    """q, k and v of two layers, each layer's reading one input, and an output projection with a spectrum that is not whole."""
+    monkeypatch.setattr(graded, "DENSE", dense)
+    inputs = {"0": random_spectrum(seed=0)[0], "1": random_spectrum(seed=1)[0]}
+    whole = random_spectrum(seed=2)[0]
+    inputs["o"] = Spectrum(whole.vectors[:, :9].contiguous(), whole.values[:9], float(whole.values[9:].mean()))
+
+    def gradients(batched):
+        linears = {f"{key}{leaf}": layer(seed=number) for number, (key, leaf) in enumerate(
+            [("0", "q"), ("0", "k"), ("1", "q"), ("1", "k"), ("o", "")])}
+        spaces = {key: GradedInput(one, torch.device("cpu")) for key, one in inputs.items()}
+        site = GradedSite(linears, {name: spaces[name[0]] for name in linears}, dict.fromkeys(linears, 0.5), 1.5, 7.0, batched)
+        for opening in (0.3, 0.01):  # the second finds the places of the first
+            site.set_opening(opening)
+            assert linears["0q"].lora_A["default"].weight.shape == (4, 24)
+        site.meter.start(True)
+        used = list(linears.items())[1:]  # one takes no part
+        for _ in range(2):  # two micro-batches
+            sum((one.lora_A["default"].weight * torch.arange(24.0)).sum() * (number + 1) for number, (_, one) in enumerate(used)).backward()
+        found = {name: one.lora_A["default"].parametrizations.weight.original.grad for name, one in linears.items()}
+        values = {name: one.lora_A["default"].weight.detach().clone() for name, one in linears.items()}
+        norms = {name: float(norm) for name, norm in site.update_norms().items()}
+        read = site.meter.read()
+        site.detach()
+        assert all(torch.equal(one.lora_A["default"].weight, values[name]) for name, one in linears.items())
+        return found, values, norms, read
+
+    (together, values, norms, read), (single, wanted, own, seen) = gradients(True), gradients(False)
+    assert together["0q"] is None and single["0q"] is None
+    for name in wanted:
+        assert torch.allclose(values[name], wanted[name], atol=1e-4), name
+        assert norms[name] == pytest.approx(own[name], rel=1e-5)
+        if name != "0q":
+            assert torch.allclose(together[name], single[name], rtol=1e-4, atol=1e-3), name
+    assert read == pytest.approx(seen, rel=1e-4)
+
+
 def test_gains_fall_with_energy_rise_with_the_opening_and_stay_within_one():
     values = torch.tensor([0.0, 1e-12, 0.01, 1.0, 100.0])
     for steepness in (0.5, 1.0, 2.0):

@@ -18,6 +18,7 @@ from typing import Any, Dict, Iterator, List, Optional
 
 import torch
 import yaml
+from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from vlakeep.core import checkpoint as ckpt
@@ -46,7 +47,8 @@ def train_step(model, method, optimizer, scaler, batches, config, step: int, obs
     for index, batch in enumerate(batches):
         last = index == len(batches) - 1
         with model.no_sync() if hasattr(model, "no_sync") and not last else nullcontext():
-            with autocast(config, batch.input_ids.device):
+            # PEFT reads each LoRA weight several times in a forward pass; a parametrised one is looked up once.
+            with autocast(config, batch.input_ids.device), parametrize.cached():
                 out = model(batch)
             penalty = method.penalty()
             loss = out.loss if penalty is None else out.loss + penalty

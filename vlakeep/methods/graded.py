@@ -109,10 +109,19 @@ class Graded(Method):
             self._site.set_opening(start)
         if thermostat.enabled:
             self._sensors = self._make_sensors(backbone)
-            if self._site:
-                self._controller = SetPointController(SetPoint(
-                    target=thermostat.target, start=start, lowest=LOWEST, highest=HIGHEST, steepness=settings.steepness,
-                    open_factor=thermostat.open_factor, close_factor=thermostat.close_factor))
+            law = self._law()
+            self._controller = SetPointController(law) if law else None
+
+    def _law(self) -> Optional[SetPoint]:
+        """The law of the loop; None when there is nothing that it could move."""
+        thermostat = self._config.thermostat
+        return SetPoint(target=thermostat.target, start=self._site.opening, lowest=LOWEST, highest=HIGHEST,
+                        steepness=self._config.gains.steepness, open_factor=thermostat.open_factor,
+                        close_factor=thermostat.close_factor) if self._site else None
+
+    def _act(self) -> None:
+        """What the controller moves takes its new value."""
+        self._site.set_opening(self._controller.opening)
 
     def _spaces(self, adapted: Dict[str, torch.nn.Module], input_key: Callable[[str], str]) -> Dict[str, GradedInput]:
         spectra = self._artifact.spectra()
@@ -188,7 +197,7 @@ class Graded(Method):
             row.update(self._where_it_learns())
         if self._controller and act:
             row.update(self._controller.update(kl))
-            self._site.set_opening(self._controller.opening)
+            self._act()
         return row
 
     def _where_it_learns(self) -> Dict[str, float]:
@@ -197,7 +206,8 @@ class Graded(Method):
         for name, norm in self._site.update_norms().items():
             layer = name.split(".")[1]
             squares[layer] = squares.get(layer, 0) + norm.square()
-        row = {f"update_norm/{layer}": float(value.sqrt()) for layer, value in squares.items()}
+        norms = torch.stack(list(squares.values())).sqrt().tolist()  # one wait for the device
+        row = {f"update_norm/{layer}": norm for layer, norm in zip(squares, norms)}
         row.update({f"open_rank/{name}": space.open_rank() for name, space in self._site.distinct().items()})
         return row
 
@@ -207,7 +217,7 @@ class Graded(Method):
     def load_state_dict(self, state: dict) -> None:
         if self._controller:
             self._controller.load_state_dict(state["controller"])
-            self._site.set_opening(self._controller.opening)
+            self._act()
 
     def detach(self) -> None:
         if self._site:

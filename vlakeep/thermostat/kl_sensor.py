@@ -7,9 +7,10 @@ answers, and lm_head on the answer columns alone. The items are always the same 
 Axes: N items, S sequence, D hidden, T answer positions.
 """
 
-from typing import Iterator, List, Optional
+from typing import Iterator, List, Optional, Tuple
 
 import torch
+from torch.nn.utils import parametrize
 
 from vlakeep.core.parallel import broadcast_float
 from vlakeep.data.sample import Batch
@@ -51,18 +52,37 @@ class KLSensor:
     @torch.no_grad()
     def per_item(self) -> torch.Tensor:
         """Divergence [N] of every item, on the device."""
-        backbone, device, found = self._backbone, self._backbone.device, []
+        backbone, found = self._backbone, []
         training = backbone.training
         backbone.eval()  # no dropout in a measurement
-        for start in range(0, self._count, self._measured):
-            part = slice(start, start + self._measured)
-            prefix = self._prefix.rows(part).to(device)
-            last = prefix.with_hidden(backbone.run_layers(prefix, start=self._first, stop=backbone.num_layers))
-            answered = Answered(*[value[part] for value in self._answered])
-            logits_BTV = logits_at(backbone, last, self._length, answered.start_N, answered.top_NTK.shape[1])
-            found.append(divergence(answered, logits_BTV))
+        with parametrize.cached():
+            for start in range(0, self._count, self._measured):
+                found.append(self.divergence_of(slice(start, start + self._measured)))
         backbone.train(training)
         return torch.cat(found)
+
+    def divergence_of(self, rows) -> torch.Tensor:
+        """Divergence of some items, a slice or numbers on the CPU, on the device; differentiable where gradients are taken."""
+        backbone = self._backbone
+        prefix = self._prefix.rows(rows).to(backbone.device)
+        last = prefix.with_hidden(backbone.run_layers(prefix, start=self._first, stop=backbone.num_layers))
+        answered = Answered(*[value[rows] for value in self._answered])
+        logits_BTV = logits_at(backbone, last, self._length, answered.start_N, answered.top_NTK.shape[1])
+        return divergence(answered, logits_BTV)
+
+    def draw(self, count: int, key: Tuple[int, int, int]) -> torch.Tensor:
+        """Numbers [B] of up to `count` items, each once, the more probable the larger its weight; a function of `key` alone."""
+        seed, step, number = key
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_009 + number)
+        weights_N = torch.ones(self._count) if self._weights_N is None else self._weights_N.cpu().float()
+        return torch.multinomial(weights_N, min(count, len(weights_N)), generator=generator)
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def device(self) -> torch.device:
+        return self._backbone.device
 
     def measure(self) -> float:
         """Weighted mean over the items; all ranks return rank 0's value. Synchronises once. Rounding below zero counts as zero."""
