@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
 from vlakeep.benchmarks.base import NEVER, REPLAY, REQUIRED, Benchmark
-from vlakeep.benchmarks.specs import compare
 from vlakeep.core.checkpoint import broken, check_base
 from vlakeep.core.config import Config
 from vlakeep.core.errors import CheckpointError, RunDirError, human_bytes, quoted
@@ -322,7 +321,7 @@ def check_action_key(benchmark: Benchmark, base: Path, model: dict, own: dict) -
         if key not in known:
             said = f"no action statistics of {key!r}" if key else "no key is chosen"
             raise ValueError(f"{said} (there are {', '.join(known) or 'none'})")
-        compare(benchmark.name, benchmark.actions, known, benchmark.keys(key, known))
+        benchmark.compare(key, known)
     except CheckpointError:
         return []  # check_unnorm_key has a line about it
     except ValueError as error:

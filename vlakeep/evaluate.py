@@ -24,7 +24,7 @@ from vlakeep.benchmarks.base import CONTROL, NEVER, NEW, REQUIRED, SKILL, Benchm
 from vlakeep.benchmarks.policy import Target
 from vlakeep.benchmarks.questions import ask_questions, measure_retention
 from vlakeep.benchmarks.records import Records
-from vlakeep.benchmarks.specs import compare
+from vlakeep.benchmarks.specs import observation_alarms
 from vlakeep.benchmarks.summary import make_summary, write_summary
 from vlakeep.core.compat import require_numpy
 from vlakeep.core.config import Config, config_from_argv, to_dict
@@ -92,7 +92,7 @@ def run_evaluation(config: Config, storage: Storage, folder: Optional[Path] = No
         with Records(folder / "records.jsonl", make_header(benchmark, target)) as records:
             # First, while a bad probe costs nothing yet.
             distance = drift_of(benchmark, target) if drift else None
-            alarms = benchmark.alarms(target)
+            alarms = benchmark.alarms(target) + shape_alarms(benchmark, target)
             benchmark.play(target, records, folder)
             if target.backbone is not None:
                 ask(benchmark, target, records)
@@ -109,9 +109,13 @@ def take_model(benchmark: Benchmark) -> Target:
     backbone, name, weights = load_target(config, storage, pick_device(config.device))
     own = backbone.unnorm_key or (next(iter(backbone.norm_stats)) if len(backbone.norm_stats) == 1 else None)
     key = backbone.action_key(benchmark.pick_key(config.backbone.unnorm_key, backbone.norm_stats, own))
-    compare(benchmark.name, benchmark.actions, backbone.norm_stats, benchmark.keys(key, backbone.norm_stats))
+    benchmark.compare(key, backbone.norm_stats)
     backbone.unnorm_key = key
     return Target(name + benchmark.suffix, weights, backbone, key)
+
+
+def shape_alarms(benchmark: Benchmark, target: Target) -> List[str]:
+    return observation_alarms(benchmark.name, benchmark.observations, target.picture_size) if target.backbone is not None else []
 
 
 def ask(benchmark: Benchmark, target: Target, records: Records) -> None:

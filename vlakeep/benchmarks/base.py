@@ -14,10 +14,10 @@ An object is of one evaluation: of a configuration and a storage root. It touche
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from vlakeep.benchmarks.records import Records
-from vlakeep.benchmarks.specs import ActionSpec, ObservationSpec
+from vlakeep.benchmarks.specs import ActionSpec, ObservationSpec, Questions, Retention, compare
 from vlakeep.core.config import Config, EvaluateConfig
 from vlakeep.core.findings import Line
 from vlakeep.core.registry import benchmark_class, benchmark_names
@@ -25,7 +25,6 @@ from vlakeep.core.storage import Storage
 
 if TYPE_CHECKING:
     from vlakeep.benchmarks.policy import Target
-    from vlakeep.data.sample import Sample
 
 REPLAY = "replay"  # the target that is no model: demonstrations played back, for benchmarks that can
 REQUIRED, OPTIONAL, NEVER = "required", "optional", "never"  # whether the drift over the probe is measured for a run
@@ -39,27 +38,6 @@ class Ability(NamedTuple):
     name: str
     kind: str = SKILL
     role: str = OLD
-
-
-class Questions(NamedTuple):
-    """The questions of one kind; trial i is row i. `samples(trials)` makes those of the given trials."""
-
-    kind: str
-    samples: "Callable[[Sequence[int]], List[Sample]]"
-    seeds: List[int]
-    answers: List[str]  # lower case
-
-
-class Retention(NamedTuple):
-    """Frames of what the base can do, on which it is compared with the run; trial i is row i."""
-
-    samples: "Callable[[Sequence[int]], List[Sample]]"
-    seeds: List[int]
-
-
-def from_list(made: "Sequence[Sample]") -> "Callable[[Sequence[int]], List[Sample]]":
-    """`samples` of Questions and Retention whose samples are all made already."""
-    return lambda trials: [made[trial] for trial in trials]
 
 
 class Benchmark:
@@ -109,6 +87,12 @@ class Benchmark:
 
     def check(self) -> None:
         """Raise for whatever the evaluation lacks that is known before a model is loaded; ValueError, or OSError for a missing file."""
+        for key, kind, names in (("skills", SKILL, self.settings.skills), ("questions", QUESTION, self.settings.questions)):
+            known = [one.name for one in self.abilities() if one.kind == kind]
+            wrong = [name for name in names if name not in known or names.count(name) > 1]
+            if wrong:
+                allowed = f"must be among {', '.join(known)}, each once" if known else f"{self.name} has none; leave it out"
+                raise ValueError(f"--evaluate.{key} {wrong}: {allowed}")
 
     def lines(self) -> List[Line]:
         """What preflight shows about the benchmark itself: a simulator, a probe of its own."""
@@ -146,6 +130,10 @@ class Benchmark:
         """Every key that is used when the picked one is `key`, to be compared with `actions`. ValueError for one that is missing."""
         old = self.old_key(known)
         return [key] if old is None else [key, old]
+
+    def compare(self, key: str, known: Dict[str, Any]) -> None:
+        """ValueError, naming both sides and the remedy, when what the benchmark takes and shows does not fit the model's statistics."""
+        compare(self.name, self.actions, self.observations, known, self.keys(key, known))
 
     # Records
 

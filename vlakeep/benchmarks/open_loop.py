@@ -118,6 +118,12 @@ class OpenLoop(Benchmark):
     def reads_data(self) -> bool:
         return True
 
+    def check(self) -> None:
+        from vlakeep.benchmarks.trained import check_conventions
+
+        super().check()
+        check_conventions(self.config, self.storage)
+
     @contextmanager
     def opened(self) -> Iterator[None]:
         from vlakeep.benchmarks.trained import open_as_configured

@@ -5,8 +5,8 @@ from typing import List
 import numpy as np
 import torch
 
-from vlakeep.benchmarks.base import QUESTION, Questions, Retention
 from vlakeep.benchmarks.records import Records
+from vlakeep.benchmarks.specs import Questions, Retention
 from vlakeep.data.prompts import encode_prompts
 from vlakeep.models.adapters import adapters_disabled
 
@@ -44,10 +44,10 @@ def action_token_kl(backbone, samples, batch_size: int = KL_BATCH) -> np.ndarray
 
 def ask_questions(backbone, asked: Questions, records: Records) -> None:
     """The trials of one question kind that `records` lacks."""
-    for trials, lacking in records.missing(QUESTION, asked.kind, len(asked.answers), QUESTION_BATCH):
+    for trials, lacking in records.missing("question", asked.kind, len(asked.answers), QUESTION_BATCH):
         for trial, said in zip(trials, answer_questions(backbone, asked.samples(trials))):
             if trial in lacking:
-                records.add(kind=QUESTION, ability=asked.kind, trial=trial, seed=asked.seeds[trial], success=said == asked.answers[trial],
+                records.add(kind="question", ability=asked.kind, trial=trial, seed=asked.seeds[trial], success=said == asked.answers[trial],
                             value=None, crash=None, steps=0, answer=said, expected=asked.answers[trial])
 
 

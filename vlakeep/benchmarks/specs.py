@@ -1,11 +1,14 @@
-"""What a benchmark takes and shows, declared, and compared with a model's action statistics before the first episode.
+"""What a benchmark takes, shows and asks. Its actions are compared with a model's action statistics before the first episode.
 
 An action that is wrong in kind (another width, a gripper that means something else) runs without an error and fails every episode; so
 it is refused. What is only suspicious (crops, the renderer, the way that pictures hang) is an alarm of the benchmark.
 """
 
 from dataclasses import dataclass
-from typing import List, Optional, Tuple
+from typing import TYPE_CHECKING, Callable, List, NamedTuple, Optional, Sequence, Tuple
+
+if TYPE_CHECKING:
+    from vlakeep.data.sample import Sample
 
 OPEN_CLOSE = (0.0, 1.0)  # this project's gripper: 0 = close, 1 = open
 SLACK = 0.01  # of a quantile that lies a little outside
@@ -33,14 +36,33 @@ class ObservationSpec:
     state: bool = False  # whether the robot's state comes with it
 
 
-def action_problems(benchmark: str, spec: ActionSpec, key: str, statistics: dict) -> List[str]:
-    """Why actions that are un-normalised by `statistics` (q01, q99, ...; of the key `key`) are none of this benchmark's, with the remedy.
+class Questions(NamedTuple):
+    """The questions of one kind; trial i is row i. `samples(trials)` makes those of the given trials."""
 
-    Both sides are named. Empty when they fit.
-    """
+    kind: str
+    samples: "Callable[[Sequence[int]], List[Sample]]"
+    seeds: List[int]
+    answers: List[str]  # lower case
+
+
+class Retention(NamedTuple):
+    """Frames of what the base can do, on which it is compared with the run; trial i is row i."""
+
+    samples: "Callable[[Sequence[int]], List[Sample]]"
+    seeds: List[int]
+
+
+def from_list(made: "Sequence[Sample]") -> "Callable[[Sequence[int]], List[Sample]]":
+    """`samples` of Questions and Retention whose samples are all made already."""
+    return lambda trials: [made[trial] for trial in trials]
+
+
+def action_problems(benchmark: str, spec: ActionSpec, key: str, statistics: dict) -> List[str]:
+    """Why actions that are un-normalised by the `statistics` (q01, q99, ...) of `key` are none of this benchmark's: both sides, and
+    the remedy. Empty when they fit."""
     low, high = statistics["q01"], statistics["q99"]
-    remedy = f"choose others with --backbone.unnorm_key{f' ({spec.statistics})' if spec.statistics else ''}, or evaluate a model that was " \
-             "trained on such actions"
+    which = f" ({spec.statistics})" if spec.statistics else ""
+    remedy = f"choose others with --backbone.unnorm_key{which}, or evaluate a model that was trained on such actions"
     if spec.dimensions is not None and len(low) != spec.dimensions:
         return [f"{benchmark} takes actions of {spec.dimensions} values, the model's action statistics {key!r} are of {len(low)}: "
                 f"{remedy}"]
@@ -54,8 +76,27 @@ def action_problems(benchmark: str, spec: ActionSpec, key: str, statistics: dict
     return []
 
 
-def compare(benchmark: str, spec: ActionSpec, known: dict, keys) -> None:
-    """ValueError for the first of `keys` whose statistics in `known` (key -> {"action": ...}) do not fit the benchmark's actions."""
+def observation_problems(benchmark: str, spec: ObservationSpec) -> List[str]:
+    """What of the observations no model here takes: it looks through one camera and does not read the robot's state."""
+    if len(spec.cameras) == 1 and not spec.state:
+        return []
+    shown = ", ".join([*spec.cameras, *(["the robot's state"] if spec.state else [])])
+    return [f"{benchmark} shows {shown}; the model looks at one picture alone: give `observations` one camera"]
+
+
+def observation_alarms(benchmark: str, spec: ObservationSpec, input_size: Tuple[int, int]) -> List[str]:
+    """One line when pictures are squeezed on their way into the model, whose input is input_size (H, W)."""
+    if spec.size is None or spec.size[0] * input_size[1] == spec.size[1] * input_size[0]:
+        return []
+    sizes = " and ".join(f"{height} x {width}" for height, width in (spec.size, input_size))
+    return [f"pictures of {benchmark} and the model's input are of different shapes ({sizes}): they are squeezed, as those of the "
+            "training must have been"]
+
+
+def compare(benchmark: str, actions: ActionSpec, observations: ObservationSpec, known: dict, keys: Sequence[str]) -> None:
+    """ValueError for the first thing that does not fit. known: key -> {"action": statistics}; keys: those that are used."""
+    found = observation_problems(benchmark, observations)
     for key in dict.fromkeys(keys):
-        for problem in action_problems(benchmark, spec, key, known[key]["action"]):
-            raise ValueError(problem)
+        found += action_problems(benchmark, actions, key, known[key]["action"])
+    if found:
+        raise ValueError(found[0])

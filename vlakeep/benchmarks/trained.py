@@ -5,6 +5,7 @@ from typing import Dict, List, Optional
 import numpy as np
 
 from vlakeep.core.config import Config
+from vlakeep.core.errors import quoted
 from vlakeep.core.storage import Storage
 from vlakeep.core.target import run_config
 from vlakeep.data.dataset import Conventions, DemoDataset
@@ -26,6 +27,17 @@ def crop_alarm(config: Config, storage: Storage, settings) -> List[str]:
     cuts = "cuts" if settings.center_crop else "does not cut"
     return [f"the run was trained {'with' if trained else 'without'} random crops, and this evaluation {cuts} the centre: "
             f"--evaluate.center_crop {'true' if trained else 'false'} fits it"]
+
+
+def check_conventions(config: Config, storage: Storage) -> None:
+    """ValueError when a data set is read in another way here (camera, gripper, rotate) than in the training of the run."""
+    trained = trained_data(config, storage)
+    shared = [name for name in config.data.datasets if name in (trained.get("datasets") or [])]
+    for key in ("camera", "gripper", "rotate") if shared else ():
+        there, here = trained.get(key), getattr(config.data, key)
+        if None not in (there, here) and there != here:
+            fits = str(there).lower() if isinstance(there, bool) else quoted(there)
+            raise ValueError(f"--data.{key} {here}: the run was trained on {shared[0]} with {there}; --data.{key} {fits} fits it")
 
 
 def open_as_configured(config: Config, storage: Storage, fraction: float = 1.0) -> List[DemoDataset]:

@@ -11,8 +11,8 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import numpy as np
 
-from vlakeep.benchmarks.base import NEW, OPTIONAL, QUESTION, REPLAY, SKILL, Ability, Benchmark, Questions, Retention
-from vlakeep.benchmarks.specs import ActionSpec, ObservationSpec
+from vlakeep.benchmarks.base import NEW, OPTIONAL, QUESTION, REPLAY, SKILL, Ability, Benchmark
+from vlakeep.benchmarks.specs import ActionSpec, ObservationSpec, Questions, Retention
 from vlakeep.core.config import Config, EvaluateConfig
 from vlakeep.core.findings import GREEN, RED, Line
 from vlakeep.core.storage import Storage, find_checkpoint
@@ -54,6 +54,10 @@ class Libero(Benchmark):
     def check(self) -> None:
         libero.check(self.settings)
         self._probe = self._open_probe() if self._asks else None
+        known = sorted(set(self._probe_kinds()) - {"instruction"})
+        wrong = [kind for kind in self.settings.questions if self._probe and kind not in known]
+        if wrong:
+            raise ValueError(f"--evaluate.questions {wrong}: the probe {self.settings.probe} asks {', '.join(known)}")
 
     @property
     def _replays(self) -> bool:
@@ -156,12 +160,14 @@ class Libero(Benchmark):
     # On the pictures of a probe, cut as those of the episodes are; a trial's `seed` is its item number
 
     def _items(self, kind: str, most: int) -> List[int]:
-        return [item for item, own in enumerate(self._probe.kinds(range(len(self._probe)))) if own == kind][:most]
+        return [item for item, own in enumerate(self._probe_kinds()) if own == kind][:most]
 
     def _kinds_asked(self) -> List[str]:
-        if not self._probe:
-            return []
-        return self.settings.questions or sorted(set(self._probe.kinds(range(len(self._probe)))) - {"instruction"})
+        return (self.settings.questions or sorted(set(self._probe_kinds()) - {"instruction"})) if self._probe else []
+
+    def _probe_kinds(self) -> List[str]:
+        """Of every item; [] without a probe."""
+        return self._probe.kinds(range(len(self._probe))) if self._probe else []
 
     def _samples_of(self, items: Sequence[int]):
         from vlakeep.data.images import center_crop

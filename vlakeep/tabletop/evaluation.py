@@ -5,8 +5,8 @@ from typing import Any, Dict, Iterator, List, Optional
 
 from tqdm import tqdm
 
-from vlakeep.benchmarks.base import CONTROL, NEW, OLD, QUESTION, SKILL, Ability, Benchmark, Questions, Retention, from_list
-from vlakeep.benchmarks.specs import ActionSpec, ObservationSpec
+from vlakeep.benchmarks.base import CONTROL, NEW, OLD, QUESTION, SKILL, Ability, Benchmark
+from vlakeep.benchmarks.specs import ActionSpec, ObservationSpec, Questions, Retention, from_list
 from vlakeep.core.config import Config
 from vlakeep.core.storage import Storage
 from vlakeep.tabletop.questions import QUESTION_KINDS
