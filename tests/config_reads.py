@@ -86,8 +86,7 @@ class Reads:
         if isinstance(node, ast.Attribute):
             if "" in self._holds(node.value) and node.attr in SECTIONS:
                 return frozenset({node.attr})
-            ours = isinstance(node.value, ast.Name) and node.value.id == "self"
-            return frozenset(self.held.get((None, node.attr), ())) if ours else frozenset()
+            return frozenset(self.held.get((None, node.attr), ())) if isinstance(node.value, ast.Name) else frozenset()
         if isinstance(node, ast.IfExp):
             return self._holds(node.body) | self._holds(node.orelse)
         if isinstance(node, ast.Call):

@@ -1,7 +1,8 @@
 """Which keys of the configuration a stage reads: those that config_reads.py finds in the functions that its `main` comes to.
 
-A function is come to when a function that is come to names it; a method, when its class is named and anything of its name is. Methods
-of an arm count for whoever asks the registry for one. What only checks values (config.py, ranges.py) reads nothing.
+A function is come to when a function that is come to names it; a method, when its class is named and anything of its name is. What a
+module gives to a registry (`METHOD = Class`, MODEL) is named by whoever asks a module that is imported by name for it; a BENCHMARK only
+by whoever makes one, since configurations are checked with them all. What only checks values (config.py, ranges.py) reads nothing.
 """
 
 import ast
@@ -27,9 +28,12 @@ class Calls:
         self.trees = {module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
         self.defined: Dict[str, Dict[str, ast.AST]] = {}
         self.imported: Dict[str, Dict[str, str]] = {}
+        self.given: Dict[str, Dict[str, str]] = {}  # module -> name that stands for another of its names
         self.module: Dict[ast.AST, str] = {}
         for name, tree in self.trees.items():
             self.defined[name] = {n.name: n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+            self.given[name] = {n.targets[0].id: n.value.id for n in tree.body if isinstance(n, ast.Assign)
+                                and isinstance(n.targets[0], ast.Name) and isinstance(n.value, ast.Name)}
             self.imported[name] = {}
             for node in ast.walk(tree):
                 self.module[node] = name
@@ -78,6 +82,8 @@ class Calls:
             if isinstance(cls, ast.ClassDef) and cls not in made:
                 made.add(cls)
                 todo.extend(m for m in cls.body if isinstance(m, ast.FunctionDef) and m.name.startswith("__"))
+                for base in cls.bases:
+                    [makes(one) for n in ast.walk(base) if isinstance(n, ast.Name) for one in self._named(self.module[cls], n.id)]
 
         while todo:
             function = todo.pop()
@@ -89,22 +95,27 @@ class Calls:
                 if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                     owner = self.reads.parent[function]
                     [makes(one) for one in ([owner] if node.func.id == "cls" else self._named(module, node.func.id))]
+                if isinstance(node, ast.Call) and getattr(getattr(node.func, "func", None), "id", "") == "benchmark_class":
+                    [call(one) for one in self._registered("BENCHMARK") for call in (found, makes)]
                 if isinstance(node, ast.Name):
                     [found(one) for one in self._named(module, node.id)]
-                    if node.id == "method_class":
-                        [found(one) for name in self.trees if name.startswith("vlakeep.methods.") for one in self.defined[name].values()
-                         if isinstance(one, ast.ClassDef)]
                 elif isinstance(node, ast.Attribute):
                     self._attribute(module, node, attributes, classes, found)
         return functions
+
+    def _registered(self, name: str) -> Iterator[ast.AST]:
+        """What the modules give by this name."""
+        for module in self.trees:
+            if name in self.given[module]:
+                yield from self._named(module, self.given[module][name])
 
     def _attribute(self, module: str, node: ast.Attribute, attributes: Set[str], classes: Set[ast.ClassDef], found) -> None:
         base: List[ast.AST] = list(self._named(module, node.value.id)) if isinstance(node.value, ast.Name) else []
         if base and isinstance(base[0], ast.Module):
             [found(one) for one in [self.defined[self.module[base[0]]].get(node.attr)] if one]
             return
-        if isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "") == "import_module":  # of any kind of model
-            [found(one) for known in self.defined.values() for name, one in known.items() if name == node.attr]
+        if isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "") == "import_module" and node.attr != "BENCHMARK":
+            [found(one) for one in self._registered(node.attr)]
         if node.attr not in attributes and not node.attr.startswith("__"):
             attributes.add(node.attr)
             [found(m) for cls in classes for m in cls.body if isinstance(m, ast.FunctionDef) and m.name == node.attr]

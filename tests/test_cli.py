@@ -76,7 +76,7 @@ def calls():
     return Calls()
 
 
-# No method that comes with vlakeep has options; the demo sets its own for these; a new model is made with a section of its own.
+# Options of methods have no names in the configuration; the demo sets its own for these; a new model is made with a section of its own.
 UNSEEN, SET = {"options"}, {"name", "evaluate.target", "train.keep_last", "train.save_every"}
 
 

@@ -42,7 +42,7 @@ def test_a_configuration_that_ships_is_found_by_name_from_any_folder(tmp_path, m
     (tmp_path / "configs" / "baseline_lora.yaml").write_text("name: mine\n")
     assert load_config("configs/baseline_lora.yaml").name == "mine" != load_config("baseline_lora").name
     for name in ("baseline", "other/baseline_lora", "configs/configs/baseline_lora.yaml", "configs", ""):
-        with pytest.raises(ConfigError, match="no configuration file at .*that ship are baseline_lora, method_graded, method_icsm"):
+        with pytest.raises(ConfigError, match="no configuration file at .*that ship are baseline_lora, method_distillation, method_graded"):
             load_config(name)
 
 

@@ -12,7 +12,7 @@ from typing import Any, Dict, List, Optional
 import yaml
 
 from vlakeep.core import schema
-from vlakeep.core.ranges import LIBERO_SUITES, above, choice, from_zero, inside, layer_numbers, least, limited, problems
+from vlakeep.core.ranges import above, choice, from_zero, inside, layer_numbers, least, limited, problems
 from vlakeep.core.schema import ConfigError
 
 
@@ -261,7 +261,7 @@ class EvaluateConfig:
     target: str = limited("base", lambda value: value not in ("", ".", ".."), "base, the name of a run, or a checkpoint folder")
     # tabletop; a LIBERO suite: libero_spatial, libero_object, libero_goal, libero_10, libero_90; or dataset: frames of data.datasets that a
     # training on data.train_fraction has not seen, one action each, without simulator or robot (`episodes` of them, per data set).
-    benchmark: str = choice("tabletop", "dataset", *LIBERO_SUITES)
+    benchmark: str = "tabletop"
     # Skills (of a LIBERO suite: numbers of its tasks) and question kinds; empty takes all of the benchmark,
     # of the tabletop's skills the known ones and new_skill.
     skills: List[str] = field(default_factory=list)

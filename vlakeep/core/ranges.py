@@ -9,9 +9,7 @@ from operator import attrgetter
 from typing import Any, Callable, Dict, List
 
 from vlakeep.core import schema
-from vlakeep.core.registry import method_class, method_names
-
-LIBERO_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+from vlakeep.core.registry import benchmark_class, benchmark_names, method_class, method_names
 
 # Fields
 
@@ -81,6 +79,8 @@ def problems(config) -> List[str]:
     _between(config, need)
     if config.method in method_names():
         found += method_class(config.method).problems(config)
+    if config.evaluate.benchmark in benchmark_names():
+        found += benchmark_class(config.evaluate.benchmark).problems(config)
     return found
 
 
@@ -103,11 +103,10 @@ def _between(config, need: Callable[[Any, str, str], None]) -> None:
         need(not (known and method_class(config.method).decoder_only), "lora.modules",
              "attention, mlp or linear names with a method: its subspaces are those of decoder layers, and all-linear adapts vision and "
              "lm_head too")
-    others, in_libero = set(config.evaluate.other_suites), config.evaluate.benchmark in LIBERO_SUITES
-    need(others <= set(LIBERO_SUITES) - {config.evaluate.benchmark}, "evaluate.other_suites",
-         f"LIBERO suites other than evaluate.benchmark: {', '.join(LIBERO_SUITES)}")
-    need(in_libero or not (others or config.evaluate.blank or config.evaluate.target == "replay"), "evaluate.benchmark",
-         "a LIBERO suite for evaluate.other_suites, evaluate.blank and evaluate.target replay")
+    benchmarks = benchmark_names()
+    usual = type(config.evaluate)().benchmark
+    need(config.evaluate.benchmark in benchmarks, "evaluate.benchmark",
+         "one of " + ", ".join(sorted(benchmarks, key=lambda name: name != usual)))
     need(config.icsm.tokens_fragile_fraction + config.icsm.tokens_plastic_fraction <= 1, "icsm.tokens_plastic_fraction",
          "such that fragile and plastic shares add up to at most 1")
     t = config.thermostat
