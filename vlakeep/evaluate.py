@@ -27,6 +27,7 @@ from vlakeep.benchmarks.summary import make_summary, write_summary
 from vlakeep.benchmarks.trained import crop_alarm, renderer_alarm, trained_data, training_picture
 from vlakeep.core.compat import require_numpy
 from vlakeep.core.config import Config, EvaluateConfig, config_from_argv, to_dict
+from vlakeep.core.log import log
 from vlakeep.core.parallel import pick_device, set_threads
 from vlakeep.core.storage import Storage
 from vlakeep.core.target import load_manifest, read_action_statistics, target_checkpoint
@@ -268,7 +269,7 @@ def own_key(backbone, suite: str) -> Optional[str]:
     if backbone.unnorm_key is None and len(backbone.norm_stats) == 1:
         only = next(iter(backbone.norm_stats))
         if not only.startswith(suite):
-            print(f"the model knows no action statistics but those of {only}: they are used for {suite}", file=sys.stderr)
+            log.warning(f"the model knows no action statistics but those of {only}: they are used for {suite}")
         return only
     return backbone.unnorm_key
 
@@ -315,7 +316,7 @@ def drift_of(backbone, config: Config, storage: Storage, required: bool):
     if config.evaluate.target == "base":
         return 0.0
     if not required and not storage.probe_folder(config.probe.name).is_dir():
-        print(f"no probe `{config.probe.name}`: the drift is not measured", file=sys.stderr)
+        log.warning(f"no probe `{config.probe.name}`: the drift is not measured")
         return None
     return measure_drift(backbone, config, storage)
 
@@ -394,7 +395,7 @@ def run_libero(backbone, config: Config, settings, storage: Storage, records: Re
     videos = folder / "videos" if settings.benchmark == config.evaluate.benchmark else folder / "videos" / settings.benchmark
     restarts = libero.run_suite(act, settings, settings.center_crop, records, videos, desc=name)
     if restarts:
-        print(f"{name}: {restarts} simulator processes died and were replaced", file=sys.stderr)
+        log.warning(f"{name}: {restarts} simulator processes died and were replaced")
     comparable = first and config.evaluate.target != "base" and settings.benchmark == config.evaluate.benchmark
     trained = training_picture(config, storage) if comparable else None
     records.add_alarms(watch.alarms() + ([] if trained is None else orientation_alarm(trained, np.mean(first, axis=0))))

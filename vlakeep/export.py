@@ -22,6 +22,7 @@ import torch
 import vlakeep
 from vlakeep.core.config import BackboneConfig, Config, config_from_argv
 from vlakeep.core.errors import CheckpointError, human_bytes, quoted
+from vlakeep.core.log import log
 from vlakeep.core.parallel import pick_device, set_threads
 from vlakeep.core.storage import Storage, atomic_dir, find_checkpoint, need_free
 from vlakeep.core.target import load_manifest, read_action_statistics, target_checkpoint
@@ -140,7 +141,7 @@ def run_export(config: Config, storage: Storage, command: str = "vlakeep offline
     if closed:
         checkpoint, record["closing"] = closing_pass.close(config, storage, checkpoint, closed, command)
         record.update(run=closed.name, adapter_sha256=load_manifest(checkpoint, base_sha256))
-        print(f"wrote {closed} (evaluate it with --evaluate.target {quoted(closed.name)})")
+        log.info(f"wrote {closed} (evaluate it with --evaluate.target {quoted(closed.name)})")
     with atomic_dir(out) as temporary:
         modules = merge_checkpoint(base, checkpoint / "adapter", Path(temporary), statistics, DTYPES.get(config.export.dtype))
         Processor.from_folder(base).save(temporary)
@@ -154,28 +155,28 @@ def run_export(config: Config, storage: Storage, command: str = "vlakeep offline
             _judge_merged(record["closing"], config)
         (Path(temporary) / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     size = sum(file.stat().st_size for file in out.iterdir())
-    print(f"wrote {out} ({human_bytes(size)}, {len(modules)} adapters merged)")
+    log.info(f"wrote {out} ({human_bytes(size)}, {len(modules)} adapters merged)")
     return out
 
 
 def _judge(parity: dict, config: Config) -> None:
     """Say how well the two agree; in float32 they must give the same actions."""
-    print(f"parity on {parity['frames']} {parity['source']}: {parity['frames_identical']} with identical actions, "
-          f"{parity['tokens_identical']:.1%} of the action tokens, largest difference {parity['largest_bin_difference']} bins")
+    log.info(f"parity on {parity['frames']} {parity['source']}: {parity['frames_identical']} with identical actions, "
+             f"{parity['tokens_identical']:.1%} of the action tokens, largest difference {parity['largest_bin_difference']} bins")
     rounded = config.export.dtype not in ("stored", "float32") or config.backbone.dtype != "float32"
     if parity["frames_identical"] < parity["frames"] and not rounded:
         raise CheckpointError("adapter and merged model give different actions although both are float32, so the merge is wrong; "
                               "nothing was written. Please report it with the line above")
     if parity["tokens_identical"] < 0.95:
-        print("note: rounding the sum to half precision changes more than one action token in twenty; evaluate the adapter and the merged "
-              "model both, or export with --export.dtype float32", file=sys.stderr)
+        log.warning("note: rounding the sum to half precision changes more than one action token in twenty; evaluate the adapter and the "
+                    "merged model both, or export with --export.dtype float32")
 
 
 def _judge_merged(found: dict, config: Config) -> None:
-    print(f"divergence of the merged model: {found['kl_merged']:.3g} nats per answer token")
+    log.info(f"divergence of the merged model: {found['kl_merged']:.3g} nats per answer token")
     if found["kl_merged"] > max(found["budget"], found["kl_after"]) * (1 + 1e-3):
-        print(f"note: that is more than the {found['budget']:g} allowed, since the sum was rounded; the closed adapter on the base as it "
-              f"is has {found['kl_after']:.3g}. Export with --export.dtype float32, or with a lower --export.close_to", file=sys.stderr)
+        log.warning(f"note: that is more than the {found['budget']:g} allowed, since the sum was rounded; the closed adapter on the base "
+                    f"as it is has {found['kl_after']:.3g}. Export with --export.dtype float32, or with a lower --export.close_to")
 
 
 def main(argv: List[str]) -> int:

@@ -10,10 +10,8 @@ import sys
 from pathlib import Path
 from typing import List
 
-import torch
-
 from vlakeep.core.config import Config, config_from_argv
-from vlakeep.core.parallel import pick_device, set_threads
+from vlakeep.core.parallel import pick_device, process_settings
 from vlakeep.core.registry import method_class
 from vlakeep.core.storage import Storage
 from vlakeep.models.load import make_backbone
@@ -21,10 +19,10 @@ from vlakeep.models.load import make_backbone
 
 def run_offline(config: Config, storage: Storage) -> Path:
     """The offline step of the method that the configuration names; returns the artefact's folder. ValueError for a method without one."""
-    torch.manual_seed(config.seed)
-    set_threads(config.threads)
-    backbone = make_backbone(config.backbone, pick_device(config.device), storage.cache).eval()
-    return method_class(config.method).offline(config, storage, backbone)
+    device = pick_device(config.device)
+    with process_settings(config.threads, config.seed, device):
+        backbone = make_backbone(config.backbone, device, storage.cache).eval()
+        return method_class(config.method).offline(config, storage, backbone)
 
 
 def main(argv: List[str]) -> int:

@@ -24,7 +24,8 @@ from vlakeep.core import checkpoint as ckpt
 from vlakeep.core.compat import grad_scaler
 from vlakeep.core.config import Config, config_from_argv, to_dict
 from vlakeep.core.errors import CheckpointError, Interrupted, TrainingStopped
-from vlakeep.core.parallel import Distributed, set_threads
+from vlakeep.core.log import log
+from vlakeep.core.parallel import Distributed, process_settings
 from vlakeep.core.registry import method_class
 from vlakeep.core.rundir import RunDir, RunLock
 from vlakeep.core.storage import Storage, need_free
@@ -131,11 +132,13 @@ class Guard:
 
 def run_training(config: Config, storage: Storage) -> Path:
     """Train, and return the run folder. Raises TrainingStopped after saving nothing but keeping the last good checkpoint, and
-    Interrupted after a signal, with the step's checkpoint saved."""
-    set_threads(config.threads)
-    with Distributed(config.device) as dist:
+    Interrupted after a signal, with the step's checkpoint saved.
+
+    May be called again and again in one process, and outside its main thread, where signals are not its business; not twice at a time
+    (ValueError). What is the process's is put back at the end: signal handlers, CPU threads, random states, process group, CUDA device.
+    """
+    with Distributed(config.device) as dist, process_settings(config.threads, config.seed, dist.device):
         refuse_early(config, storage, dist)
-        torch.manual_seed(config.seed)
         backbone = make_backbone(config.backbone, dist.device, storage.cache)
         check_vision(backbone)
         add_lora(backbone, config.lora, config.seed)
@@ -165,7 +168,7 @@ def refuse_early(config: Config, storage: Storage, dist: Distributed) -> None:
             run.look(config)
             if config.train.resume and ckpt.list_checkpoints(run.folder):
                 if note := schedule_note(yaml.safe_load((run.folder / "config.yaml").read_text()), to_dict(config)):
-                    print(f"{run.folder.name}: {note}", file=sys.stderr)
+                    log.warning(f"{run.folder.name}: {note}")
         finally:
             lock.release()
 
@@ -283,7 +286,7 @@ def signals_noted() -> Iterator[dict]:
 
 def say(dist: Distributed, text: str) -> None:
     if dist.is_main:
-        print(text, flush=True)
+        log.info(text)
 
 
 def main(argv: List[str]) -> int:

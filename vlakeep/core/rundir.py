@@ -30,6 +30,7 @@ import yaml
 from vlakeep.core.checkpoint import latest_intact, list_checkpoints
 from vlakeep.core.config import Config, to_dict
 from vlakeep.core.errors import DiskFull, Interrupted, RunDirError, is_disk_full, quoted
+from vlakeep.core.log import log
 from vlakeep.core.provenance import hardware, library_versions, source_state
 from vlakeep.core.storage import Storage, atomic_write, free_bytes, remove_leftovers
 
@@ -79,7 +80,7 @@ class RunLock:
                 f"{folder} is in use by another process ({holder or 'unknown'}). Wait for it, stop it, or take another --name"
             ) from None
         except OSError as error:  # some network file systems know no locks
-            print(f"{folder} cannot be locked ({error}); make sure that only one process works there", file=sys.stderr)
+            log.warning(f"{folder} cannot be locked ({error}); make sure that only one process works there")
         self._file.truncate(0)
         self._file.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         self._file.flush()
@@ -139,7 +140,7 @@ class RunDir:
                         f"start over without --train.resume: take another --name, or rm -r {quoted(self.folder)}"
                     )
                 if self.resume_from is None:
-                    print(f"{self.folder.name}: nothing to resume, starting at step 1", file=sys.stderr)
+                    log.warning(f"{self.folder.name}: nothing to resume, starting at step 1")
             self.truncate_metrics(int(self.resume_from.name.split("_")[1]) if self.resume_from else -1)
             state = source_state()
             if state["diff"]:
@@ -242,7 +243,7 @@ class RunDir:
 
                 self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first)
             except ImportError:
-                print("tensorboard is not installed; metrics.jsonl has the same numbers", file=sys.stderr)
+                log.warning("tensorboard is not installed; metrics.jsonl has the same numbers")
         if config.train.use_wandb:
             try:
                 import wandb
@@ -280,7 +281,7 @@ class RunDir:
                 for key, value in numbers.items():
                     self._tensorboard.add_scalar(key, value, int(step))
             except OSError as error:
-                print(f"tensorboard stops ({error}); {self.metrics_path} has the same numbers", file=sys.stderr)
+                log.warning(f"tensorboard stops ({error}); {self.metrics_path} has the same numbers")
                 self._tensorboard = None
         if self._wandb is not None:
             self._wandb.log(numbers, step=int(step))
@@ -328,7 +329,7 @@ class RunDir:
             try:
                 end()
             except OSError as error:  # boards repeat metrics.jsonl; the status below matters more
-                print(f"could not close a board of {self.folder}: {error}", file=sys.stderr)
+                log.warning(f"could not close a board of {self.folder}: {error}")
         self._metrics = self._tensorboard = self._wandb = None
         self._provenance["status"] = status
         self._provenance["sessions"][-1].update(status=status, end=_now(), traceback=trace)
@@ -351,7 +352,7 @@ class RunDir:
             try:
                 self.close("failed", text)
             except OSError as second:  # a full disk must not hide the first error
-                print(f"could not record the failure in {self.folder / 'provenance.json'}: {second}", file=sys.stderr)
+                log.warning(f"could not record the failure in {self.folder / 'provenance.json'}: {second}")
 
 
 def _is_signal(code: Any) -> bool:

@@ -9,7 +9,6 @@ is needed.
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Iterator, List, Tuple
 
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from vlakeep.core.checkpoint import save_checkpoint
 from vlakeep.core.config import Config
 from vlakeep.core.errors import quoted
+from vlakeep.core.log import log
 from vlakeep.core.parallel import pick_device
 from vlakeep.core.storage import Storage, atomic_write, find_checkpoint
 from vlakeep.data.prompts import encode_prompts
@@ -147,15 +147,14 @@ def close(config: Config, storage: Storage, checkpoint: Path, folder: Path, comm
 def show(record: dict) -> None:
     before, after, budget = record["kl_before"], record["kl_after"], record["budget"]
     if record["mu"] == 0:
-        print(f"closing pass: the divergence is {before:.3g} nats per answer token, within the {budget:g} allowed: nothing is closed")
+        log.info(f"closing pass: the divergence is {before:.3g} nats per answer token, within the {budget:g} allowed: nothing is closed")
         return
-    print(f"closing pass: mu {record['mu']:.4g} after {len(record['tried'])} measurements, divergence {before:.3g} -> {after:.3g} of "
-          f"{budget:g} nats per answer token on {record['held_out_items']} held-out probe items")
-    print("  what is left of the update, by layer (its norm / what it adds to new inputs / to the probe's): "
-          + ", ".join(f"{layer}: " + " / ".join(f"{v:.2g}" for v in shares.values()) for layer, shares in record["left"].items()))
+    log.info(f"closing pass: mu {record['mu']:.4g} after {len(record['tried'])} measurements, divergence {before:.3g} -> {after:.3g} of "
+             f"{budget:g} nats per answer token on {record['held_out_items']} held-out probe items")
+    log.info("  what is left of the update, by layer (its norm / what it adds to new inputs / to the probe's): "
+             + ", ".join(f"{layer}: " + " / ".join(f"{v:.2g}" for v in shares.values()) for layer, shares in record["left"].items()))
     if after < closing.REACHED * budget:
-        print(f"note: the divergence jumps between {after:.3g} nats and more than {budget:g}; one probe item that flips can do that",
-              file=sys.stderr)
+        log.warning(f"note: the divergence jumps between {after:.3g} nats and more than {budget:g}; one probe item that flips can do that")
 
 
 def _write(backbone, checkpoint: Path, folder: Path, step: int, record: dict) -> Path:
