@@ -3,19 +3,40 @@
 import json
 import logging
 import random
+import re
+import shutil
 import signal
+import sys
 import threading
+import types
 
 import numpy as np
 import pytest
 import torch
-from conftest import BASELINE, METHOD, final_adapter
+import yaml
+from conftest import BASELINE, METHOD, final_adapter, read_evaluation
+from safetensors.torch import load_file, save_file
 
+from vlakeep.checks import RED, check_run
+from vlakeep.core.checkpoint import save_checkpoint
+from vlakeep.core.config import Config, load_config
+from vlakeep.core.errors import RunDirError
 from vlakeep.core.log import PlainLines, install, log
+from vlakeep.core.names import is_run_name
 from vlakeep.core.parallel import Distributed
+from vlakeep.core.rundir import RunDir
+from vlakeep.core.storage import Storage, find_checkpoint
+from vlakeep.core.target import run_config, target_checkpoint
+from vlakeep.data.formats import open_datasets
+from vlakeep.evaluate import run_evaluation
 from vlakeep.methods.baseline import Baseline
+from vlakeep.openvla.format import weights_hash
+from vlakeep.report import arms_from_runs, build_report
+from vlakeep.reporting.arms import load_arms
 from vlakeep.train import run_training
 
+BRIEF = ("--evaluate.skills", "[reach,corner]", "--evaluate.episodes", 2, "--evaluate.questions", "[color]",
+         "--evaluate.questions_per_kind", 2, "--evaluate.retention_frames", 2)
 SHORT = ("--train.steps", 2, "--train.tensorboard", False)
 DROPOUT = (*SHORT, "--lora.dropout", 0.1)  # draws from the process's random state
 
@@ -123,3 +144,233 @@ def test_a_level_that_was_set_is_kept(library, capsys):
     install()
     log.warning("a notice")
     assert capsys.readouterr().err == ""
+
+
+# ---- names ----
+
+
+@pytest.mark.parametrize("name, good", [("a", True), ("study/arm-s3", True), (".a", True), ("", False), ("a/b/c", False), ("/a", False),
+                                        ("a/", False), ("a//b", False), ("../a", False), ("a/..", False), ("./a", False), ("base", False),
+                                        ("base/a", False), ("a/base", False), ("~", True)])
+def test_a_run_is_called_cell_or_group_and_cell(name, good):
+    assert is_run_name(name) == good
+    found = [line for line in Config(name=name).problems() if line.startswith("--name")]
+    assert (found == []) == good and all("GROUP/CELL" in line for line in found)
+
+
+@pytest.fixture(scope="module")
+def grouped(world):
+    """Run folder of `study/arm-s1`, 3 steps with a checkpoint at 2."""
+    storage, make_config = world
+    return run_training(make_config(BASELINE, "--name", "study/arm-s1", "--train.steps", 3, "--train.save_every", 2), storage)
+
+
+def asked(world, target, *changes):
+    storage, make_config = world
+    return run_evaluation(make_config(BASELINE, *BRIEF, "--evaluate.target", target, *changes), storage)
+
+
+def test_the_name_of_a_group_is_no_name_for_a_run_nor_the_other_way_round(world, grouped):
+    storage, make_config = world
+    assert grouped == storage.runs / "study" / "arm-s1" and (grouped / "checkpoints").is_dir()
+    with pytest.raises(RunDirError, match="holds files of something else .*arm-s1"):
+        run_training(make_config(BASELINE, "--name", "study", *SHORT), storage)
+    run_training(make_config(BASELINE, "--name", "runs-single", *SHORT), storage)
+    for refuse in (lambda config: run_training(config, storage), lambda config: RunDir.open(storage, config)):
+        with pytest.raises(RunDirError, match="runs-single is a run itself"):
+            refuse(make_config(BASELINE, "--name", "runs-single/cell", *SHORT))
+    assert not (storage.runs / "runs-single" / "cell").exists()
+    line, = (line for line in check_run(make_config(BASELINE, "--name", "runs-single/cell"), storage, {}) if line.status == RED)
+    assert "is a run itself" in line.where
+
+
+def test_a_target_of_two_parts_is_a_run_before_it_is_a_path(world, grouped, tmp_path, monkeypatch):
+    storage, _ = world
+    monkeypatch.chdir(tmp_path)
+    step = grouped / "checkpoints" / "step_000003"
+    for target in ("study/arm-s1", str(grouped), f"{grouped}/", str(step)):
+        assert target_checkpoint(target, storage) == step and run_config(target, storage)["name"] == "study/arm-s1"
+    (tmp_path / "study" / "arm-s1").mkdir(parents=True)
+    assert target_checkpoint("study/arm-s1", storage) == step
+    monkeypatch.chdir(grouped)
+    assert target_checkpoint("checkpoints/step_000003", storage) == step
+    with pytest.raises(FileNotFoundError) as error:
+        target_checkpoint("study/arm-s2", storage)
+    assert f"under {storage.runs / 'study' / 'arm-s2'}" in str(error.value) and "--name study/arm-s2`" in str(error.value)
+    assert "study/arm-s1" in str(error.value).split("runs with checkpoints:")[1]
+
+
+def test_evaluations_lie_below_model_benchmark_and_run(world, grouped):
+    storage, _ = world
+    key = f"tabletop-base-{weights_hash(find_checkpoint('tabletop-base', storage.cache))[:8]}"
+    done = asked(world, "study/arm-s1")
+    assert done == storage.eval / key / "tabletop" / "study" / "arm-s1"
+    assert json.loads((done / "summary.json").read_text())["target"] == "study/arm-s1"
+    assert asked(world, str(grouped / "checkpoints" / "step_000002")) == done.with_name("arm-s1-step_000002")
+    assert asked(world, "base") == storage.eval / key / "tabletop" / "base"
+
+
+def test_two_base_models_of_one_root_do_not_meet(world, tmp_path):
+    storage, _ = world
+    shipped = find_checkpoint("tabletop-base", storage.cache)
+    other = shutil.copytree(shipped, tmp_path / "tabletop-base")  # of the same name too
+    tensors = load_file(other / "model.safetensors")
+    tensors["projector.fc1.bias"] += 1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    first, second = asked(world, "base"), asked(world, "base", "--backbone.checkpoint", other)
+    assert first != second and {one.parent.parent.name.rpartition("-")[0] for one in (first, second)} == {"tabletop-base"}
+    with pytest.raises(ValueError, match="evaluations of `base` on tabletop by several base models .tabletop-base-.*put aside"):
+        arms_from_runs("base", storage, model="tabletop-base")
+    assert arms_from_runs("base,baseline=study/arm-s1", storage, model="tabletop-base")["base"]["eval"] == first
+    shutil.rmtree(second)
+    assert arms_from_runs("base", storage, model="tabletop-base")["base"]["eval"] == first
+
+
+def test_an_evaluation_that_an_older_version_began_goes_on_where_it_is(world, grouped):
+    storage, make_config = world
+    new = asked(world, "study/arm-s1")
+    rows, _ = read_evaluation(new)
+    old = storage.eval / "study" / "arm-s1"  # older versions had no groups, but put a run there
+    shutil.move(new, old)
+    records = old / "records.jsonl"
+    lines = records.read_text().splitlines(keepends=True)
+    records.write_text("".join(lines[:-3]))
+    assert arms_from_runs("a=study/arm-s1", storage)["a"]["eval"] == old
+    assert asked(world, "study/arm-s1") == old and read_evaluation(old)[0] == rows and not new.exists()
+    # That of other weights under the same name is nothing to go on with, and stays as it is.
+    header = json.loads(lines[0])
+    header["header"]["base"] = "0" * 64
+    records.write_text(json.dumps(header) + "\n" + "".join(lines[1:]))
+    before = records.read_bytes()
+    assert asked(world, "study/arm-s1") == new and records.read_bytes() == before and read_evaluation(new)[0] == rows
+    assert arms_from_runs("a=study/arm-s1", storage)["a"]["eval"] == new
+    shutil.rmtree(old)
+
+
+def test_a_report_reads_evaluations_at_either_place(world, grouped, tmp_path):
+    storage, _ = world
+    for target in ("base", "study/arm-s1", str(grouped / "checkpoints" / "step_000002")):
+        done = asked(world, target)
+    shutil.move(asked(world, "base"), storage.eval / "base")
+    (storage.eval / "study").mkdir(exist_ok=True)
+    shutil.move(done, storage.eval / "study" / done.name)
+    arms = arms_from_runs("base,baseline=study/arm-s1", storage, model="tabletop-base")
+    assert arms["base"]["eval"] == storage.eval / "base" and arms["baseline"]["eval"].parts[-3:] == ("tabletop", "study", "arm-s1")
+    assert [step for step, _ in load_arms(arms)["baseline"].path] == [2]
+    page = build_report(storage.root, arms, tmp_path / "report")
+    assert "study/arm-s1_again" in page.read_text(encoding="utf-8")
+    for place in ("base", "study"):
+        shutil.rmtree(storage.eval / place)
+
+
+def test_what_is_missing_is_named_with_the_place_and_the_run(world, grouped):
+    storage, _ = world
+    arms = arms_from_runs("base,a=study/arm-s9", storage, "libero_goal", model="tabletop-base")
+    assert arms["base"]["eval"] == storage.eval / "tabletop-base-*" / "libero_goal" / "base"
+    with pytest.raises(FileNotFoundError) as error:
+        load_arms(arms)
+    assert "--name study/arm-s9`" in str(error.value) and "--evaluate.target study/arm-s9`" in str(error.value)
+
+
+# ---- what tells runs apart ----
+
+
+def plain(name="a", resume=False, **train):
+    config = Config(name=name)
+    for key, value in dict(train, tensorboard=False, resume=resume).items():
+        setattr(config.train, key, value)
+    return config
+
+
+MADE_OF = {"base_weights": "b" * 64, "data": {"tabletop_corner": "d" * 64}, "artifact": {"U2_f.pt": "u" * 64}, "probe": "p" * 64}
+
+
+def session(storage, config, hashes=MADE_OF, save=True):
+    """(provenance, id at the head of config.yaml) after a session of one step."""
+    with RunDir.open(storage, config, hashes=hashes) as run:
+        step = 1 if run.resume_from is None else int(run.resume_from.name.split("_")[1]) + 1
+        run.log(step, {"loss": 1.0})
+        save and save_checkpoint(run.folder, step, {}, {"step": step})
+    head = (run.folder / "config.yaml").read_text().splitlines()[0]
+    return json.loads((run.folder / "provenance.json").read_text()), head
+
+
+@pytest.fixture
+def own(tmp_path):
+    return Storage.from_config(Config(root=str(tmp_path / "root")))
+
+
+def test_an_id_follows_from_what_matters_and_from_nothing_else(own):
+    first, head = session(own, plain())
+    assert re.fullmatch("[0-9a-f]{16}", first["id"]) and head == f"# run {first['id']}"
+    assert yaml.safe_load((own.runs / "a" / "config.yaml").read_text())["name"] == "a"  # and --config takes it
+    assert load_config(str(own.runs / "a" / "config.yaml")).train.steps == 1000
+    free = plain("study/a", steps=7, save_every=3, log_every=2, keep_last=9)
+    free.evaluate.episodes, free.export.dtype, free.data.workers = 3, "float32", 2
+    same, _ = session(own, free)
+    assert same["id"] == first["id"] and same["wandb_id"] != first["wandb_id"]
+    ids = {first["id"]}
+    for number, (section, key, value) in enumerate([("train", "lr", 1e-3), ("lora", "rank", 3), (None, "seed", 8), (None, "method", "x"),
+                                                    ("options", "strength", 1.0)]):
+        config = plain(f"c{number}")
+        place = getattr(config, section) if section else config
+        place.update({key: value}) if section == "options" else setattr(place, key, value)
+        ids.add(session(own, config)[0]["id"])
+    for number, key in enumerate(MADE_OF):
+        other = {key: "0" * 64} if isinstance(MADE_OF[key], str) else {key: dict.fromkeys(MADE_OF[key], "0" * 64)}
+        ids.add(session(own, plain(f"h{number}"), {**MADE_OF, **other})[0]["id"])
+    assert len(ids) == 1 + 5 + 4
+
+
+def test_an_id_is_kept_when_a_run_goes_on(own):
+    first, _ = session(own, plain())
+    again, head = session(own, plain(resume=True, steps=2000))
+    assert (again["id"], again["wandb_id"], head) == (first["id"], first["wandb_id"], f"# run {first['id']}")
+    path = own.runs / "a" / "provenance.json"
+    old = {key: value for key, value in again.items() if key not in ("id", "wandb_id")}  # as an older version leaves it
+    path.write_text(json.dumps(old))
+    older, _ = session(own, plain(resume=True))
+    assert older["id"] == first["id"] and older["wandb_id"] == "a"  # its curve on W&B goes on
+
+
+@pytest.mark.parametrize("change, line", [({"data": {"tabletop_corner": "0" * 64}}, "data.tabletop_corner: dddddddddddd -> 000000000000"),
+                                          ({"artifact": {"U2_f.pt": "0" * 64}}, "artifact.U2_f.pt: uuuuuuuuuuuu -> 000000000000"),
+                                          ({"probe": "0" * 64}, "probe: pppppppppppp -> 000000000000")])
+def test_a_run_does_not_go_on_with_something_else_under_the_same_name(own, change, line):
+    session(own, plain())
+    before = (own.runs / "a" / "provenance.json").read_bytes()
+    with pytest.raises(RunDirError, match="made from something else") as error:
+        RunDir.open(own, plain(resume=True), hashes={**MADE_OF, **change})
+    assert [text.strip() for text in str(error.value).splitlines()[1:-1]] == [line]
+    assert (own.runs / "a" / "provenance.json").read_bytes() == before
+    session(own, plain(resume=True), {**MADE_OF, "new": "0"})  # what an older version did not note is no difference
+
+
+def test_a_folder_with_another_run_says_what_is_another(own):
+    session(own, plain())
+    with pytest.raises(RunDirError, match=r"status: finished\). It has another configuration \(train.lr: 0.0005 -> 1.0\)"):
+        RunDir.open(own, plain(lr=1.0))
+    with pytest.raises(RunDirError, match="Go on in it with --train.resume true"):
+        RunDir.open(own, plain(steps=5))
+
+
+def test_wandb_gets_an_id_of_its_own_for_each_run(own, monkeypatch):
+    calls = []
+    board = types.SimpleNamespace(log=lambda *args, **kwargs: None, finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **given: calls.append(given) or board))
+    for name in ("one/arm-s1", "two/arm-s1", "arm"):
+        session(own, plain(name, use_wandb=True))
+    session(own, plain("arm", use_wandb=True, resume=True))
+    assert [call["name"] for call in calls] == ["one/arm-s1", "two/arm-s1", "arm", "arm"]
+    assert [call["group"] for call in calls] == ["one", "two", None, None]
+    assert len({call["id"] for call in calls}) == 3 and calls[2]["id"] == calls[3]["id"]
+    assert all(re.fullmatch("[0-9a-f]{16}", call["id"]) and call["resume"] == "allow" for call in calls)  # W&B takes no slash
+
+
+def test_training_notes_what_it_was_made_from(world, grouped):
+    storage, _ = world
+    found = json.loads((grouped / "provenance.json").read_text())
+    hashes = found["sessions"][0]["hashes"]
+    assert hashes["base_weights"] == weights_hash(find_checkpoint("tabletop-base", storage.cache)) and len(found["id"]) == 16
+    with open_datasets(storage.data, ["tabletop_corner"])[0] as data:
+        assert hashes["data"] == {"tabletop_corner": data.fingerprint()}

@@ -222,11 +222,12 @@ def check_run(config: Config, storage: Storage, model: dict) -> List[Line]:
     """The run folder is free or can be resumed, and its checkpoints will fit on the disk."""
     run = RunDir(storage.runs / config.name, is_main=True)
     lines = []
-    if run.folder.is_dir():
-        try:
+    try:
+        run.refuse_as_cell_of_a_run(storage)
+        if run.folder.is_dir():
             run.look(config)
-        except RunDirError as error:
-            lines.append(Line(RED, "run folder", str(error), "--name OTHER, or --train.resume true"))
+    except RunDirError as error:
+        lines.append(Line(RED, "run folder", str(error), "--name OTHER, or --train.resume true"))
     if model:
         try:
             one = checkpoint_bytes(config, model, storage.cache)

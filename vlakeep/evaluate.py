@@ -5,8 +5,8 @@
     vlakeep evaluate --config configs/baseline_lora.yaml --evaluate.benchmark dataset --data.train_fraction 0.9
 
 reads:  base checkpoint; for a run, the adapter of its newest intact checkpoint; probe_root_dir/<probe.name> for the drift
-writes: ROOT/eval/<target>/records.jsonl (one line per trial, resumable) and summary.json; for a LIBERO suite the same below
-        ROOT/eval/<suite>/<target>/, and videos/ with --evaluate.videos; for data sets below ROOT/eval/dataset/<target>/
+writes: ROOT/eval/<base model>/<benchmark>/<target>/ (core/names.py): records.jsonl (one line per trial, resumable) and summary.json; for
+        a LIBERO suite videos/ with --evaluate.videos
 """
 
 import hashlib
@@ -28,6 +28,7 @@ from vlakeep.benchmarks.trained import crop_alarm, renderer_alarm, trained_data,
 from vlakeep.core.compat import require_numpy
 from vlakeep.core.config import Config, EvaluateConfig, config_from_argv, to_dict
 from vlakeep.core.log import log
+from vlakeep.core.names import evaluation_folder, model_key, run_name
 from vlakeep.core.parallel import pick_device, set_threads
 from vlakeep.core.storage import Storage
 from vlakeep.core.target import load_manifest, read_action_statistics, target_checkpoint
@@ -77,7 +78,8 @@ def load_target(config: Config, storage: Storage, device):
     if backbone.unnorm_key is None and len(statistics) == 1:
         backbone.unnorm_key = next(iter(statistics))
     # A step of a run that was named by its folder gets its own records.
-    name = f"{folder.absolute().parents[1].name}-{folder.name}" if Path(target).name == folder.name else Path(target).name
+    run = run_name(folder.absolute().parents[1], storage)
+    name = f"{run}-{folder.name}" if Path(target).name == folder.name else run
     return backbone.eval(), name, manifest
 
 
@@ -170,7 +172,8 @@ def run_evaluation(config: Config, storage: Storage, folder: Optional[Path] = No
     else:
         key = tabletop.pick_key(settings.new_skill, key or backbone.unnorm_key, backbone.norm_stats)
     backbone.action_statistics(key)  # raises for a key that would make every trial crash
-    folder = folder or (storage.eval / settings.benchmark / name if in_libero else storage.eval / name)
+    folder = folder or evaluation_folder(storage, model_key(backbone.name, backbone.weights_sha256), settings.benchmark, name, weights,
+                                         backbone.weights_sha256)
     probe = open_questions(config, storage) if in_libero and settings.probe and not settings.blank else None
     old_key = None if in_libero else tabletop.old_key(backbone.norm_stats)
     header = make_header(settings, weights, backbone.weights_sha256, probe, model_settings(backbone, config, key, old_key))
@@ -204,7 +207,8 @@ def run_open_loop(config: Config, settings, storage: Storage, folder: Optional[P
         of_data = ",".join(f"{dataset.fingerprint()}-{data.train_fraction}" for dataset in datasets)
         header = {**make_header(settings, weights, backbone.weights_sha256, None, model_settings(backbone, config, key)), "data": of_data,
                   "center_crop": settings.center_crop}
-        folder = folder or storage.eval / open_loop.NAME / name
+        folder = folder or evaluation_folder(storage, model_key(backbone.name, backbone.weights_sha256), open_loop.NAME, name, weights,
+                                             backbone.weights_sha256)
 
         def picture(image):
             return resize_uint8(center_crop(image) if settings.center_crop else image, size)
@@ -281,7 +285,7 @@ def run_replay(config: Config, settings, storage: Storage, started: float) -> Pa
     with closing_all(open_datasets(storage.data, data.datasets, 1.0, storage.cache, conventions)) as datasets:
         act = libero.Replay(demonstrations(datasets, settings.benchmark, tasks, settings.episodes))
         identity = ",".join(dataset.fingerprint() for dataset in datasets)
-    folder = storage.eval / settings.benchmark / REPLAY
+    folder = evaluation_folder(storage, REPLAY, settings.benchmark, REPLAY, identity, "")
     with Records(folder / "records.jsonl", make_header(settings, identity, "")) as records:
         libero.run_suite(act, settings, settings.center_crop, records, folder / "videos", desc=REPLAY)
         rows = records.rows()
@@ -429,7 +433,7 @@ def run_probe(backbone, probe: ProbeSet, settings, records: Records, name: str) 
 
 def main(argv: List[str]) -> int:
     config = config_from_argv(argv)
-    run_evaluation(config, Storage.from_config(config))
+    log.info(f"wrote {run_evaluation(config, Storage.from_config(config))}")
     return 0
 
 

@@ -23,6 +23,7 @@ import vlakeep
 from vlakeep.core.config import BackboneConfig, Config, config_from_argv
 from vlakeep.core.errors import CheckpointError, human_bytes, quoted
 from vlakeep.core.log import log
+from vlakeep.core.names import run_name
 from vlakeep.core.parallel import pick_device, set_threads
 from vlakeep.core.storage import Storage, atomic_dir, find_checkpoint, need_free
 from vlakeep.core.target import load_manifest, read_action_statistics, target_checkpoint
@@ -128,7 +129,7 @@ def run_export(config: Config, storage: Storage, command: str = "vlakeep offline
     base_sha256 = weights_hash(base)
     load_manifest(checkpoint, base_sha256)  # raises for a damaged checkpoint, and for other base weights
     run, budget = checkpoint.parents[1], config.export.close_to
-    closed = None if budget is None else closing_pass.free_folder(storage, run.name, budget, config.export.overwrite)
+    closed = None if budget is None else closing_pass.free_folder(storage, run_name(run, storage), budget, config.export.overwrite)
     out = Path(config.export.folder) if config.export.folder else (closed or run) / f"merged-{checkpoint.name}"
     out = storage.guard_write(out, what="merged model")
     if out.exists() and not config.export.overwrite:
@@ -136,12 +137,13 @@ def run_export(config: Config, storage: Storage, command: str = "vlakeep offline
     need_free(out.parent, 2 * sum(file.stat().st_size for file in weight_files(base)) if config.export.dtype == "float32"
               else sum(file.stat().st_size for file in weight_files(base)), "the merged model")
     statistics = read_action_statistics(checkpoint)
-    record = {"base": str(config.backbone.checkpoint), "base_sha256": base_sha256, "run": run.name, "checkpoint": checkpoint.name,
-              "adapter_sha256": adapter_sha256, "merged_modules": 0, "dtype": config.export.dtype, "vlakeep": vlakeep.__version__}
+    record = {"base": str(config.backbone.checkpoint), "base_sha256": base_sha256, "run": run_name(run, storage),
+              "checkpoint": checkpoint.name, "adapter_sha256": adapter_sha256, "merged_modules": 0, "dtype": config.export.dtype,
+              "vlakeep": vlakeep.__version__}
     if closed:
         checkpoint, record["closing"] = closing_pass.close(config, storage, checkpoint, closed, command)
-        record.update(run=closed.name, adapter_sha256=load_manifest(checkpoint, base_sha256))
-        log.info(f"wrote {closed} (evaluate it with --evaluate.target {quoted(closed.name)})")
+        record.update(run=run_name(closed, storage), adapter_sha256=load_manifest(checkpoint, base_sha256))
+        log.info(f"wrote {closed} (evaluate it with --evaluate.target {quoted(run_name(closed, storage))})")
     with atomic_dir(out) as temporary:
         modules = merge_checkpoint(base, checkpoint / "adapter", Path(temporary), statistics, DTYPES.get(config.export.dtype))
         Processor.from_folder(base).save(temporary)

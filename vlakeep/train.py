@@ -150,7 +150,7 @@ def run_training(config: Config, storage: Storage) -> Path:
             for line in stream.describe():
                 say(dist, line)
             backbone.norm_stats = {**backbone.norm_stats, **stream.statistics}
-            hashes["base_weights"] = backbone.weights_sha256
+            hashes.update(base_weights=backbone.weights_sha256, data=stream.fingerprints)
             with RunDir.open(storage, config, dist, hashes) as run:
                 _loop(config, dist, run, backbone, method, stream)
                 method.detach()
@@ -162,13 +162,14 @@ def refuse_early(config: Config, storage: Storage, dist: Distributed) -> None:
     if config.train.autocast == "float16" and dist.device.type == "cpu":
         raise ValueError("--train.autocast float16: not on a CPU; use --train.autocast none, or a GPU with --device cuda")
     run = RunDir(storage.run_folder(config.name), dist.is_main)
+    run.refuse_as_cell_of_a_run(storage)
     if dist.is_main and run.folder.is_dir():
         lock = RunLock(run.folder)
         try:
             run.look(config)
             if config.train.resume and ckpt.list_checkpoints(run.folder):
                 if note := schedule_note(yaml.safe_load((run.folder / "config.yaml").read_text()), to_dict(config)):
-                    log.warning(f"{run.folder.name}: {note}")
+                    log.warning(f"{config.name}: {note}")
         finally:
             lock.release()
 
@@ -192,9 +193,9 @@ def _loop(config: Config, dist: Distributed, run: RunDir, backbone, method, stre
         first = _restore(run.resume_from, backbone, optimizer, parts) + 1
         run.truncate_metrics(first - 1)
     if first > settings.steps:
-        say(dist, f"{run.folder.name}: already at step {first - 1} of {settings.steps}; to go on, raise --train.steps")
+        say(dist, f"{config.name}: already at step {first - 1} of {settings.steps}; to go on, raise --train.steps")
         return
-    say(dist, f"{run.folder.name}: {config.method}, {sum(p.numel() for p in params):,} trainable parameters, global batch "
+    say(dist, f"{config.name}: {config.method}, {sum(p.numel() for p in params):,} trainable parameters, global batch "
               f"{settings.batch_size * settings.accumulation * dist.world}, steps {first} to {settings.steps}")
     saved = first - 1 if first > 1 else None
     seconds = time.perf_counter()

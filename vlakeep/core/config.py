@@ -287,7 +287,7 @@ class ExportConfig:
 
 @dataclass
 class Config:
-    # Name of the run; its folder is run_root_dir/name.
+    # Name of the run; its folder is run_root_dir/name. Runs of one study may lie together: GROUP/CELL.
     name: str = "run"
     # The arm: the name of a file in vlakeep/methods/, or of a method that another package brings (registry.py).
     method: str = "baseline"

@@ -5,6 +5,7 @@ from operator import attrgetter
 from typing import List
 
 from vlakeep.core import schema
+from vlakeep.core.names import is_run_name
 from vlakeep.core.registry import method_class, method_names
 
 LIBERO_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
@@ -91,8 +92,8 @@ def problems(config) -> List[str]:
     in_libero = config.evaluate.benchmark in LIBERO_SUITES
     need(in_libero or not (others or config.evaluate.blank or config.evaluate.target == "replay"), "evaluate.benchmark",
          "a LIBERO suite for evaluate.other_suites, evaluate.blank and evaluate.target replay")
-    need(bool(config.name) and "/" not in config.name and config.name not in (".", "..", "base"), "name",
-         "a single folder name, and not base, which names the model before training")
+    need(is_run_name(config.name), "name",
+         "a folder name, or GROUP/CELL, two of them; and not base, which names the model before training")
     for key in ("lora.rank", "lora.alpha", "data.shuffle_buffer", "icsm.rank", "icsm.batch_size", "icsm.sensitivity_items", "gains.columns",
                 "thermostat.every", "train.steps", "train.batch_size", "train.accumulation", "train.log_every",
                 "train.save_every", "train.keep_last", "evaluate.episodes", "evaluate.questions_per_kind",

@@ -18,6 +18,7 @@ from vlakeep.core.checkpoint import save_checkpoint
 from vlakeep.core.config import Config
 from vlakeep.core.errors import quoted
 from vlakeep.core.log import log
+from vlakeep.core.names import run_name
 from vlakeep.core.parallel import pick_device
 from vlakeep.core.storage import Storage, atomic_write, find_checkpoint
 from vlakeep.data.prompts import encode_prompts
@@ -48,8 +49,8 @@ def free_folder(storage: Storage, run: str, budget: float, overwrite: bool) -> P
     if folder.exists() and not (folder / RECORD).is_file():
         raise FileExistsError(f"{folder} is there and was not made by a closing pass: move it away, or choose another --export.close_to")
     if folder.exists() and not overwrite:
-        raise FileExistsError(f"{folder} exists already: evaluate it with --evaluate.target {quoted(folder.name)}, or make it anew with "
-                              "--export.overwrite true")
+        raise FileExistsError(f"{folder} exists already: evaluate it with --evaluate.target {quoted(run_name(folder, storage))}, or make "
+                              "it anew with --export.overwrite true")
     return folder
 
 
@@ -136,7 +137,7 @@ def close(config: Config, storage: Storage, checkpoint: Path, folder: Path, comm
     left = closing.sweep(backbone, old, new, own, mu, input_key, weights_N)
     run_manifest = json.loads((checkpoint / "manifest.json").read_text())
     record = {"budget": budget, "mu": mu, "kl_before": before, "kl_after": after, "tried": [list(pair) for pair in trail[:-1]],
-              "left": {str(layer): shares for layer, shares in left.items()}, "run": checkpoint.parents[1].name,
+              "left": {str(layer): shares for layer, shares in left.items()}, "run": run_name(checkpoint.parents[1], storage),
               "checkpoint": checkpoint.name, "adapter_sha256": run_manifest["files"]["adapter/adapter_model.safetensors"]["sha256"],
               "probe_sha256": probe.sha256, "probe_items": len(fit), "held_out_items": len(held), "new_frames": used,
               "datasets": list(config.data.datasets), "artifact": artifact.meta["files"]}

@@ -122,7 +122,7 @@ def reproduce(comparison: Comparison, root: Optional[Path]) -> List[str]:
         if arm.config.get("method") != "baseline" and not offline:
             lines.append(f"vlakeep offline --config {config}")
             offline = True
-        again = quoted(f"{folder.name}_again")
+        again = quoted(f"{arm.run}_again")
         lines.append(f"vlakeep train --config {config} --name {again}")
         lines.append(f"vlakeep evaluate --config {config} --evaluate.target {again}")
     if "base" in comparison.arms:
@@ -130,7 +130,7 @@ def reproduce(comparison: Comparison, root: Optional[Path]) -> List[str]:
     runs = []
     for arm in comparison.arms.values():
         folder = arm.folders.get("run")
-        runs.append(arm.name if arm.name == "base" or folder is None else f"{arm.name}={folder.name}_again")
+        runs.append(arm.name if arm.name == "base" or folder is None else f"{arm.name}={arm.run}_again")
     lines.append(f"vlakeep report --config {config} --runs {quoted(','.join(runs))}")
     return lines
 
