@@ -17,10 +17,11 @@ import yaml
 from conftest import BASELINE, METHOD, final_adapter, read_evaluation
 from safetensors.torch import load_file, save_file
 
-from vlakeep.checks import RED, check_run
+from vlakeep.checks import GREEN, RED, check_artifact, check_from_run, check_run, check_target
+from vlakeep.core import checkpoint
 from vlakeep.core.checkpoint import save_checkpoint
-from vlakeep.core.config import Config, load_config
-from vlakeep.core.errors import RunDirError
+from vlakeep.core.config import BackboneConfig, Config, TrainConfig, load_config
+from vlakeep.core.errors import CheckpointError, RunDirError
 from vlakeep.core.log import PlainLines, install, log
 from vlakeep.core.names import is_run_name
 from vlakeep.core.parallel import Distributed
@@ -28,8 +29,14 @@ from vlakeep.core.rundir import RunDir
 from vlakeep.core.storage import Storage, find_checkpoint
 from vlakeep.core.target import run_config, target_checkpoint
 from vlakeep.data.formats import open_datasets
-from vlakeep.evaluate import run_evaluation
+from vlakeep.evaluate import load_target, run_evaluation
+from vlakeep.export import run_export
 from vlakeep.methods.baseline import Baseline
+from vlakeep.models.adapters import merged_state
+from vlakeep.models.chain import Chain, Link, chain_hash, merge_chain, read_chain
+from vlakeep.models.load import make_backbone
+from vlakeep.models.merge import merge_checkpoint
+from vlakeep.offline import run_offline
 from vlakeep.openvla.format import weights_hash
 from vlakeep.report import arms_from_runs, build_report
 from vlakeep.reporting.arms import load_arms
@@ -374,3 +381,155 @@ def test_training_notes_what_it_was_made_from(world, grouped):
     assert hashes["base_weights"] == weights_hash(find_checkpoint("tabletop-base", storage.cache)) and len(found["id"]) == 16
     with open_datasets(storage.data, ["tabletop_corner"])[0] as data:
         assert hashes["data"] == {"tabletop_corner": data.fingerprint()}
+
+
+# ---- one after the other ----
+
+FIRST = ("--train.steps", 3, "--train.lr", 2e-2, "--train.tensorboard", False)
+SECOND = ("--train.steps", 2, "--train.lr", 2e-2, "--train.tensorboard", False, "--seed", 8)
+
+
+@pytest.fixture(scope="module")
+def first(world):
+    """(folder of `tasks/first`, its export)."""
+    storage, make_config = world
+    config = make_config(BASELINE, "--name", "tasks/first", *FIRST, "--export.parity_frames", 2)
+    return run_training(config, storage), run_export(config, storage)
+
+
+@pytest.fixture(scope="module")
+def second(world, first):
+    """Folder of `tasks/second`, trained from it."""
+    storage, make_config = world
+    return run_training(make_config(BASELINE, "--name", "tasks/second", *SECOND, "--train.from_run", "tasks/first"), storage)
+
+
+def provenance(run):
+    return json.loads((run / "provenance.json").read_text())
+
+
+def hashes_of(run):
+    return provenance(run)["sessions"][-1]["hashes"]
+
+
+def test_training_from_a_run_is_training_from_its_export_bitwise(world, first, second):
+    storage, make_config = world
+    detour = run_training(make_config(BASELINE, "--name", "tasks/detour", *SECOND, "--backbone.checkpoint", first[1]), storage)
+    assert final_adapter(second) == final_adapter(detour)
+    assert hashes_of(second)["base_weights"] == hashes_of(detour)["base_weights"] == weights_hash(first[1])
+    plain = run_training(make_config(BASELINE, "--name", "tasks/plain", *SECOND), storage)
+    assert final_adapter(second) != final_adapter(plain) and hashes_of(plain)["base_weights"] != hashes_of(second)["base_weights"]
+
+
+def test_merged_weights_are_those_of_the_export_whatever_is_stored_and_loaded(world, first, tmp_path):
+    """A base stored in bfloat16 (as the shipped one) is rounded so also where it is loaded in float32; one in float32 is rounded once."""
+    storage, make_config = world
+    adapter = checkpoint.latest_intact(first[0]) / "adapter"
+    shipped = find_checkpoint("tabletop-base", storage.cache)
+    wide = shutil.copytree(shipped, tmp_path / "wide")
+    stored = load_file(shipped / "model.safetensors")
+    assert {t.dtype for t in stored.values()} == {torch.bfloat16}
+    save_file({name: t.float() * 1.001 for name, t in stored.items()}, wide / "model.safetensors")  # bits that bfloat16 has no room for
+    for number, base in enumerate((shipped, wide)):
+        chain = Chain(weights_hash(base), [Link(run, "step_000003", "", adapter.parent) for run in ("first", "a/b")])
+        places = [tmp_path / f"{number}-{i}" for i in range(2)]
+        for place, before in zip(places, (base, places[0])):
+            place.mkdir()
+            merge_checkpoint(before, adapter, place, {})
+        both = tmp_path / f"{number}-both"
+        both.mkdir()
+        merge_checkpoint(base, adapter, both, {}, before=[adapter])
+        assert chain_hash(base, chain) == weights_hash(places[1]) == weights_hash(both) != weights_hash(base)
+        shutil.copy(shipped / "dataset_statistics.json", places[1])
+        for file in shipped.glob("*token*"):
+            shutil.copy(file, places[1])
+        shutil.copy(shipped / "preprocessor_config.json", places[1])
+        for dtype in ("float32", "bfloat16"):
+            wanted = make_backbone(BackboneConfig(str(places[1]), dtype=dtype))
+            found = make_backbone(BackboneConfig(str(base), dtype=dtype))
+            merge_chain(found, chain)
+            assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), wanted.state_dict().values()))
+            assert found.weights_sha256 == wanted.weights_sha256 and found.name == f"{base.name}+first+a.b"
+
+
+def test_a_run_from_a_run_is_evaluated_and_exported_as_a_whole(world, first, second, tmp_path):
+    storage, make_config = world
+    done = asked(world, "tasks/second")
+    key = f"tabletop-base+tasks.first-{weights_hash(first[1])[:8]}"
+    assert done == storage.eval / key / "tabletop" / "tasks" / "second"
+    assert json.loads((done / "records.jsonl").read_text().splitlines()[0])["header"]["base"] == weights_hash(first[1])
+    assert arms_from_runs("base,b=tasks/second", storage, model="tabletop-base")["b"]["eval"] == done
+    backbone, name, _ = load_target(make_config(BASELINE, "--evaluate.target", "tasks/second"), storage, "cpu")
+    out = run_export(make_config(BASELINE, "--export.target", "tasks/second", "--export.parity_frames", 4, "--export.folder",
+                                 storage.runs / "tasks-whole"), storage)
+    whole = make_backbone(str(out))
+    expected = merged_state(backbone, torch.bfloat16)  # as the base is stored
+    assert name == "tasks/second" and all(torch.equal(t, expected[key].float()) for key, t in whole.openvla.state_dict().items())
+    record = json.loads((out / "vlakeep_export.json").read_text())
+    assert [one["run"] for one in record["before"]] == ["tasks/first"] and record["run"] == "tasks/second"
+    assert record["base_sha256"] == weights_hash(first[1]) and record["parity"]["frames_identical"] == 4
+    assert set(backbone.norm_stats) == {"tabletop", "tabletop_corner"}
+    adapter_config = json.loads((checkpoint.latest_intact(second) / "adapter" / "adapter_config.json").read_text())
+    assert adapter_config["base_model_name_or_path"] == "tabletop-base+tasks.first"
+    lines = check_target(make_config(BASELINE, "--evaluate.target", "tasks/second"), storage, {"model_type": "openvla"})
+    assert [line.status for line in lines if line.what == "target"] == [GREEN]
+
+
+def test_the_chain_is_noted_and_kept_whatever_becomes_of_the_first_run(world, first, second):
+    storage, make_config = world
+    sha256 = checkpoint.file_sha256(checkpoint.latest_intact(first[0]) / "adapter" / "adapter_model.safetensors")
+    assert hashes_of(second)["from_run"] == {"tasks/first": sha256}
+    assert hashes_of(second)["original_base_weights"] == hashes_of(first[0])["base_weights"]
+    moved = storage.runs / "elsewhere"
+    first[0].rename(moved)
+    try:
+        before = final_adapter(second)
+        config = make_config(BASELINE, "--name", "tasks/second", *SECOND, "--train.from_run", "tasks/first", "--train.resume", True,
+                             "--train.steps", 3)
+        assert final_adapter(run_training(config, storage)) != before
+        assert provenance(second)["id"] and hashes_of(second)["from_run"] == {"tasks/first": sha256}
+        third = run_training(make_config(BASELINE, "--name", "tasks/third", *SECOND, "--train.from_run", "tasks/second"), storage)
+        assert [link.run for link in read_chain(third).links] == list(hashes_of(third)["from_run"]) == ["tasks/first", "tasks/second"]
+        with pytest.raises(FileNotFoundError, match="no intact checkpoint of the run `tasks/first`"):
+            run_training(make_config(BASELINE, "--name", "tasks/fourth", *SECOND, "--train.from_run", "tasks/first"), storage)
+    finally:
+        moved.rename(first[0])
+    with pytest.raises(RunDirError, match="train.from_run: tasks/first -> None"):
+        run_training(make_config(BASELINE, "--name", "tasks/second", *SECOND, "--train.resume", True), storage)
+
+
+def test_a_chain_that_does_not_fit_is_refused(world, second, tmp_path):
+    storage, make_config = world
+    shipped = find_checkpoint("tabletop-base", storage.cache)
+    other = shutil.copytree(shipped, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["projector.fc1.bias"] += 1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    for change in (("--name", "tasks/wrong", "--train.from_run", "tasks/first"), ("--evaluate.target", "tasks/second")):
+        config = make_config(BASELINE, *SECOND, *change, "--backbone.checkpoint", other)
+        with pytest.raises(CheckpointError, match="tasks/first, step_000003, was trained on other base weights.*--backbone.checkpoint"):
+            run_training(config, storage) if change[0] == "--name" else load_target(config, storage, "cpu")
+    copied = shutil.copytree(second, storage.runs / "tasks" / "copied")
+    weights = copied / "from" / "00" / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(CheckpointError, match="the adapter in .*copied/from/00 is not that of tasks/first"):
+        load_target(make_config(BASELINE, "--evaluate.target", "tasks/copied"), storage, "cpu")
+    shutil.rmtree(copied)
+    assert [line for line in Config(name="a", train=TrainConfig(from_run="a")).problems() if line.startswith("--train.from_run")]
+
+
+def test_the_teacher_of_a_run_from_a_run_is_the_merged_model(world, first):
+    storage, make_config = world
+    changes = ("--train.from_run", "tasks/first", "--train.steps", 2, "--train.tensorboard", False)
+    config = make_config(METHOD, "--name", "tasks/method", *changes)
+    line, = (line for line in check_artifact(config, storage, {}, None, "c.yaml") if line.status == RED)
+    assert "icms_tabletop-base-tasks.first" in line.where and line.remedy == "vlakeep offline --config c.yaml --train.from_run tasks/first"
+    with pytest.raises(ValueError, match="made for other base weights"):  # the artefact of the base
+        run_training(make_config(METHOD, "--name", "tasks/method", *changes, "--icsm.name", "icms_tabletop-base"), storage)
+    folder = run_offline(config, storage)
+    meta = json.loads((folder / "meta.json").read_text())
+    assert folder.name == "icms_tabletop-base-tasks.first" and meta["weights_sha256"] == weights_hash(first[1])
+    assert [line.status for line in [*check_artifact(config, storage, {}, None, ""), *check_from_run(config, storage)]] == [GREEN, GREEN]
+    assert hashes_of(run_training(config, storage))["artifact"] == meta["files"]
+    line, = check_from_run(make_config(METHOD, "--train.from_run", "tasks/none"), storage)
+    assert line.status == RED and "no intact checkpoint of the run `tasks/none`" in line.where

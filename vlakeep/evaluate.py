@@ -42,6 +42,7 @@ from vlakeep.libero import benchmark as libero
 from vlakeep.libero import setup as libero_setup
 from vlakeep.models.adapters import adapters_disabled, load_adapter
 from vlakeep.models.alarms import ActionWatch, orientation_alarm
+from vlakeep.models.chain import merge_chain, read_chain
 from vlakeep.models.load import make_backbone
 from vlakeep.probe.batches import prompt_batches
 from vlakeep.probe.heldout import open_heldout
@@ -71,6 +72,7 @@ def load_target(config: Config, storage: Storage, device):
     if target == "base":
         return backbone.eval(), "base", backbone.weights_sha256
     folder = target_checkpoint(target, storage)
+    merge_chain(backbone, read_chain(folder.absolute().parents[1]))
     manifest = load_manifest(folder, backbone.weights_sha256)
     load_adapter(backbone, folder / "adapter")
     statistics = read_action_statistics(folder)

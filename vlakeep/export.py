@@ -34,6 +34,7 @@ from vlakeep.data.prompts import encode_prompts
 from vlakeep.data.sample import Sample
 from vlakeep.methods import closing_pass
 from vlakeep.models.adapters import load_adapter
+from vlakeep.models.chain import chain_hash, merge_chain, read_chain
 from vlakeep.models.load import DTYPES, make_backbone
 from vlakeep.models.merge import RECORD, merge_checkpoint
 from vlakeep.openvla.backbone import Backbone
@@ -83,6 +84,7 @@ def check_parity(config: Config, storage: Storage, adapter: Path, merged: Path, 
             checkpoint=str(folder), dtype=config.backbone.dtype, attn_implementation=config.backbone.attn_implementation)
         backbone = make_backbone(settings, device, storage.cache)
         if folder is None:
+            merge_chain(backbone, read_chain(adapter.absolute().parents[1]))
             load_adapter(backbone, adapter / "adapter")
             backbone.norm_stats = read_action_statistics(adapter)
             samples, source = parity_samples(config, storage, tuple(backbone.processor.image_processor.input_sizes[0][-2:]))
@@ -126,7 +128,8 @@ def run_export(config: Config, storage: Storage, command: str = "vlakeep offline
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     adapter_sha256 = manifest["files"]["adapter/adapter_model.safetensors"]["sha256"]
     refuse_second_merge(base, adapter_sha256)
-    base_sha256 = weights_hash(base)
+    chain = read_chain(checkpoint.absolute().parents[1])
+    base_sha256 = chain_hash(base, chain) if chain else weights_hash(base)
     load_manifest(checkpoint, base_sha256)  # raises for a damaged checkpoint, and for other base weights
     run, budget = checkpoint.parents[1], config.export.close_to
     closed = None if budget is None else closing_pass.free_folder(storage, run_name(run, storage), budget, config.export.overwrite)
@@ -140,12 +143,15 @@ def run_export(config: Config, storage: Storage, command: str = "vlakeep offline
     record = {"base": str(config.backbone.checkpoint), "base_sha256": base_sha256, "run": run_name(run, storage),
               "checkpoint": checkpoint.name, "adapter_sha256": adapter_sha256, "merged_modules": 0, "dtype": config.export.dtype,
               "vlakeep": vlakeep.__version__}
+    if chain:
+        record["before"] = [{"run": link.run, "checkpoint": link.checkpoint, "adapter_sha256": link.adapter_sha256} for link in chain.links]
     if closed:
         checkpoint, record["closing"] = closing_pass.close(config, storage, checkpoint, closed, command)
         record.update(run=run_name(closed, storage), adapter_sha256=load_manifest(checkpoint, base_sha256))
         log.info(f"wrote {closed} (evaluate it with --evaluate.target {quoted(run_name(closed, storage))})")
     with atomic_dir(out) as temporary:
-        modules = merge_checkpoint(base, checkpoint / "adapter", Path(temporary), statistics, DTYPES.get(config.export.dtype))
+        modules = merge_checkpoint(base, checkpoint / "adapter", Path(temporary), statistics, DTYPES.get(config.export.dtype),
+                                   chain.adapters if chain else ())
         Processor.from_folder(base).save(temporary)
         record["merged_modules"] = len(modules)
         if config.export.parity_frames:
@@ -153,7 +159,7 @@ def run_export(config: Config, storage: Storage, command: str = "vlakeep offline
             record["parity"] = check_parity(config, storage, checkpoint, Path(temporary), key)
             _judge(record["parity"], config)
         if closed:
-            record["closing"]["kl_merged"] = closing_pass.divergence_of(config, storage, Path(temporary))
+            record["closing"]["kl_merged"] = closing_pass.divergence_of(config, storage, Path(temporary), chain.names if chain else [])
             _judge_merged(record["closing"], config)
         (Path(temporary) / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     size = sum(file.stat().st_size for file in out.iterdir())

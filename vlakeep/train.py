@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 8 -m vlakeep.cli train --config configs/method_icsm_hsw_thermostat.yaml
 
 reads:  base checkpoint, data_root_dir/<data.datasets>, for the method also probe_root_dir/<probe.name> and its artefact
+        with train.from_run the adapter of an earlier run's newest intact checkpoint (models/chain.py)
 writes: run_root_dir/<name>/ (rundir.py lists the files)
 """
 
@@ -33,6 +34,7 @@ from vlakeep.data.loader import make_stream
 from vlakeep.data.statistics import save_statistics
 from vlakeep.models.adapters import add_lora, load_trainable, save_adapter, trainable_state
 from vlakeep.models.alarms import check_vision
+from vlakeep.models.chain import chain_of_run, keep_chain, merge_chain
 from vlakeep.models.load import make_backbone
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -139,7 +141,10 @@ def run_training(config: Config, storage: Storage) -> Path:
     """
     with Distributed(config.device) as dist, process_settings(config.threads, config.seed, dist.device):
         refuse_early(config, storage, dist)
+        resumes = config.train.resume and bool(ckpt.list_checkpoints(storage.run_folder(config.name)))
+        chain = chain_of_run(config, storage, resumes)
         backbone = make_backbone(config.backbone, dist.device, storage.cache)
+        merge_chain(backbone, chain)
         check_vision(backbone)
         add_lora(backbone, config.lora, config.seed)
         backbone.train()
@@ -151,7 +156,11 @@ def run_training(config: Config, storage: Storage) -> Path:
                 say(dist, line)
             backbone.norm_stats = {**backbone.norm_stats, **stream.statistics}
             hashes.update(base_weights=backbone.weights_sha256, data=stream.fingerprints)
+            if chain:
+                hashes.update(original_base_weights=chain.base_weights, from_run={link.run: link.adapter_sha256 for link in chain.links})
             with RunDir.open(storage, config, dist, hashes) as run:
+                if dist.is_main:
+                    keep_chain(chain, run.folder)
                 _loop(config, dist, run, backbone, method, stream)
                 method.detach()
         return run.folder

@@ -70,6 +70,8 @@ def problems(config) -> List[str]:
     need(config.thermostat.target > 0, "thermostat.target", "greater than 0")
     need(config.thermostat.open_factor > 1, "thermostat.open_factor", "greater than 1")
     need(config.thermostat.close_factor > 1, "thermostat.close_factor", "greater than 1")
+    need(config.train.from_run not in ("", ".", "..", "base", config.name), "train.from_run",
+         "another run, or a checkpoint folder; null for the base model as it is")
     one_of("train.optimizer", "adamw", "sgd")
     one_of("train.schedule", "constant", "cosine")
     one_of("train.autocast", "none", "bfloat16", "float16")

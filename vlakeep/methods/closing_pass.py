@@ -10,7 +10,7 @@ is needed.
 import json
 import shutil
 from pathlib import Path
-from typing import Iterator, List, Tuple
+from typing import Iterator, List, Sequence, Tuple
 
 from tqdm import tqdm
 
@@ -25,6 +25,7 @@ from vlakeep.data.prompts import encode_prompts
 from vlakeep.data.sample import Batch, Sample
 from vlakeep.methods import graded_offline
 from vlakeep.models.adapters import adapters_disabled, load_adapter, save_adapter
+from vlakeep.models.chain import keep_chain, merge_chain, read_chain
 from vlakeep.models.load import make_backbone, model_name
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.teacher import closing
@@ -109,6 +110,8 @@ def close(config: Config, storage: Storage, checkpoint: Path, folder: Path, comm
     budget = config.export.close_to
     assert budget is not None
     backbone = make_backbone(config.backbone, pick_device(config.device), storage.cache)
+    chain = read_chain(checkpoint.absolute().parents[1])
+    merge_chain(backbone, chain)
     probe = ProbeSet(storage.probe_folder(config.probe.name))
     artifact = open_answers(config, storage, backbone, probe, command)
     load_adapter(backbone, checkpoint / "adapter")
@@ -142,7 +145,9 @@ def close(config: Config, storage: Storage, checkpoint: Path, folder: Path, comm
               "probe_sha256": probe.sha256, "probe_items": len(fit), "held_out_items": len(held), "new_frames": used,
               "datasets": list(config.data.datasets), "artifact": artifact.meta["files"]}
     show(record)
-    return _write(backbone, checkpoint, folder, run_manifest["step"], record), record
+    written = _write(backbone, checkpoint, folder, run_manifest["step"], record)
+    keep_chain(chain, folder)
+    return written, record
 
 
 def show(record: dict) -> None:
@@ -173,10 +178,12 @@ def _write(backbone, checkpoint: Path, folder: Path, step: int, record: dict) ->
     return written
 
 
-def divergence_of(config: Config, storage: Storage, folder: Path) -> float:
-    """The same divergence of a merged folder, read from disk as anyone would: what rounding its weights has changed is in it."""
+def divergence_of(config: Config, storage: Storage, folder: Path, before: Sequence[str] = ()) -> float:
+    """The same divergence of a merged folder, read from disk as anyone would: what rounding its weights has changed is in it.
+
+    before: runs that the teacher was trained in (models/chain.py)."""
     base, settings = find_checkpoint(config.backbone.checkpoint, storage.cache), config.backbone
     merged = make_backbone(type(settings)(checkpoint=str(folder), dtype=settings.dtype, attn_implementation=settings.attn_implementation),
                            pick_device(config.device), storage.cache)
-    artifact = load_artifact(graded_offline.artifact_folder(config, storage, model_name(base)))
+    artifact = load_artifact(graded_offline.artifact_folder(config, storage, "+".join([model_name(base), *before])))
     return make_sensor(config, merged.eval(), ProbeSet(storage.probe_folder(config.probe.name)), artifact).measure()

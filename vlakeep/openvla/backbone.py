@@ -79,6 +79,7 @@ class Backbone(nn.Module):
         self.processor, self.norm_stats, self.checkpoint, self.unnorm_key = processor, norm_stats, checkpoint, unnorm_key
         self.lora: Any = None  # what add_lora added: a LoraInfo
         self._weights_sha256: Optional[str] = None
+        self._merged: List[str] = []
 
     # What it is
 
@@ -93,11 +94,15 @@ class Backbone(nn.Module):
 
     @property
     def name(self) -> str:
-        return model_name(self.checkpoint) if self.checkpoint else "unnamed"
+        return "+".join([model_name(self.checkpoint) if self.checkpoint else "unnamed", *self._merged])
+
+    def merged(self, runs: List[str], weights_sha256: str) -> None:
+        """Note that the weights are no longer those of the folder: adapters of these runs were merged in (models/chain.py)."""
+        self._merged, self._weights_sha256 = [*self._merged, *runs], weights_sha256
 
     @property
     def weights_sha256(self) -> str:
-        """Fingerprint of the base weights in the checkpoint folder (format.weights_hash), computed once."""
+        """Fingerprint of the base weights, as the checkpoint folder has them (format.weights_hash), computed once."""
         if self._weights_sha256 is None:
             self._weights_sha256 = checkpoint_format.weights_hash(self.checkpoint)
         return self._weights_sha256
