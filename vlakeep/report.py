@@ -9,6 +9,8 @@ ROOT/report when left out; --title and --seconds (time of the whole experiment) 
 reads:  ROOT/eval/<base model>/<benchmark>/<run>/summary.json and records.jsonl, or where older versions have put them (core/names.py);
         run_root_dir/<run>/metrics.jsonl, provenance.json and config.yaml
 writes: index.html, summary.json, provenance.json, tables/*.md and *.csv, figures/*.png and *.svg
+
+Runs that differ in their seed alone, or are called <arm>-s<seed>, are summed up over seeds as well (reporting/seeds.py).
 """
 
 import json
@@ -23,7 +25,7 @@ from vlakeep.core.config import ConfigError, config_from_argv
 from vlakeep.core.names import find_evaluation, old_evaluation_folder
 from vlakeep.core.storage import Storage, atomic_dir, find_checkpoint
 from vlakeep.core.target import base_of
-from vlakeep.reporting import tables, words
+from vlakeep.reporting import seeds, tables, words
 from vlakeep.reporting.arms import Arm, load_arms
 from vlakeep.reporting.compare import Comparison
 from vlakeep.reporting.figures import figures, save_files
@@ -71,6 +73,7 @@ def build_report(
             "tables/comparison.md": tables.comparison_md(comparison),
             "tables/differences.md": tables.differences_md(comparison),
             "tables/comparison.csv": tables.to_csv(tables.rows_csv(comparison)),
+            **seeds.files(comparison),
         }
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8")
@@ -98,7 +101,8 @@ def make_summary(comparison: Comparison, seconds: float) -> dict:
             "train_seconds": arm.train_seconds,
         }
 
-    return {"seconds": seconds, "arms": {name: entry(arm) for name, arm in comparison.arms.items()}}
+    found = seeds.summary(comparison)
+    return {"seconds": seconds, "arms": {name: entry(arm) for name, arm in comparison.arms.items()}, **({"seeds": found} if found else {})}
 
 
 def total_seconds(comparison: Comparison) -> float:

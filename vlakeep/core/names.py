@@ -30,6 +30,11 @@ def run_name(folder: Path, storage: Storage) -> str:
     return name if is_run_name(name) else folder.name
 
 
+def closed_name(run: str, budget: float) -> str:
+    """Name of the run that a closing pass makes of another's adapter (methods/closing_pass.py)."""
+    return f"{run}-closed-{budget:g}"
+
+
 def target_folder(target: str, storage: Storage) -> Path:
     """Where the name of a run or a path leads. `group/cell` is a run where there is such a run, or nothing else of this path."""
     if "/" not in target or (is_run_name(target) and ((storage.runs / target).is_dir() or not Path(target).exists())):

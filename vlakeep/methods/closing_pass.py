@@ -18,7 +18,7 @@ from vlakeep.core.checkpoint import save_checkpoint
 from vlakeep.core.config import Config
 from vlakeep.core.errors import quoted
 from vlakeep.core.log import log
-from vlakeep.core.names import run_name
+from vlakeep.core.names import closed_name, run_name
 from vlakeep.core.parallel import pick_device
 from vlakeep.core.storage import Storage, atomic_write, find_checkpoint
 from vlakeep.data.prompts import encode_prompts
@@ -38,10 +38,6 @@ from vlakeep.thermostat.kl_sensor import KLSensor, batched
 NEW_FRAMES = 256  # of the run's data, over all data sets: 20,000 tokens on the tabletop, for moments of at most 512 x 512
 RECORD = "closing.json"
 OF_THE_RUN = ("config.yaml", "provenance.json", "metrics.jsonl")  # how the adapter was trained is told by the run's own files
-
-
-def closed_name(run: str, budget: float) -> str:
-    return f"{run}-closed-{budget:g}"
 
 
 def free_folder(storage: Storage, run: str, budget: float, overwrite: bool) -> Path:
