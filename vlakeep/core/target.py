@@ -21,9 +21,9 @@ def target_checkpoint(target: str, storage: Storage) -> Path:
     if checkpoint is None:
         folders = [path.parent for pattern in ("*/checkpoints", "*/*/checkpoints") for path in storage.runs.glob(pattern)]
         known = ", ".join(sorted(run_name(run, storage) for run in folders)) or "none"
-        name = quoted(run_name(folder, storage))
+        name = run_name(folder, storage)
         raise FileNotFoundError(f"no intact checkpoint of the run `{target}` under {folder} (runs with checkpoints: {known})"
-                                f": make it with `vlakeep train --config ... --name {name}`, or choose another target "
+                                f": make it with `vlakeep train --config ... --name {quoted(name)}`, or choose another target "
                                 "with --evaluate.target")
     return checkpoint
 
