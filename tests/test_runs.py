@@ -34,10 +34,10 @@ from vlakeep.export import run_export
 from vlakeep.methods.baseline import Baseline
 from vlakeep.models.adapters import merged_state
 from vlakeep.models.chain import Chain, Link, chain_hash, merge_chain, read_chain
+from vlakeep.models.files import weights_hash
 from vlakeep.models.load import make_backbone
 from vlakeep.models.merge import merge_checkpoint
 from vlakeep.offline import run_offline
-from vlakeep.openvla.format import weights_hash
 from vlakeep.report import arms_from_runs, build_report
 from vlakeep.reporting.arms import load_arms
 from vlakeep.train import run_training

@@ -21,7 +21,7 @@ from typing import Any, Dict, List, Optional
 
 from tqdm import tqdm
 
-from vlakeep.core.config import ConfigError, config_from_argv
+from vlakeep.core.config import ConfigError, EvaluateConfig, config_from_argv
 from vlakeep.core.names import find_evaluation, old_evaluation_folder
 from vlakeep.core.storage import Storage, atomic_dir, find_checkpoint
 from vlakeep.core.target import base_of
@@ -110,7 +110,8 @@ def total_seconds(comparison: Comparison) -> float:
     return sum((arm.train_seconds or 0.0) + ((arm.summary or {}).get("seconds") or 0.0) for arm in comparison.arms.values())
 
 
-def arms_from_runs(runs: str, storage: Storage, benchmark: str = "tabletop", model: Optional[str] = None) -> Dict[str, Dict[str, Any]]:
+def arms_from_runs(runs: str, storage: Storage, benchmark: str = EvaluateConfig.benchmark, model: Optional[str] = None
+                   ) -> Dict[str, Dict[str, Any]]:
     """`base,baseline,method=my_run` -> folders of each arm. `model`: name of the base model. Raises ConfigError for an empty or doubled
     name."""
     names: Dict[str, str] = {}

@@ -23,8 +23,8 @@ from vlakeep.core.names import run_name
 from vlakeep.core.storage import Storage, atomic_dir
 from vlakeep.core.target import read_action_statistics, target_checkpoint
 from vlakeep.models.adapters import WEIGHTS_FILE
+from vlakeep.models.files import hash_of, tensor_hashes, tensor_table, weight_files
 from vlakeep.models.merge import merged, read_deltas
-from vlakeep.openvla.format import hash_of, tensor_hashes, tensor_table, weight_files
 
 FOLDER, FILE = "from", "chain.json"
 
@@ -123,7 +123,7 @@ def merged_tensors(base: Path, chain: Chain) -> Iterator[Tuple[str, torch.Tensor
 
 
 def _line(line: str, tensor: torch.Tensor) -> str:
-    """A line of format.tensor_hashes for the same tensor with other content."""
+    """A line of files.tensor_hashes for the same tensor with other content."""
     return f"{line.rpartition(' ')[0]} {hashlib.sha256(tensor.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()}\n"
 
 
@@ -136,7 +136,7 @@ def _hashes(base: Path, chain: Chain) -> Dict[str, str]:
 
 
 def chain_hash(base: Path, chain: Chain) -> str:
-    """format.weights_hash of the export that the chain would be. CheckpointError for another base."""
+    """files.weights_hash of the export that the chain would be. CheckpointError for another base."""
     lines = _hashes(base, chain)
     for name, tensor in merged_tensors(base, chain):
         lines[name] = _line(lines[name], tensor)
@@ -150,7 +150,7 @@ def merge_chain(backbone, chain: Optional[Chain]) -> None:
         return
     lines = _hashes(backbone.checkpoint, chain)
     for name, tensor in merged_tensors(backbone.checkpoint, chain):
-        backbone.openvla.get_parameter(name).copy_(tensor)
+        backbone.network.get_parameter(name).copy_(tensor)
         lines[name] = _line(lines[name], tensor)
     backbone.merged(chain.names, hash_of(lines))
     for link in chain.links:
