@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 import vlakeep
+from vlakeep import closing_pass
 from vlakeep.core.config import BackboneConfig, Config, config_from_argv
 from vlakeep.core.errors import CheckpointError, human_bytes, quoted
 from vlakeep.core.log import log
@@ -31,7 +32,6 @@ from vlakeep.data.dataset import Conventions
 from vlakeep.data.formats import closing_all, open_datasets
 from vlakeep.data.images import resize_uint8
 from vlakeep.data.sample import Sample
-from vlakeep.methods import closing_pass
 from vlakeep.models.adapters import load_adapter
 from vlakeep.models.base import Backbone
 from vlakeep.models.chain import chain_hash, merge_chain, read_chain
