@@ -11,9 +11,11 @@ import pytest
 import torch
 import yaml
 
+from vlakeep.core import log
 from vlakeep.core.config import load_config, to_dict
 
 torch.set_num_threads(1)
+log.install()  # tests read what the command line shows
 
 SMALL = ["--threads", "1", "--device", "cpu", "--probe.size", "48", "--icsm.rank", "24", "--icsm.sensitivity_items", "8",
          "--train.steps", "6", "--train.batch_size", "4", "--train.warmup", "2", "--train.save_every", "3", "--lora.rank", "4",

@@ -60,8 +60,10 @@ def run(argv: List[str]) -> int:
     if "--help" in rest or "-h" in rest:
         print(help_text(stage))
         return 0
+    from vlakeep.core import log
     from vlakeep.core.storage import prepare_environment
 
+    log.install()
     prepare_environment(rest, demo=name == "demo")
     return getattr(importlib.import_module(stage.module), stage.function)(rest) or 0
 

@@ -12,6 +12,7 @@ from typing import Any, Dict, List, Optional
 import yaml
 
 from vlakeep.core import schema
+from vlakeep.core.names import is_run_name
 from vlakeep.core.ranges import above, choice, from_zero, inside, layer_numbers, least, limited, problems
 from vlakeep.core.schema import ConfigError
 
@@ -252,6 +253,9 @@ class TrainConfig:
     use_wandb: bool = False
     # Go on from the newest intact checkpoint of this run.
     resume: bool = False
+    # An earlier run, or a checkpoint folder, to train on: its adapter is merged into the base weights before new ones are added, exactly as
+    # if it had been exported and the export were the base. `vlakeep offline` with this key makes the artefact of that model.
+    from_run: Optional[str] = None
 
 
 @dataclass
@@ -316,9 +320,9 @@ class ExportConfig:
 
 @dataclass
 class Config:
-    # Name of the run; its folder is run_root_dir/name.
-    name: str = limited("run", lambda value: bool(value) and "/" not in value and value not in (".", "..", "base"),
-                        "a single folder name, and not base, which names the model before training")
+    # Name of the run; its folder is run_root_dir/name. Runs of one study may lie together: GROUP/CELL.
+    name: str = limited("run", is_run_name,
+                        "a folder name, or GROUP/CELL, two of them; and not base, which names the model before training")
     # The arm: the name of a file in vlakeep/methods/, or of a method that another package brings (registry.py).
     method: str = "baseline"
     # Options of a method that has no section of its own below, e.g. --options.strength 0.5; the method's class says which there are.

@@ -97,6 +97,8 @@ def _between(config, need: Callable[[Any, str, str], None]) -> None:
     need(not graded or config.thermostat.estimator in (None, "kl"), "thermostat.estimator", "kl or null with --method graded")
     need(not graded or config.gains.opening is None or not config.thermostat.enabled, "gains.opening",
          "null while the Thermostat sets it: fix it with --thermostat.enabled false")
+    need(config.train.from_run not in ("", ".", "..", "base", config.name), "train.from_run",
+         "another run, or a checkpoint folder; null for the base model as it is")
     if "all-linear" in config.lora.modules:
         need(config.lora.modules == ["all-linear"], "lora.modules", "all-linear alone, or a list without it")
         need(str(config.lora.layers) == "all", "lora.layers", "all with --lora.modules '[all-linear]'")

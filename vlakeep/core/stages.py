@@ -14,7 +14,8 @@ AUDIT = Stage("audit-probe", "vlakeep.openvla.audit", "print token by token what
               f"{FOLDERS} backbone.checkpoint probe")
 OFFLINE = Stage(
     "offline", "vlakeep.offline", "the frozen teacher's ICSM subspaces and Thermostat statistics, once per base model",
-    f"{FOLDERS} method options {STATE} backbone lora.layers lora.modules {SOURCES} probe icsm {SPECTRUM} gains.keep gains.steepness")
+    f"{FOLDERS} method options {STATE} backbone lora.layers lora.modules {SOURCES} probe icsm {SPECTRUM} gains.keep gains.steepness "
+    "train.from_run")
 TRAIN = Stage("train", "vlakeep.train", "fine-tune LoRA adapters, plain (baseline) or with the method",
               f"{FOLDERS} name method options {STATE} backbone lora data probe icsm hsw gains -gains.keep thermostat train")
 EVALUATE = Stage("evaluate", "vlakeep.evaluate", "new skill, old abilities and drift of a run, one record per trial",
@@ -24,7 +25,7 @@ PREFLIGHT = Stage("preflight", "vlakeep.preflight", "check everything a stage ne
     Option("--stage", "train", "The stage whose inputs are checked.", choices=("offline", "train", "evaluate")),
     Option("--gpus", 1, "GPUs that the stage will run on.", whole()), LARGE))
 REPORT = Stage("report", "vlakeep.report", "tables, figures and an HTML page that compare evaluated runs",
-               f"{FOLDERS} evaluate.benchmark", own=(
+               f"{FOLDERS} backbone.checkpoint evaluate.benchmark", own=(
     Option("--runs", "base,baseline,method", "Names of the arms, with commas between them; arm=run takes a run of another name."),
     Option("--out", None, "Folder that is written; null takes ROOT/report."),
     Option("--title", "vlakeep report", "Title of the page."),
