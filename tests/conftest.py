@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from vlakeep.core import log
 from vlakeep.core.config import load_config
 
 torch.set_num_threads(1)
+log.install()  # tests read what the command line shows
 
 SMALL = ["--threads", "1", "--device", "cpu", "--probe.size", "48", "--icsm.rank", "24", "--icsm.sensitivity_items", "8",
          "--train.steps", "6", "--train.batch_size", "4", "--train.warmup", "2", "--train.save_every", "3", "--lora.rank", "4",

@@ -353,7 +353,8 @@ def test_probe_whose_masks_are_all_empty(refused, small, world, trained):
     has(refused(*small("offline", METHOD, "--probe.name", "bad-empty")), folder, "empty instruction mask", "vlakeep audit-probe")
     argv = small("evaluate", BASELINE, "--probe.name", "bad-empty", "--evaluate.target", "bad-trained")
     has(refused(*argv), folder, "empty instruction mask", "vlakeep audit-probe")
-    assert len((storage.eval / "bad-trained" / "records.jsonl").read_text().splitlines()) == 1  # before any trial was spent
+    records, = storage.eval.glob("*/tabletop/bad-trained/records.jsonl")
+    assert len(records.read_text().splitlines()) == 1  # before any trial was spent
 
 
 def test_probe_with_some_empty_masks(world, small, refused):
@@ -525,7 +526,7 @@ def test_evaluate_what_is_not_there(refused, small, world, trained, tmp_path):
     for target, folder in (("none", runs / "none"), ("bad-bare", runs / "bad-bare"), (tmp_path / "x", tmp_path / "x")):
         message = refused(*small("evaluate", BASELINE, "--evaluate.target", target))
         has(message, f"no intact checkpoint of the run `{target}` under {folder}", "bad-trained", "vlakeep train", "--evaluate")
-    assert not (storage.eval / "none").exists()
+    assert not list(storage.eval.rglob("none"))
 
 
 @pytest.mark.parametrize("name, content, words", [

@@ -64,7 +64,7 @@ def test_mistakes_in_a_file(tmp_path, text, words):
 
 def test_all_problems_are_shown_at_once():
     with pytest.raises(ConfigError) as caught:
-        load_config(None, ["--train.lr", "-1", "--hsw.gamma", "2", "--hsw.beta", "0", "--method", "magic", "--name", "a/b"])
+        load_config(None, ["--train.lr", "-1", "--hsw.gamma", "2", "--hsw.beta", "0", "--method", "magic", "--name", "a/b/c"])
     for key in ("train.lr", "hsw.gamma", "hsw.beta", "method", "name"):
         assert f"--{key} " in str(caught.value)
 

@@ -7,11 +7,12 @@ import pytest
 import yaml
 from conftest import EVALUATION, METHOD, SMALL, read_evaluation
 
-from vlakeep import demo
+from vlakeep import demo, train
 from vlakeep.benchmarks.records import wilson
 from vlakeep.core.checkpoint import file_sha256
 from vlakeep.core.config import load_config
-from vlakeep.core.rundir import read_metrics
+from vlakeep.core.errors import TrainingStopped
+from vlakeep.core.rundir import RunDir, read_metrics
 from vlakeep.core.storage import Storage
 from vlakeep.reporting.arms import load_arms
 from vlakeep.reporting.compare import Comparison
@@ -90,6 +91,26 @@ def test_what_the_demo_did_not_make_stays_and_an_earlier_demo_goes(root):
         assert [path.name for path in (root / place).iterdir()] == ["records.jsonl"]
         assert (root / place / "records.jsonl").read_text() == f"of {place}\n"
     assert not (root / "runs" / "demo-method" / "records.jsonl").exists() and not (root / "eval" / "demo-method-step_000001").exists()
+
+
+def test_an_arm_that_stops_before_its_first_checkpoint_is_in_the_report(tmp_path, monkeypatch):
+    def stopping(config, storage):
+        if config.name != "demo-method":
+            return run_training(config, storage)
+        with RunDir.open(storage, config) as run:
+            run.log(1, {"loss": 2.0})
+            raise TrainingStopped("hidden states blew up")
+
+    monkeypatch.setattr(train, "run_training", stopping)
+    monkeypatch.setattr(tabletop_data, "EPISODES", 12)
+    monkeypatch.setattr(demo, "ARMS", {arm: ("baseline_lora", []) for arm in ("baseline", "method")})
+    monkeypatch.setattr(demo, "PARTS", 1)
+    few = ["--train.steps", "2", "--evaluate.skills", "[corner,reach]", "--evaluate.episodes", "1", "--evaluate.questions", "[color]",
+           "--evaluate.questions_per_kind", "2", "--evaluate.retention_frames", "2"]
+    assert demo.main([*SMALL, *few, "--root", str(tmp_path)]) == 0
+    arms = json.loads((tmp_path / "report" / "demo" / "summary.json").read_text())["arms"]
+    assert list(arms) == ["base", "baseline", "method"] and arms["method"]["new_skill"]["mean"] is None
+    assert "hidden states blew up" in (tmp_path / "report" / "demo" / "index.html").read_text(encoding="utf-8")
 
 
 def test_every_field_of_a_curve_is_logged_by_some_arm(root):

@@ -86,7 +86,7 @@ def test_other_action_statistics_beside_the_adapter_are_another_evaluation(run, 
     entry["sha256"] = checkpoint.file_sha256(copied / "adapter" / "dataset_statistics.json")
     entry["size"] = (copied / "adapter" / "dataset_statistics.json").stat().st_size
     (copied / "manifest.json").write_text(json.dumps(manifest))
-    place = storage.eval / f"elsewhere-{source.name}"
+    place = evaluated.with_name(f"elsewhere-{source.name}")
     shutil.copytree(evaluated, place)
     with pytest.raises(ValueError, match="model.statistics"):
         run_evaluation(config("--evaluate.target", str(copied)), storage)

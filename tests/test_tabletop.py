@@ -467,8 +467,8 @@ def test_the_new_skill_of_an_evaluation_is_the_one_that_is_named(tmp_path, shipp
                          *overrides)
         return json.loads((evaluate.run_evaluation(config, Storage.from_config(config)) / "summary.json").read_text())
 
-    records = tmp_path / "eval" / "base" / "records.jsonl"
     first = summary()
+    records, = tmp_path.glob("eval/tabletop-base-*/tabletop/base/records.jsonl")
     before = records.read_text()
     assert first["new_skill"]["name"] == "corner" and set(first["abilities"]) == {*SKILLS, "color"} and "followed" not in first
     assert "new_skill" not in json.loads(before.splitlines()[0])["header"]["evaluate"]

@@ -194,14 +194,22 @@ def check_probe(config: Config, storage: Storage) -> Tuple[List[Line], Optional[
 
 def check_artifact(config: Config, storage: Storage, model: dict, probe_sha256: Optional[str], config_path: str) -> List[Line]:
     """What the method's offline step leaves: there, whole, made for this probe, depth and options; `train` compares the weights too."""
+    from vlakeep.models.chain import chain_to
     from vlakeep.models.load import model_name
 
     method, remedy = method_class(config.method), "vlakeep offline" + (f" --config {quoted(config_path)}" if config_path else "")
+    remedy += f" --train.from_run {quoted(config.train.from_run)}" if config.train.from_run else ""
     try:
         backbone = model_name(find_checkpoint(config.backbone.checkpoint, storage.cache))
     except FileNotFoundError as error:
         where = f"cannot be looked for without its base model: {error}"
         return [Line(RED, method.artifact_name, where, "mend the line `base model` first")]
+    try:
+        chain = chain_to(config.train.from_run, storage)
+        backbone = "+".join([backbone, *(chain.names if chain else [])])
+    except (ValueError, OSError) as error:
+        where = f"cannot be looked for without the run before: {error}"
+        return [Line(RED, method.artifact_name, where, "mend the line `--train.from_run` first")]
     folder = method.artifact_folder(config, storage, backbone)
     try:
         problems = method.artifact_problems(config, folder, None, probe_sha256, depth_and_width(model)[0] if model else None)
@@ -211,15 +219,27 @@ def check_artifact(config: Config, storage: Storage, model: dict, probe_sha256: 
         Line(GREEN, method.artifact_name, str(folder))]
 
 
+def check_from_run(config: Config, storage: Storage) -> List[Line]:
+    """The run whose adapter is merged before training; its base weights are compared when it is."""
+    from vlakeep.models.chain import chain_to
+
+    try:
+        chain = chain_to(config.train.from_run, storage)
+    except (ValueError, OSError) as error:
+        return [Line(RED, "--train.from_run", str(error), "--train.from_run of another run or checkpoint, or make it with vlakeep train")]
+    return [Line(GREEN, "--train.from_run", ", then ".join(f"{link.run} ({link.checkpoint})" for link in chain.links))] if chain else []
+
+
 def check_run(config: Config, storage: Storage, model: dict) -> List[Line]:
     """The run folder is free or can be resumed, and its checkpoints will fit on the disk."""
     run = RunDir(storage.runs / config.name, is_main=True)
     lines = []
-    if run.folder.is_dir():
-        try:
+    try:
+        run.refuse_as_cell_of_a_run(storage)
+        if run.folder.is_dir():
             run.look(config)
-        except RunDirError as error:
-            lines.append(Line(RED, "run folder", str(error), "--name OTHER, or --train.resume true"))
+    except RunDirError as error:
+        lines.append(Line(RED, "run folder", str(error), "--name OTHER, or --train.resume true"))
     if model:
         try:
             one = checkpoint_bytes(config, model, storage.cache)
@@ -285,6 +305,7 @@ def check_target(benchmark: Benchmark, model: dict) -> List[Line]:
 
 def check_target_base(config: Config, storage: Storage, base: Path, folder: Path) -> List[Line]:
     """Whether the checkpoint in `folder` was trained on this base model: by the hash of its weights where that is quick, else by name."""
+    from vlakeep.models.chain import chain_hash, read_chain
     from vlakeep.models.files import weight_files, weights_hash
 
     size = sum(file.stat().st_size for file in weight_files(base))
@@ -296,7 +317,8 @@ def check_target_base(config: Config, storage: Storage, base: Path, folder: Path
         return [good, Line(YELLOW, "target", f"{folder} was trained on {named}, this evaluation names {config.backbone.checkpoint}",
                            f"--backbone.checkpoint {quoted(named)}, unless both are one model")]
     try:
-        check_base(folder, json.loads((folder / "state.json").read_text()), weights_hash(base))
+        chain = read_chain(folder.absolute().parents[1])
+        check_base(folder, json.loads((folder / "state.json").read_text()), chain_hash(base, chain) if chain else weights_hash(base))
     except ValueError as error:
         return [Line(RED, "target", str(error), "--backbone.checkpoint of the run, or another --evaluate.target")]
     return [Line(GREEN, "target", f"{folder}: intact, trained on these base weights")]

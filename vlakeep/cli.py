@@ -140,8 +140,10 @@ def run(argv: List[str]) -> int:
     if stage.configured and ("--help" in rest or "-h" in rest):
         print(stage_help(name))
         return 0
+    from vlakeep.core import log
     from vlakeep.core.storage import prepare_environment
 
+    log.install()
     prepare_environment(rest, demo=name == "demo")
     return getattr(importlib.import_module(stage.module), stage.function)(rest) or 0
 

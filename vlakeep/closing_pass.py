@@ -9,20 +9,22 @@ is needed.
 
 import json
 import shutil
-import sys
 from pathlib import Path
-from typing import Iterator, List, Tuple
+from typing import Iterator, List, Sequence, Tuple
 
 from tqdm import tqdm
 
 from vlakeep.core.checkpoint import save_checkpoint
 from vlakeep.core.config import Config
 from vlakeep.core.errors import quoted
+from vlakeep.core.log import log
+from vlakeep.core.names import closed_name, run_name
 from vlakeep.core.parallel import pick_device
 from vlakeep.core.storage import Storage, atomic_write, find_checkpoint
 from vlakeep.data.sample import Batch, Sample
 from vlakeep.methods import graded_offline
 from vlakeep.models.adapters import adapters_disabled, load_adapter, save_adapter
+from vlakeep.models.chain import keep_chain, merge_chain, read_chain
 from vlakeep.models.load import make_backbone, model_name
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.teacher import closing
@@ -36,18 +38,14 @@ RECORD = "closing.json"
 OF_THE_RUN = ("config.yaml", "provenance.json", "metrics.jsonl")  # how the adapter was trained is told by the run's own files
 
 
-def closed_name(run: str, budget: float) -> str:
-    return f"{run}-closed-{budget:g}"
-
-
 def free_folder(storage: Storage, run: str, budget: float, overwrite: bool) -> Path:
     """The folder of the closed run. FileExistsError when something else is there, or without `overwrite` an earlier result."""
     folder = storage.run_folder(closed_name(run, budget))
     if folder.exists() and not (folder / RECORD).is_file():
         raise FileExistsError(f"{folder} is there and was not made by a closing pass: move it away, or choose another --export.close_to")
     if folder.exists() and not overwrite:
-        raise FileExistsError(f"{folder} exists already: evaluate it with --evaluate.target {quoted(folder.name)}, or make it anew with "
-                              "--export.overwrite true")
+        raise FileExistsError(f"{folder} exists already: evaluate it with --evaluate.target {quoted(run_name(folder, storage))}, or make "
+                              "it anew with --export.overwrite true")
     return folder
 
 
@@ -107,6 +105,8 @@ def close(config: Config, storage: Storage, checkpoint: Path, folder: Path, comm
     budget = config.export.close_to
     assert budget is not None
     backbone = make_backbone(config.backbone, pick_device(config.device), storage.cache)
+    chain = read_chain(checkpoint.absolute().parents[1])
+    merge_chain(backbone, chain)
     probe = ProbeSet(storage.probe_folder(config.probe.name))
     artifact = open_answers(config, storage, backbone, probe, command)
     load_adapter(backbone, checkpoint / "adapter")
@@ -135,26 +135,27 @@ def close(config: Config, storage: Storage, checkpoint: Path, folder: Path, comm
     left = closing.sweep(backbone, old, new, own, mu, backbone.input_key, weights_N)
     run_manifest = json.loads((checkpoint / "manifest.json").read_text())
     record = {"budget": budget, "mu": mu, "kl_before": before, "kl_after": after, "tried": [list(pair) for pair in trail[:-1]],
-              "left": {str(layer): shares for layer, shares in left.items()}, "run": checkpoint.parents[1].name,
+              "left": {str(layer): shares for layer, shares in left.items()}, "run": run_name(checkpoint.parents[1], storage),
               "checkpoint": checkpoint.name, "adapter_sha256": run_manifest["files"]["adapter/adapter_model.safetensors"]["sha256"],
               "probe_sha256": probe.sha256, "probe_items": len(fit), "held_out_items": len(held), "new_frames": used,
               "datasets": list(config.data.datasets), "artifact": artifact.meta["files"]}
     show(record)
-    return _write(backbone, checkpoint, folder, run_manifest["step"], record), record
+    written = _write(backbone, checkpoint, folder, run_manifest["step"], record)
+    keep_chain(chain, folder)
+    return written, record
 
 
 def show(record: dict) -> None:
     before, after, budget = record["kl_before"], record["kl_after"], record["budget"]
     if record["mu"] == 0:
-        print(f"closing pass: the divergence is {before:.3g} nats per answer token, within the {budget:g} allowed: nothing is closed")
+        log.info(f"closing pass: the divergence is {before:.3g} nats per answer token, within the {budget:g} allowed: nothing is closed")
         return
-    print(f"closing pass: mu {record['mu']:.4g} after {len(record['tried'])} measurements, divergence {before:.3g} -> {after:.3g} of "
-          f"{budget:g} nats per answer token on {record['held_out_items']} held-out probe items")
-    print("  what is left of the update, by layer (its norm / what it adds to new inputs / to the probe's): "
-          + ", ".join(f"{layer}: " + " / ".join(f"{v:.2g}" for v in shares.values()) for layer, shares in record["left"].items()))
+    log.info(f"closing pass: mu {record['mu']:.4g} after {len(record['tried'])} measurements, divergence {before:.3g} -> {after:.3g} of "
+             f"{budget:g} nats per answer token on {record['held_out_items']} held-out probe items")
+    log.info("  what is left of the update, by layer (its norm / what it adds to new inputs / to the probe's): "
+             + ", ".join(f"{layer}: " + " / ".join(f"{v:.2g}" for v in shares.values()) for layer, shares in record["left"].items()))
     if after < closing.REACHED * budget:
-        print(f"note: the divergence jumps between {after:.3g} nats and more than {budget:g}; one probe item that flips can do that",
-              file=sys.stderr)
+        log.warning(f"note: the divergence jumps between {after:.3g} nats and more than {budget:g}; one probe item that flips can do that")
 
 
 def _write(backbone, checkpoint: Path, folder: Path, step: int, record: dict) -> Path:
@@ -172,10 +173,12 @@ def _write(backbone, checkpoint: Path, folder: Path, step: int, record: dict) ->
     return written
 
 
-def divergence_of(config: Config, storage: Storage, folder: Path) -> float:
-    """The same divergence of a merged folder, read from disk as anyone would: what rounding its weights has changed is in it."""
+def divergence_of(config: Config, storage: Storage, folder: Path, before: Sequence[str] = ()) -> float:
+    """The same divergence of a merged folder, read from disk as anyone would: what rounding its weights has changed is in it.
+
+    before: runs that the teacher was trained in (models/chain.py)."""
     base, settings = find_checkpoint(config.backbone.checkpoint, storage.cache), config.backbone
     merged = make_backbone(type(settings)(checkpoint=str(folder), dtype=settings.dtype, attn_implementation=settings.attn_implementation),
                            pick_device(config.device), storage.cache)
-    artifact = load_artifact(graded_offline.artifact_folder(config, storage, model_name(base)))
+    artifact = load_artifact(graded_offline.artifact_folder(config, storage, "+".join([model_name(base), *before])))
     return make_sensor(config, merged.eval(), ProbeSet(storage.probe_folder(config.probe.name)), artifact).measure()

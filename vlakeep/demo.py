@@ -81,6 +81,8 @@ def main(argv: List[str]) -> int:
                 run_evaluation(brief, storage, place.with_name(f"{place.name}-{checkpoint.name}"), drift=False)
         except FileNotFoundError as error:
             print(f"{arm} cannot be evaluated: {error}", file=sys.stderr)
+            if arm in runs and not list_checkpoints(runs[arm]):  # stopped before its first one, which the report says
+                arms[arm] = {"eval": None, "run": runs[arm]}
     headline("5/5 report")
     page = build_report(storage.root, arms, storage.report / "demo", "vlakeep demo: a new tabletop skill", time.perf_counter() - started)
     summary = Path(page).parent / "summary.json"

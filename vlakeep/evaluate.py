@@ -5,8 +5,8 @@
     vlakeep evaluate --config configs/baseline_lora.yaml --evaluate.benchmark dataset --data.train_fraction 0.9
 
 reads:  base checkpoint; for a run, the adapter of its newest intact checkpoint; probe_root_dir/<probe.name> for the drift
-writes: ROOT/eval/<benchmark>/<target>/records.jsonl (one line per trial, resumable), summary.json, and what the benchmark adds, such
-        as videos/; the tabletop's lie in ROOT/eval/<target>/
+writes: ROOT/eval/<base model>/<benchmark>/<target>/ (core/names.py): records.jsonl (one line per trial, resumable), summary.json, and
+        what the benchmark adds, such as videos/
 
 The same for every benchmark: benchmarks/base.py says what one is, core/registry.py finds it.
 """
@@ -28,11 +28,14 @@ from vlakeep.benchmarks.specs import observation_alarms
 from vlakeep.benchmarks.summary import make_summary, write_summary
 from vlakeep.core.compat import require_numpy
 from vlakeep.core.config import Config, config_from_argv, to_dict
+from vlakeep.core.log import log
+from vlakeep.core.names import evaluation_folder, run_name
 from vlakeep.core.parallel import pick_device, set_threads
 from vlakeep.core.registry import benchmark_class
 from vlakeep.core.storage import Storage
 from vlakeep.core.target import load_manifest, read_action_statistics, target_checkpoint
 from vlakeep.models.adapters import adapters_disabled, load_adapter
+from vlakeep.models.chain import merge_chain, read_chain
 from vlakeep.models.load import make_backbone
 from vlakeep.probe.batches import prompt_batches
 from vlakeep.probe.probe_set import ProbeSet
@@ -48,6 +51,7 @@ def load_target(config: Config, storage: Storage, device):
     if target == "base":
         return backbone.eval(), "base", backbone.weights_sha256
     folder = target_checkpoint(target, storage)
+    merge_chain(backbone, read_chain(folder.absolute().parents[1]))
     manifest = load_manifest(folder, backbone.weights_sha256)
     load_adapter(backbone, folder / "adapter")
     statistics = read_action_statistics(folder)
@@ -55,7 +59,8 @@ def load_target(config: Config, storage: Storage, device):
     if backbone.unnorm_key is None and len(statistics) == 1:
         backbone.unnorm_key = next(iter(statistics))
     # A step of a run that was named by its folder gets its own records.
-    name = f"{folder.absolute().parents[1].name}-{folder.name}" if Path(target).name == folder.name else Path(target).name
+    run = run_name(folder.absolute().parents[1], storage)
+    name = f"{run}-{folder.name}" if Path(target).name == folder.name else run
     return backbone.eval(), name, manifest
 
 
@@ -88,7 +93,7 @@ def run_evaluation(config: Config, storage: Storage, folder: Optional[Path] = No
     benchmark.check()
     with benchmark.opened():
         target = benchmark.stand_in() or take_model(benchmark)
-        folder = folder or benchmark.folder(storage, benchmark.name, target.name)
+        folder = folder or evaluation_folder(storage, target.model, benchmark.name, target.name, target.weights, target.base)
         with Records(folder / "records.jsonl", make_header(benchmark, target)) as records:
             # First, while a bad probe costs nothing yet.
             distance = drift_of(benchmark, target) if drift else None
@@ -156,14 +161,14 @@ def drift_of(benchmark: Benchmark, target: Target) -> Optional[float]:
     if config.evaluate.target == "base":
         return 0.0
     if benchmark.drift != REQUIRED and not storage.probe_folder(config.probe.name).is_dir():
-        print(f"no probe `{config.probe.name}`: the drift is not measured", file=sys.stderr)
+        log.warning(f"no probe `{config.probe.name}`: the drift is not measured")
         return None
     return measure_drift(target.backbone, config, storage)
 
 
 def main(argv: List[str]) -> int:
     config = config_from_argv(argv)
-    run_evaluation(config, Storage.from_config(config))
+    log.info(f"wrote {run_evaluation(config, Storage.from_config(config))}")
     return 0
 
 

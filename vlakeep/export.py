@@ -23,6 +23,8 @@ import vlakeep
 from vlakeep import closing_pass
 from vlakeep.core.config import BackboneConfig, Config, config_from_argv
 from vlakeep.core.errors import CheckpointError, human_bytes, quoted
+from vlakeep.core.log import log
+from vlakeep.core.names import run_name
 from vlakeep.core.parallel import pick_device, set_threads
 from vlakeep.core.storage import Storage, atomic_dir, find_checkpoint, need_free
 from vlakeep.core.target import load_manifest, read_action_statistics, target_checkpoint
@@ -32,6 +34,7 @@ from vlakeep.data.images import resize_uint8
 from vlakeep.data.sample import Sample
 from vlakeep.models.adapters import load_adapter
 from vlakeep.models.base import Backbone
+from vlakeep.models.chain import chain_hash, merge_chain, read_chain
 from vlakeep.models.files import weight_files, weights_hash
 from vlakeep.models.load import DTYPES, make_backbone
 from vlakeep.models.merge import RECORD, merge_checkpoint
@@ -80,6 +83,7 @@ def check_parity(config: Config, storage: Storage, adapter: Path, merged: Path, 
             checkpoint=str(folder), dtype=config.backbone.dtype, attn_implementation=config.backbone.attn_implementation)
         backbone = make_backbone(settings, device, storage.cache)
         if folder is None:
+            merge_chain(backbone, read_chain(adapter.absolute().parents[1]))
             load_adapter(backbone, adapter / "adapter")
             backbone.norm_stats = read_action_statistics(adapter)
             samples, source = parity_samples(config, storage, backbone.processor)
@@ -123,10 +127,11 @@ def run_export(config: Config, storage: Storage, command: str = "vlakeep offline
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     adapter_sha256 = manifest["files"]["adapter/adapter_model.safetensors"]["sha256"]
     refuse_second_merge(base, adapter_sha256)
-    base_sha256 = weights_hash(base)
+    chain = read_chain(checkpoint.absolute().parents[1])
+    base_sha256 = chain_hash(base, chain) if chain else weights_hash(base)
     load_manifest(checkpoint, base_sha256)  # raises for a damaged checkpoint, and for other base weights
     run, budget = checkpoint.parents[1], config.export.close_to
-    closed = None if budget is None else closing_pass.free_folder(storage, run.name, budget, config.export.overwrite)
+    closed = None if budget is None else closing_pass.free_folder(storage, run_name(run, storage), budget, config.export.overwrite)
     out = Path(config.export.folder) if config.export.folder else (closed or run) / f"merged-{checkpoint.name}"
     out = storage.guard_write(out, what="merged model")
     if out.exists() and not config.export.overwrite:
@@ -134,46 +139,50 @@ def run_export(config: Config, storage: Storage, command: str = "vlakeep offline
     need_free(out.parent, 2 * sum(file.stat().st_size for file in weight_files(base)) if config.export.dtype == "float32"
               else sum(file.stat().st_size for file in weight_files(base)), "the merged model")
     statistics = read_action_statistics(checkpoint)
-    record = {"base": str(config.backbone.checkpoint), "base_sha256": base_sha256, "run": run.name, "checkpoint": checkpoint.name,
-              "adapter_sha256": adapter_sha256, "merged_modules": 0, "dtype": config.export.dtype, "vlakeep": vlakeep.__version__}
+    record = {"base": str(config.backbone.checkpoint), "base_sha256": base_sha256, "run": run_name(run, storage),
+              "checkpoint": checkpoint.name, "adapter_sha256": adapter_sha256, "merged_modules": 0, "dtype": config.export.dtype,
+              "vlakeep": vlakeep.__version__}
+    if chain:
+        record["before"] = [{"run": link.run, "checkpoint": link.checkpoint, "adapter_sha256": link.adapter_sha256} for link in chain.links]
     if closed:
         checkpoint, record["closing"] = closing_pass.close(config, storage, checkpoint, closed, command)
-        record.update(run=closed.name, adapter_sha256=load_manifest(checkpoint, base_sha256))
-        print(f"wrote {closed} (evaluate it with --evaluate.target {quoted(closed.name)})")
+        record.update(run=run_name(closed, storage), adapter_sha256=load_manifest(checkpoint, base_sha256))
+        log.info(f"wrote {closed} (evaluate it with --evaluate.target {quoted(run_name(closed, storage))})")
     with atomic_dir(out) as temporary:
-        modules = merge_checkpoint(base, checkpoint / "adapter", Path(temporary), statistics, DTYPES.get(config.export.dtype))
+        modules = merge_checkpoint(base, checkpoint / "adapter", Path(temporary), statistics, DTYPES.get(config.export.dtype),
+                                   chain.adapters if chain else ())
         record["merged_modules"] = len(modules)
         if config.export.parity_frames:
             key = config.backbone.unnorm_key or next(iter(statistics))
             record["parity"] = check_parity(config, storage, checkpoint, Path(temporary), key)
             _judge(record["parity"], config)
         if closed:
-            record["closing"]["kl_merged"] = closing_pass.divergence_of(config, storage, Path(temporary))
+            record["closing"]["kl_merged"] = closing_pass.divergence_of(config, storage, Path(temporary), chain.names if chain else [])
             _judge_merged(record["closing"], config)
         (Path(temporary) / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     size = sum(file.stat().st_size for file in out.iterdir())
-    print(f"wrote {out} ({human_bytes(size)}, {len(modules)} adapters merged)")
+    log.info(f"wrote {out} ({human_bytes(size)}, {len(modules)} adapters merged)")
     return out
 
 
 def _judge(parity: dict, config: Config) -> None:
     """Say how well the two agree; in float32 they must give the same actions."""
-    print(f"parity on {parity['frames']} {parity['source']}: {parity['frames_identical']} with identical actions, "
-          f"{parity['tokens_identical']:.1%} of the action tokens, largest difference {parity['largest_bin_difference']} bins")
+    log.info(f"parity on {parity['frames']} {parity['source']}: {parity['frames_identical']} with identical actions, "
+             f"{parity['tokens_identical']:.1%} of the action tokens, largest difference {parity['largest_bin_difference']} bins")
     rounded = config.export.dtype not in ("stored", "float32") or config.backbone.dtype != "float32"
     if parity["frames_identical"] < parity["frames"] and not rounded:
         raise CheckpointError("adapter and merged model give different actions although both are float32, so the merge is wrong; "
                               "nothing was written. Please report it with the line above")
     if parity["tokens_identical"] < 0.95:
-        print("note: rounding the sum to half precision changes more than one action token in twenty; evaluate the adapter and the merged "
-              "model both, or export with --export.dtype float32", file=sys.stderr)
+        log.warning("note: rounding the sum to half precision changes more than one action token in twenty; evaluate the adapter and the "
+                    "merged model both, or export with --export.dtype float32")
 
 
 def _judge_merged(found: dict, config: Config) -> None:
-    print(f"divergence of the merged model: {found['kl_merged']:.3g} nats per answer token")
+    log.info(f"divergence of the merged model: {found['kl_merged']:.3g} nats per answer token")
     if found["kl_merged"] > max(found["budget"], found["kl_after"]) * (1 + 1e-3):
-        print(f"note: that is more than the {found['budget']:g} allowed, since the sum was rounded; the closed adapter on the base as it "
-              f"is has {found['kl_after']:.3g}. Export with --export.dtype float32, or with a lower --export.close_to", file=sys.stderr)
+        log.warning(f"note: that is more than the {found['budget']:g} allowed, since the sum was rounded; the closed adapter on the base "
+                    f"as it is has {found['kl_after']:.3g}. Export with --export.dtype float32, or with a lower --export.close_to")
 
 
 def main(argv: List[str]) -> int:

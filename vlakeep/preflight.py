@@ -201,6 +201,7 @@ def run_checks(
     found, model = checks.check_checkpoint(config, storage.cache, stage)
     known = config.method in method_names()
     lines += found + (checks.check_layers(config, model) if model and known else [])
+    lines += checks.check_from_run(config, storage) if stage != "evaluate" else []
     needs_artifact = known and method_class(config.method).needs_offline(config)
     probe_sha256 = None
     if stage == "offline" or (stage == "train" and needs_artifact):

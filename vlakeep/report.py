@@ -6,22 +6,26 @@
 differences. --evaluate.benchmark says which of their evaluations is meant, as for `vlakeep evaluate`. --out is a folder,
 ROOT/report when left out; --title and --seconds (time of the whole experiment) are optional.
 
-reads:  ROOT/eval/<run>/summary.json and records.jsonl; run_root_dir/<run>/metrics.jsonl, provenance.json and config.yaml
+reads:  ROOT/eval/<base model>/<benchmark>/<run>/summary.json and records.jsonl, or where older versions have put them (core/names.py);
+        run_root_dir/<run>/metrics.jsonl, provenance.json and config.yaml
 writes: index.html, summary.json, provenance.json, tables/*.md and *.csv, figures/*.png and *.svg
+
+Runs that differ in their seed alone, or are called <arm>-s<seed>, are summed up over seeds as well (reporting/seeds.py).
 """
 
 import json
 import sys
 import time
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Any, Dict, List, Optional
 
 from tqdm import tqdm
 
 from vlakeep.core.config import ConfigError, EvaluateConfig, config_from_argv
-from vlakeep.core.registry import benchmark_class
-from vlakeep.core.storage import Storage, atomic_dir
-from vlakeep.reporting import tables, words
+from vlakeep.core.names import find_evaluation, old_evaluation_folder
+from vlakeep.core.storage import Storage, atomic_dir, find_checkpoint
+from vlakeep.core.target import base_of
+from vlakeep.reporting import seeds, tables, words
 from vlakeep.reporting.arms import Arm, load_arms
 from vlakeep.reporting.compare import Comparison
 from vlakeep.reporting.figures import figures, save_files
@@ -33,12 +37,12 @@ OURS = {"index.html", "summary.json", "provenance.json", "tables", "figures"}
 
 def build_report(
     root: Optional[Path],
-    arms: Dict[str, Dict[str, Optional[Path]]],
+    arms: Dict[str, Dict[str, Any]],
     out: Path,
     title: str = "vlakeep report",
     seconds: Optional[float] = None,
 ) -> Path:
-    """Write the report of `arms` (arm -> {"eval": folder, "run": folder or None}) to the folder `out`; returns its index.html.
+    """Write the report of `arms` (arm -> what load_arms takes) to the folder `out`; returns its index.html.
 
     `root` (storage root or None) shortens the paths on the page. `seconds`: what the whole experiment took; when None, training
     and evaluation times are added up. Raises FileNotFoundError naming every missing input with the command that makes it, and
@@ -69,6 +73,7 @@ def build_report(
             "tables/comparison.md": tables.comparison_md(comparison),
             "tables/differences.md": tables.differences_md(comparison),
             "tables/comparison.csv": tables.to_csv(tables.rows_csv(comparison)),
+            **seeds.files(comparison),
         }
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8")
@@ -96,7 +101,8 @@ def make_summary(comparison: Comparison, seconds: float) -> dict:
             "train_seconds": arm.train_seconds,
         }
 
-    return {"seconds": seconds, "arms": {name: entry(arm) for name, arm in comparison.arms.items()}}
+    found = seeds.summary(comparison)
+    return {"seconds": seconds, "arms": {name: entry(arm) for name, arm in comparison.arms.items()}, **({"seeds": found} if found else {})}
 
 
 def total_seconds(comparison: Comparison) -> float:
@@ -104,20 +110,41 @@ def total_seconds(comparison: Comparison) -> float:
     return sum((arm.train_seconds or 0.0) + ((arm.summary or {}).get("seconds") or 0.0) for arm in comparison.arms.values())
 
 
-def arms_from_runs(runs: str, storage: Storage, benchmark: str = EvaluateConfig.benchmark) -> Dict[str, Dict[str, Optional[Path]]]:
-    """`base,baseline,method=my_run` -> folders of each arm. Raises ConfigError for an empty or doubled name."""
-    place = benchmark_class(benchmark).folder
-    arms: Dict[str, Dict[str, Optional[Path]]] = {}
+def arms_from_runs(runs: str, storage: Storage, benchmark: str = EvaluateConfig.benchmark, model: Optional[str] = None
+                   ) -> Dict[str, Dict[str, Any]]:
+    """`base,baseline,method=my_run` -> folders of each arm. `model`: name of the base model. Raises ConfigError for an empty or doubled
+    name."""
+    names: Dict[str, str] = {}
     for part in runs.split(","):
         arm, _, run = (piece.strip() for piece in part.partition("="))
-        if not arm or arm in arms:
+        if not arm or arm in names:
             raise ConfigError(
                 f"--runs {runs}: {f'the arm {arm} comes twice' if arm else 'an arm has no name'}; "
                 "write e.g. --runs base,baseline,method=my_run"
             )
-        run = run or arm
-        arms[arm] = {"eval": place(storage, benchmark, run), "run": None if run == "base" else storage.runs / run}
+        names[arm] = run or arm
+    bases = {run: base_of(storage.runs / run) for run in names.values() if run != "base"}
+    originals = {base.original for base in bases.values() if base is not None}
+    only = originals.pop() if len(originals) == 1 else None
+    arms: Dict[str, Dict[str, Any]] = {}
+    for arm, run in names.items():
+        # The base of a report is the one that its runs were trained on.
+        known = bases.get(run)
+        base = only if run == "base" else known.trained if known else None
+        place = find_evaluation(storage, benchmark, run, base, model if run == "base" or base else None)
+        arms[arm] = {"eval": place, "run": None if run == "base" else storage.runs / run, "name": run,
+                     "old": old_evaluation_folder(storage, benchmark, run)}
     return arms
+
+
+def base_name(config, storage: Storage) -> Optional[str]:
+    """Name of the base model of a configuration; None where it is not on this machine."""
+    from vlakeep.models.load import model_name
+
+    try:
+        return model_name(find_checkpoint(config.backbone.checkpoint, storage.cache))
+    except FileNotFoundError:
+        return None
 
 
 def split_options(argv: List[str]) -> tuple:
@@ -147,7 +174,7 @@ def main(argv: List[str]) -> int:
         seconds = float(own["seconds"]) if "seconds" in own else None
     except ValueError:
         raise ConfigError(f"--seconds {own['seconds']}: must be a number") from None
-    arms = arms_from_runs(own.get("runs", "base,baseline,method"), storage, config.evaluate.benchmark)
+    arms = arms_from_runs(own.get("runs", "base,baseline,method"), storage, config.evaluate.benchmark, base_name(config, storage))
     path = build_report(storage.root, arms, Path(own.get("out", storage.report)), own.get("title", "vlakeep report"), seconds)
     print(f"{path} ({time.perf_counter() - started:.0f} s)")
     return 0

@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 8 -m vlakeep.cli train --config configs/method_icsm_hsw_thermostat.yaml
 
 reads:  base checkpoint, data_root_dir/<data.datasets>, for the method also probe_root_dir/<probe.name> and its artefact
+        with train.from_run the adapter of an earlier run's newest intact checkpoint (models/chain.py)
 writes: run_root_dir/<name>/ (rundir.py lists the files)
 """
 
@@ -25,7 +26,8 @@ from vlakeep.core import checkpoint as ckpt
 from vlakeep.core.compat import grad_scaler
 from vlakeep.core.config import Config, config_from_argv, to_dict
 from vlakeep.core.errors import CheckpointError, Interrupted, TrainingStopped
-from vlakeep.core.parallel import Distributed, set_threads
+from vlakeep.core.log import log
+from vlakeep.core.parallel import Distributed, process_settings
 from vlakeep.core.registry import method_class
 from vlakeep.core.rundir import RunDir, RunLock
 from vlakeep.core.storage import Storage, need_free
@@ -33,6 +35,7 @@ from vlakeep.data.loader import make_stream
 from vlakeep.data.statistics import save_statistics
 from vlakeep.models.adapters import add_lora, load_trainable, save_adapter, trainable_state
 from vlakeep.models.alarms import check_vision
+from vlakeep.models.chain import chain_of_run, keep_chain, merge_chain
 from vlakeep.models.load import make_backbone
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -133,12 +136,17 @@ class Guard:
 
 def run_training(config: Config, storage: Storage) -> Path:
     """Train, and return the run folder. Raises TrainingStopped after saving nothing but keeping the last good checkpoint, and
-    Interrupted after a signal, with the step's checkpoint saved."""
-    set_threads(config.threads)
-    with Distributed(config.device) as dist:
+    Interrupted after a signal, with the step's checkpoint saved.
+
+    May be called again and again in one process, and outside its main thread, where signals are not its business; not twice at a time
+    (ValueError). What is the process's is put back at the end: signal handlers, CPU threads, random states, process group, CUDA device.
+    """
+    with Distributed(config.device) as dist, process_settings(config.threads, config.seed, dist.device):
         refuse_early(config, storage, dist)
-        torch.manual_seed(config.seed)
+        resumes = config.train.resume and bool(ckpt.list_checkpoints(storage.run_folder(config.name)))
+        chain = chain_of_run(config, storage, resumes)
         backbone = make_backbone(config.backbone, dist.device, storage.cache)
+        merge_chain(backbone, chain)
         check_vision(backbone)
         add_lora(backbone, config.lora, config.seed)
         backbone.train()
@@ -149,8 +157,12 @@ def run_training(config: Config, storage: Storage) -> Path:
             for line in stream.describe():
                 say(dist, line)
             backbone.norm_stats = {**backbone.norm_stats, **stream.statistics}
-            hashes["base_weights"] = backbone.weights_sha256
+            hashes.update(base_weights=backbone.weights_sha256, data=stream.fingerprints)
+            if chain:
+                hashes.update(original_base_weights=chain.base_weights, from_run={link.run: link.adapter_sha256 for link in chain.links})
             with RunDir.open(storage, config, dist, hashes) as run:
+                if dist.is_main:
+                    keep_chain(chain, run.folder)
                 _loop(config, dist, run, backbone, method, stream)
                 method.detach()
         return run.folder
@@ -161,13 +173,14 @@ def refuse_early(config: Config, storage: Storage, dist: Distributed) -> None:
     if config.train.autocast == "float16" and dist.device.type == "cpu":
         raise ValueError("--train.autocast float16: not on a CPU; use --train.autocast none, or a GPU with --device cuda")
     run = RunDir(storage.run_folder(config.name), dist.is_main)
+    run.refuse_as_cell_of_a_run(storage)
     if dist.is_main and run.folder.is_dir():
         lock = RunLock(run.folder)
         try:
             run.look(config)
             if config.train.resume and ckpt.list_checkpoints(run.folder):
                 if note := schedule_note(yaml.safe_load((run.folder / "config.yaml").read_text()), to_dict(config)):
-                    print(f"{run.folder.name}: {note}", file=sys.stderr)
+                    log.warning(f"{config.name}: {note}")
         finally:
             lock.release()
 
@@ -191,9 +204,9 @@ def _loop(config: Config, dist: Distributed, run: RunDir, backbone, method, stre
         first = _restore(run.resume_from, backbone, optimizer, parts) + 1
         run.truncate_metrics(first - 1)
     if first > settings.steps:
-        say(dist, f"{run.folder.name}: already at step {first - 1} of {settings.steps}; to go on, raise --train.steps")
+        say(dist, f"{config.name}: already at step {first - 1} of {settings.steps}; to go on, raise --train.steps")
         return
-    say(dist, f"{run.folder.name}: {config.method}, {sum(p.numel() for p in params):,} trainable parameters, global batch "
+    say(dist, f"{config.name}: {config.method}, {sum(p.numel() for p in params):,} trainable parameters, global batch "
               f"{settings.batch_size * settings.accumulation * dist.world}, steps {first} to {settings.steps}")
     saved = first - 1 if first > 1 else None
     seconds = time.perf_counter()
@@ -285,7 +298,7 @@ def signals_noted() -> Iterator[dict]:
 
 def say(dist: Distributed, text: str) -> None:
     if dist.is_main:
-        print(text, flush=True)
+        log.info(text)
 
 
 def main(argv: List[str]) -> int:

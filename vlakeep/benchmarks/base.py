@@ -2,7 +2,7 @@
 
     declared        names, actions, observations, abilities
     configuration   problems, check, lines (of preflight), settings
-    records         identity, decides, folder: what trials depend on, and where they lie
+    records         identity, decides: what trials depend on; core/names.py says where they lie
     a model         pick_key, keys: which action statistics
     trials          play (episodes), questions, retention
     results         alarms, counted, additions, lines_of
@@ -145,11 +145,6 @@ class Benchmark:
     def identity(self) -> Dict[str, Any]:
         """What else of the benchmark decides about a trial, in JSON's terms: versions, rules, data."""
         return {}
-
-    @classmethod
-    def folder(cls, storage: Storage, benchmark: str, target: str) -> Path:
-        """Where the evaluation of a target (a run's name, `base`) lies."""
-        return storage.eval / benchmark / target
 
     # Trials
 

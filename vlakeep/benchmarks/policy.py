@@ -6,6 +6,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 
 from vlakeep.benchmarks.questions import action_token_kl
+from vlakeep.core.names import model_key
 from vlakeep.data.sample import Sample
 from vlakeep.data.statistics import normalise
 from vlakeep.models.alarms import ActionWatch
@@ -49,6 +50,11 @@ class Target:
     def base(self) -> str:
         """Hash of the base weights."""
         return self.backbone.weights_sha256 if self.backbone is not None else ""
+
+    @property
+    def model(self) -> str:
+        """Folder of the evaluations of the base model, or of what stands in its place (core/names.py)."""
+        return model_key(self.backbone.name, self.base) if self.backbone is not None else self.name
 
     @property
     def is_base(self) -> bool:

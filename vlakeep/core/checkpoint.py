@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save, save_file
 
 from vlakeep.core.errors import CheckpointError
+from vlakeep.core.log import log
 from vlakeep.core.storage import atomic_dir, need_free, remove_leftovers
 
 FORMAT = 1
@@ -249,7 +250,7 @@ def broken(folder) -> Optional[str]:
     return None
 
 
-def latest_intact(run_folder, say: Callable[[str], Any] = lambda text: print(text, file=sys.stderr)) -> Optional[Path]:
+def latest_intact(run_folder, say: Callable[[str], Any] = log.warning) -> Optional[Path]:
     """The newest checkpoint whose files all match its manifest, or None. Skipped ones are reported through `say`."""
     for _, folder in reversed(list_checkpoints(run_folder)):
         reason = broken(folder)

@@ -226,6 +226,9 @@ class TrainConfig:
     tensorboard: bool = True
     use_wandb: bool = False
     resume: bool = False
+    # An earlier run, or a checkpoint folder, to train on: its adapter is merged into the base weights before new ones are added, exactly as
+    # if it had been exported and the export were the base. `vlakeep offline` with this key makes the artefact of that model.
+    from_run: Optional[str] = None
 
 
 @dataclass
@@ -287,7 +290,7 @@ class ExportConfig:
 
 @dataclass
 class Config:
-    # Name of the run; its folder is run_root_dir/name.
+    # Name of the run; its folder is run_root_dir/name. Runs of one study may lie together: GROUP/CELL.
     name: str = "run"
     # The arm: the name of a file in vlakeep/methods/, or of a method that another package brings (registry.py).
     method: str = "baseline"

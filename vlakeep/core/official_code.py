@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import List, Optional
 
 from vlakeep.core.compat import import_timm
+from vlakeep.core.log import log
 
 MARK = Path("prismatic") / "extern" / "hf" / "modeling_prismatic.py"
 TIMM = ("0.9.10", "0.9.11", "0.9.12", "0.9.16")  # others are refused by the official model class itself
@@ -69,6 +70,7 @@ def load_official(openvla_dir: Optional[str]) -> SimpleNamespace:
     except ImportError as error:
         raise ImportError(f"the official code in {folder} cannot be imported here ({error}): run this in the official environment (conda "
                           "activate openvla)") from error
+    log.disabled = False  # prismatic's logging.config.dictConfig silences every logger that was there before it
     return SimpleNamespace(
         folder=folder,
         OpenVLAConfig=parts["extern.hf.configuration_prismatic"].OpenVLAConfig,

@@ -6,13 +6,14 @@ Objects travel between processes as JSON and safetensors bytes (checkpoint.to_by
 """
 
 import os
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 import torch
 import torch.distributed as dist
 
-from vlakeep.core.checkpoint import from_bytes, to_bytes
+from vlakeep.core.checkpoint import from_bytes, rng_state, set_rng_state, to_bytes
 
 
 def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
@@ -33,6 +34,23 @@ def set_threads(threads: Optional[int]) -> None:
     """Fix torch's CPU threads; None leaves torch's choice."""
     if threads is not None:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def process_settings(threads: Optional[int], seed: int, device=None) -> Iterator[None]:
+    """Within the block torch has this many CPU threads (None: as many as before) and draws from `seed`.
+
+    After it the number of threads and the random states of Python, NumPy and torch (also of a CUDA `device`) are those of before. Both
+    belong to the process, which is why only one training at a time may run in it (Distributed).
+    """
+    before, state = torch.get_num_threads(), rng_state(device)
+    set_threads(threads)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        set_rng_state(state, device)
+        set_threads(None if threads is None else before)
 
 
 class Distributed:
@@ -59,7 +77,12 @@ class Distributed:
         return self.rank == 0
 
     def __enter__(self) -> "Distributed":
+        """Raises ValueError while another job of this process is in its block."""
+        if Distributed._current is not None:
+            raise ValueError("this process is training already, and random states and process groups are a process's: train one after the "
+                             "other, or in a process of its own")
         if self.device.type == "cuda":
+            self._device_before = torch.cuda.current_device()
             torch.cuda.set_device(self.device)
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=self._timeout)
@@ -70,10 +93,12 @@ class Distributed:
         Distributed._current = None
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self._device_before)
 
     @classmethod
     def current(cls) -> Optional["Distributed"]:
-        """The job of the innermost `with Distributed(...)` of this process."""
+        """The job of the `with Distributed(...)` that this process is in."""
         return cls._current
 
     def wrap(self, module):

@@ -5,6 +5,7 @@ from operator import attrgetter
 from typing import List
 
 from vlakeep.core import schema
+from vlakeep.core.names import is_run_name
 from vlakeep.core.registry import benchmark_class, benchmark_names, method_class, method_names
 
 
@@ -67,6 +68,8 @@ def problems(config) -> List[str]:
     need(config.thermostat.target > 0, "thermostat.target", "greater than 0")
     need(config.thermostat.open_factor > 1, "thermostat.open_factor", "greater than 1")
     need(config.thermostat.close_factor > 1, "thermostat.close_factor", "greater than 1")
+    need(config.train.from_run not in ("", ".", "..", "base", config.name), "train.from_run",
+         "another run, or a checkpoint folder; null for the base model as it is")
     one_of("train.optimizer", "adamw", "sgd")
     one_of("train.schedule", "constant", "cosine")
     one_of("train.autocast", "none", "bfloat16", "float16")
@@ -86,8 +89,8 @@ def problems(config) -> List[str]:
     need(config.export.parity_frames >= 0, "export.parity_frames", "0 or more")
     need(config.export.close_to is None or config.export.close_to > 0, "export.close_to", "greater than 0, or null for no closing pass")
     need(config.evaluate.videos >= 0, "evaluate.videos", "0 or more")
-    need(bool(config.name) and "/" not in config.name and config.name not in (".", "..", "base"), "name",
-         "a single folder name, and not base, which names the model before training")
+    need(is_run_name(config.name), "name",
+         "a folder name, or GROUP/CELL, two of them; and not base, which names the model before training")
     for key in ("lora.rank", "lora.alpha", "data.shuffle_buffer", "icsm.rank", "icsm.batch_size", "icsm.sensitivity_items", "gains.columns",
                 "thermostat.every", "train.steps", "train.batch_size", "train.accumulation", "train.log_every",
                 "train.save_every", "train.keep_last", "evaluate.episodes", "evaluate.questions_per_kind",

@@ -1,8 +1,8 @@
 """One training run's folder: who made it, with what, and every number it logged.
 
 run_root_dir/<name>/
-  config.yaml       the configuration
-  provenance.json   commit, uncommitted changes, versions, hardware, arguments, hashes, start, end, status; an entry per session
+  config.yaml       the configuration, below a line with the run's id
+  provenance.json   id, commit, uncommitted changes, versions, hardware, arguments, hashes, start, end, status; an entry per session
   dirty.diff        the uncommitted changes, when there are any
   metrics.jsonl     one JSON object per logged step; a non-finite number is null and its key is listed under "nonfinite"
   tensorboard/      the same numbers (train.tensorboard)
@@ -12,6 +12,7 @@ run_root_dir/<name>/
 
 import errno
 import fcntl
+import hashlib
 import io
 import json
 import math
@@ -30,6 +31,7 @@ import yaml
 from vlakeep.core.checkpoint import latest_intact, list_checkpoints
 from vlakeep.core.config import Config, to_dict
 from vlakeep.core.errors import DiskFull, Interrupted, RunDirError, is_disk_full, quoted
+from vlakeep.core.log import log
 from vlakeep.core.provenance import hardware, library_versions, source_state
 from vlakeep.core.storage import Storage, atomic_write, free_bytes, remove_leftovers
 
@@ -46,12 +48,32 @@ def config_differences(old: dict, new: dict) -> List[str]:
     lines = []
     for key in sorted({**flat_old, **flat_new}):
         unknown_then = key not in flat_old and flat_new[key] == defaults.get(key)  # the run's version did not have the key yet
-        if unknown_then or key in FREE_KEYS or key.startswith(("evaluate.", "export.")):
+        if unknown_then or not _matters(key):
             continue
         was, now = flat_old.get(key, "(not set)"), flat_new.get(key, "(not set)")
         if was != now:
             lines.append(f"{key}: {was} -> {now}")
     return lines
+
+
+def _matters(key: str) -> bool:
+    return key not in FREE_KEYS and not key.startswith(("evaluate.", "export."))
+
+
+def run_id(config: dict, hashes: dict) -> str:
+    """16 hex digits that two runs share when neither a key that matters to their bits nor what they were made from differs.
+
+    `hashes`: of base weights, data, probe and artefact, nested as it pleases. A run that goes on keeps the id of its first session.
+    """
+    parts = [{key: value for key, value in _flat(config) if _matters(key)}, dict(_flat(hashes))]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def hash_differences(old: dict, new: dict) -> List[str]:
+    """`key: old -> new` of what two sessions were made from, as far as both know it; checkpoint.check_base names other base weights."""
+    was, now = dict(_flat(old)), dict(_flat(new))
+    return [f"{key}: {str(was[key])[:12]} -> {str(now[key])[:12]}" for key in sorted(was)
+            if key in now and was[key] != now[key] and not key.endswith("base_weights")]
 
 
 def _flat(tree: dict, prefix: str = ""):
@@ -79,7 +101,7 @@ class RunLock:
                 f"{folder} is in use by another process ({holder or 'unknown'}). Wait for it, stop it, or take another --name"
             ) from None
         except OSError as error:  # some network file systems know no locks
-            print(f"{folder} cannot be locked ({error}); make sure that only one process works there", file=sys.stderr)
+            log.warning(f"{folder} cannot be locked ({error}); make sure that only one process works there")
         self._file.truncate(0)
         self._file.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         self._file.flush()
@@ -114,11 +136,18 @@ class RunDir:
         """
         run = cls(storage.run_folder(config.name), dist is None or dist.is_main)
         if run.is_main:
+            run.refuse_as_cell_of_a_run(storage)
             run._begin(storage, config, dist.world if dist else 1, hashes or {})
         if dist is not None:
             found = dist.broadcast(str(run.resume_from) if run.resume_from else None)
             run.resume_from = Path(found) if found else None
         return run
+
+    def refuse_as_cell_of_a_run(self, storage: Storage) -> None:
+        """RunDirError when the group of `GROUP/CELL` is itself a run."""
+        group = self.folder.parent
+        if group != storage.runs and any((group / name).is_file() for name in ("config.yaml", "provenance.json")):
+            raise RunDirError(f"{group} is a run itself and cannot be the group of another; take another --name")
 
     @property
     def metrics_path(self) -> Path:
@@ -139,7 +168,14 @@ class RunDir:
                         f"start over without --train.resume: take another --name, or rm -r {quoted(self.folder)}"
                     )
                 if self.resume_from is None:
-                    print(f"{self.folder.name}: nothing to resume, starting at step 1", file=sys.stderr)
+                    log.warning(f"{config.name}: nothing to resume, starting at step 1")
+            sessions = old.get("sessions", [])
+            if self.resume_from and sessions and (changed := hash_differences(sessions[-1].get("hashes") or {}, hashes)):
+                raise RunDirError(
+                    f"{self.folder} was made from something else; it can only go on with the same:\n  "
+                    + "\n  ".join(changed)
+                    + "\nPut it back as it was, or take another --name"
+                )
             self.truncate_metrics(int(self.resume_from.name.split("_")[1]) if self.resume_from else -1)
             state = source_state()
             if state["diff"]:
@@ -148,7 +184,6 @@ class RunDir:
             else:
                 state.pop("diff")
                 (self.folder / "dirty.diff").unlink(missing_ok=True)
-            sessions = old.get("sessions", [])
             if sessions and sessions[-1]["status"] == "running":  # the lock is ours, so that process is gone
                 sessions[-1].update(
                     status="interrupted", traceback="the process ended without a word (killed, or the machine went down)"
@@ -170,8 +205,13 @@ class RunDir:
                     "traceback": None,
                 }
             )
+            kept = old if self.resume_from else {}  # an older version's run has no id yet, and its name as that on W&B
+            identity = kept.get("id") or run_id(to_dict(config), hashes)
+            on_wandb = hashlib.sha256(f"{identity} {config.name}".encode()).hexdigest()[:16]  # runs of one id may lie under two names
             self._provenance = {
                 "name": config.name,
+                "id": identity,
+                "wandb_id": kept.get("wandb_id") or (config.name if kept else on_wandb),
                 "method": config.method,
                 "seed": config.seed,
                 "status": "running",
@@ -179,6 +219,7 @@ class RunDir:
             }
             self._write_provenance()
             with atomic_write(self.folder / "config.yaml", "w") as file:
+                file.write(f"# run {identity}\n")
                 yaml.safe_dump(to_dict(config), file, sort_keys=False)
             self._open_boards(storage, config)
         except BaseException:
@@ -207,10 +248,14 @@ class RunDir:
         )
         if not config.train.resume:
             if has_results:
+                try:
+                    changed = config_differences(dict(yaml.safe_load(config_path.read_text())), to_dict(config))
+                except (OSError, ValueError, TypeError, yaml.YAMLError):
+                    changed = []
                 raise RunDirError(
                     f"{self.folder} already holds a run (status: {old.get('status', 'unknown')}). "
-                    "Go on in it with --train.resume true, "
-                    f"take another --name, or delete it: rm -r {quoted(self.folder)}"
+                    + (f"It has another configuration ({'; '.join(changed)}): " if changed else "Go on in it with --train.resume true, ")
+                    + f"take another --name, or delete it: rm -r {quoted(self.folder)}"
                 )
             return old  # a session that ended before its first logged step left nothing worth keeping
         if has_results:
@@ -242,7 +287,7 @@ class RunDir:
 
                 self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=first)
             except ImportError:
-                print("tensorboard is not installed; metrics.jsonl has the same numbers", file=sys.stderr)
+                log.warning("tensorboard is not installed; metrics.jsonl has the same numbers")
         if config.train.use_wandb:
             try:
                 import wandb
@@ -251,7 +296,8 @@ class RunDir:
             self._wandb = wandb.init(
                 project="vlakeep",
                 name=config.name,
-                id=config.name,
+                id=self._provenance["wandb_id"],
+                group=config.name.rpartition("/")[0] or None,
                 resume="allow",
                 dir=str(storage.wandb),
                 config=to_dict(config),
@@ -280,7 +326,7 @@ class RunDir:
                 for key, value in numbers.items():
                     self._tensorboard.add_scalar(key, value, int(step))
             except OSError as error:
-                print(f"tensorboard stops ({error}); {self.metrics_path} has the same numbers", file=sys.stderr)
+                log.warning(f"tensorboard stops ({error}); {self.metrics_path} has the same numbers")
                 self._tensorboard = None
         if self._wandb is not None:
             self._wandb.log(numbers, step=int(step))
@@ -328,7 +374,7 @@ class RunDir:
             try:
                 end()
             except OSError as error:  # boards repeat metrics.jsonl; the status below matters more
-                print(f"could not close a board of {self.folder}: {error}", file=sys.stderr)
+                log.warning(f"could not close a board of {self.folder}: {error}")
         self._metrics = self._tensorboard = self._wandb = None
         self._provenance["status"] = status
         self._provenance["sessions"][-1].update(status=status, end=_now(), traceback=trace)
@@ -351,7 +397,7 @@ class RunDir:
             try:
                 self.close("failed", text)
             except OSError as second:  # a full disk must not hide the first error
-                print(f"could not record the failure in {self.folder / 'provenance.json'}: {second}", file=sys.stderr)
+                log.warning(f"could not record the failure in {self.folder / 'provenance.json'}: {second}")
 
 
 def _is_signal(code: Any) -> bool:

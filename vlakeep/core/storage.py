@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import socket
-import sys
 import tempfile
 import time
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ import yaml
 from tqdm import tqdm
 
 from vlakeep.core.errors import DiskFull, StorageError, human_bytes, is_disk_full, quoted
+from vlakeep.core.log import log
 from vlakeep.core.schema import find_config
 
 DEFAULT_ROOT = Path("/opt/data/private/vlakeep")
@@ -201,9 +201,7 @@ def pick_root(given: Optional[str] = None, demo: bool = False, quiet: bool = Fal
     if demo and not _can_make(DEFAULT_ROOT):
         if quiet:
             return DEMO_ROOT.expanduser()
-        print(
-            f"storage root: {DEMO_ROOT.expanduser()} ({DEFAULT_ROOT} cannot be made; set VLAKEEP_ROOT to choose)", file=sys.stderr
-        )
+        log.warning(f"storage root: {DEMO_ROOT.expanduser()} ({DEFAULT_ROOT} cannot be made; set VLAKEEP_ROOT to choose)")
         return DEMO_ROOT.expanduser()
     return DEFAULT_ROOT
 

@@ -46,7 +46,8 @@ class BatchStream:
         self._image_aug = image_aug
         self._first_episode = np.concatenate([[0], np.cumsum([len(d) for d in datasets])])
         self.order = SampleOrder(np.concatenate([d.lengths for d in datasets]), shuffle_buffer, seed)
-        identity = [[d.fingerprint() for d in datasets], shuffle_buffer, image_aug]
+        self.fingerprints: Dict[str, str] = {d.name: d.fingerprint() for d in datasets}
+        identity = [[self.fingerprints[d.name] for d in datasets], shuffle_buffer, image_aug]
         self._fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         self._round = 0  # global micro-batches handed out before the current round, by all processes together
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode") if workers else None

@@ -45,6 +45,7 @@ class OfficialStream:
                                                           padding_side="right")
         self._batches = iter(DataLoader(self.dataset, batch_size=batch_size, sampler=None, collate_fn=collator, num_workers=0))
         self.statistics: Dict[str, dict] = json.loads(json.dumps(self.dataset.dataset_statistics, default=_plain))
+        self.fingerprints: Dict[str, str] = {}  # its order follows from no seed, so there is nothing to compare
         self._taken = 0
 
     def describe(self) -> List[str]:

@@ -4,7 +4,6 @@
 """
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence
@@ -15,6 +14,7 @@ from vlakeep.benchmarks.base import NEW, OPTIONAL, QUESTION, REPLAY, SKILL, Abil
 from vlakeep.benchmarks.specs import ActionSpec, ObservationSpec, Questions, Retention
 from vlakeep.core.config import Config, EvaluateConfig
 from vlakeep.core.findings import GREEN, RED, Line
+from vlakeep.core.log import log
 from vlakeep.core.storage import Storage, find_checkpoint
 from vlakeep.libero import benchmark as libero
 from vlakeep.libero import setup as libero_setup
@@ -128,7 +128,7 @@ class Libero(Benchmark):
         libero.say_idle_rows(self.settings)
         only = next(iter(target.known)) if len(target.known) == 1 else self.name
         if not only.startswith(self.name):
-            print(f"the model knows no action statistics but those of {only}: they are used for {self.name}", file=sys.stderr)
+            log.warning(f"the model knows no action statistics but those of {only}: they are used for {self.name}")
         for suite in [self.name, *self.settings.other_suites]:
             self._play_suite(of_suite(self.settings, suite), target, records, folder)
 
@@ -152,7 +152,7 @@ class Libero(Benchmark):
         videos = folder / "videos" if suite == self.name else folder / "videos" / suite
         restarts = libero.run_suite(act, settings, settings.center_crop, records, videos, desc=target.name)
         if restarts:
-            print(f"{target.name}: {restarts} simulator processes died and were replaced", file=sys.stderr)
+            log.warning(f"{target.name}: {restarts} simulator processes died and were replaced")
         comparable = first and settings.target != "base" and suite == self.name
         trained = training_picture(self.config, self.storage) if comparable else None
         records.add_alarms(policy.watch.alarms() + ([] if trained is None else orientation_alarm(trained, np.mean(first, axis=0))))

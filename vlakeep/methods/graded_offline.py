@@ -4,7 +4,6 @@ The probe is split: the spectra come from one part, the sensor and the coverage 
 items whose directions it has shut sees less drift than there is.
 """
 
-import sys
 import time
 from pathlib import Path
 from typing import Dict, Iterator, List, Tuple
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 import vlakeep
 from vlakeep.core.config import Config
+from vlakeep.core.log import log
 from vlakeep.core.provenance import library_versions, source_commit
 from vlakeep.core.storage import Storage, need_free
 from vlakeep.data.dataset import Conventions
@@ -103,8 +103,8 @@ def build(config: Config, storage: Storage, backbone) -> Path:
     linears = select_linears(backbone, config.lora.layers, config.lora.modules)
     folder = artifact_folder(config, storage, backbone.name)
     need_free(folder, _bytes_needed(config, backbone, linears), "the artefact")
-    print(f"teacher {backbone.name} ({backbone.num_layers} layers, D = {backbone.hidden_size}), probe {len(fit)} items for the spectra of "
-          f"{len(linears)} linears' inputs and {len(held)} for the sensor")
+    log.info(f"teacher {backbone.name} ({backbone.num_layers} layers, D = {backbone.hidden_size}), probe {len(fit)} items for the spectra "
+             f"of {len(linears)} linears' inputs and {len(held)} for the sensor")
     first = min((int(name.split(".")[1]) for name in linears), default=0)
 
     def parts(samples: List[Sample], desc: str) -> List[Part]:
@@ -129,7 +129,7 @@ def build(config: Config, storage: Storage, backbone) -> Path:
     }
     artifact.write(folder, tensors, {"groups": found, "warnings": lines}, _meta(config, backbone, probe, linears))
     show(found, lines)
-    print(f"wrote {folder} in {time.perf_counter() - started:.1f} s")
+    log.info(f"wrote {folder} in {time.perf_counter() - started:.1f} s")
     return folder
 
 
@@ -211,9 +211,9 @@ def _answer_log_probability(backbone, last_BSD: torch.Tensor, part: Part) -> tor
 
 def show(found: Dict[str, dict], lines: List[str]) -> None:
     """The coverage report, one line a group."""
-    print(f"where gains let {coverage.REFERENCE:.0%} of the probe's energy pass, others' passes, as a multiple (largest of any linear)")
+    log.info(f"where gains let {coverage.REFERENCE:.0%} of the probe's energy pass, others' passes, as a multiple (largest of any linear)")
     for name, one in found.items():
         if name != "probe":
-            print(f"  {name:32s} {one['ratio']:6.2f}   ({one['largest']:.1f})")
+            log.info(f"  {name:32s} {one['ratio']:6.2f}   ({one['largest']:.1f})")
     for line in lines:
-        print(f"  WARNING: {line}", file=sys.stderr)
+        log.warning(f"  WARNING: {line}")

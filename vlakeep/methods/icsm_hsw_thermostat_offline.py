@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 import vlakeep
 from vlakeep.core.config import Config, to_dict
+from vlakeep.core.log import log
 from vlakeep.core.provenance import library_versions, source_commit
 from vlakeep.core.storage import Storage, need_free
 from vlakeep.models.adapters import select_linears
@@ -35,8 +36,8 @@ def build(config: Config, storage: Storage, backbone) -> Path:
     linears = select_linears(backbone, config.lora.layers, config.lora.modules) if config.icsm.tokens else {}
     folder = storage.artifact_folder(config.icsm.name or artifact.artifact_name(backbone.name))
     need_free(folder, _bytes_needed(config, backbone, layers, linears, len(items)), "the ICSM artefact")
-    print(f"teacher {backbone.name} ({backbone.num_layers} layers, D = {backbone.hidden_size}), probe {len(items)} items, "
-          f"representative layers {layers}, r = {config.icsm.rank}")
+    log.info(f"teacher {backbone.name} ({backbone.num_layers} layers, D = {backbone.hidden_size}), probe {len(items)} items, "
+             f"representative layers {layers}, r = {config.icsm.rank}")
 
     def batches(numbers):
         return prompt_batches(probe, numbers, backbone.processor, config.icsm.batch_size)
@@ -64,8 +65,8 @@ def build(config: Config, storage: Storage, backbone) -> Path:
             "explained_variance": float(energy.sum()), "svd_order": order.tolist(),
             "kl": [round(v, 9) for v in kl_K[order].tolist()] if config.icsm.sensitivity else None,
         }
-        print(f"layer {layer}: {energy.sum():.1%} of the variance in {config.icsm.rank} directions"
-              + (f", KL per direction {kl_K.max():.2e} to {kl_K.min():.2e}" if config.icsm.sensitivity else ""))
+        log.info(f"layer {layer}: {energy.sum():.1%} of the variance in {config.icsm.rank} directions"
+                 + (f", KL per direction {kl_K.max():.2e} to {kl_K.min():.2e}" if config.icsm.sensitivity else ""))
 
     tokens = _token_level(backbone, batches(items), linears, config, steps) if config.icsm.tokens else None
     meta = {
@@ -80,8 +81,8 @@ def build(config: Config, storage: Storage, backbone) -> Path:
     teacher["items"] = torch.tensor([items[i] for i in pooled.kept])
     artifact.write(folder, tensors, tokens, teacher, meta)
     if pooled.empty:
-        print(f"{pooled.empty} of {len(items)} probe items had an empty instruction mask and were left out")
-    print(f"wrote {folder} in {time.perf_counter() - started:.1f} s")
+        log.info(f"{pooled.empty} of {len(items)} probe items had an empty instruction mask and were left out")
+    log.info(f"wrote {folder} in {time.perf_counter() - started:.1f} s")
     return folder
 
 

@@ -213,7 +213,8 @@ def save_adapter(backbone: Backbone, folder) -> None:
     config = {  # only keys that peft 0.11.1 knows: it refuses others
         "peft_type": "LORA",
         "auto_mapping": None,
-        "base_model_name_or_path": str(backbone.checkpoint or ""),
+        # Of merged weights no folder is named: loaded on those of the base alone, the adapter would mean something else.
+        "base_model_name_or_path": backbone.name if "+" in backbone.name else str(backbone.checkpoint or ""),
         "revision": None,
         "task_type": None,
         "inference_mode": True,

@@ -1,7 +1,7 @@
 """What a model is: everything that stages, teacher, methods and benchmarks ask of one. A kind of model is a subclass of Backbone.
 
     before the weights   read_config, sizes, linear_shapes, read_statistics, leaf_names: what preflight asks of a folder
-    identity             name, weights_sha256, network, decoder_layers, num_layers, hidden_size, device, dtype
+    identity             name, weights_sha256, merged, network, decoder_layers, num_layers, hidden_size, device, dtype
     adapters             adapted_linears, linear_names, input_key
     layout               embed -> Prefix, text_columns, sequence_mask
     forward              run_layers, norm, logits, forward
@@ -124,6 +124,7 @@ class Backbone(nn.Module, ABC):
         self.norm_stats, self.checkpoint, self.unnorm_key = norm_stats, checkpoint, unnorm_key
         self.lora: Any = None  # what add_lora added: a LoraInfo
         self._weights_sha256: Optional[str] = None
+        self._merged: List[str] = []  # runs whose adapters were merged into the weights
 
     # Before the weights
 
@@ -182,11 +183,15 @@ class Backbone(nn.Module, ABC):
 
     @property
     def name(self) -> str:
-        return model_name(self.checkpoint) if self.checkpoint else "unnamed"
+        return "+".join([model_name(self.checkpoint) if self.checkpoint else "unnamed", *self._merged])
+
+    def merged(self, runs: List[str], weights_sha256: str) -> None:
+        """Note that the weights are no longer those of the folder: adapters of these runs were merged in (models/chain.py)."""
+        self._merged, self._weights_sha256 = [*self._merged, *runs], weights_sha256
 
     @property
     def weights_sha256(self) -> str:
-        """Fingerprint of the base weights in the checkpoint folder (files.weights_hash), computed once."""
+        """Fingerprint of the base weights, as the checkpoint folder has them (files.weights_hash), computed once."""
         if self._weights_sha256 is None:
             self._weights_sha256 = files.weights_hash(self.checkpoint)
         return self._weights_sha256

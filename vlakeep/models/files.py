@@ -157,6 +157,16 @@ def write_json(path: Path, value) -> None:
 
 def weights_hash(folder) -> str:
     """sha256 over names, types, shapes and bytes of all tensors as stored; the same however they are split into files."""
+    return hash_of(tensor_hashes(folder))
+
+
+def hash_of(lines: Dict[str, str]) -> str:
+    """weights_hash from tensor_hashes."""
+    return hashlib.sha256("".join(lines[name] for name in sorted(lines)).encode()).hexdigest()
+
+
+def tensor_hashes(folder) -> Dict[str, str]:
+    """Tensor -> a line with its name, type, shape and the sha256 of its bytes."""
     tensors = sorted((name, file, entry) for file in weight_files(folder) for name, entry in tensor_table(file).items())
 
     def line(item):
@@ -174,4 +184,4 @@ def weights_hash(folder) -> str:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter lock
         size = sum(file.stat().st_size for file in weight_files(folder))
         lines = list(tqdm(pool.map(line, tensors), total=len(tensors), desc="hashing weights", disable=size < 1e9, leave=False))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return {name: text for (name, _, _), text in zip(tensors, lines)}

@@ -7,7 +7,7 @@ disk and are read tensor by tensor, so that the peak is one shard (5 GB) and one
 import json
 import re
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 from safetensors import safe_open
@@ -46,10 +46,12 @@ def merged(weight: torch.Tensor, pair: Tuple[torch.Tensor, torch.Tensor], scale:
     return weight.float() + scale * (b.flatten(1) @ a.flatten(1)).view(weight.shape)
 
 
-def merge_checkpoint(base: Path, adapter: Path, out: Path, statistics: dict, dtype: Optional[torch.dtype] = None) -> Dict[str, str]:
+def merge_checkpoint(base: Path, adapter: Path, out: Path, statistics: dict, dtype: Optional[torch.dtype] = None,
+                     before: Sequence[Path] = ()) -> Dict[str, str]:
     """Write `base` with `adapter` merged in to the new folder `out`; dtype None keeps each tensor's stored type.
 
-    The sum is taken in float32 and rounded once; processor and statistics come along.
+    The sum is taken in float32 and rounded once; processor and statistics come along. `before`: adapters that are merged first, each as
+    into an export of its own (models/chain.py).
     Returns the names of the merged modules and the weight file of each.
     Raises CheckpointError when the adapter is for modules that the base does not have, or of another shape.
     """
@@ -58,6 +60,7 @@ def merge_checkpoint(base: Path, adapter: Path, out: Path, statistics: dict, dty
         for name, entry in tensor_table(file).items():
             table[name], where[name] = entry, file
     deltas, scale = read_deltas(adapter)
+    earlier = [read_deltas(folder) for folder in before]
     problems = []
     for module, (a, b) in deltas.items():
         shape = table.get(module + ".weight", {}).get("shape")
@@ -78,6 +81,9 @@ def merge_checkpoint(base: Path, adapter: Path, out: Path, statistics: dict, dty
                 with safe_open(str(where[name]), framework="pt") as file:
                     tensor = file.get_tensor(name)
                 module = name[:-len(".weight")] if name.endswith(".weight") else None
+                for pairs, own_scale in earlier:
+                    if module in pairs:
+                        tensor = merged(tensor, pairs[module], own_scale).to(tensor.dtype)
                 if module in deltas:
                     tensor = merged(tensor, deltas[module], scale)
                     done[module] = file_name

@@ -48,6 +48,7 @@ class Arm:
 
     name: str
     summary: Optional[dict]
+    run: str = ""  # name of the run
     trials: Dict[Tuple[str, str], Trials] = field(default_factory=dict)
     header: dict = field(default_factory=dict)
     metrics: List[dict] = field(default_factory=list)
@@ -124,13 +125,17 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def load_arms(folders: Dict[str, Dict[str, Optional[Path]]]) -> Dict[str, Arm]:
-    """Read every arm. Raises ValueError without arms, FileNotFoundError listing every missing input with its command."""
+def load_arms(folders: Dict[str, Dict[str, Any]]) -> Dict[str, Arm]:
+    """Read every arm. Its folders: "run" and "eval"; "old", where older versions have put the evaluation; and the "name" of the run.
+
+    Raises ValueError without arms, FileNotFoundError listing every missing input with its command.
+    """
     if not folders:
         raise ValueError("a report needs at least one arm, e.g. --runs base,baseline,method")
     missing, arms = [], {}
     for name, places in folders.items():
-        arm = Arm(name, None, folders={key: Path(places[key]) if places.get(key) else None for key in ("eval", "run")})
+        arm = Arm(name, None, folders={key: Path(places[key]) if places.get(key) else None for key in ("eval", "run", "old")})
+        arm.run = places.get("name") or next((folder.name for folder in (arm.folders["run"], arm.folders["eval"]) if folder), name)
         _load_run(arm, missing)
         _load_eval(arm, missing)
         arms[name] = arm
@@ -148,7 +153,7 @@ def _load_run(arm: Arm, missing: List[str]) -> None:
     config = COMMANDS.get(arm.name, "CONFIG.yaml")
     if not (folder / "metrics.jsonl").is_file() and not (folder / "provenance.json").is_file():
         missing.append(f"no training run of arm `{arm.name}` at {folder}: "
-                       f"`vlakeep train --config {config} --name {quoted(folder.name)}`")
+                       f"`vlakeep train --config {config} --name {quoted(arm.run)}`")
         return
     arm.metrics = [row for row in _read_jsonl(folder / "metrics.jsonl", arm.notes) if isinstance(row.get("step"), int)]
     if not arm.metrics:
@@ -167,18 +172,20 @@ def _load_eval(arm: Arm, missing: List[str]) -> None:
         if arm.status == "failed":
             arm.notes.append("not evaluated: training stopped before there was anything to evaluate")
             return
-        target = folder.name if folder is not None else arm.name
         config = quoted(arm.folders["run"] / "config.yaml") if arm.config else COMMANDS.get(arm.name, "CONFIG.yaml")
         missing.append(
             f"no evaluation of arm `{arm.name}` at {folder}: "
-            f"`vlakeep evaluate --config {config} --evaluate.target {quoted(target)}`"
+            f"`vlakeep evaluate --config {config} --evaluate.target {quoted(arm.run)}`"
         )
         return
     arm.summary = _read_json(folder / "summary.json")
-    for place in sorted(folder.parent.glob(f"{glob.escape(folder.name)}-step_*")):
-        step = place.name.rpartition("_")[2]
-        if step.isdigit() and (place / "summary.json").is_file():
-            arm.path.append((int(step), _read_json(place / "summary.json")))
+    steps: Dict[int, Path] = {}
+    for own in filter(None, (arm.folders["old"], folder)):
+        for place in own.parent.glob(f"{glob.escape(own.name)}-step_*"):
+            step = place.name.rpartition("_")[2]
+            if step.isdigit() and (place / "summary.json").is_file():
+                steps[int(step)] = place
+    arm.path = [(step, _read_json(steps[step] / "summary.json")) for step in sorted(steps)]
     for row in _read_jsonl(folder / "records.jsonl", arm.notes):
         if "kind" not in row or "trial" not in row:
             arm.header.update(row.get("header") or {})

@@ -2,7 +2,8 @@
 
 Differences of success rates: Newcombe (1998), "Improved confidence intervals for the difference between binomial proportions
 based on paired data", method 10 (square-and-add over Wilson limits, with the correlation of the pairs). Means over abilities: the
-same square-and-add rule (MOVER; Zou and Donner 2008). Unlike a bootstrap, both keep an honest width when every trial agrees.
+same square-and-add rule (MOVER; Zou and Donner 2008). Unlike a bootstrap, both keep an honest width when every trial agrees. Means over
+training seeds: Student's t (Abramowitz and Stegun 26.7.3-4).
 """
 
 import math
@@ -44,6 +45,38 @@ def mean_of(parts: Iterable[Interval]) -> Optional[Interval]:
     down = math.sqrt(sum((m - low) ** 2 for m, low, _ in parts)) / count
     up = math.sqrt(sum((high - m) ** 2 for m, _, high in parts)) / count
     return mean, mean - down, mean + up
+
+
+def t_quantile(freedom: int, level: float = 0.95) -> float:
+    """t with P(|T| <= t) = level for `freedom` >= 1 degrees of freedom, from the finite series of the distribution."""
+    if freedom < 1:
+        raise ValueError("a t interval needs at least two values")
+
+    def inside(t: float) -> float:
+        angle = math.atan(t / math.sqrt(freedom))
+        square, term, total = math.cos(angle) ** 2, 1.0, 0.0
+        odd = freedom % 2
+        for k in range(freedom // 2):
+            total += term
+            term *= square * ((2 * k + 2) / (2 * k + 3) if odd else (2 * k + 1) / (2 * k + 2))
+        if not odd:
+            return math.sin(angle) * total
+        return 2 / math.pi * (angle + math.sin(angle) * math.cos(angle) * total)
+
+    low, high = 0.0, 2.0
+    while inside(high) < level:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle) < level else (low, middle)
+    return high
+
+
+def t_interval(values: List[float]) -> Interval:
+    """(mean, low, high) of at least two values, one per training seed; 95 %."""
+    n, mean = len(values), sum(values) / len(values)
+    half = t_quantile(n - 1) * math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    return mean, mean - half, mean + half
 
 
 def paired_mean(differences: List[float], z: float = 1.959964) -> Interval:

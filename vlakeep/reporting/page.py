@@ -10,6 +10,7 @@ from vlakeep.reporting.compare import Comparison
 from vlakeep.reporting.figures import Figure, css_name, inline_svg
 from vlakeep.reporting.page_style import style_sheet
 from vlakeep.reporting.provenance import changes_html, command_lines, provenance_html, reproduce, show_path
+from vlakeep.reporting.seeds import seeds_html
 from vlakeep.reporting.tables import chip, escape, status_badge
 
 ICON = "data:image/svg+xml,%3Csvg%20viewBox='0%200%208%208'/%3E"
@@ -21,6 +22,7 @@ def page(comparison: Comparison, figures: List[Figure], title: str, seconds: Opt
     three = [figure for figure in figures if not figure.narrow]
     sections = [
         ("comparison", "Comparison", _comparison(comparison)),
+        ("seeds", "Over seeds", seeds_html(comparison)),
         ("differences", "Differences, paired", _differences(comparison)),
         ("figures", "Success and forgetting", _figures(comparison, two, "two")),
         ("findings", "What helped and what hurt", _findings(comparison)),

@@ -1,10 +1,12 @@
 """Where the numbers come from: commits, versions, seeds, hardware, hashes, command lines; how to make them again."""
 
+import json
 import shlex
 from pathlib import Path
 from typing import Dict, List, Optional
 
 from vlakeep.core.errors import quoted
+from vlakeep.core.names import closed_name
 from vlakeep.reporting.arms import Arm
 from vlakeep.reporting.compare import Comparison, config_changes
 from vlakeep.reporting.tables import chip, escape, facts_html
@@ -109,11 +111,24 @@ def command_lines(comparison: Comparison) -> List[str]:
     return lines
 
 
+def closing_of(arm: Arm) -> Optional[dict]:
+    """The record of the closing pass that made the arm's adapter out of another run's; None for a run that was trained."""
+    folder = arm.folders.get("run")
+    path = folder / "closing.json" if folder is not None else None
+    return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else None
+
+
+def again_name(arm: Arm) -> str:
+    """What the arm's run is called when it is made again."""
+    closing = closing_of(arm)
+    return closed_name(f"{closing['run']}_again", closing["budget"]) if closing else f"{arm.run}_again"
+
+
 def reproduce(comparison: Comparison, root: Optional[Path]) -> List[str]:
     """Commands that make every number of this report again, from the configurations that the runs recorded."""
     lines = [f"export VLAKEEP_ROOT={quoted(root)}"] if root else []
     config = "CONFIG.yaml"
-    offline = False
+    offline, made = False, set()
     for arm in comparison.tuned:
         folder = arm.folders.get("run")
         if folder is None or not arm.config:
@@ -122,15 +137,22 @@ def reproduce(comparison: Comparison, root: Optional[Path]) -> List[str]:
         if arm.config.get("method") != "baseline" and not offline:
             lines.append(f"vlakeep offline --config {config}")
             offline = True
-        again = quoted(f"{folder.name}_again")
-        lines.append(f"vlakeep train --config {config} --name {again}")
-        lines.append(f"vlakeep evaluate --config {config} --evaluate.target {again}")
+        closing = closing_of(arm)
+        again = f"{closing['run'] if closing else arm.run}_again"
+        if again not in made:  # a run and its closed adapter are trained once
+            lines.append(f"vlakeep train --config {config} --name {quoted(again)}")
+        made.add(again)
+        if closing:
+            if arm.config.get("method") != "graded":
+                lines.append(f"vlakeep offline --config {config} --method graded")
+            lines.append(f"vlakeep export --config {config} --export.target {quoted(again)} --export.close_to {closing['budget']:g}")
+        lines.append(f"vlakeep evaluate --config {config} --evaluate.target {quoted(again_name(arm))}")
     if "base" in comparison.arms:
         lines.append(f"vlakeep evaluate --config {config} --evaluate.target base")
     runs = []
     for arm in comparison.arms.values():
         folder = arm.folders.get("run")
-        runs.append(arm.name if arm.name == "base" or folder is None else f"{arm.name}={folder.name}_again")
+        runs.append(arm.name if arm.name == "base" or folder is None else f"{arm.name}={again_name(arm)}")
     lines.append(f"vlakeep report --config {config} --runs {quoted(','.join(runs))}")
     return lines
 

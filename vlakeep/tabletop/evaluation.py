@@ -1,6 +1,5 @@
 """The tabletop as `vlakeep evaluate` plays it: skills in many tables at once, visual questions, the KL on frames of known skills."""
 
-from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
 from tqdm import tqdm
@@ -60,10 +59,6 @@ class Tabletop(Benchmark):
     def identity(self) -> Dict[str, Any]:
         """How long an episode of each skill may take."""
         return {"tabletop": {"max_steps": {skill: MAX_STEPS[skill] for skill in self.settings.skills or ALL_SKILLS}}}
-
-    @classmethod
-    def folder(cls, storage: Storage, benchmark: str, target: str) -> Path:
-        return storage.eval / target
 
     def play(self, target, records, folder) -> None:
         old_key = self.old_key(target.known) or target.key

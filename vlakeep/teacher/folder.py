@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, List, Sequence
 
+from vlakeep.core.log import log
 from vlakeep.core.storage import atomic_dir
 
 QUANTISATION = "none"  # of the base's weights; no others are loaded
@@ -61,11 +61,11 @@ def numeric_problems(folder: Path, meta: dict, dtype: str, quantisation: str = Q
 
 
 def note_attention(folder: Path, meta: dict, settings) -> None:
-    """Say on stderr when teacher and run use two attention implementations. They agree up to rounding, so that nothing is refused."""
+    """Warn when teacher and run use two attention implementations. They agree up to rounding, so that nothing is refused."""
     made = meta.get("attn_implementation", settings.attn_implementation)
     if made != settings.attn_implementation:
-        print(f"note: {folder} was made with attn_implementation {made}, this run uses {settings.attn_implementation}; they agree up to "
-              "rounding, which a divergence near zero shows", file=sys.stderr)
+        log.warning(f"note: {folder} was made with attn_implementation {made}, this run uses {settings.attn_implementation}; they agree up "
+                    "to rounding, which a divergence near zero shows")
 
 
 @dataclass
