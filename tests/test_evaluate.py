@@ -18,6 +18,7 @@ from vlakeep.data.sample import IGNORE_INDEX, Batch, Sample
 from vlakeep.evaluate import ActionPolicy, action_token_kl, load_target, run_evaluation
 from vlakeep.models.load import make_backbone
 from vlakeep.openvla.backbone import OpenVLABackbone
+from vlakeep.openvla.processor import Processor
 from vlakeep.probe.masks import mask_from_prompt
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.tabletop import benchmark as tabletop
@@ -219,11 +220,11 @@ def test_a_model_that_knows_the_answers_gets_them_right_and_one_that_avoids_them
     for kind in KINDS:
         for t in tabletop.question_trials(kind, 6, SEED):
             known[t.sample.image.tobytes(), t.sample.instruction] = (kind, t.trial, t.sample.answer)
-    original, asked = evaluate.encode_prompts, []
+    original, asked = Processor.encode_prompts, []
 
-    def encode(samples, processor, width=0):
+    def encode(self, samples, width=0):
         asked[:] = [known[s.image.tobytes(), s.instruction] for s in samples]
-        return original(samples, processor, width)
+        return original(self, samples, width)
 
     def generate(self, batch, max_new_tokens, stop_at_eos=True):
         right = [kind == "gripper" or trial % 2 == 0 for kind, trial, _ in asked]
@@ -234,7 +235,7 @@ def test_a_model_that_knows_the_answers_gets_them_right_and_one_that_avoids_them
         return ids_BT, torch.ones(len(rows), dtype=torch.bool)
 
     SeeingTheState(monkeypatch, lambda table: np.zeros((table.n, 7)))
-    monkeypatch.setattr(evaluate, "encode_prompts", encode)
+    monkeypatch.setattr(Processor, "encode_prompts", encode)
     monkeypatch.setattr(OpenVLABackbone, "generate", generate)
     rows, summary = evaluate_base(world, tmp_path, "--evaluate.questions", "[color,gripper]", "--evaluate.questions_per_kind", 6)
     assert summary["abilities"]["gripper"]["mean"] == 1.0 and summary["abilities"]["color"]["mean"] == 0.5
