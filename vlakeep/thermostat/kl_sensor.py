@@ -41,6 +41,7 @@ class KLSensor:
                 prefix = backbone.embed(batch)
                 if self._first:
                     prefix = prefix._replace(hidden_BSD=backbone.run_layers(prefix, stop=self._first))
+                # Row by row: batches are padded to their own longest prompt, and all rows to one width below.
                 hidden += list(prefix.hidden_BSD.cpu())
                 valid += list(prefix.attention_mask_BS.cpu())
         self._hidden_NSD, self._valid_NS = pad_sequence(hidden, batch_first=True), pad_sequence(valid, batch_first=True)
@@ -72,6 +73,7 @@ class KLSensor:
         """Weighted mean over the items; all ranks return rank 0's value. Synchronises once. Rounding below zero counts as zero."""
         each_N = self.per_item().double()
         value = broadcast_float((each_N if self._weights_N is None else each_N * self._weights_N).mean())
+        # Further below zero is no rounding: it is handed on, and the controller rejects it.
         return max(value, 0.0) if value > -1e-5 else value
 
 

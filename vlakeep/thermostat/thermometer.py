@@ -51,9 +51,11 @@ class Thermometer:
     @torch.no_grad()
     def measure(self, number: int) -> float:
         """Drift of the student now; all ranks return rank 0's value. Synchronises once."""
+        # From seed and number alone: a resumed run draws what the uninterrupted one would have drawn.
         rng = np.random.default_rng([self._seed, number])
         rows = torch.from_numpy(np.sort(rng.choice(len(self._hidden_NSD), self._draw, replace=False)))
         valid_NS = self._valid_NS[rows]
+        # The probe is padded to its longest prompt, a draw needs the width of its own longest.
         width = int(valid_NS.sum(1).max())
         device = self._backbone.device
         prefix = Prefix(self._hidden_NSD[rows, :width].to(device), valid_NS[:, :width].to(device))
