@@ -25,7 +25,7 @@ from vlakeep.data.sample import Batch
 from vlakeep.methods.baseline import Baseline
 from vlakeep.models.adapters import add_lora
 from vlakeep.models.load import make_backbone
-from vlakeep.openvla.backbone import Backbone
+from vlakeep.openvla.backbone import OpenVLABackbone
 from vlakeep.openvla.format import write_checkpoint
 from vlakeep.parity.golden_weights import golden_backbone
 from vlakeep.train import make_optimizer, train_step
@@ -43,7 +43,7 @@ EDITS = {
 }
 
 
-def write_golden_checkpoint(golden: Path, tokenizer: Path, folder: Path) -> Backbone:
+def write_golden_checkpoint(golden: Path, tokenizer: Path, folder: Path) -> OpenVLABackbone:
     """The golden model with its formula weights as a folder that both sides load."""
     backbone = golden_backbone(golden / "fused_tiny")
     config = dict(backbone.config)

@@ -21,8 +21,9 @@ import torch
 from vlakeep.core.config import load_config
 from vlakeep.core.storage import Storage, pick_root
 from vlakeep.export import run_export
+from vlakeep.models.files import INDEX, write_json
 from vlakeep.offline import run_offline
-from vlakeep.openvla.format import INDEX, complete_config, write_json, write_sidecars
+from vlakeep.openvla.format import complete_config, write_sidecars
 from vlakeep.openvla.model import OpenVLA, parameters_on_meta
 from vlakeep.parity.verify_openvla import SEVEN_B
 from vlakeep.tabletop.data import write_tabletop_data

@@ -131,7 +131,6 @@ def divergence_on_probe(config, storage, job, device, cell, load_target) -> dict
     import torch
 
     from vlakeep.core.parallel import pick_device
-    from vlakeep.data.prompts import encode_prompts
     from vlakeep.methods import graded_offline
     from vlakeep.probe.probe_set import ProbeSet
     from vlakeep.teacher.artifact import load_artifact
@@ -143,7 +142,7 @@ def divergence_on_probe(config, storage, job, device, cell, load_target) -> dict
         return {}
     answered, items = load_artifact(folder).answers()
     probe = ProbeSet(storage.probe_folder(config.probe.name))
-    each = KLSensor(backbone, answered, batched(probe.samples(items), backbone.processor, encode_prompts, 32), 32).per_item().cpu()
+    each = KLSensor(backbone, answered, batched(probe.samples(items), backbone.processor, 32), 32).per_item().cpu()
     asked = torch.tensor([probe.items[i]["question"] for i in items])
     return {"kl": float(each.mean()), "kl_actions": float(each[~asked].mean()), "kl_questions": float(each[asked].mean())}
 

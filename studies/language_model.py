@@ -44,10 +44,10 @@ from vlakeep.methods.baseline import Baseline
 from vlakeep.methods.graded import Graded
 from vlakeep.methods.graded_offline import split_items
 from vlakeep.models.adapters import adapters_disabled, attach_lora
-from vlakeep.openvla.backbone import LossOutput, Prefix
+from vlakeep.models.base import LossOutput, Prefix
+from vlakeep.openvla.backbone import OpenVLABackbone
 from vlakeep.openvla.model import layer_interface
 from vlakeep.teacher.answers import TOP, Answered, Part, divergence, logits_at, run_below, split_log_probabilities, teacher_answers
-from vlakeep.teacher.collect import input_key
 from vlakeep.teacher.coverage import input_moments
 from vlakeep.teacher.spectrum import Spectrum, spectrum
 from vlakeep.thermostat.kl_sensor import KLSensor
@@ -91,52 +91,54 @@ def make_jobs(what: str) -> list:
 class LanguageModel(nn.Module):
     """A causal language model as the method sees a backbone: decoder layers on a prefix, no pictures."""
 
-    num_patches = 0
+    input_key = staticmethod(OpenVLABackbone.input_key)  # the linears of Llama, which are those of this model
 
     def __init__(self, causal: nn.Module):
         super().__init__()
         self.model, self.lora = causal, None
-        causal.norm = causal.model.norm  # where the sensor looks for the final norm
 
     @property
-    def openvla(self) -> nn.Module:
-        """The causal language model inside, with or without adapters, under the name that the method's modules know."""
+    def network(self) -> nn.Module:
+        """The causal language model inside, with or without adapters."""
         return self.model.get_base_model() if self.lora else self.model
 
     @property
     def device(self) -> torch.device:
-        return self.openvla.lm_head.weight.device
+        return self.network.lm_head.weight.device
 
     @property
     def num_layers(self) -> int:
-        return len(self.openvla.model.layers)
+        return len(self.network.model.layers)
 
     def linears(self) -> Dict[str, nn.Module]:
         """All linears of the decoder layers, named like layers.3.self_attn.q_proj."""
-        return {f"layers.{number}.{name}": linear for number, layer in enumerate(self.openvla.model.layers)
+        return {f"layers.{number}.{name}": linear for number, layer in enumerate(self.network.model.layers)
                 for name, linear in layer.named_modules() if isinstance(linear, nn.Linear)}
 
     def adapted_linears(self) -> Dict[str, nn.Module]:
-        return {name[len("model."):]: self.openvla.get_submodule(name) for name in (self.lora.targets if self.lora else [])}
+        return {name[len("model."):]: self.network.get_submodule(name) for name in (self.lora.targets if self.lora else [])}
 
     def first_adapted_layer(self) -> int:
         return 0
 
-    def text_index(self, length: int) -> torch.Tensor:
+    def text_columns(self, prefix: Prefix, length: int) -> torch.Tensor:
         return torch.arange(length, device=self.device)
 
+    def norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.network.model.norm(hidden)
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.openvla.lm_head(hidden)
+        return self.network.lm_head(hidden)
 
     def embed(self, batch: Batch) -> Prefix:
-        return Prefix(self.openvla.model.embed_tokens(batch.input_ids.to(self.device)), batch.attention_mask.bool().to(self.device))
+        return Prefix(self.network.model.embed_tokens(batch.input_ids.to(self.device)), batch.attention_mask.bool().to(self.device))
 
     def run_layers(self, prefix: Prefix, start: int = 0, stop: int = 0) -> torch.Tensor:
         """The padding stands behind the text, where no token of it looks under the causal mask; so none is needed for it."""
-        hidden_BSD, body = prefix.hidden_BSD, self.openvla.model
+        hidden_BSD, body = prefix.hidden_BSD, self.network.model
         positions_1S = torch.arange(hidden_BSD.shape[1], device=hidden_BSD.device)[None]
         rotation = {}
-        if layer_interface(self.openvla)[1]:  # older versions of transformers make it inside the layers
+        if layer_interface(self.network)[1]:  # older versions of transformers make it inside the layers
             rotation["position_embeddings"] = body.rotary_emb(hidden_BSD, positions_1S)
         for layer in body.layers[start:stop]:
             out = layer(hidden_BSD, attention_mask=None, position_ids=positions_1S, **rotation)
@@ -146,7 +148,7 @@ class LanguageModel(nn.Module):
     def forward(self, batch: Batch) -> LossOutput:
         hidden_BLD = self.run_layers(self.embed(batch), stop=self.num_layers)
         keep_BL = batch.labels[:, 1:] != IGNORE_INDEX
-        logits_NV = self.logits(self.openvla.norm(hidden_BLD[:, :-1][keep_BL])).float()
+        logits_NV = self.logits(self.norm(hidden_BLD[:, :-1][keep_BL])).float()
         labels_N = batch.labels[:, 1:][keep_BL]
         return LossOutput(F.cross_entropy(logits_NV, labels_N), keep_BL.sum(), (logits_NV.argmax(-1) == labels_N).sum(),
                           hidden_BLD.detach().float().norm(dim=-1)[batch.attention_mask].mean())
@@ -164,6 +166,12 @@ def batch_of(rows: List[List[int]], starts: List[int]) -> Batch:
     column_1L, length_B1 = torch.arange(ids_BL.shape[1])[None], torch.tensor([len(row) for row in rows])[:, None]
     asked_BL = (column_1L >= torch.tensor(starts)[:, None]) & (column_1L < length_B1)
     return Batch(ids_BL, column_1L < length_B1, ids_BL.masked_fill(~asked_BL, IGNORE_INDEX), None, [""] * len(rows), first_label=1)
+
+
+def last_layer(model: LanguageModel, batch: Batch) -> Prefix:
+    """What the last layer gives, before the final norm."""
+    prefix = model.embed(batch)
+    return prefix.with_hidden(model.run_layers(prefix, stop=model.num_layers))
 
 
 def to_device(batch: Batch, device) -> Batch:
@@ -192,7 +200,7 @@ class Items(NamedTuple):
         return teacher_answers(model, self.parts(model), 0)
 
     def sensor(self, model: LanguageModel, answered: Answered) -> KLSensor:
-        return KLSensor(model, answered, itertools.repeat(None), 16)
+        return KLSensor(model, answered, itertools.repeat(batch_of([[0]], [1])), 16)  # nothing is seen beside the text
 
 
 def passages_of(rows) -> Items:
@@ -224,7 +232,7 @@ class Probe:
     @cached_property
     def spectra(self) -> Dict[str, Spectrum]:
         """Called before there are adapters: the linears are those of the teacher."""
-        moments = input_moments(self._model, self.fit.parts(self._model), None, 0, self._model.linears(), input_key)
+        moments = input_moments(self._model, self.fit.parts(self._model), None, 0, self._model.linears(), self._model.input_key)
         return {key: spectrum(moments.pop(key), self._columns) for key in sorted(moments)}
 
     @cached_property
@@ -248,10 +256,10 @@ class Distilled(Baseline):
         rows = torch.randint(len(self._probe.fit.rows), (self._size,), generator=self._draw)
         answered = Answered(*[value[rows].to(self._model.device) for value in self._answered])
         batch = batch_of([self._probe.fit.rows[i] for i in rows], [1] * len(rows))
-        hidden_BSD = self._model.run_layers(self._model.embed(batch), stop=self._model.num_layers)
+        last = last_layer(self._model, batch)
         steps = int(answered.count_N.max())
         short = answered._replace(**{name: getattr(answered, name)[:, :steps] for name in ("top_NTK", "log_p_NTK", "log_rest_NT")})
-        return self._weight * divergence(short, logits_at(self._model, hidden_BSD, batch.input_ids.shape[1], short.start_N, steps)).mean()
+        return self._weight * divergence(short, logits_at(self._model, last, batch.input_ids.shape[1], short.start_N, steps)).mean()
 
 
 # Training and evaluation of one arm
@@ -303,8 +311,8 @@ def score(model: LanguageModel, pairs, size: int = 64) -> Dict[str, torch.Tensor
         part = pairs[first:first + size]
         batch = batch_of([a + b for a, b in part], [len(a) for a, _ in part])
         starts_N, counts_N = torch.tensor([len(a) for a, _ in part]), torch.tensor([len(b) for _, b in part])
-        hidden_BSD = model.run_layers(model.embed(batch), stop=model.num_layers)
-        log_p_NTV = logits_at(model, hidden_BSD, batch.input_ids.shape[1], starts_N, int(counts_N.max())).float().log_softmax(-1)
+        last = last_layer(model, batch)
+        log_p_NTV = logits_at(model, last, batch.input_ids.shape[1], starts_N, int(counts_N.max())).float().log_softmax(-1)
         answer_NT = pad_sequence([torch.tensor(b) for _, b in part], batch_first=True).to(model.device)
         mask_NT = torch.arange(answer_NT.shape[1], device=model.device) < counts_N[:, None].to(model.device)
         found["log_p"].append((log_p_NTV.gather(-1, answer_NT[..., None])[..., 0] * mask_NT).sum(1).cpu())
@@ -316,7 +324,7 @@ def score(model: LanguageModel, pairs, size: int = 64) -> Dict[str, torch.Tensor
 def log_p(model: LanguageModel, batch: Batch, keep_BL: torch.Tensor) -> torch.Tensor:
     """Log-probabilities [N, V] of the tokens behind the kept positions."""
     hidden_BLD = model.run_layers(model.embed(batch), stop=model.num_layers)[:, :-1]
-    return model.logits(model.openvla.norm(hidden_BLD[keep_BL])).float().log_softmax(-1)
+    return model.logits(model.norm(hidden_BLD[keep_BL])).float().log_softmax(-1)
 
 
 @torch.no_grad()

@@ -10,15 +10,15 @@ from safetensors.torch import load_file, save_file
 
 from vlakeep.core.config import BackboneConfig
 from vlakeep.core.errors import CheckpointError
-from vlakeep.data.prompts import encode_batch, encode_prompts
 from vlakeep.data.sample import IGNORE_INDEX, Batch, Sample
+from vlakeep.models.base import EarlyStop
+from vlakeep.models.files import weights_hash
 from vlakeep.models.load import make_backbone
 from vlakeep.models.merge import save_checkpoint
-from vlakeep.openvla import format as checkpoint_format
 from vlakeep.openvla.action_tokenizer import ActionTokenizer
-from vlakeep.openvla.backbone import EarlyStop
-from vlakeep.openvla.format import init_checkpoint, weights_hash
+from vlakeep.openvla.format import init_checkpoint
 from vlakeep.openvla.processor import ImageProcessor, Processor
+from vlakeep.openvla.prompts import encode_batch, encode_prompts
 from vlakeep.openvla.tiny import build_tiny_tokenizer
 
 VOCABULARY = 704
@@ -248,12 +248,13 @@ def test_a_range_of_layers_can_be_run_by_itself(backbone):
     with torch.no_grad():
         prefix, states = backbone.embed(batch), backbone.hidden_states(batch)
         middle = backbone.run_layers(prefix, stop=2)
-        end = backbone.run_layers(prefix._replace(hidden_BSD=middle), start=2)
-        normed = backbone.run_layers(prefix._replace(hidden_BSD=end), start=3, stop=3)
+        end = backbone.run_layers(prefix.with_hidden(middle), start=2)
+        normed = backbone.run_layers(prefix.with_hidden(end), start=3, stop=3)
     valid = prefix.attention_mask_BS
     assert torch.allclose(middle[valid], states[2][valid], atol=1e-6) and torch.allclose(end[valid], states[3][valid], atol=1e-6)
     assert torch.equal(normed, end)
-    assert torch.equal(backbone.to_text_positions(states[0], batch), backbone.language_model.model.embed_tokens(batch.input_ids))
+    text = states[0][:, backbone.text_columns(prefix, batch.input_ids.shape[1])]
+    assert torch.equal(text, backbone.language_model.model.embed_tokens(batch.input_ids))
     with pytest.raises(ValueError, match="layers 0 to 2"):
         backbone.run_layers(prefix, start=1, stop=4)
 
@@ -324,7 +325,7 @@ def test_a_saved_checkpoint_is_the_same_model(backbone, folder, tmp_path):
 
 
 def test_shards_and_types(backbone, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint_format, "MAX_SHARD", 400_000)
+    monkeypatch.setattr("vlakeep.models.files.MAX_SHARD", 400_000)
     save_checkpoint(backbone, tmp_path)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2 and not (tmp_path / "model.safetensors").exists()

@@ -13,16 +13,16 @@ from vlakeep.core.config import load_config
 from vlakeep.core.errors import CheckpointError
 from vlakeep.core.schema import ConfigError
 from vlakeep.core.target import target_checkpoint
-from vlakeep.data.prompts import encode_prompts
 from vlakeep.evaluate import load_target
 from vlakeep.export import offline_command, run_export
 from vlakeep.methods import closing_pass, graded_offline
 from vlakeep.models.adapters import adapters_disabled, load_adapter
 from vlakeep.models.load import make_backbone
 from vlakeep.offline import run_offline
+from vlakeep.openvla.prompts import encode_prompts
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.teacher import artifact, closing
-from vlakeep.teacher.collect import input_key, token_moments, with_own_answers
+from vlakeep.teacher.collect import token_moments, with_own_answers
 from vlakeep.train import run_training
 
 # The formula
@@ -141,10 +141,10 @@ def test_the_divergence_falls_as_mu_grows(student):
     backbone, old, new, sensor, own = student
     before, found = sensor.measure(), []
     for mu in (0.3, 10.0, 300.0, 1e4, 1e6):
-        closing.sweep(backbone, old, new, own, mu, input_key)
+        closing.sweep(backbone, old, new, own, mu, backbone.input_key)
         found.append(sensor.measure())
     assert before > found[0] and found == sorted(found, reverse=True) and found[-1] < 1e-3 * before
-    closing.sweep(backbone, old, new, own, 0.0, input_key)
+    closing.sweep(backbone, old, new, own, 0.0, backbone.input_key)
     assert as_trained(backbone, own) and sensor.measure() == before
 
 
@@ -153,7 +153,7 @@ def test_each_layer_is_closed_for_what_reaches_it_when_those_before_are_closed(r
     config, storage = run
     backbone, old, new, _, own = student
     try:
-        closing.sweep(backbone, old, new, own, 2.0, input_key)
+        closing.sweep(backbone, old, new, own, 2.0, backbone.input_key)
         linears = {name: linear for name, linear in backbone.adapted_linears().items() if name.startswith("layers.4.")}
         found = {name: linear.lora_A["default"].weight.detach().clone() for name, linear in linears.items()}
         probe = ProbeSet(storage.probe_folder("tabletop"))
@@ -161,23 +161,23 @@ def test_each_layer_is_closed_for_what_reaches_it_when_those_before_are_closed(r
         fit, _ = graded_offline.split_items(items, probe.kinds(items), config.gains.holdout)
         prompts = encode_prompts(probe.samples(fit), backbone.processor)
         with adapters_disabled(backbone):
-            asked = with_own_answers(backbone, prompts, graded_offline.ANSWER_TOKENS)
+            asked = with_own_answers(backbone, prompts, backbone.answer_tokens)
         closed_A = {name: linear.lora_A["default"].weight.detach().clone() for name, linear in backbone.adapted_linears().items()}
         with torch.no_grad():  # the student answers as it was trained
             for name, linear in backbone.adapted_linears().items():
                 linear.lora_A["default"].weight.copy_(own[name])
             samples = closing_pass._new_samples(config, storage, backbone)
-            batches = [with_own_answers(backbone, encode_prompts(samples[i:i + 16], backbone.processor), graded_offline.ANSWER_TOKENS)
+            batches = [with_own_answers(backbone, encode_prompts(samples[i:i + 16], backbone.processor), backbone.answer_tokens)
                        for i in (0, 16, 32)]
             for name, linear in backbone.adapted_linears().items():
                 linear.lora_A["default"].weight.copy_(own[name] if name in linears else closed_A[name])
         C_new, C_probe = token_moments(backbone, batches, linears), token_moments(backbone, [asked], linears)
         for name, A_RD in found.items():
-            C, P = C_new[input_key(name)].double(), C_probe[input_key(name)].double()
+            C, P = C_new[backbone.input_key(name)].double(), C_probe[backbone.input_key(name)].double()
             dense = own[name].double() @ C @ torch.linalg.inv(C + 2.0 * P + 1e-7 * (C + 2.0 * P).trace() * torch.eye(len(C)))
             assert torch.allclose(A_RD.double(), dense, atol=2e-3 * float(dense.abs().max())), name
     finally:
-        closing.sweep(backbone, old, new, own, 0.0, input_key)
+        closing.sweep(backbone, old, new, own, 0.0, backbone.input_key)
 
 
 # The export
@@ -188,7 +188,7 @@ def exact_divergence(teacher, model, probe, items):
     found = []
     for item in items:
         batch = encode_prompts(probe.samples([item]), teacher.processor)
-        tokens = with_own_answers(teacher, batch, graded_offline.ANSWER_TOKENS).input_ids[:, batch.input_ids.shape[1]:]
+        tokens = with_own_answers(teacher, batch, teacher.answer_tokens).input_ids[:, batch.input_ids.shape[1]:]
         p, q = (m.log_probabilities_of_continuation(batch, tokens).double() for m in (teacher, model))
         found.append(float((p.exp() * (p - q)).sum(-1).mean()))
     kinds = probe.kinds(items)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from vlakeep.data import prompts
 from vlakeep.data.sample import IGNORE_INDEX, Row, Sample
+from vlakeep.openvla import prompts
 from vlakeep.openvla.processor import Processor
 from vlakeep.openvla.tiny import build_tiny_tokenizer
 

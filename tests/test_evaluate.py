@@ -17,7 +17,7 @@ from vlakeep.core.errors import CheckpointError
 from vlakeep.data.sample import IGNORE_INDEX, Batch, Sample
 from vlakeep.evaluate import ActionPolicy, action_token_kl, load_target, run_evaluation
 from vlakeep.models.load import make_backbone
-from vlakeep.openvla.backbone import Backbone
+from vlakeep.openvla.backbone import OpenVLABackbone
 from vlakeep.probe.masks import mask_from_prompt
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.tabletop import benchmark as tabletop
@@ -235,7 +235,7 @@ def test_a_model_that_knows_the_answers_gets_them_right_and_one_that_avoids_them
 
     SeeingTheState(monkeypatch, lambda table: np.zeros((table.n, 7)))
     monkeypatch.setattr(evaluate, "encode_prompts", encode)
-    monkeypatch.setattr(Backbone, "generate", generate)
+    monkeypatch.setattr(OpenVLABackbone, "generate", generate)
     rows, summary = evaluate_base(world, tmp_path, "--evaluate.questions", "[color,gripper]", "--evaluate.questions_per_kind", 6)
     assert summary["abilities"]["gripper"]["mean"] == 1.0 and summary["abilities"]["color"]["mean"] == 0.5
     assert [row["success"] for row in rows if row["ability"] == "color"] == [True, False] * 3
@@ -251,7 +251,7 @@ def test_an_answer_of_several_words_is_read_whole(models, monkeypatch):
     def generate(self, batch, max_new_tokens, stop_at_eos=True):
         return torch.tensor([ids[:max_new_tokens]]), torch.ones(1, dtype=torch.bool)
 
-    monkeypatch.setattr(Backbone, "generate", generate)
+    monkeypatch.setattr(OpenVLABackbone, "generate", generate)
     sample = Sample(np.zeros((64, 64, 3), np.uint8), "what is there", question=True)
     assert evaluate.answer_questions(backbone, [sample]) == [words]
 
@@ -294,7 +294,7 @@ def test_a_negative_kl_is_rounding_or_an_error(monkeypatch):
     frames = tabletop.retention_frames(2, 3)
     for excess, sound in ((3e-7, True), (1e-3, False)):  # of the student's log-probabilities, which then are none
         answers = iter([torch.full((2, 7, 4), 0.25).log(), torch.full((2, 7, 4), 0.25).log() + excess])
-        monkeypatch.setattr(Backbone, "log_probabilities_of_continuation", lambda self, batch, tokens, answers=answers: next(answers))
+        monkeypatch.setattr(OpenVLABackbone, "log_probabilities_of_continuation", lambda *_, answers=answers: next(answers))
         if sound:
             assert action_token_kl(base, frames).tolist() == [0.0, 0.0]
         else:

@@ -17,7 +17,6 @@ from conftest import BASELINE
 
 from vlakeep import evaluate
 from vlakeep.data.images import center_crop, libero_image
-from vlakeep.data.prompts import encode_prompts
 from vlakeep.data.sample import Episode, Sample
 from vlakeep.data.writer import write_rlds
 from vlakeep.libero import benchmark as libero
@@ -26,6 +25,7 @@ from vlakeep.libero.workers import Workers
 from vlakeep.models import alarms as safeguards
 from vlakeep.models.adapters import load_adapter
 from vlakeep.models.load import make_backbone
+from vlakeep.openvla.prompts import encode_prompts
 from vlakeep.probe.probe_set import write_probe
 from vlakeep.tabletop.benchmark import question_trials
 from vlakeep.train import run_training

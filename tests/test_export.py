@@ -47,7 +47,7 @@ def test_adapter_and_merged_model_give_the_same_actions(run):
 
 def test_shards_are_those_of_the_official_index(run, monkeypatch):
     config, storage = run
-    monkeypatch.setattr(merge, "MAX_SHARD", 2_000_000)
+    monkeypatch.setattr("vlakeep.models.files.MAX_SHARD", 2_000_000)
     config.export.dtype, config.export.folder = "stored", str(storage.runs / "merged-shards")
     folder = run_export(config, storage)
     index = json.loads((folder / "model.safetensors.index.json").read_text())

@@ -16,7 +16,6 @@ from torch import nn
 
 from vlakeep.core.config import Config
 from vlakeep.core.rundir import read_metrics
-from vlakeep.data.prompts import encode_prompts
 from vlakeep.evaluate import action_token_kl, load_target
 from vlakeep.hsw import graded
 from vlakeep.hsw.graded import GradedInput, GradedSite
@@ -25,10 +24,11 @@ from vlakeep.methods import graded_offline
 from vlakeep.models.adapters import adapters_disabled, attach_lora, select_linears, target_modules
 from vlakeep.models.load import make_backbone
 from vlakeep.offline import run_offline
+from vlakeep.openvla.prompts import encode_prompts
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.teacher import artifact, coverage
 from vlakeep.teacher.answers import Answered, divergence, run_below, split_log_probabilities, teacher_answers
-from vlakeep.teacher.collect import input_key, token_moments, with_own_answers
+from vlakeep.teacher.collect import token_moments, with_own_answers
 from vlakeep.teacher.spectrum import Spectrum, gains, spectrum
 from vlakeep.thermostat.kl_sensor import KLSensor, batched
 from vlakeep.thermostat.setpoint import SetPoint, SetPointController, replay, settle
@@ -80,6 +80,44 @@ def test_effective_weight_and_gradient_are_those_of_the_formula(monkeypatch, den
     effective = a.weight.detach().clone()
     site.detach()
     assert torch.equal(linear.lora_A["default"].weight, effective)
+
+
+@pytest.mark.parametrize("dense", [1024, 0])
+def test_contractions_of_one_shape_at_once_are_those_one_by_one(monkeypatch, dense):
+    """q, k and v of two layers, each layer's reading one input, and an output projection with a spectrum that is not whole."""
+    monkeypatch.setattr(graded, "DENSE", dense)
+    inputs = {"0": random_spectrum(seed=0)[0], "1": random_spectrum(seed=1)[0]}
+    whole = random_spectrum(seed=2)[0]
+    inputs["o"] = Spectrum(whole.vectors[:, :9].contiguous(), whole.values[:9], float(whole.values[9:].mean()))
+
+    def gradients(batched):
+        linears = {f"{key}{leaf}": layer(seed=number) for number, (key, leaf) in enumerate(
+            [("0", "q"), ("0", "k"), ("1", "q"), ("1", "k"), ("o", "")])}
+        spaces = {key: GradedInput(one, torch.device("cpu")) for key, one in inputs.items()}
+        site = GradedSite(linears, {name: spaces[name[0]] for name in linears}, dict.fromkeys(linears, 0.5), 1.5, 7.0, batched)
+        for opening in (0.3, 0.01):  # the second finds the places of the first
+            site.set_opening(opening)
+            assert linears["0q"].lora_A["default"].weight.shape == (4, 24)
+        site.meter.start(True)
+        used = list(linears.items())[1:]  # one takes no part
+        for _ in range(2):  # two micro-batches
+            sum((one.lora_A["default"].weight * torch.arange(24.0)).sum() * (number + 1) for number, (_, one) in enumerate(used)).backward()
+        found = {name: one.lora_A["default"].parametrizations.weight.original.grad for name, one in linears.items()}
+        values = {name: one.lora_A["default"].weight.detach().clone() for name, one in linears.items()}
+        norms = {name: float(norm) for name, norm in site.update_norms().items()}
+        read = site.meter.read()
+        site.detach()
+        assert all(torch.equal(one.lora_A["default"].weight, values[name]) for name, one in linears.items())
+        return found, values, norms, read
+
+    (together, values, norms, read), (single, wanted, own, seen) = gradients(True), gradients(False)
+    assert together["0q"] is None and single["0q"] is None
+    for name in wanted:
+        assert torch.allclose(values[name], wanted[name], atol=1e-4), name
+        assert norms[name] == pytest.approx(own[name], rel=1e-5)
+        if name != "0q":
+            assert torch.allclose(together[name], single[name], rtol=1e-4, atol=1e-3), name
+    assert read == pytest.approx(seen, rel=1e-4)
 
 
 def test_gains_fall_with_energy_rise_with_the_opening_and_stay_within_one():
@@ -187,18 +225,18 @@ def test_the_sensor_is_zero_for_the_teacher_and_the_divergence_for_a_student(wor
     probe = ProbeSet(world[0].probe_folder("tabletop"))
     answered, items = artefact.answers()
     processor = student.processor
-    sensor = KLSensor(student, answered, batched(probe.samples(items), processor, encode_prompts, 7), 7)
+    sensor = KLSensor(student, answered, batched(probe.samples(items), processor, 7), 7)
     with adapters_disabled(student):
         assert abs(float(sensor.per_item().abs().max())) < 1e-6
     found = sensor.per_item().double()
     weights = torch.linspace(0.5, 1.5, len(items))
-    heavy = KLSensor(student, answered, batched(probe.samples(items), processor, encode_prompts, 7), 7, weights)
+    heavy = KLSensor(student, answered, batched(probe.samples(items), processor, 7), 7, weights)
     assert heavy.measure() == pytest.approx(float((found * weights).mean()), rel=1e-4) != pytest.approx(sensor.measure(), rel=1e-3)
     assert 1e-4 < float(found.mean()) and bool((found > -1e-6).all())
     for row, item in list(enumerate(items))[::4]:  # one prompt at a time, whole vocabulary, the whole model
         batch = encode_prompts(probe.samples([item]), processor)
         with adapters_disabled(student):
-            whole = with_own_answers(student, batch, graded_offline.ANSWER_TOKENS)
+            whole = with_own_answers(student, batch, student.answer_tokens)
             tokens = whole.input_ids[:, batch.input_ids.shape[1]:]
             teacher = student.log_probabilities_of_continuation(batch, tokens).double()
         own = student.log_probabilities_of_continuation(batch, tokens).double()
@@ -212,7 +250,7 @@ def test_the_sensor_agrees_with_evaluation_on_action_prompts(world, student):
     with adapters_disabled(student):
         own = teacher_answers(student, run_below(student, graded_offline.answered_samples(student, samples, 3), 2), 2)
     assert own.count_N.tolist() == [8] * 6
-    found = KLSensor(student, own, batched(samples, student.processor, encode_prompts, 3), 3).per_item()
+    found = KLSensor(student, own, batched(samples, student.processor, 3), 3).per_item()
     wanted = action_token_kl(student, samples)
     assert 8 * float(found.mean()) == pytest.approx(7 * float(wanted.mean()), rel=0.05)
 
@@ -235,9 +273,9 @@ def test_artefact_spectra_are_those_of_the_inputs_and_the_probe_is_split(world, 
     for item, kind in zip(fit, probe.kinds(fit)):
         whole, = [w for _, w in graded_offline.answered_samples(backbone, probe.samples([item]), 1)]
         share = int(whole.attention_mask.sum() + backbone.num_patches) / number[kind]
-        moment, tokens = moment + share * token_moments(backbone, [whole], linears)[input_key(name)].double(), tokens + share
+        moment, tokens = moment + share * token_moments(backbone, [whole], linears)[backbone.input_key(name)].double(), tokens + share
     moment = moment / tokens
-    one = artefact.spectra()[input_key(name)]
+    one = artefact.spectra()[backbone.input_key(name)]
     vectors = one.vectors.double()
     again = (vectors * one.values.double()) @ vectors.T
     assert float((again - moment).norm() / moment.norm()) < 1e-4
@@ -248,7 +286,8 @@ def test_artefact_spectra_are_those_of_the_inputs_and_the_probe_is_split(world, 
     assert any(group.startswith("held out:") for group in report) and "new:tabletop_corner" in report
     # The energy of a group along the directions, by the moment of its inputs.
     new = graded_offline.new_samples(config, storage, (64, 64))["tabletop_corner"]
-    other = token_moments(backbone, [w for _, w in graded_offline.answered_samples(backbone, new, 9)], linears)[input_key(name)].double()
+    wholes = [w for _, w in graded_offline.answered_samples(backbone, new, 9)]
+    other = token_moments(backbone, wholes, linears)[backbone.input_key(name)].double()
     stored = load_file(artefact.folder / "energy.safetensors")[f"new:tabletop_corner/{name}"]
     assert torch.allclose(stored[:-1], (vectors.T @ other @ vectors).diagonal(), rtol=1e-3, atol=1e-6 * float(other.trace()))
 
@@ -305,8 +344,18 @@ def test_an_artefact_of_something_else_is_refused(artefact):
                 section={"columns": 1024, "holdout": 0.2, "balance": True})
     assert artifact.check(artefact, **good) == []
     for key, value in (("weights_hash", "x"), ("probe_hash", "x"), ("probe_size", 9), ("depth", 7), ("dtype", "bfloat16"),
-                       ("section", {"columns": 5, "holdout": 0.2})):
+                       ("quantisation", "4bit"), ("section", {"columns": 5, "holdout": 0.2})):
         assert len(artifact.check(artefact, **dict(good, **{key: value}))) == 1, key
+
+
+def test_another_attention_is_said_and_refuses_nothing(world, artefact, capsys):
+    storage, make_config = world
+    meta = artefact.meta
+    assert (meta["dtype"], meta["quantisation"], meta["attn_implementation"]) == ("float32", "none", "sdpa")
+    for attention, told in (("sdpa", False), ("eager", True)):
+        config = make_config(GRADED, "--backbone.attn_implementation", attention)
+        graded_method.Graded.prepare(config, storage, make_backbone(config.backbone, "cpu", storage.cache))
+        assert (f"was made with attn_implementation sdpa, this run uses {attention}" in capsys.readouterr().err) == told
 
 
 def test_preflight_looks_at_this_methods_artefact(world, artefact, tmp_path):
@@ -466,7 +515,7 @@ def test_the_adapter_that_is_left_is_the_one_that_was_measured(world, artefact, 
     assert rule is not settle or last["settled_kl"] <= 1e-5
     backbone = load_target(config, storage, "cpu")[0]
     probe, (answered, items) = ProbeSet(storage.probe_folder(config.probe.name)), artefact.answers()
-    sensor = KLSensor(backbone, answered, batched(probe.samples(items), backbone.processor, encode_prompts, 8), 8)
+    sensor = KLSensor(backbone, answered, batched(probe.samples(items), backbone.processor, 8), 8)
     count = min(config.thermostat.batch_size, len(items))
     chosen = [i * len(items) // count for i in range(count)]
     each = sensor.per_item()[chosen].double().cpu()

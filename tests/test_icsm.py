@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import METHOD
 
+from vlakeep.openvla.backbone import OpenVLABackbone
 from vlakeep.teacher import icsm_artifact as artifact
-from vlakeep.teacher.collect import input_key, pooled_states, token_moments, with_own_answers
+from vlakeep.teacher.collect import pooled_states, token_moments, with_own_answers
 from vlakeep.teacher.decompose import pooled_candidates, token_bases
 from vlakeep.teacher.sensitivity import measured_positions, order_by_fragility, sensitivities
 
@@ -50,10 +51,11 @@ def test_a_large_fragile_share_is_kept_as_its_complement():
 def test_passes_stay_below_the_memory_and_keep_shared_inputs_together():
     from vlakeep.teacher.collect import passes
     linears = {f"layers.{i}.{name}": torch.nn.Linear(64, 8) for i in range(3) for name in ("self_attn.q_proj", "self_attn.v_proj")}
-    groups = passes(linears, 2 * 4 * 64**2)
+    groups = passes(linears, 2 * 4 * 64**2, OpenVLABackbone.input_key)
     assert [sorted(g) for g in groups] == [[f"layers.{i}.self_attn.{n}" for i in (a, b) if i < 3 for n in ("q_proj", "v_proj")]
                                            for a, b in ((0, 1), (2, 3))]
-    assert len(passes(linears, 1)) == 3 and len(passes(linears, 1e9)) == 1
+    alone, together = (passes(linears, limit, OpenVLABackbone.input_key) for limit in (1, 1e9))
+    assert len(alone) == 3 and len(together) == 1
 
 
 def test_order_puts_the_most_fragile_first():
@@ -86,14 +88,13 @@ def teacher(world):
 @pytest.mark.parametrize("offset", [1, 3])
 def test_sensitivity_from_cached_activations_is_the_full_forward(teacher, offset):
     """The upper layers re-run from the cache, against the whole model run again with the perturbation put in by a hook."""
-    from vlakeep.openvla.backbone import sequence_mask
     backbone, batches = teacher
     layer = backbone.num_layers - offset
     directions = torch.linalg.qr(torch.randn(backbone.hidden_size, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
     got = sensitivities(backbone, batches(), layer, directions, step=0.5)
     (batch, mask_BL), = batches()
-    mask_BS = sequence_mask(mask_BL, backbone.num_patches)
     prefix = backbone.embed(batch)
+    mask_BS = backbone.sequence_mask(prefix, mask_BL)
     where = measured_positions(mask_BS, prefix.attention_mask_BS)
     with torch.no_grad():
         clean = torch.log_softmax(backbone.logits(backbone.run_layers(prefix)[where]), -1)
@@ -163,7 +164,7 @@ def test_token_moments_count_valid_tokens_only_and_share_inputs(teacher):
     handle.remove()
     x = caught["x"][prefix.attention_mask_BS.bool()]
     assert torch.allclose(moments[f"layers.{last}.mlp.down_proj"], x.T @ x / len(x), rtol=1e-3, atol=1e-5)
-    assert input_key("layers.3.self_attn.v_proj") == "layers.3.self_attn.q_proj"
+    assert backbone.input_key("layers.3.self_attn.v_proj") == "layers.3.self_attn.q_proj"
 
 
 def test_the_teacher_continues_prompts_by_itself(teacher):
@@ -250,7 +251,7 @@ def test_damaged_or_foreign_artefacts_are_refused_with_the_remedy(made):
 # ---- what the artefact says of its making ----
 
 
-def test_an_artefact_of_another_type_is_refused_with_the_command(world):
+def test_an_artefact_of_another_type_is_refused_with_the_command(world, capsys):
     from vlakeep.methods.icsm_hsw_thermostat import METHOD as Method
     from vlakeep.models.load import make_backbone
 
@@ -263,6 +264,7 @@ def test_an_artefact_of_another_type_is_refused_with_the_command(world):
         Method.prepare(config, storage, backbone)
     eager = make_config(METHOD, "--backbone.attn_implementation", "eager")  # recorded, and the same up to rounding
     Method.prepare(eager, storage, make_backbone(eager.backbone, "cpu", storage.cache))
+    assert "was made with attn_implementation sdpa, this run uses eager" in capsys.readouterr().err
 
 
 def test_quantisation_is_compared_and_older_artefacts_are_refused(world, tmp_path):

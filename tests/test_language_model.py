@@ -9,7 +9,7 @@ import torch
 from vlakeep.core.compat import import_timm
 from vlakeep.methods.baseline import Baseline
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 import language_data  # noqa: E402
 import language_model as lm  # noqa: E402
 
@@ -48,19 +48,19 @@ def test_the_layers_are_those_of_the_model_and_padding_is_not_seen(bench):
     batch = lm.batch_of([short, long], [1, 1])
     model = bench.model
     hidden_BLD = model.run_layers(model.embed(batch), stop=model.num_layers)
-    ours_BLV = model.logits(model.openvla.norm(hidden_BLD))
+    ours_BLV = model.logits(model.norm(hidden_BLD))
     for number, row in enumerate((short, long)):
-        theirs_LV = model.openvla(torch.tensor([row])).logits[0]
+        theirs_LV = model.network(torch.tensor([row])).logits[0]
         assert torch.allclose(ours_BLV[number, :len(row)], theirs_LV, atol=1e-5)
 
 
 def test_every_arm_runs_and_leaves_the_model_as_it_was(bench):
-    before = {name: value.clone() for name, value in bench.model.openvla.state_dict().items()}
+    before = {name: value.clone() for name, value in bench.model.network.state_dict().items()}
     found = {one["arm"]: bench.run_job(one) for one in lm.make_jobs("main") if one["seed"] == 11}
     assert len(found) == 1 + len(lm.ARMS) and found["base"]["kl_text"] == 0
     assert all(len(row["losses"]) == 4 and row["kl_text"] != 0 for arm, row in found.items() if arm != "base")
     assert found["set-point .05, text"]["settled_kl"] <= 0.05 and "settled_kl" not in found["plain 1e-3"]
-    after = bench.model.openvla.state_dict()
+    after = bench.model.network.state_dict()
     assert set(before) == set(after) and all(torch.equal(before[name], after[name]) for name in before)
     assert all(-1e-6 <= row["kl_kept_sciq_text"] <= row["kl_sciq_text"] + 1e-6 for row in found.values())
     lines = lm.table(list(found.values()))

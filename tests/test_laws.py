@@ -222,16 +222,16 @@ def test_sigterm_saves_and_the_run_goes_on_bitwise(world):
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(world, monkeypatch):
-    from vlakeep.openvla.backbone import Backbone
+    from vlakeep.openvla.backbone import OpenVLABackbone
     storage, make_config = world
-    original, calls = Backbone.forward, []
+    original, calls = OpenVLABackbone.forward, []
 
     def broken(self, batch):
         calls.append(1)
         out = original(self, batch)
         return out._replace(loss=out.loss * float("nan")) if len(calls) > 4 else out
 
-    monkeypatch.setattr(Backbone, "forward", broken)
+    monkeypatch.setattr(OpenVLABackbone, "forward", broken)
     with pytest.raises(TrainingStopped, match="step 5; the checkpoint of step 3 is kept"):
         run_training(make_config(BASELINE, "--name", "law-nan"), storage)
     folder = storage.run_folder("law-nan")

@@ -129,9 +129,9 @@ def test_rows_that_nobody_fills_are_said(capsys):
 
 def test_the_model_gives_a_row_the_same_numbers_whoever_else_is_in_its_batch():
     """To the bit, for one shape of the batch: what FixedBatch relies on."""
-    from vlakeep.data.prompts import encode_prompts, whole_prompt
     from vlakeep.data.sample import Sample
     from vlakeep.models.load import make_backbone
+    from vlakeep.openvla.prompts import encode_prompts, whole_prompt
 
     backbone = make_backbone("tabletop-base")
     rng = np.random.default_rng(0)

@@ -10,9 +10,7 @@ from torch.nn.utils import parametrize
 
 from vlakeep.core.config import BackboneConfig, LoraConfig
 from vlakeep.core.errors import CheckpointError
-from vlakeep.data.prompts import encode_batch
 from vlakeep.models.adapters import (
-    adapted_linears,
     adapter_state,
     adapters_disabled,
     add_lora,
@@ -27,6 +25,7 @@ from vlakeep.models.adapters import (
 )
 from vlakeep.models.load import make_backbone
 from vlakeep.models.merge import save_checkpoint
+from vlakeep.openvla.prompts import encode_batch
 
 samples = test_backbone.samples
 folder = test_backbone.folder  # the fixture of the tiny checkpoint
@@ -95,7 +94,7 @@ def test_adapters_start_as_nothing_and_only_they_train(folder):
     assert torch.equal(loss(base), loss(backbone))
     names = [n for n, p in backbone.named_parameters() if p.requires_grad]
     assert len(names) == 2 * 8 and all(".lora_" in n for n in names)
-    assert list(adapted_linears(backbone)) == [f"layers.{n}.self_attn.{leaf}_proj" for n in (1, 2) for leaf in "qkvo"]
+    assert list(backbone.adapted_linears()) == [f"layers.{n}.self_attn.{leaf}_proj" for n in (1, 2) for leaf in "qkvo"]
     assert backbone.first_adapted_layer() == 1 and base.first_adapted_layer() == 3
     with pytest.raises(ValueError, match="already has adapters"):
         add_lora(backbone, LoraConfig(), 0)

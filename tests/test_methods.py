@@ -22,6 +22,8 @@ METHODS = {
     "baseline": (BASELINE, []),
     "icsm_hsw_thermostat": (METHOD, ["--hsw.enabled", False, "--thermostat.enabled", False]),
     "graded": (GRADED, ["--gains.enabled", False, "--thermostat.enabled", False]),
+    "distillation": (GRADED, ["--method", "distillation", "--gains.enabled", False, "--thermostat.enabled", False,
+                              "--options.weight", 0.0]),
     "toy": (BASELINE, ["--method", "toy"]),
 }
 TOY = '''
@@ -78,7 +80,7 @@ def test_every_method_of_the_registry_is_under_the_laws():
     assert set(method_names()) == set(METHODS)
     for name in METHODS:
         assert issubclass(method_class(name), Method) and method_class(name).label
-    with pytest.raises(ValueError, match="--method 'none': must be one of baseline, graded, icsm_hsw_thermostat, toy"):
+    with pytest.raises(ValueError, match="--method 'none': must be one of baseline, distillation, graded, icsm_hsw_thermostat, toy"):
         method_class("none")
 
 
@@ -96,8 +98,8 @@ def test_a_method_leaves_the_model_as_it_was(world, name):
     """No hook and no parametrisation is left behind; state goes through state_dict."""
     storage, make_config = world
     file, _ = METHODS[name]
-    config = make_config(file, *(["--method", "toy"] if name == "toy" else []))
-    if method_class(name).needs_offline(config) and name == "graded":
+    config = make_config(file, *(["--method", name] if name in ("toy", "distillation") else []))
+    if method_class(name).needs_offline(config) and name in ("graded", "distillation"):
         run_offline(config, storage)
     backbone = make_backbone(config.backbone, "cpu", storage.cache)
     add_lora(backbone, config.lora, config.seed)

@@ -9,8 +9,8 @@ from vlakeep import checks, evaluate, preflight
 from vlakeep.benchmarks import open_loop
 from vlakeep.core.config import ConfigError
 from vlakeep.data.formats import open_dataset
-from vlakeep.data.prompts import encode_prompts
 from vlakeep.evaluate import action_token_kl, load_target, run_evaluation
+from vlakeep.openvla.prompts import encode_prompts
 from vlakeep.tabletop import benchmark as tabletop
 
 BRIEF = ["--evaluate.benchmark", "dataset", "--data.train_fraction", "0.5", "--evaluate.episodes", "3", "--evaluate.retention_frames", "6"]

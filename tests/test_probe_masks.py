@@ -5,8 +5,8 @@ import pytest
 import torch
 from test_data_prompts import IMAGE, processor  # noqa: F401  (a fixture)
 
-from vlakeep.data.prompts import encode_batch, encode_prompts
 from vlakeep.data.sample import Sample
+from vlakeep.openvla.prompts import encode_batch, encode_prompts
 from vlakeep.probe.masks import audit, mask_from_loss_mask, mask_from_prompt
 from vlakeep.probe.pooling import masked_mean
 

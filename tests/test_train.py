@@ -18,11 +18,11 @@ from vlakeep import train
 from vlakeep.core.compat import grad_scaler
 from vlakeep.core.errors import Interrupted, TrainingStopped
 from vlakeep.core.rundir import read_metrics
-from vlakeep.data.prompts import encode_prompts
 from vlakeep.data.sample import Sample
 from vlakeep.methods.baseline import Baseline
 from vlakeep.models.adapters import add_lora
 from vlakeep.models.load import make_backbone
+from vlakeep.openvla.prompts import encode_prompts
 from vlakeep.train import run_training, train_step
 
 REPOSITORY = Path(__file__).parent.parent

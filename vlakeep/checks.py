@@ -8,7 +8,7 @@ import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import List, Optional, Tuple
 
 from vlakeep.core.checkpoint import broken, check_base
 from vlakeep.core.config import Config
@@ -57,6 +57,8 @@ def safetensors_problem(path: Path) -> Optional[str]:
 
 def check_checkpoint(config: Config, cache: Path, stage: str = "train") -> Tuple[List[Line], dict]:
     """Lines about the base model's folder, and its config.json ({} when it cannot be read)."""
+    from vlakeep.models.load import model_kinds
+
     what = "base model"
     try:
         folder = find_checkpoint(config.backbone.checkpoint, cache)
@@ -69,15 +71,10 @@ def check_checkpoint(config: Config, cache: Path, stage: str = "train") -> Tuple
     except ValueError as error:
         return [Line(RED, what, f"{folder / 'config.json'} is damaged: {error}", again)], {}
     lines, shards = [], []
-    if model.get("model_type") != "openvla":
-        lines.append(
-            Line(
-                RED,
-                what,
-                f"{folder / 'config.json'} has model_type {model.get('model_type')!r}, not 'openvla'",
-                "--backbone.checkpoint FOLDER of an OpenVLA model in Hugging Face format",
-            )
-        )
+    if model.get("model_type") not in model_kinds():
+        named = " or ".join(repr(kind) for kind in model_kinds())
+        lines.append(Line(RED, what, f"{folder / 'config.json'} has model_type {model.get('model_type')!r}, not {named}",
+                          "--backbone.checkpoint FOLDER of an OpenVLA model in Hugging Face format"))
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -90,7 +87,7 @@ def check_checkpoint(config: Config, cache: Path, stage: str = "train") -> Tuple
         problem = safetensors_problem(folder / name) if (folder / name).is_file() else "missing"
         if problem:
             lines.append(Line(RED, what, f"{folder / name}: {problem}", again))
-    for group in (("tokenizer.json", "tokenizer.model"), ("tokenizer_config.json",), ("preprocessor_config.json",)):
+    for group in kind_of_model(model).processor_files:
         if not any((folder / name).is_file() for name in group):
             lines.append(Line(RED, what, f"{folder} has no {' or '.join(group)}", again))
     lines += check_unnorm_key(config, folder, model, stage)
@@ -127,10 +124,17 @@ def check_unnorm_key(config: Config, folder: Path, model: dict, stage: str) -> L
     return []
 
 
+def kind_of_model(model: dict):
+    """The class of the model that a config.json is of, OpenVLA's for a kind that is not known (check_checkpoint has a line about it)."""
+    from vlakeep.models.load import class_of, kind_of, model_kinds
+
+    kind = kind_of(model)
+    return class_of(kind if kind in model_kinds() else "openvla")
+
+
 def depth_and_width(model: dict) -> Tuple[int, int]:
-    """(decoder layers, D) of a config.json; text_config holds only what differs from Llama's defaults (32 and 4096)."""
-    text = model.get("text_config") or {}
-    return int(text.get("num_hidden_layers", 32)), int(text.get("hidden_size", 4096))
+    """(decoder layers, D) of a config.json."""
+    return kind_of_model(model).sizes(model)
 
 
 def check_layers(config: Config, model: dict) -> List[Line]:
@@ -245,33 +249,23 @@ def check_run(config: Config, storage: Storage, model: dict) -> List[Line]:
     return lines or [Line(GREEN, "run folder", str(run.folder))]
 
 
-def linear_shapes(model: dict) -> Dict[str, Tuple[int, int]]:
-    """(inputs, outputs) of the linears of a decoder layer, by the last part of their names, after a config.json."""
-    text = model.get("text_config") or {}
-    _, width = depth_and_width(model)
-    mlp, heads = int(text.get("intermediate_size", 11008)), int(text.get("num_attention_heads", 32))
-    head = int(text.get("head_dim") or width // heads)
-    queries, keys = heads * head, int(text.get("num_key_value_heads") or heads) * head
-    return {"q_proj": (width, queries), "k_proj": (width, keys), "v_proj": (width, keys), "o_proj": (queries, width),
-            "gate_proj": (width, mlp), "up_proj": (width, mlp), "down_proj": (mlp, width)}
-
-
 def adapter_parameters(config: Config, model: dict, cache: Optional[Path] = None) -> int:
     """Trainable parameters of the lora section: rank * (inputs + outputs) for each adapted linear. Raises as lora.layer_numbers.
 
     For all-linear the shapes come from the headers of the weights, which are looked for in `cache`.
     """
-    from vlakeep.models.adapters import layer_numbers, leaf_names
-    from vlakeep.openvla.format import tensor_table, weight_files
+    from vlakeep.models.adapters import layer_numbers
+    from vlakeep.models.files import tensor_table, weight_files
 
     if list(config.lora.modules) == ["all-linear"]:
         folder = find_checkpoint(config.backbone.checkpoint, cache)
         tables = [item for file in weight_files(folder) for item in tensor_table(file).items()]
         shapes = [entry["shape"] for name, entry in tables if name.endswith(".weight") and not name.endswith("embed_tokens.weight")]
         return config.lora.rank * sum(shape[0] + math.prod(shape[1:]) for shape in shapes if len(shape) > 1)  # convolutions too
-    sizes = linear_shapes(model)
-    layers = layer_numbers(config.lora.layers, depth_and_width(model)[0])
-    return config.lora.rank * len(layers) * sum(sum(sizes[leaf]) for leaf in leaf_names(config.lora.modules))
+    kind = kind_of_model(model)
+    sizes = kind.linear_shapes(model)
+    layers = layer_numbers(config.lora.layers, kind.sizes(model)[0])
+    return config.lora.rank * len(layers) * sum(sum(sizes[leaf]) for leaf in kind.leaf_names(config.lora.modules))
 
 
 def checkpoint_bytes(config: Config, model: dict, cache: Optional[Path] = None) -> int:
@@ -301,7 +295,7 @@ def check_target(config: Config, storage: Storage, model: dict) -> List[Line]:
 
 def check_target_base(config: Config, storage: Storage, base: Path, folder: Path) -> List[Line]:
     """Whether the checkpoint in `folder` was trained on this base model: by the hash of its weights where that is quick, else by name."""
-    from vlakeep.openvla.format import weight_files, weights_hash
+    from vlakeep.models.files import weight_files, weights_hash
 
     size = sum(file.stat().st_size for file in weight_files(base))
     if size > HASHED_AT_MOST:
@@ -321,12 +315,11 @@ def check_target_base(config: Config, storage: Storage, base: Path, folder: Path
 def check_action_key(config: Config, base: Path, model: dict, own: dict) -> List[Line]:
     """Whether the actions of base and run (`own`: the run's statistics) are un-normalised by a key that is there, as evaluate picks it."""
     from vlakeep.libero.benchmark import pick_key
-    from vlakeep.openvla.format import read_statistics
     from vlakeep.tabletop import benchmark as tabletop
 
     key, only = config.backbone.unnorm_key, next(iter(own)) if len(own) == 1 else None
     try:
-        known = {**read_statistics(base, model), **own}
+        known = {**kind_of_model(model).read_statistics(base, model), **own}
         only = next(iter(known)) if only is None and len(known) == 1 else only
         if config.evaluate.benchmark in LIBERO_SUITES:
             key = pick_key(config.evaluate.benchmark, key, known, only)

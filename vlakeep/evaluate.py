@@ -33,7 +33,6 @@ from vlakeep.core.target import load_manifest, read_action_statistics, target_ch
 from vlakeep.data.dataset import Conventions
 from vlakeep.data.formats import closing_all, open_datasets
 from vlakeep.data.images import center_crop, resize_uint8
-from vlakeep.data.prompts import encode_prompts, whole_prompt
 from vlakeep.data.sample import Sample
 from vlakeep.data.statistics import normalise, unnormalise
 from vlakeep.libero import benchmark as libero
@@ -97,7 +96,7 @@ def attempt_actions(backbone, images, instructions, unnorm_key, width: int = 0) 
     """(actions [N, A], bool [N]: whether the answer ended early), no row of which is an error: a policy that no longer speaks actions
     fails as it would on a robot. width: tokens that prompts are padded to at least."""
     samples = [Sample(image, text) for image, text in zip(images, instructions)]
-    return backbone.attempt_batch(encode_prompts(samples, backbone.processor, width), unnorm_key)
+    return backbone.attempt_batch(backbone.processor.encode_prompts(samples, width), unnorm_key)
 
 
 @torch.inference_mode()
@@ -105,7 +104,7 @@ def answer_questions(backbone, samples, batch_size: int = QUESTION_BATCH) -> Lis
     """Greedy answers, lower case and stripped."""
     answers = []
     for start in range(0, len(samples), batch_size):
-        batch = encode_prompts(samples[start:start + batch_size], backbone.processor)
+        batch = backbone.processor.encode_prompts(samples[start:start + batch_size])
         ids, _ = backbone.generate(batch.to(backbone.device), max_new_tokens=ANSWER_TOKENS, stop_at_eos=True)
         answers += [t.strip().lower() for t in backbone.processor.tokenizer.batch_decode(ids.cpu(), skip_special_tokens=True)]
     return answers
@@ -116,9 +115,9 @@ def action_token_kl(backbone, samples, batch_size: int = KL_BATCH) -> np.ndarray
     """KL(teacher || student) per frame [N], averaged over the teacher's own action tokens, both models fed those tokens."""
     values = []
     for start in range(0, len(samples), batch_size):
-        batch = encode_prompts(samples[start:start + batch_size], backbone.processor).to(backbone.device)
+        batch = backbone.processor.encode_prompts(samples[start:start + batch_size]).to(backbone.device)
         with adapters_disabled(backbone):
-            tokens_BT, _ = backbone.generate(batch, max_new_tokens=backbone.action_dim(), stop_at_eos=False)
+            tokens_BT, _ = backbone.generate(batch, max_new_tokens=backbone.action_tokens(), stop_at_eos=False)
             teacher = backbone.log_probabilities_of_continuation(batch, tokens_BT)
         student = backbone.log_probabilities_of_continuation(batch, tokens_BT)
         kl_B = (teacher.exp() * (teacher - student)).sum(-1).mean(1)
@@ -199,7 +198,7 @@ def run_open_loop(config: Config, settings, storage: Storage, folder: Optional[P
             dataset.leave_out(data.train_fraction)
         backbone, name, weights = load_target(config, storage, pick_device(config.device))
         key = backbone.action_key(config.backbone.unnorm_key)
-        size = tuple(backbone.processor.image_processor.input_sizes[0][-2:])
+        size = tuple(backbone.processor.picture_size)
         of_data = ",".join(f"{dataset.fingerprint()}-{data.train_fraction}" for dataset in datasets)
         header = {**make_header(settings, weights, backbone.weights_sha256, None, model_settings(backbone, config, key)), "data": of_data,
                   "center_crop": settings.center_crop}
@@ -212,7 +211,7 @@ def run_open_loop(config: Config, settings, storage: Storage, folder: Optional[P
             return attempt_actions(backbone, images, texts, key)
 
         def tokens(actions_NA):
-            return backbone.processor.action_tokenizer.encode(normalise(actions_NA, backbone.norm_stats[key])[0])
+            return backbone.processor.encode_actions(normalise(actions_NA, backbone.norm_stats[key])[0])
 
         def distance(images, texts):
             return action_token_kl(backbone, [Sample(image, text) for image, text in zip(images, texts)])
@@ -382,7 +381,7 @@ def run_libero(backbone, config: Config, settings, storage: Storage, records: Re
         return actions_NA
 
     spoken = libero.instructions(settings.benchmark, libero.pick_tasks(settings.benchmark, settings.skills))
-    width = max(len(whole_prompt(Sample(None, text), backbone.processor)) for text in spoken)
+    width = max(len(backbone.processor.whole_prompt(Sample(None, text))) for text in spoken)
     ask = libero.FixedBatch(policy, settings.batch)
 
     def act(jobs, seen):

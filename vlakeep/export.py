@@ -28,47 +28,46 @@ from vlakeep.core.target import load_manifest, read_action_statistics, target_ch
 from vlakeep.data.dataset import Conventions
 from vlakeep.data.formats import closing_all, open_datasets
 from vlakeep.data.images import resize_uint8
-from vlakeep.data.prompts import encode_prompts
 from vlakeep.data.sample import Sample
 from vlakeep.methods import closing_pass
 from vlakeep.models.adapters import load_adapter
+from vlakeep.models.base import Backbone
+from vlakeep.models.files import weight_files, weights_hash
 from vlakeep.models.load import DTYPES, make_backbone
 from vlakeep.models.merge import RECORD, merge_checkpoint
-from vlakeep.openvla.backbone import Backbone
-from vlakeep.openvla.format import weight_files, weights_hash
-from vlakeep.openvla.processor import Processor
 
 PARITY_BATCH = 8
 
 
-def parity_samples(config: Config, storage: Storage, size) -> Tuple[List[Sample], str]:
+def parity_samples(config: Config, storage: Storage, processor) -> Tuple[List[Sample], str]:
     """`export.parity_frames` frames of the run's data, spread evenly, or random pictures where the data are not there."""
-    count = config.export.parity_frames
+    count, size = config.export.parity_frames, tuple(processor.picture_size)
     try:
         data = config.data
         datasets = open_datasets(storage.data, data.datasets, data.train_fraction, storage.cache,
                                  Conventions(data.camera, data.gripper, data.rotate))
     except FileNotFoundError:
         rng = np.random.default_rng(config.seed)
-        return [Sample(rng.integers(0, 256, (*size, 3), dtype=np.uint8), "pick up the red block") for _ in range(count)], "random pictures"
+        blank = processor.spec.blank(0, size, "pick up the red block")
+        return [blank.with_pictures(lambda picture: rng.integers(0, 256, picture.shape, dtype=np.uint8)) for _ in range(count)], \
+            "random pictures"
     samples = []
     with closing_all(datasets):
         keys = [(d, e, t) for d in datasets for e, length in enumerate(d.lengths) for t in range(int(length))]
         for index in np.linspace(0, len(keys) - 1, count).astype(int):
             dataset, episode, frame = keys[index]
-            raw = dataset.frame(episode, frame)
-            samples.append(Sample(resize_uint8(raw.image, size), raw.instruction))
+            samples.append(dataset.frame(episode, frame).with_pictures(lambda picture: resize_uint8(picture, size)))
     return samples, "frames of " + ", ".join(config.data.datasets)
 
 
 @torch.inference_mode()
 def action_ids(backbone: Backbone, samples: List[Sample], unnorm_key) -> np.ndarray:
-    """Greedy action token ids [N, A]."""
-    dims = backbone.action_dim(unnorm_key)
+    """Greedy action token ids [N, T]."""
+    tokens = backbone.action_tokens(unnorm_key)
     found = []
     for start in range(0, len(samples), PARITY_BATCH):
-        batch = encode_prompts(samples[start:start + PARITY_BATCH], backbone.processor).to(backbone.device)
-        found.append(backbone.generate(batch, dims, stop_at_eos=False)[0].cpu().numpy())
+        batch = backbone.processor.encode_prompts(samples[start:start + PARITY_BATCH]).to(backbone.device)
+        found.append(backbone.generate(batch, tokens, stop_at_eos=False)[0].cpu().numpy())
     return np.concatenate(found)
 
 
@@ -83,15 +82,15 @@ def check_parity(config: Config, storage: Storage, adapter: Path, merged: Path, 
         if folder is None:
             load_adapter(backbone, adapter / "adapter")
             backbone.norm_stats = read_action_statistics(adapter)
-            samples, source = parity_samples(config, storage, tuple(backbone.processor.image_processor.input_sizes[0][-2:]))
-        vocabulary = backbone.processor.action_tokenizer.vocab_size
+            samples, source = parity_samples(config, storage, backbone.processor)
+        processor = backbone.processor
         ids.append(action_ids(backbone.eval(), samples, unnorm_key))
         del backbone
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
     same = ids[0] == ids[1]
-    bins = [np.clip(vocabulary - i - 1, 0, 254) for i in ids]  # other tokens than actions fall into the last bins, as in decoding
+    bins = [processor.action_bins(i) for i in ids]  # other tokens than actions fall into the last bins, as in decoding
     return {"frames": len(samples), "source": source, "frames_identical": int(same.all(1).sum()), "tokens_identical": float(same.mean()),
             "largest_bin_difference": int(np.abs(bins[0] - bins[1]).max())}
 
@@ -143,7 +142,6 @@ def run_export(config: Config, storage: Storage, command: str = "vlakeep offline
         print(f"wrote {closed} (evaluate it with --evaluate.target {quoted(closed.name)})")
     with atomic_dir(out) as temporary:
         modules = merge_checkpoint(base, checkpoint / "adapter", Path(temporary), statistics, DTYPES.get(config.export.dtype))
-        Processor.from_folder(base).save(temporary)
         record["merged_modules"] = len(modules)
         if config.export.parity_frames:
             key = config.backbone.unnorm_key or next(iter(statistics))

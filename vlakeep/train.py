@@ -18,6 +18,7 @@ from typing import Any, Dict, Iterator, List, Optional
 
 import torch
 import yaml
+from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from vlakeep.core import checkpoint as ckpt
@@ -47,7 +48,8 @@ def train_step(model, method, optimizer, scaler, batches, config, step: int, obs
         last = index == len(batches) - 1
         # DDP averages in the last backward pass; before it gradients add up in each process by itself.
         with model.no_sync() if hasattr(model, "no_sync") and not last else nullcontext():
-            with autocast(config, batch.input_ids.device):
+            # PEFT reads each LoRA weight several times in a forward pass; a parametrised one is looked up once.
+            with autocast(config, batch.input_ids.device), parametrize.cached():
                 out = model(batch)
             penalty = method.penalty()
             loss = out.loss if penalty is None else out.loss + penalty
@@ -176,7 +178,7 @@ def refuse_early(config: Config, storage: Storage, dist: Distributed) -> None:
 
 
 def _loop(config: Config, dist: Distributed, run: RunDir, backbone, method, stream) -> None:
-    model = dist.wrap(backbone)
+    model = backbone.parallelised(dist)
     settings = config.train
     params = [p for p in backbone.parameters() if p.requires_grad]
     optimizer = make_optimizer(params, settings)

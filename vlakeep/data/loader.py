@@ -19,7 +19,6 @@ from vlakeep.data.dataset import Conventions, DemoDataset
 from vlakeep.data.formats import open_datasets
 from vlakeep.data.images import resize_uint8
 from vlakeep.data.order import SampleOrder
-from vlakeep.data.prompts import encode_batch
 from vlakeep.data.sample import Batch, Sample
 
 if TYPE_CHECKING:  # make_stream imports it where it is used
@@ -42,7 +41,7 @@ class BatchStream:
         self.datasets, self.processor = datasets, processor
         self.statistics: Dict[str, Dict] = {d.name: d.statistics for d in datasets}
         self.clipped: Dict[str, int] = {d.name: d.clipped for d in datasets}
-        self._size = tuple(processor.image_processor.input_sizes[0][-2:])  # (height, width) in pixels
+        self._size = tuple(processor.picture_size)  # (height, width) in pixels
         self._batch_size, self._seed, self._rank, self._world = batch_size, seed, rank, world
         self._image_aug = image_aug
         self._first_episode = np.concatenate([[0], np.cumsum([len(d) for d in datasets])])
@@ -61,10 +60,11 @@ class BatchStream:
         """A frame at the model's picture size; with image_aug, augmented by a draw that belongs to its position in the stream."""
         which = int(np.searchsorted(self._first_episode, episode, side="right")) - 1
         raw = self.datasets[which].frame(int(episode - self._first_episode[which]), int(frame))
-        image = resize_uint8(raw.image, self._size)
+        sample = raw.with_pictures(lambda picture: resize_uint8(picture, self._size))
         if self._image_aug and position is not None:
-            image = augment(image, draw(np.random.default_rng([self._seed, 1, position])))
-        return Sample(image, raw.instruction, raw.action, dataset=raw.dataset)
+            drawn = draw(np.random.default_rng([self._seed, 1, position]))
+            sample = sample.with_pictures(lambda picture: augment(picture, drawn))
+        return sample
 
     def describe(self) -> List[str]:
         """A line per data set: what it holds, and what of it is changed or left out."""
@@ -84,7 +84,7 @@ class BatchStream:
         return lines
 
     def _make(self, keys: np.ndarray, start: int) -> Batch:
-        return encode_batch([self.sample(e, t, start + i) for i, (e, t) in enumerate(keys)], self.processor)
+        return self.processor.encode_batch([self.sample(e, t, start + i) for i, (e, t) in enumerate(keys)])
 
     def _job(self, micro_batch: int) -> Callable[[], Batch]:
         start = micro_batch * self._batch_size

@@ -13,7 +13,7 @@ Axes: R rank, D input size, K stored directions, O output size.
 """
 
 import math
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 from torch import nn
@@ -40,8 +40,18 @@ class GradedInput:
         self.dim, self.count = vectors_DK.shape
         self.energy = float(self._values_K.sum()) + self._rest * (self.dim - self.count)  # trace of C
         self.identity, self.scale, self.gains_K, self.gain_rest = True, 1.0, torch.ones(self.count).double(), 1.0
-        self._matrix_DD, self._weights_K = None, None
+        self._matrix_DD: Optional[torch.Tensor] = None
+        self._weights_K: Optional[torch.Tensor] = None
+        self._rest_1: Optional[torch.Tensor] = None  # gain_rest where a Block reads it
         self.version = 0  # counts changes of the gains
+
+    def vectors(self) -> torch.Tensor:
+        """V [D, K] on the device."""
+        return self._vectors_DK
+
+    def lie_in(self, vectors_DK, weights_K, rest_1, matrix_DD) -> None:
+        """Take these places for what a contraction reads. vectors_DK must hold `vectors()` already; the others are filled by `set`."""
+        self._vectors_DK, self._weights_K, self._rest_1, self._matrix_DD = vectors_DK, weights_K, rest_1, matrix_DD
 
     def shape(self, lam: float, steepness: float):
         """(g [K], g of the rest) for this lambda, without the scale."""
@@ -56,6 +66,8 @@ class GradedInput:
         # M = g_rest I + V diag(g - g_rest) V^T: directions that are not stored share one gain.
         weights_K = (self.gains_K - self.gain_rest).to(self._vectors_DK.device)
         self._weights_K = _renew(self._weights_K, weights_K.float())
+        if self._rest_1 is not None:
+            self._rest_1.fill_(self.gain_rest)
         if self.dim <= DENSE:
             # In float64 and rounded once, so that shut directions do not carry the rounding of open ones.
             vectors_DK = self._vectors_DK.double()
@@ -92,33 +104,138 @@ def _renew(old, new: torch.Tensor) -> torch.Tensor:
 
 
 class _Contract(torch.autograd.Function):
-    """A -> A_eff, whose backward is the same contraction; what the meter needs is computed there anyway."""
+    """All A -> all A_eff as one node, whose backward is the same contraction; what the meter needs is computed there anyway."""
 
     @staticmethod
-    def forward(ctx, a_RD, effective_RD, space, meter):
-        ctx.space, ctx.meter = space, meter
-        return effective_RD.view_as(effective_RD)
+    def forward(ctx, together, effective, *raw):
+        ctx.together = together
+        ctx.set_materialize_grads(False)
+        return tuple(one.view_as(one) for one in effective)
 
     @staticmethod
-    def backward(ctx, grad_RD):
+    def backward(ctx, *grads):
         # M is symmetric: what acts on A forwards acts on its gradient backwards.
-        contracted_RD = ctx.space.contract(grad_RD)
-        if ctx.meter.on:
-            ctx.meter.add(grad_RD.float(), contracted_RD)
-        return (contracted_RD * ctx.space.scale).to(grad_RD.dtype), None, None, None
+        return (None, None, *ctx.together.backward(grads))
+
+
+class Together:
+    """A_eff of every adapted linear, computed at once after a change of A or of the gains and read by all micro-batches and measurements.
+
+    One by one, as on a CPU, the contractions of a 7B model are hundreds of small kernels, and starting them takes longer than running
+    them. On a GPU those of one shape are a batched product: their eigenvectors lie in one block of memory, of which each space holds
+    its part. Axes: G spaces of one shape, M linears that read each of them.
+    """
+
+    def __init__(self, linears: Dict[str, nn.Module], spaces: Dict[str, GradedInput], meter: "GradientMeter",
+                 batched: Optional[bool] = None):
+        """batched: whether contractions of one shape are one product; None: on a GPU."""
+        self._modules = [linear.lora_A["default"] for linear in linears.values()]
+        self._spaces, self._meter = [spaces[name] for name in linears], meter
+        self._made: List[Optional[tuple]] = [None] * len(self._modules)
+        self._held = False
+        self._plain: List[Any] = [None] * len(self._modules)  # A_eff as values
+        self._traced: List[Any] = [None] * len(self._modules)  # the same with the way back to A; None until a training pass asks
+        groups: Dict[tuple, Dict[int, List[int]]] = {}
+        readers: Dict[int, List[int]] = {}
+        for i, space in enumerate(self._spaces):
+            readers.setdefault(id(space), []).append(i)
+        for rows in readers.values():
+            weight, space = self._modules[rows[0]].weight, self._spaces[rows[0]]
+            shape = (space.dim, space.count, len(rows), weight.shape[0], weight.dtype)
+            if weight.device.type == "cuda" if batched is None else batched:
+                groups.setdefault(shape, {})[id(space)] = rows
+        self._groups = [([self._spaces[rows[0]] for rows in group.values()], [i for rows in group.values() for i in rows])
+                        for group in groups.values()]
+        self._blocks = [Block(own) for own, _ in self._groups]
+
+    def effective(self, index: int, a_RD: torch.Tensor) -> torch.Tensor:
+        """A_eff [R, D] of the linear number `index`, whose A is a_RD; with a way back to A where gradients are taken."""
+        if self._held:
+            return self._plain[index]
+        if self._state(index, a_RD) != self._made[index]:
+            raw = self._raw()
+            # Half precision would let through what is closed; a tensor made in inference mode could not be trained through later.
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(a_RD.device.type, enabled=False):
+                self._plain = self._contract([one.detach() for one in raw])
+            self._made, self._traced = [self._state(i, one) for i, one in enumerate(raw)], [None] * len(raw)
+        if not (torch.is_grad_enabled() and a_RD.requires_grad):
+            return self._plain[index]
+        if self._traced[index] is None:  # one node for all micro-batches: it saves no tensor, so that it can be passed backwards again
+            self._traced = list(_Contract.apply(self, self._plain, *self._raw()))
+        return self._traced[index]
+
+    def _raw(self) -> List[torch.Tensor]:
+        return [module.parametrizations.weight.original for module in self._modules]
+
+    def _state(self, index: int, a_RD: torch.Tensor) -> tuple:
+        # The pointer changes when a checkpoint or a merge replaces the weight, the version when it is written to.
+        return a_RD._version, a_RD.data_ptr(), self._spaces[index].version
+
+    def hold(self) -> None:
+        """Keep the A_eff of now, whatever becomes of A: the parametrisations are about to be taken off one after the other."""
+        for index, space in enumerate(self._spaces):
+            if not space.identity:
+                with torch.no_grad():
+                    self.effective(index, self._modules[index].parametrizations.weight.original)
+        self._held = True
+
+    def _contract(self, values: Sequence[Optional[torch.Tensor]], meter: Optional["GradientMeter"] = None) -> List[Any]:
+        """s x V diag(g) V^T of every x [R, D] in its own type; None stays None."""
+        found: List[Any] = [None] * len(values)
+        for block, (spaces, rows) in zip(self._blocks, self._groups):
+            if all(values[i] is not None for i in rows):
+                x_GRD = torch.stack([values[i] for i in rows]).view(len(spaces), -1, spaces[0].dim).float()
+                contracted_GRD = block.contract(x_GRD)
+                if meter:
+                    meter.add(x_GRD, contracted_GRD)
+                scaled = (contracted_GRD * spaces[0].scale).to(values[rows[0]].dtype).view(len(rows), -1, spaces[0].dim)
+                for i, one in zip(rows, scaled.unbind(0)):
+                    found[i] = one
+        for i, (x_RD, space) in enumerate(zip(values, self._spaces)):
+            if x_RD is not None and found[i] is None:
+                contracted_RD = space.contract(x_RD)
+                if meter:
+                    meter.add(x_RD.float(), contracted_RD)
+                found[i] = (contracted_RD * space.scale).to(x_RD.dtype)
+        return found
+
+    def backward(self, grads: Sequence[Optional[torch.Tensor]]) -> List[Any]:
+        """Gradients of A from those of A_eff; None for a linear that took no part."""
+        with torch.autocast(self._modules[0].parametrizations.weight.original.device.type, enabled=False):
+            return self._contract(grads, self._meter if self._meter.on else None)
+
+
+class Block:
+    """Contractions of G spaces of one shape as one batched product. The spaces hold parts of its memory, so that it sees their gains."""
+
+    def __init__(self, spaces: List[GradedInput]):
+        self._dense = spaces[0].dim <= DENSE
+        self._vectors_GDK = torch.stack([space.vectors() for space in spaces])
+        device = self._vectors_GDK.device
+        count, dim = len(spaces), spaces[0].dim
+        self._weights_G1K = torch.zeros(count, 1, spaces[0].count, device=device)
+        self._rest_G11 = torch.zeros(count, 1, 1, device=device)
+        self._matrix_GDD = torch.zeros(count, dim, dim, device=device) if self._dense else None
+        for i, space in enumerate(spaces):
+            space.lie_in(self._vectors_GDK[i], self._weights_G1K[i, 0], self._rest_G11[i, 0],
+                         self._matrix_GDD[i] if self._matrix_GDD is not None else None)
+
+    def contract(self, x_GRD: torch.Tensor) -> torch.Tensor:
+        """x V diag(g) V^T of every space, float32 [G, R, D], without the scale."""
+        if self._matrix_GDD is not None:
+            return torch.bmm(x_GRD, self._matrix_GDD)
+        along_GRK = torch.bmm(x_GRD, self._vectors_GDK) * self._weights_G1K
+        return torch.baddbmm(x_GRD * self._rest_G11, along_GRK, self._vectors_GDK.transpose(1, 2))
 
 
 class GradedA(nn.Module):
-    """The parametrisation A [R, D] -> s A V diag(g) V^T. Costs O(R D K), or O(R D D) up to DENSE, whatever the batch.
+    """The parametrisation A [R, D] -> s A V diag(g) V^T of linear number `index`. Costs O(R D K), or O(R D D) up to DENSE, whatever the
+    batch."""
 
-    A_eff is computed once per change of A or of the gains, not once per forward pass: micro-batches and measurements share it.
-    """
-
-    def __init__(self, space: GradedInput, meter: "GradientMeter"):
+    def __init__(self, space: GradedInput, meter: "GradientMeter", together: Together, index: int):
         super().__init__()
-        self.space, self._meter = space, meter
-        self._made: Optional[tuple] = None
-        self._effective_RD: Any = None
+        self.space, self._meter, self._index = space, meter, index
+        self._together = [together]  # in a list: it holds modules, which would be taken for children
 
     def forward(self, a_RD: torch.Tensor) -> torch.Tensor:
         if self.space.identity:
@@ -126,16 +243,7 @@ class GradedA(nn.Module):
                 a_RD = a_RD.view_as(a_RD)  # a hook on the parameter itself would outlive the step
                 a_RD.register_hook(lambda grad_RD: self._meter.add(grad_RD.float(), grad_RD.float()))
             return a_RD
-        # The pointer changes when a checkpoint or a merge replaces the weight, the version when it is written to.
-        made = (a_RD._version, a_RD.data_ptr(), self.space.version, torch.is_grad_enabled() and a_RD.requires_grad)
-        if made != self._made:
-            # Half precision would let through what is closed; a tensor made in inference mode could not be trained through later.
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast(a_RD.device.type, enabled=False):
-                self._effective_RD = self.space.effective(a_RD)
-            if made[-1]:  # one node for all micro-batches: it saves no tensor, so that it can be passed backwards again
-                self._effective_RD = _Contract.apply(a_RD, self._effective_RD, self.space, self._meter)
-            self._made = made
-        return self._effective_RD
+        return self._together[0].effective(self._index, a_RD)
 
 
 class GradientMeter:
@@ -164,11 +272,11 @@ class GradedSite:
     """Parametrises LoRA A of every adapted linear.
 
     linears: name -> PEFT layer; spaces: name -> GradedInput, the same object for linears that read the same tensor;
-    units: name -> the eigenvalue in which lambda is measured, lambda = r * unit.
+    units: name -> the eigenvalue in which lambda is measured, lambda = r * unit. batched: see Together.
     """
 
     def __init__(self, linears: Dict[str, nn.Module], spaces: Dict[str, GradedInput], units: Dict[str, float], steepness: float,
-                 scale: float):
+                 scale: float, batched: Optional[bool] = None):
         self.meter = GradientMeter()
         self._linears, self._steepness, self._scale = dict(linears), steepness, scale
         for name, linear in self._linears.items():
@@ -177,8 +285,10 @@ class GradedSite:
                 raise ValueError(f"the spectrum of {name} has {spaces[name].dim} dimensions, its LoRA A {dim}: the artefact is of "
                                  "another model")
         self._spaces, self._units = dict(spaces), dict(units)
-        for name, linear in self._linears.items():  # only now: a refused artefact must leave the model as it was
-            parametrize.register_parametrization(linear.lora_A["default"], "weight", GradedA(self._spaces[name], self.meter))
+        self._together = Together(self._linears, self._spaces, self.meter, batched)
+        for index, (name, linear) in enumerate(self._linears.items()):  # only now: a refused artefact must leave the model as it was
+            made = GradedA(self._spaces[name], self.meter, self._together, index)
+            parametrize.register_parametrization(linear.lora_A["default"], "weight", made)
         self.opening: Optional[float] = None
 
     def distinct(self) -> Dict[str, GradedInput]:
@@ -217,18 +327,26 @@ class GradedSite:
     @torch.no_grad()
     def update_norms(self) -> Dict[str, torch.Tensor]:
         """||scaling B A_eff||_F of every linear, a device scalar each."""
-        found = {}
+        shapes: Dict[tuple, List[str]] = {}
         for name, linear in self._linears.items():
-            a_RD, b_OR = linear.lora_A["default"].weight.float(), linear.lora_B["default"].weight.float()
-            square = ((b_OR.T @ b_OR) * (a_RD @ a_RD.T)).sum().clamp(min=0)  # ||B A||_F^2 = <B^T B, A A^T>
-            found[name] = linear.scaling["default"] * square.sqrt()
-        return found
+            shapes.setdefault((linear.lora_A["default"].weight.shape, linear.lora_B["default"].weight.shape), []).append(name)
+        found: Dict[str, torch.Tensor] = {}
+        for names in shapes.values():  # those of one shape at once: one by one most of the time goes into starting kernels
+            linears = [self._linears[name] for name in names]
+            a_GRD = torch.stack([linear.lora_A["default"].weight for linear in linears]).float()
+            b_GOR = torch.stack([linear.lora_B["default"].weight for linear in linears]).float()
+            # ||B A||_F^2 = <B^T B, A A^T>
+            square_G = (torch.bmm(b_GOR.mT, b_GOR) * torch.bmm(a_GRD, a_GRD.mT)).sum((1, 2)).clamp(min=0)
+            for name, linear, norm in zip(names, linears, square_G.sqrt().unbind(0)):
+                found[name] = linear.scaling["default"] * norm
+        return {name: found[name] for name in self._linears}
 
     def names(self) -> List[str]:
         return list(self._linears)
 
     def detach(self) -> None:
         """Leave A_eff behind as the plain LoRA weight."""
+        self._together.hold()
         for linear in self._linears.values():
             parametrize.remove_parametrizations(linear.lora_A["default"], "weight", leave_parametrized=True)
         self._linears.clear()

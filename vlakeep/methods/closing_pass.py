@@ -20,7 +20,6 @@ from vlakeep.core.config import Config
 from vlakeep.core.errors import quoted
 from vlakeep.core.parallel import pick_device
 from vlakeep.core.storage import Storage, atomic_write, find_checkpoint
-from vlakeep.data.prompts import encode_prompts
 from vlakeep.data.sample import Batch, Sample
 from vlakeep.methods import graded_offline
 from vlakeep.models.adapters import adapters_disabled, load_adapter, save_adapter
@@ -29,8 +28,7 @@ from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.teacher import closing
 from vlakeep.teacher.answers import Part, run_below
 from vlakeep.teacher.artifact import GradedArtifact, check, load_artifact
-from vlakeep.teacher.collect import input_key
-from vlakeep.teacher.folder import ArtifactError
+from vlakeep.teacher.folder import ArtifactError, note_attention
 from vlakeep.thermostat.kl_sensor import KLSensor, batched
 
 NEW_FRAMES = 256  # of the run's data, over all data sets: 20,000 tokens on the tabletop, for moments of at most 512 x 512
@@ -64,6 +62,7 @@ def open_answers(config: Config, storage: Storage, backbone, probe: ProbeSet, co
                      graded_offline.deciding(config))
     if problems:
         raise ArtifactError("\n".join([*problems, remedy]))
+    note_attention(artifact.folder, artifact.meta, config.backbone)
     return artifact
 
 
@@ -71,7 +70,7 @@ def make_sensor(config: Config, backbone, probe: ProbeSet, artifact: GradedArtif
     """The divergence on all held-out items, kinds of prompts counting as they do for the loop of method `graded`."""
     answered, items = artifact.answers()
     size, weights_N = config.icsm.batch_size, graded_offline.item_weights(config, probe.kinds(items))
-    return KLSensor(backbone, answered, batched(probe.samples(items), backbone.processor, encode_prompts, size), size, weights_N)
+    return KLSensor(backbone, answered, batched(probe.samples(items), backbone.processor, size), size, weights_N)
 
 
 def _parts(backbone, samples: List[Sample], size: int, teacher: bool) -> List[Part]:
@@ -128,12 +127,12 @@ def close(config: Config, storage: Storage, checkpoint: Path, folder: Path, comm
         new = _parts(backbone, samples, size, teacher=False)
 
         def measure(mu: float) -> float:
-            closing.sweep(backbone, old, new, own, mu, input_key, weights_N)
+            closing.sweep(backbone, old, new, own, mu, backbone.input_key, weights_N)
             return sensor.measure()
 
         trail = closing.search(measure, budget, before)
     mu, after = trail[-1]
-    left = closing.sweep(backbone, old, new, own, mu, input_key, weights_N)
+    left = closing.sweep(backbone, old, new, own, mu, backbone.input_key, weights_N)
     run_manifest = json.loads((checkpoint / "manifest.json").read_text())
     record = {"budget": budget, "mu": mu, "kl_before": before, "kl_after": after, "tried": [list(pair) for pair in trail[:-1]],
               "left": {str(layer): shares for layer, shares in left.items()}, "run": checkpoint.parents[1].name,

@@ -10,7 +10,6 @@ import torch
 
 from vlakeep.core.config import Config
 from vlakeep.core.storage import Storage
-from vlakeep.data.prompts import encode_prompts
 from vlakeep.hsw.graded import GradedInput, GradedSite
 from vlakeep.methods import graded_offline
 from vlakeep.methods.base import Method, Problem, never_measured
@@ -18,8 +17,7 @@ from vlakeep.models.adapters import adapters_disabled
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.teacher.answers import Answered, run_below, teacher_answers
 from vlakeep.teacher.artifact import GradedArtifact, check, load_artifact
-from vlakeep.teacher.collect import input_key
-from vlakeep.teacher.folder import ArtifactError
+from vlakeep.teacher.folder import ArtifactError, note_attention
 from vlakeep.thermostat.kl_sensor import KLSensor, batched
 from vlakeep.thermostat.setpoint import SetPoint, SetPointController, settle
 
@@ -69,6 +67,7 @@ class Graded(Method):
         if problems:
             raise ArtifactError("\n".join(problems))
         artifact = load_artifact(folder)
+        note_attention(folder, artifact.meta, config.backbone)
         size = config.icsm.batch_size
 
         def make_sensors(backbone):
@@ -78,7 +77,7 @@ class Graded(Method):
             rows = torch.tensor([i * len(items) // count for i in range(count)])
             chosen = [items[i] for i in rows]
             sensor = KLSensor(backbone, Answered(*[value[rows] for value in answered]),
-                              batched(probe.samples(chosen), backbone.processor, encode_prompts, size), size,
+                              batched(probe.samples(chosen), backbone.processor, size), size,
                               graded_offline.item_weights(config, probe.kinds(chosen)))
             new = graded_offline.new_samples(config, storage, graded_offline.picture_size(backbone), max(1, count // 4))
             samples = [sample for group in new.values() for sample in group]
@@ -87,7 +86,7 @@ class Graded(Method):
             with adapters_disabled(backbone):
                 first = backbone.first_adapted_layer()
                 own = teacher_answers(backbone, run_below(backbone, graded_offline.answered_samples(backbone, samples, size), first), first)
-            return {"kl": sensor, "kl_new": KLSensor(backbone, own, batched(samples, backbone.processor, encode_prompts, size), size)}
+            return {"kl": sensor, "kl_new": KLSensor(backbone, own, batched(samples, backbone.processor, size), size)}
 
         return cls(config, artifact, make_sensors), {"artifact": artifact.meta["files"], "probe": probe.sha256}
 
@@ -105,19 +104,28 @@ class Graded(Method):
         settings, thermostat = self._config.gains, self._config.thermostat
         if settings.enabled:
             adapted = backbone.adapted_linears()
-            spaces = self._spaces(adapted)
+            spaces = self._spaces(adapted, backbone.input_key)
             self._site = GradedSite(adapted, spaces, self._units(adapted, spaces), settings.steepness, settings.scale)
             # Before anything is measured only the spectrum is known: it gives the share of plain LoRA's energy that passes.
             start = settings.opening or min(max(self._site.opening_for(settings.start), LOWEST), HIGHEST)
             self._site.set_opening(start)
         if thermostat.enabled:
             self._sensors = self._make_sensors(backbone)
-            if self._site:
-                self._controller = SetPointController(SetPoint(
-                    target=thermostat.target, start=start, lowest=LOWEST, highest=HIGHEST, steepness=settings.steepness,
-                    open_factor=thermostat.open_factor, close_factor=thermostat.close_factor))
+            law = self._law()
+            self._controller = SetPointController(law) if law else None
 
-    def _spaces(self, adapted: Dict[str, torch.nn.Module]) -> Dict[str, GradedInput]:
+    def _law(self) -> Optional[SetPoint]:
+        """The law of the loop; None when there is nothing that it could move."""
+        thermostat = self._config.thermostat
+        return SetPoint(target=thermostat.target, start=self._site.opening, lowest=LOWEST, highest=HIGHEST,
+                        steepness=self._config.gains.steepness, open_factor=thermostat.open_factor,
+                        close_factor=thermostat.close_factor) if self._site else None
+
+    def _act(self) -> None:
+        """What the controller moves takes its new value."""
+        self._site.set_opening(self._controller.opening)
+
+    def _spaces(self, adapted: Dict[str, torch.nn.Module], input_key: Callable[[str], str]) -> Dict[str, GradedInput]:
         spectra = self._artifact.spectra()
         missing = [name for name in adapted if input_key(name) not in spectra]
         if missing:
@@ -192,7 +200,7 @@ class Graded(Method):
             row.update(self._where_it_learns())
         if self._controller and act:
             row.update(self._controller.update(kl))
-            self._site.set_opening(self._controller.opening)
+            self._act()
         return row
 
     def _where_it_learns(self) -> Dict[str, float]:
@@ -201,7 +209,8 @@ class Graded(Method):
         for name, norm in self._site.update_norms().items():
             layer = name.split(".")[1]
             squares[layer] = squares.get(layer, 0) + norm.square()
-        row = {f"update_norm/{layer}": float(value.sqrt()) for layer, value in squares.items()}
+        norms = torch.stack(list(squares.values())).sqrt().tolist()  # one wait for the device
+        row = {f"update_norm/{layer}": norm for layer, norm in zip(squares, norms)}
         row.update({f"open_rank/{name}": space.open_rank() for name, space in self._site.distinct().items()})
         return row
 
@@ -211,7 +220,7 @@ class Graded(Method):
     def load_state_dict(self, state: dict) -> None:
         if self._controller:
             self._controller.load_state_dict(state["controller"])
-            self._site.set_opening(self._controller.opening)
+            self._act()
 
     def detach(self) -> None:
         if self._site:

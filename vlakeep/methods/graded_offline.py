@@ -19,16 +19,15 @@ from vlakeep.core.storage import Storage, need_free
 from vlakeep.data.dataset import Conventions
 from vlakeep.data.formats import closing_all, open_datasets
 from vlakeep.data.images import resize_uint8
-from vlakeep.data.prompts import encode_prompts
 from vlakeep.data.sample import Batch, Sample
 from vlakeep.models.adapters import select_linears
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.teacher import artifact, coverage
 from vlakeep.teacher.answers import Part, answer_columns, logits_at, run_below, teacher_answers
-from vlakeep.teacher.collect import input_key, passes, with_own_answers
+from vlakeep.teacher.collect import passes, with_own_answers
+from vlakeep.teacher.folder import numerics
 from vlakeep.teacher.spectrum import Spectrum, spectrum, to_tensors
 
-ANSWER_TOKENS = 8  # seven action tokens and the end of sequence
 FEW = 4  # items whose activations are kept for a backward pass
 LARGEST = 10.0  # weight of a probe item of a rare kind, relative to the mean
 NEW_FRAMES = 64  # of the new task's data, for the coverage report and the divergence on its prompts
@@ -79,19 +78,19 @@ def new_samples(config: Config, storage: Storage, size, count: int = NEW_FRAMES)
             keys = [(e, t) for e, length in enumerate(dataset.lengths) for t in range(int(length))]
             chosen = [keys[i * len(keys) // count] for i in range(min(count, len(keys)))]
             raw = [dataset.frame(*key) for key in chosen]
-            found[dataset.name] = [Sample(resize_uint8(one.image, size), one.instruction) for one in raw]
+            found[dataset.name] = [one.with_pictures(lambda picture: resize_uint8(picture, size)) for one in raw]
     return found
 
 
 def picture_size(backbone) -> tuple:
-    return tuple(backbone.processor.image_processor.input_sizes[0][-2:])
+    return tuple(backbone.processor.picture_size)
 
 
 def answered_samples(backbone, samples: List[Sample], batch_size: int) -> Iterator[Tuple[Batch, Batch]]:
     """(prompts, the same with the teacher's own answers), batch by batch."""
     for start in range(0, len(samples), batch_size):
-        prompts = encode_prompts(samples[start:start + batch_size], backbone.processor)
-        yield prompts, with_own_answers(backbone, prompts, ANSWER_TOKENS)
+        prompts = backbone.processor.encode_prompts(samples[start:start + batch_size])
+        yield prompts, with_own_answers(backbone, prompts, backbone.answer_tokens)
 
 
 def build(config: Config, storage: Storage, backbone) -> Path:
@@ -105,7 +104,7 @@ def build(config: Config, storage: Storage, backbone) -> Path:
         raise ValueError(f"{probe.folder}: none of {len(items)} items can be held out for the sensor, no kind has two; raise --probe.size")
     linears = select_linears(backbone, config.lora.layers, config.lora.modules)
     folder = artifact_folder(config, storage, backbone.name)
-    need_free(folder, _bytes_needed(config, linears), "the artefact")
+    need_free(folder, _bytes_needed(config, backbone, linears), "the artefact")
     print(f"teacher {backbone.name} ({backbone.num_layers} layers, D = {backbone.hidden_size}), probe {len(fit)} items for the spectra of "
           f"{len(linears)} linears' inputs and {len(held)} for the sensor")
     first = min((int(name.split(".")[1]) for name in linears), default=0)
@@ -121,7 +120,7 @@ def build(config: Config, storage: Storage, backbone) -> Path:
     sensitivity = output_sensitivity(backbone, kept, first, linears)
     groups = {"probe": {key: coverage.own_energy(one) for key, one in spectra.items()}}
     for made, labels in _groups(config, storage, backbone, probe, held, kept, parts):
-        groups.update(coverage.directional_energy(backbone, made, first, labels, linears, spectra, input_key))
+        groups.update(coverage.directional_energy(backbone, made, first, labels, linears, spectra, backbone.input_key))
     found = coverage.report(groups, spectra, config.gains.steepness)
     lines = coverage.warnings(found)
     tensors = {
@@ -139,23 +138,24 @@ def build(config: Config, storage: Storage, backbone) -> Path:
 def _meta(config: Config, backbone, probe, linears) -> dict:
     return {
         "backbone": backbone.name, "weights_sha256": backbone.weights_sha256, "depth": backbone.num_layers,
-        "hidden_size": backbone.hidden_size, "dtype": config.backbone.dtype, "probe": config.probe.name, "probe_sha256": probe.sha256,
+        "hidden_size": backbone.hidden_size, **numerics(config.backbone), "probe": config.probe.name, "probe_sha256": probe.sha256,
         "probe_items": config.probe.size, "config": deciding(config), "linears": len(linears),
         "lora": {"layers": config.lora.layers, "modules": list(config.lora.modules)},
         "vlakeep": vlakeep.__version__, "versions": library_versions(), "commit": source_commit(),
     }
 
 
-def _bytes_needed(config: Config, linears) -> int:
-    inputs = {input_key(name): linear.in_features for name, linear in linears.items()}
+def _bytes_needed(config: Config, backbone, linears) -> int:
+    inputs = {backbone.input_key(name): linear.in_features for name, linear in linears.items()}
     return 4 * sum(dim * (min(dim, config.gains.columns) + 1) for dim in inputs.values()) + 50_000_000
 
 
 def _spectra(config: Config, backbone, parts: List[Part], weights_N: torch.Tensor, first: int, linears) -> Dict[str, Spectrum]:
     """Spectrum of every distinct input; where the moments exceed the memory budget the adapted layers are passed several times."""
     spectra: Dict[str, Spectrum] = {}
-    for group in passes(linears, config.icsm.moments_gib * 2**30):
-        moments = coverage.input_moments(backbone, tqdm(parts, desc="second moments", leave=False), weights_N, first, group, input_key)
+    for group in passes(linears, config.icsm.moments_gib * 2**30, backbone.input_key):
+        shown = tqdm(parts, desc="second moments", leave=False)
+        moments = coverage.input_moments(backbone, shown, weights_N, first, group, backbone.input_key)
         for key in tqdm(sorted(moments), desc="spectra", leave=False):
             spectra[key] = spectrum(moments.pop(key), config.gains.columns)
     return {key: spectra[key] for key in sorted(spectra)}
@@ -194,7 +194,7 @@ def output_sensitivity(backbone, parts: List[Part], first: int, linears) -> Dict
             part = piece.to(backbone.device)
             mask_BS = part.prefix.attention_mask_BS
             tokens += int(mask_BS.sum())
-            lifted = part.prefix._replace(hidden_BSD=part.prefix.hidden_BSD.detach().requires_grad_(True))
+            lifted = part.prefix.with_hidden(part.prefix.hidden_BSD.detach().requires_grad_(True))
             last_BSD = backbone.run_layers(lifted, start=first, stop=backbone.num_layers)
             _answer_log_probability(backbone, last_BSD, part).backward()
     finally:
@@ -205,7 +205,7 @@ def output_sensitivity(backbone, parts: List[Part], first: int, linears) -> Dict
 
 def _answer_log_probability(backbone, last_BSD: torch.Tensor, part: Part) -> torch.Tensor:
     steps, length = int(part.count_B.max()), part.text_BL.shape[1]
-    log_p_BTV = torch.log_softmax(logits_at(backbone, last_BSD, length, part.start_B, steps).float(), -1)
+    log_p_BTV = torch.log_softmax(logits_at(backbone, part.prefix.with_hidden(last_BSD), length, part.start_B, steps).float(), -1)
     said_BT = part.text_BL.gather(1, (answer_columns(part.start_B, steps) + 1).clamp(max=length - 1))
     chosen_BT = log_p_BTV.gather(-1, said_BT[..., None])[..., 0]
     return (chosen_BT * (torch.arange(steps, device=last_BSD.device) < part.count_B[:, None])).sum()

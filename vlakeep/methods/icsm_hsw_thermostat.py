@@ -19,8 +19,8 @@ from vlakeep.methods.base import CALMER, Method, Problem, never_measured
 from vlakeep.probe.batches import prompt_batches
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.teacher import icsm_artifact
-from vlakeep.teacher.collect import input_key
 from vlakeep.teacher.decompose import fix_signs
+from vlakeep.teacher.folder import note_attention
 from vlakeep.teacher.icsm_artifact import ArtifactError
 from vlakeep.thermostat.controller import Controller, Law
 from vlakeep.thermostat.thermometer import Thermometer
@@ -103,6 +103,7 @@ class IcsmHswThermostat(Method):
         if problems:
             raise ArtifactError("\n".join(problems))
         artifact = icsm_artifact.load(folder)
+        note_attention(folder, artifact.meta, config.backbone)
 
         def make_thermometer(backbone):
             teacher, items = artifact.teacher_states()
@@ -127,7 +128,7 @@ class IcsmHswThermostat(Method):
             self._sites["residual"] = ResidualSite(backbone.decoder_layers, self._residual_bases(backbone), hsw.eps, dtype)
         if hsw.enabled and hsw.site in ("lora_input", "both"):
             adapted = backbone.adapted_linears()
-            self._sites["lora_input"] = LoraInputSite(adapted, self._input_bases(adapted))
+            self._sites["lora_input"] = LoraInputSite(adapted, self._input_bases(adapted, backbone.input_key))
         if thermostat.enabled:
             self._controller = Controller(control_law(self._config))
             self._thermometer = self._make_thermometer(backbone)
@@ -144,7 +145,7 @@ class IcsmHswThermostat(Method):
         loaded = {rep: self._artifact.residual_basis(rep) for rep in sorted({mapping[layer] for layer in layers})}
         return {layer: self._ablate(loaded[mapping[layer]], mapping[layer]) for layer in layers}
 
-    def _input_bases(self, adapted) -> Dict[str, Dict[str, torch.Tensor]]:
+    def _input_bases(self, adapted, input_key) -> Dict[str, Dict[str, torch.Tensor]]:
         bases = self._artifact.token_bases()
         missing = [name for name in adapted if input_key(name) not in bases]
         if missing:

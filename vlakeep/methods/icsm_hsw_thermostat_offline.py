@@ -18,11 +18,10 @@ from vlakeep.models.adapters import select_linears
 from vlakeep.probe.batches import prompt_batches
 from vlakeep.probe.probe_set import ProbeSet, evenly
 from vlakeep.teacher import icsm_artifact as artifact
-from vlakeep.teacher.collect import input_key, passes, pooled_states, token_moments, with_own_answers
+from vlakeep.teacher.collect import passes, pooled_states, token_moments, with_own_answers
 from vlakeep.teacher.decompose import check_rank, pooled_candidates, token_bases
+from vlakeep.teacher.folder import numerics
 from vlakeep.teacher.sensitivity import order_by_fragility, sensitivities
-
-ANSWER_TOKENS = 8  # seven action tokens and the end of sequence
 
 
 def build(config: Config, storage: Storage, backbone) -> Path:
@@ -71,8 +70,7 @@ def build(config: Config, storage: Storage, backbone) -> Path:
 
     tokens = _token_level(backbone, batches(items), linears, config, steps) if config.icsm.tokens else None
     meta = {
-        "backbone": backbone.name, "weights_sha256": backbone.weights_sha256, "dtype": config.backbone.dtype, "quantisation": "none",
-        "attn_implementation": config.backbone.attn_implementation, "depth": backbone.num_layers,
+        "backbone": backbone.name, "weights_sha256": backbone.weights_sha256, **numerics(config.backbone), "depth": backbone.num_layers,
         "hidden_size": backbone.hidden_size, "layers": layers, "layer_map": {str(k): v for k, v in mapping.items()},
         "r": config.icsm.rank, "epsilon": config.icsm.epsilon, "per_layer": notes,
         "probe": config.probe.name, "probe_sha256": probe.sha256, "probe_items": len(items), "empty_masks": pooled.empty,
@@ -92,7 +90,7 @@ def _bytes_needed(config: Config, backbone, layers, linears, items: int) -> int:
     """Size of the artefact, all float32: bases and covariance per layer, the teacher's states, a basis per distinct input."""
     dim, fragile, plastic = backbone.hidden_size, config.icsm.tokens_fragile_fraction, config.icsm.tokens_plastic_fraction
     share = plastic + min(fragile, 1 - fragile - plastic)
-    inputs = {input_key(name): linear.in_features for name, linear in linears.items()}
+    inputs = {backbone.input_key(name): linear.in_features for name, linear in linears.items()}
     return int(4 * (len(layers) * dim * (config.icsm.rank + dim + items) + sum(share * d * d for d in inputs.values())))
 
 
@@ -100,9 +98,9 @@ def _token_level(backbone, prompts, linears, config: Config, steps: int):
     """Bases of the inputs of every linear that the lora section adapts."""
     def inputs():
         for batch, _ in prompts:
-            yield with_own_answers(backbone, batch, ANSWER_TOKENS) if config.icsm.tokens_generated else batch
+            yield with_own_answers(backbone, batch, backbone.answer_tokens) if config.icsm.tokens_generated else batch
 
-    groups = passes(linears, config.icsm.moments_gib * 2**30)
+    groups = passes(linears, config.icsm.moments_gib * 2**30, backbone.input_key)
     # The teacher answers once: with several passes its answers are kept, with one they stream.
     answered = inputs() if len(groups) == 1 else list(tqdm(inputs(), desc="teacher's answers", total=steps, leave=False))
     bases = {}

@@ -17,17 +17,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vlakeep.core.errors import CheckpointError
-from vlakeep.openvla.backbone import LORA_PREFIX, Backbone
+from vlakeep.models.base import Backbone
 
 ADAPTER = "default"
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-GROUPS = {"attention": ["q_proj", "k_proj", "v_proj", "o_proj"], "mlp": ["gate_proj", "up_proj", "down_proj"]}
-_PARENT = {leaf: "self_attn" if group == "attention" else "mlp" for group, leaves in GROUPS.items() for leaf in leaves}
 
 
 @dataclass(frozen=True)
 class LoraInfo:
-    """What add_lora added: full module names inside OpenVLA, rank, alpha, dropout, init."""
+    """What add_lora added: full module names inside the network, rank, alpha, dropout, init."""
 
     targets: List[str]
     rank: int
@@ -62,27 +60,13 @@ def layer_numbers(spec: str, depth: int) -> List[int]:
 
 
 def target_modules(backbone: Backbone, layers: str, modules: List[str]) -> List[str]:
-    """Full names inside OpenVLA of the linears to adapt, e.g. language_model.model.layers.3.self_attn.q_proj.
+    """Full names inside the network of the linears to adapt, e.g. language_model.model.layers.3.self_attn.q_proj.
 
     Raises ValueError for layers outside the model, unknown modules, or none.
     """
     if list(modules) == ["all-linear"]:
         return all_linear(backbone)
-    leaves = leaf_names(modules)
-    return [
-        f"{LORA_PREFIX}layers.{number}.{_PARENT[leaf]}.{leaf}"
-        for number in layer_numbers(layers, backbone.num_layers)
-        for leaf in leaves
-    ]
-
-
-def leaf_names(modules: List[str]) -> List[str]:
-    """Names inside a decoder layer, such as q_proj, in the model's order, each once. ValueError for unknown ones, or none."""
-    leaves = [leaf for module in modules for leaf in GROUPS.get(module, [module])]
-    unknown = [leaf for leaf in leaves if leaf not in _PARENT]
-    if unknown or not leaves:
-        raise ValueError(f"--lora.modules {unknown or modules}: must be among attention, mlp, {', '.join(_PARENT)}")
-    return [leaf for leaf in _PARENT if leaf in leaves]
+    return backbone.linear_names(layer_numbers(layers, backbone.num_layers), modules)
 
 
 def all_linear(backbone: Backbone) -> List[str]:
@@ -90,7 +74,7 @@ def all_linear(backbone: Backbone) -> List[str]:
 
     So the convolutions named `proj` come along, and lm_head is not left out. Source: peft 0.11.1 tuners/tuners_utils.py:719-730.
     """
-    modules = dict(backbone.openvla.named_modules())
+    modules = dict(backbone.network.named_modules())
     leaves = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
     return [name for name, module in modules.items() if isinstance(module, kinds) and name.rpartition(".")[2] in leaves]
@@ -98,8 +82,9 @@ def all_linear(backbone: Backbone) -> List[str]:
 
 def select_linears(backbone: Backbone, layers: str, modules: List[str]) -> Dict[str, torch.nn.Module]:
     """The linears that add_lora would adapt, named like `layers.3.self_attn.q_proj`."""
-    names = [name for name in target_modules(backbone, layers, modules) if name.startswith(LORA_PREFIX)]
-    return {name[len(LORA_PREFIX):]: backbone.openvla.get_submodule(name) for name in names}
+    prefix = backbone.decoder_prefix
+    names = [name for name in target_modules(backbone, layers, modules) if name.startswith(prefix + "layers.")]
+    return {name[len(prefix):]: backbone.network.get_submodule(name) for name in names}
 
 
 def attach_lora(
@@ -115,7 +100,7 @@ def attach_lora(
 
     if backbone.lora is not None:
         raise ValueError("this backbone already has adapters; make_backbone gives one without")
-    base = backbone.openvla
+    base = backbone.network
     training = base.training
     peft_config = PeftLoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), bias="none")
     backbone.model = get_peft_model(base, peft_config)
@@ -149,13 +134,8 @@ def add_lora(backbone: Backbone, config, seed: int) -> None:
 
 
 def _lora_layers(backbone: Backbone) -> Dict[str, torch.nn.Module]:
-    """Full name inside OpenVLA -> PEFT's layer."""
-    return {name: backbone.openvla.get_submodule(name) for name in (backbone.lora.targets if backbone.lora else [])}
-
-
-def adapted_linears(backbone: Backbone) -> Dict[str, torch.nn.Module]:
-    """As Backbone.adapted_linears."""
-    return backbone.adapted_linears()
+    """Full name inside the network -> PEFT's layer."""
+    return {name: backbone.network.get_submodule(name) for name in (backbone.lora.targets if backbone.lora else [])}
 
 
 @contextmanager
@@ -286,7 +266,7 @@ def load_adapter(backbone: Backbone, folder) -> None:
         name: tensor for name, tensor in state.items() if ".base_layer." not in name
     }  # peft stores lm_head's base weight too
     targets = list(dict.fromkeys(re.sub(r"^base_model\.model\.|\.lora_[AB]\.weight$", "", name) for name in sorted(stored)))
-    known = dict(backbone.openvla.named_modules())
+    known = dict(backbone.network.named_modules())
     strange = [name for name in targets if name not in known]
     if strange:
         raise CheckpointError(
@@ -300,10 +280,10 @@ def load_adapter(backbone: Backbone, folder) -> None:
 
 @torch.no_grad()
 def merged_state(backbone: Backbone, dtype: Optional[torch.dtype] = None) -> Dict[str, torch.Tensor]:
-    """Official state dict with the adapters merged in: W + alpha/rank B A, added in float32 and rounded once."""
+    """State dict under the checkpoint's names with the adapters merged in: W + alpha/rank B A, added in float32 and rounded once."""
     layers = _lora_layers(backbone)
     state = {}
-    for key, tensor in backbone.openvla.state_dict().items():
+    for key, tensor in backbone.network.state_dict().items():
         if ".lora_" in key:
             continue
         key = key.replace(".base_layer.", ".")

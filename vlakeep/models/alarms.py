@@ -8,9 +8,7 @@ from typing import Dict, List, Sequence, Union
 import numpy as np
 import torch
 
-from vlakeep.data.prompts import encode_prompts
-from vlakeep.data.sample import Sample
-from vlakeep.openvla.backbone import Backbone
+from vlakeep.models.base import Backbone
 
 SEEN_AT_LEAST = 100  # actions, before anything is said about them
 TURNS = {"as they are": lambda x: x, "turned by 180 degrees": lambda x: x[::-1, ::-1], "upside down": lambda x: x[::-1],
@@ -20,14 +18,12 @@ TURNS = {"as they are": lambda x: x, "turned by 180 degrees": lambda x: x[::-1, 
 @torch.no_grad()
 def vision_effect(backbone: Backbone, instruction: str = "pick up the object") -> float:
     """Largest change of a log-probability of the first action token between a black and a white picture; 0 when vision is not used."""
-    height, width = backbone.processor.image_processor.input_sizes[0][-2:]
-    samples = [Sample(np.full((height, width, 3), value, dtype=np.uint8), instruction) for value in (0, 255)]
-    batch = encode_prompts(samples, backbone.processor).to(backbone.device)
+    processor = backbone.processor
+    samples = [processor.spec.blank(value, processor.picture_size, instruction) for value in (0, 255)]
     training = backbone.training
     backbone.eval()
-    last_BD = backbone.run_layers(backbone.embed(batch))[:, -1]  # both prompts have one length, so the last column is the last token
+    black_V, white_V = torch.log_softmax(backbone.next_logits(processor.encode_prompts(samples)), dim=-1)
     backbone.train(training)
-    black_V, white_V = torch.log_softmax(backbone.logits(last_BD), dim=-1)
     return float((black_V - white_V).abs().max())
 
 

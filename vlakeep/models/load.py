@@ -1,12 +1,15 @@
 """The model of a configuration: what kind a checkpoint folder holds is read from its config.json, and that kind's own `load` makes it.
 
-A folder vlakeep/KIND with a file load.py is a kind of model; its `load_backbone(settings, folder, device)` returns a Backbone. Nothing
-is imported before it is asked for, so that a model whose libraries are missing is in nobody's way.
+A folder vlakeep/KIND with a file load.py is a kind of model, and the `MODEL` in there its class (models/base.py:Backbone). A package of
+one's own adds kinds through the entry point group `vlakeep.models`, whose values name such a class. Nothing is imported before it is asked
+for, so that a model whose libraries are missing is in nobody's way.
 """
 
 import json
 import os
+from functools import lru_cache
 from importlib import import_module
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import List, Optional
@@ -17,6 +20,7 @@ from vlakeep.core.config import BackboneConfig
 from vlakeep.core.errors import CheckpointError
 from vlakeep.core.storage import PACKAGE, find_checkpoint, pick_root
 
+GROUP = "vlakeep.models"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -28,9 +32,29 @@ def model_name(folder: Path) -> str:
     return folder.name
 
 
+@lru_cache(maxsize=None)  # it reads the metadata of every package that is installed
+def _outside() -> dict:
+    return {entry.name: entry for entry in entry_points(group=GROUP)}
+
+
+def _own() -> List[str]:
+    return sorted(file.parent.name for file in PACKAGE.glob("*/load.py") if file.parent.name != "models")
+
+
 def model_kinds() -> List[str]:
     """Every kind of model there is."""
-    return sorted(file.parent.name for file in PACKAGE.glob("*/load.py") if file.parent.name != "models")
+    own = _own()
+    return [*own, *(name for name in sorted(_outside()) if name not in own)]
+
+
+def kind_of(config: dict) -> str:
+    """The kind that a config.json names; it may be none of model_kinds."""
+    return str(config.get("model_type", config.get("type", "openvla")))
+
+
+def class_of(kind: str):
+    """The class of a kind of model (models/base.py:Backbone), one of model_kinds."""
+    return import_module(f"vlakeep.{kind}.load").MODEL if kind in _own() else _outside()[kind].load()
 
 
 def model_kind(folder: Path) -> str:
@@ -40,11 +64,16 @@ def model_kind(folder: Path) -> str:
         said = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return "openvla"  # its reader says what is wrong with the folder, and what to do
-    kind = said.get("model_type", said.get("type", "openvla")) if isinstance(said, dict) else "openvla"
+    kind = kind_of(said) if isinstance(said, dict) else "openvla"
     if kind not in model_kinds():
-        raise CheckpointError(f"{file}: model_type is {kind!r}; vlakeep knows {', '.join(model_kinds())}: name a checkpoint of one of these "
-                              "with --backbone.checkpoint")
+        raise CheckpointError(f"{file}: model_type is {kind!r}; vlakeep knows {', '.join(model_kinds())}: name a checkpoint of one of "
+                              "these with --backbone.checkpoint")
     return kind
+
+
+def model_class(folder: Path):
+    """The class of the model in a checkpoint folder. CheckpointError when it is of no kind that is known."""
+    return class_of(model_kind(folder))
 
 
 def _refuse_unusable(settings, device: torch.device) -> None:
@@ -67,4 +96,4 @@ def make_backbone(source, device="cpu", cache: Optional[Path] = None):
     cache = Path(cache or os.environ.get("HF_HOME") or Path(pick_root()) / "hf_cache")
     _refuse_unusable(settings, torch.device(device))
     folder = find_checkpoint(settings.checkpoint, cache)
-    return import_module(f"vlakeep.{model_kind(folder)}.load").load_backbone(settings, folder, device)
+    return model_class(folder).load(settings, folder, device)

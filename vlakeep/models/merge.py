@@ -5,20 +5,20 @@ disk and are read tensor by tensor, so that the peak is one shard (5 GB) and one
 """
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from vlakeep.core.errors import CheckpointError
 from vlakeep.models.adapters import merged_state
-from vlakeep.openvla import format as checkpoint_format
-from vlakeep.openvla.format import INDEX, MAX_SHARD, WEIGHTS, tensor_table, weight_files, write_json, write_sidecars
+from vlakeep.models.base import Backbone
+from vlakeep.models.files import shards, tensor_table, weight_files, write_index, write_shard
+from vlakeep.models.load import model_class
 
 RECORD = "vlakeep_export.json"
 _STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -46,21 +46,11 @@ def merged(weight: torch.Tensor, pair: Tuple[torch.Tensor, torch.Tensor], scale:
     return weight.float() + scale * (b.flatten(1) @ a.flatten(1)).view(weight.shape)
 
 
-def _shards(sizes: Dict[str, int]) -> List[List[str]]:
-    shards, room = [[]], MAX_SHARD
-    for name, size in sizes.items():
-        if size > room and shards[-1]:
-            shards.append([])
-            room = MAX_SHARD
-        shards[-1].append(name)
-        room -= size
-    return shards
-
-
 def merge_checkpoint(base: Path, adapter: Path, out: Path, statistics: dict, dtype: Optional[torch.dtype] = None) -> Dict[str, str]:
     """Write `base` with `adapter` merged in to the new folder `out`; dtype None keeps each tensor's stored type.
 
-    The sum is taken in float32 and rounded once. Returns the names of the merged modules and the weight file of each.
+    The sum is taken in float32 and rounded once; processor and statistics come along.
+    Returns the names of the merged modules and the weight file of each.
     Raises CheckpointError when the adapter is for modules that the base does not have, or of another shape.
     """
     table, where = {}, {}
@@ -79,11 +69,10 @@ def merge_checkpoint(base: Path, adapter: Path, out: Path, statistics: dict, dty
         raise CheckpointError(f"the adapter in {adapter} does not fit {base}: " + "; ".join(problems[:6]) + ": merge it into the base "
                               "model that it was trained on")
     kinds = {name: dtype or _STORED[entry["dtype"]] for name, entry in table.items()}
-    shards = _shards({name: torch.Size(table[name]["shape"]).numel() * kinds[name].itemsize for name in sorted(table)})
-    names = [WEIGHTS] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    plan = shards({name: torch.Size(table[name]["shape"]).numel() * kinds[name].itemsize for name in sorted(table)})
     done, total = {}, 0
     with tqdm(total=len(table), desc="merging", unit="tensor", disable=len(table) < 300, leave=False) as bar:
-        for file_name, members in zip(names, shards):
+        for file_name, members in plan.items():
             tensors = {}
             for name in members:
                 with safe_open(str(where[name]), framework="pt") as file:
@@ -94,20 +83,13 @@ def merge_checkpoint(base: Path, adapter: Path, out: Path, statistics: dict, dty
                     done[module] = file_name
                 tensors[name] = tensor.to(kinds[name]).contiguous()
                 bar.update()
-            partial = out / (file_name + ".partial")
-            save_file(tensors, str(partial), metadata={"format": "pt"})
-            os.replace(partial, out / file_name)
+            write_shard(out, file_name, tensors)
             total += sum(t.nbytes for t in tensors.values())
-    if len(shards) > 1:
-        write_json(out / INDEX, {"metadata": {"total_size": total},
-                                 "weight_map": {name: file for file, members in zip(names, shards) for name in members}})
-    config = checkpoint_format.read_config(base)
-    config.pop("auto_map", None)  # it would make the official code look for Python files that are not there; classes are registered
-    write_sidecars(out, dict(config, torch_dtype=str(kinds[sorted(table)[0]]).replace("torch.", "")), statistics)
+    write_index(out, plan, total)
+    model_class(base).complete_merged(base, out, statistics, kinds[sorted(table)[0]])
     return done
 
 
-def save_checkpoint(backbone, folder, dtype: Optional[torch.dtype] = None) -> None:
-    """A Backbone as a folder that vlakeep and the official code load; adapters are merged into the weights (in float32)."""
-    checkpoint_format.write_checkpoint(folder, merged_state(backbone, dtype), backbone.config, backbone.norm_stats, dtype)
-    backbone.processor.save(folder)
+def save_checkpoint(backbone: Backbone, folder, dtype: Optional[torch.dtype] = None) -> None:
+    """A Backbone as a folder that vlakeep and the model's own code load; adapters are merged into the weights (in float32)."""
+    backbone.write(Path(folder), merged_state(backbone, dtype), dtype)

@@ -29,5 +29,8 @@ class ActionTokenizer:
 
     def decode(self, ids) -> np.ndarray:
         """[..., A] ids -> float64 bin centres; ids that are no action tokens give an end of the range."""
-        index = np.clip(self.vocab_size - np.asarray(ids) - 1, 0, len(self.bin_centers) - 1)
-        return self.bin_centers[index]
+        return self.bin_centers[self.bin_of(ids)]
+
+    def bin_of(self, ids) -> np.ndarray:
+        """[..., A] ids -> numbers of their bins; other ids than actions fall into the first or the last."""
+        return np.clip(self.vocab_size - np.asarray(ids) - 1, 0, len(self.bin_centers) - 1)

@@ -20,7 +20,6 @@ from rich.text import Text
 
 from vlakeep.core.config import config_from_argv
 from vlakeep.core.storage import Storage, find_checkpoint
-from vlakeep.data.prompts import prompt_text
 from vlakeep.openvla.processor import Processor
 from vlakeep.probe.masks import AuditRow, audit
 from vlakeep.probe.probe_set import ProbeSet
@@ -58,7 +57,7 @@ def main(argv: List[str]) -> int:
         counts.append(sum(row.kept for row in rows))
         shown[kind] += 1
         if shown[kind] <= SHOWN:
-            head = f"\nitem {number}, {kind}: {counts[-1]} of {len(rows)} tokens kept in {prompt_text(sample)!r}"
+            head = f"\nitem {number}, {kind}: {counts[-1]} of {len(rows)} tokens kept in {processor.prompt_text(sample)!r}"
             console.print(head, item_table(rows), sep="\n", markup=False)
     empty, mean = counts.count(0), sum(counts) / len(counts)
     print(

@@ -14,9 +14,11 @@ from torch.nn.utils import parametrize
 
 from vlakeep.core.official_code import load_official
 from vlakeep.data.sample import IGNORE_INDEX, Batch
+from vlakeep.models.base import Backbone, LossOutput, captured_outputs
+from vlakeep.models.files import read_statistics
 from vlakeep.models.load import DTYPES
 from vlakeep.openvla import format as checkpoint_format
-from vlakeep.openvla.backbone import Backbone, LossOutput, captured_outputs
+from vlakeep.openvla.backbone import OpenVLABackbone
 from vlakeep.openvla.model import OpenVLA, layer_interface, parameters_on_meta
 from vlakeep.openvla.processor import Processor
 from vlakeep.openvla.tiny import register_tiny_vits
@@ -44,7 +46,7 @@ class OfficialOpenVLA(OpenVLA):
         return self
 
 
-class OfficialBackbone(Backbone):
+class OfficialBackbone(OpenVLABackbone):
     """A Backbone that trains through the official forward."""
 
     def forward(self, batch: Batch) -> LossOutput:
@@ -84,7 +86,7 @@ def official_model(code, config: dict, dtype: torch.dtype, attn_implementation: 
 
 
 def make_official_backbone(settings, folder: Path, device) -> Backbone:
-    """As load.load_backbone, from the checkout named by settings.openvla_dir. Code that lies in the checkpoint folder is never run."""
+    """As OpenVLABackbone.load, from the checkout named by settings.openvla_dir. Code that lies in the checkpoint folder is never run."""
     code = load_official(settings.openvla_dir)
     register_tiny_vits()
     config = checkpoint_format.read_config(folder)
@@ -95,6 +97,6 @@ def make_official_backbone(settings, folder: Path, device) -> Backbone:
     if settings.gradient_checkpointing:
         model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
     shell = OfficialOpenVLA(model, config, settings.attn_implementation)
-    backbone = OfficialBackbone(shell, Processor.from_folder(folder), checkpoint_format.read_statistics(folder, config), folder,
+    backbone = OfficialBackbone(shell, Processor.from_folder(folder), read_statistics(folder, config), folder,
                                 settings.unnorm_key)
     return backbone.to(device).eval()

@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from vlakeep.core.config import BackboneConfig
 from vlakeep.core.provenance import library_versions, source_commit
-from vlakeep.data.prompts import encode_text
 from vlakeep.data.sample import IGNORE_INDEX, Batch
 from vlakeep.models.load import make_backbone
 from vlakeep.models.merge import save_checkpoint
 from vlakeep.openvla.format import init_checkpoint
 from vlakeep.openvla.processor import Processor
+from vlakeep.openvla.prompts import encode_text
 from vlakeep.openvla.tiny import build_tiny_tokenizer
 
 WARM_UP = 500  # steps

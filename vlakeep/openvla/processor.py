@@ -10,13 +10,16 @@ import json
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
 from PIL import Image
 
 from vlakeep.core.compat import import_timm
+from vlakeep.data.processor import BaseProcessor
+from vlakeep.data.sample import Batch, Sample
+from vlakeep.openvla import prompts
 from vlakeep.openvla.action_tokenizer import ActionTokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -141,7 +144,7 @@ def _content(token) -> Optional[str]:
     return token["content"] if isinstance(token, dict) else token
 
 
-class Processor:
+class Processor(BaseProcessor):
     """tokenizer, image_processor and action_tokenizer; `folder` is where they were read from, or None."""
 
     def __init__(self, tokenizer, image_processor: ImageProcessor, folder: Optional[Path] = None):
@@ -169,6 +172,36 @@ class Processor:
                 f"{file} is not an OpenVLA image processor configuration: {error}; copy it from the base model"
             ) from error
         return cls(load_tokenizer(folder), image_processor, folder)
+
+    @property
+    def picture_size(self) -> Tuple[int, int]:
+        return self.image_processor.input_sizes[0][-2:]
+
+    def encode_batch(self, samples: List[Sample]) -> Batch:
+        self.spec.check(samples, "OpenVLA")
+        return prompts.encode_batch(samples, self)
+
+    def encode_prompts(self, samples: List[Sample], width: int = 0) -> Batch:
+        self.spec.check(samples, "OpenVLA")
+        return prompts.encode_prompts(samples, self, width)
+
+    def whole_prompt(self, sample: Sample) -> List[int]:
+        return prompts.whole_prompt(sample, self)
+
+    def prompt_text(self, sample: Sample) -> str:
+        return prompts.prompt_text(sample)
+
+    def instruction_span(self, text: str) -> Tuple[int, int]:
+        return prompts.instruction_span(text)
+
+    def encode_actions(self, actions: np.ndarray) -> np.ndarray:
+        return self.action_tokenizer.encode(actions)
+
+    def decode_actions(self, ids_NT: np.ndarray) -> np.ndarray:
+        return self.action_tokenizer.decode(ids_NT)[:, None]
+
+    def action_bins(self, ids: np.ndarray) -> np.ndarray:
+        return self.action_tokenizer.bin_of(ids)
 
     def save(self, path) -> List[Path]:
         """Copy the files this processor was read from, byte for byte. Raises ValueError when it was not read from a folder."""

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from vlakeep.data.sample import IGNORE_INDEX, Batch, Row
 from vlakeep.models.adapters import ADAPTER, attach_lora, merged_state
-from vlakeep.openvla.backbone import Backbone
+from vlakeep.openvla.backbone import OpenVLABackbone
 from vlakeep.openvla.model import OpenVLA, VisionBackbone, parameters_on_meta
 from vlakeep.parity.golden_weights import (
     EMPTY_TOKEN,
@@ -152,7 +152,7 @@ def _largest_ratio(ours, official) -> float:
     return difference(ours, official) / max(float(np.abs(official).max()), 1e-30)
 
 
-def _forward(backbone: Backbone, golden: _Golden, batch: Batch, folder: Path) -> List[Row]:
+def _forward(backbone: OpenVLABackbone, golden: _Golden, batch: Batch, folder: Path) -> List[Row]:
     model, rows = backbone.openvla, []
     if "vision_patches" in golden:
         rows.append(Row("vision patches", difference(model.vision_backbone(batch.pixel_values), golden["vision_patches"]), 1e-5))
@@ -217,7 +217,7 @@ def _forward(backbone: Backbone, golden: _Golden, batch: Batch, folder: Path) ->
     return rows
 
 
-def _finetune_metrics(backbone: Backbone, golden: _Golden, predicted: torch.Tensor, labels: torch.Tensor) -> List[Row]:
+def _finetune_metrics(backbone: OpenVLABackbone, golden: _Golden, predicted: torch.Tensor, labels: torch.Tensor) -> List[Row]:
     """What the official finetune.py:270-285 logs."""
     if "finetune_action_preds" not in golden:
         return []
@@ -240,7 +240,7 @@ def _finetune_metrics(backbone: Backbone, golden: _Golden, predicted: torch.Tens
     ]
 
 
-def _gradient_rows(name: str, backbone: Backbone, official: Dict[str, float]) -> List[Row]:
+def _gradient_rows(name: str, backbone: OpenVLABackbone, official: Dict[str, float]) -> List[Row]:
     ours = {n: None if p.grad is None else p.grad.double().norm().item() for n, p in backbone.openvla.named_parameters()}
     absent = [n for n in official if (ours.get(n) is None) != (official[n] is None)]
     largest = max(v for v in official.values() if v is not None)
@@ -253,7 +253,7 @@ def _gradient_rows(name: str, backbone: Backbone, official: Dict[str, float]) ->
             Row(f"{name}, parameters with and without one", len(absent), 0)]
 
 
-def _hooked_gradients(backbone: Backbone, batch: Batch, folder: Path) -> List[Row]:
+def _hooked_gradients(backbone: OpenVLABackbone, batch: Batch, folder: Path) -> List[Row]:
     """Gradient surgery at a decoder layer's output, as every residual-stream method does it."""
     file = folder / "grad_hook_norms.json"
     if not file.is_file():
@@ -285,7 +285,7 @@ def _hooked_gradients(backbone: Backbone, batch: Batch, folder: Path) -> List[Ro
     return rows
 
 
-def _generation(backbone: Backbone, golden: _Golden, batch: Batch) -> List[Row]:
+def _generation(backbone: OpenVLABackbone, golden: _Golden, batch: Batch) -> List[Row]:
     rows, prompts = [], []
     numbers = sorted(
         int(key.split("_")[1]) for key in golden.values if key.startswith("generate_") and key.endswith("_input_ids")
@@ -352,7 +352,7 @@ def prompt_batch(ids: torch.Tensor, pixel_values: torch.Tensor, mask: torch.Tens
     )
 
 
-def _losses(name: str, backbone: Backbone, batch: Batch, official: np.ndarray) -> Row:
+def _losses(name: str, backbone: OpenVLABackbone, batch: Batch, official: np.ndarray) -> Row:
     """AdamW with the official settings on one batch; changes the weights of `backbone`."""
     backbone.zero_grad(set_to_none=True)
     optimizer = torch.optim.AdamW([p for p in backbone.parameters() if p.requires_grad], lr=5e-4)

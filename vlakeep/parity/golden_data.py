@@ -12,9 +12,9 @@ import numpy as np
 
 from vlakeep.data import images
 from vlakeep.data.augment import Draw, augment, stages
-from vlakeep.data.prompts import encode
 from vlakeep.data.rlds import RldsDataset
 from vlakeep.data.sample import IGNORE_INDEX, Row, Sample
+from vlakeep.openvla.prompts import encode
 
 _FRACTION = 0.95  # the official train[:95%]
 _FRAMES = (0, 5)  # the frames whose pictures the golden data hold

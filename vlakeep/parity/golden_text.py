@@ -11,10 +11,10 @@ from typing import Dict, List
 
 import numpy as np
 
-from vlakeep.data.prompts import action_prompt, collate, encode, training_text
 from vlakeep.data.sample import IGNORE_INDEX, Row, Sample
 from vlakeep.openvla.action_tokenizer import ActionTokenizer
 from vlakeep.openvla.processor import STRATEGIES, ImageProcessor
+from vlakeep.openvla.prompts import action_prompt, collate, encode, training_text
 from vlakeep.parity.golden import difference, unchecked
 
 

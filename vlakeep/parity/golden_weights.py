@@ -14,8 +14,9 @@ import torch
 from tqdm import tqdm
 
 from vlakeep.core.compat import import_timm
+from vlakeep.data.sample import SampleSpec
 from vlakeep.openvla.action_tokenizer import ActionTokenizer
-from vlakeep.openvla.backbone import Backbone
+from vlakeep.openvla.backbone import OpenVLABackbone
 from vlakeep.openvla.format import complete_config
 from vlakeep.openvla.model import OpenVLA, parameters_on_meta
 from vlakeep.openvla.processor import Processor
@@ -123,7 +124,7 @@ def golden_config(folder, shapes: Dict[str, list]) -> dict:
     return config
 
 
-def golden_backbone(folder, state: Optional[Dict[str, torch.Tensor]] = None) -> Backbone:
+def golden_backbone(folder, state: Optional[Dict[str, torch.Tensor]] = None) -> OpenVLABackbone:
     """The golden model with its formula weights. It has no tokenizer; ids are those of Llama-2."""
     shapes = named_shapes(json.loads((Path(folder) / "state_dict.json").read_text()))
     config = golden_config(folder, shapes)
@@ -131,10 +132,13 @@ def golden_backbone(folder, state: Optional[Dict[str, torch.Tensor]] = None) -> 
         model = OpenVLA(config, "sdpa")
     model.load_state_dict(state if state is not None else fill(model), strict=True, assign=True)
     vocabulary = config["text_config"]["vocab_size"] - config["pad_to_multiple_of"]
+    codec = ActionTokenizer(vocabulary)
     ids_only = SimpleNamespace(
         tokenizer=SimpleNamespace(eos_token_id=EOS),
         pad_token_id=config["pad_token_id"],
         empty_token_id=EMPTY_TOKEN,
-        action_tokenizer=ActionTokenizer(vocabulary),
+        spec=SampleSpec(),
+        action_tokenizer=codec,
+        decode_actions=lambda ids: codec.decode(ids)[:, None],
     )
-    return Backbone(model.eval(), cast(Processor, ids_only), config.get("norm_stats") or {}, Path(folder))
+    return OpenVLABackbone(model.eval(), cast(Processor, ids_only), config.get("norm_stats") or {}, Path(folder))

@@ -21,15 +21,15 @@ from vlakeep.core.config import BackboneConfig
 from vlakeep.core.official_code import load_official, versions
 from vlakeep.core.parallel import pick_device
 from vlakeep.core.storage import find_checkpoint, pick_root
-from vlakeep.data.prompts import action_prompt, encode, encode_batch, encode_prompts, prompt_ids
 from vlakeep.data.sample import Batch, Row, Sample
 from vlakeep.models.adapters import all_linear, attach_lora
 from vlakeep.models.load import DTYPES, make_backbone
-from vlakeep.openvla.backbone import Backbone
+from vlakeep.openvla.backbone import OpenVLABackbone
 from vlakeep.openvla.format import complete_config
 from vlakeep.openvla.model import OpenVLA, parameters_on_meta
 from vlakeep.openvla.official import official_model
 from vlakeep.openvla.processor import PREPROCESSOR_FILE, ImageProcessor, Processor, load_tokenizer
+from vlakeep.openvla.prompts import action_prompt, encode, encode_batch, encode_prompts, prompt_ids
 from vlakeep.parity.golden import UNCHECKED, difference, unchecked
 from vlakeep.parity.golden_weights import EMPTY_TOKEN, golden_backbone
 
@@ -68,15 +68,15 @@ class Pair:
         state = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}
         return official_model(self.code, self.native.config, self.dtype, "sdpa", state).to(self.device)
 
-    def fresh_native(self) -> Backbone:
+    def fresh_native(self) -> OpenVLABackbone:
         with parameters_on_meta():
             model = OpenVLA(self.native.config)
         state = {name: tensor.detach().clone() for name, tensor in self.native.openvla.state_dict().items()}
         model.load_state_dict(state, strict=True, assign=True)
-        return Backbone(model.to(self.device), self.native.processor, self.native.norm_stats, self.folder).eval()
+        return OpenVLABackbone(model.to(self.device), self.native.processor, self.native.norm_stats, self.folder).eval()
 
 
-def _golden_processor(native: Backbone, tokenizer):
+def _golden_processor(native: OpenVLABackbone, tokenizer):
     """Llama-2's tokenizer with an image processor of the golden model's size; None without a tokenizer folder."""
     if tokenizer is None:
         return None

@@ -4,7 +4,6 @@ from typing import Iterator, List, Tuple
 
 import torch
 
-from vlakeep.data.prompts import encode_prompts
 from vlakeep.data.sample import Batch
 from vlakeep.probe.masks import mask_from_prompt
 
@@ -13,5 +12,5 @@ def prompt_batches(probe, items: List[int], processor, batch_size: int) -> Itera
     """Yield (prompt Batch, instruction mask [B, L]) for the numbered items."""
     for start in range(0, len(items), batch_size):
         samples = probe.samples(items[start:start + batch_size])
-        batch = encode_prompts(samples, processor)
+        batch = processor.encode_prompts(samples)
         yield batch, mask_from_prompt(batch, samples, processor)

@@ -3,7 +3,8 @@
 Two ways, by what the tokenizer offers:
     mask_from_loss_mask   instr_mask = ~loss_mask & attention_mask, for tokenizers that give an action loss_mask
     mask_from_prompt      the instruction's span in the prompt template, through the tokenizer's character offsets
-Positions are text positions; image patches are no text, so they are out by construction. `audit` explains every token.
+Positions are text positions; image patches are no text, so they are out by construction. The template is the processor's
+(data/processor.py). `audit` explains every token.
 Axes: B batch, L text tokens.
 """
 
@@ -13,7 +14,6 @@ from typing import List, Sequence, Tuple
 
 import torch
 
-from vlakeep.data.prompts import encode_prompts, instruction_span, prompt_text
 from vlakeep.data.sample import Batch, Sample
 
 # A robot state written into the text, as pi0-FAST does: "State: 12 34;". Neither its label nor its digits are instruction.
@@ -48,9 +48,10 @@ def _tokenize(text: str, tokenizer) -> Tuple[List[int], List[Tuple[int, int]]]:
     return list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
 
 
-def _classify(text: str, ids: Sequence[int], offsets: Sequence[Tuple[int, int]], special: set) -> List[Tuple[bool, str]]:
+def _classify(text: str, span: Tuple[int, int], ids: Sequence[int], offsets: Sequence[Tuple[int, int]],
+              special: set) -> List[Tuple[bool, str]]:
     """(kept, reason) of each token of a prompt. Whitespace belongs to no one, so a token counts by its visible characters."""
-    start, end = instruction_span(text)
+    start, end = span
     states = [found.span() for found in _STATE.finditer(text)]
 
     def owner(index: int) -> str:
@@ -84,21 +85,22 @@ def mask_from_prompt(batch: Batch, samples: List[Sample], processor) -> torch.Te
     special = set(processor.tokenizer.all_special_ids)
     mask_BL = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
     for i, sample in enumerate(samples):
-        text = prompt_text(sample)
+        text = processor.prompt_text(sample)
         ids, offsets = _tokenize(text, processor.tokenizer)
         if batch.input_ids[i, :len(ids)].tolist() != ids:
             raise ValueError(f"row {i} of the batch does not start with the tokens of {text!r}; the mask would be wrong")
-        mask_BL[i, :len(ids)] = torch.tensor([kept for kept, _ in _classify(text, ids, offsets, special)])
+        span = processor.instruction_span(text)
+        mask_BL[i, :len(ids)] = torch.tensor([kept for kept, _ in _classify(text, span, ids, offsets, special)])
     return mask_BL.to(batch.input_ids.device)
 
 
 def audit(sample: Sample, processor) -> List[AuditRow]:
     """Every text position of the sample's probe prompt with what became of it; `kept` equals mask_from_prompt."""
-    tokenizer, text = processor.tokenizer, prompt_text(sample)
+    tokenizer, text = processor.tokenizer, processor.prompt_text(sample)
     ids, offsets = _tokenize(text, tokenizer)
     rows = [(token, text[a:b], kept, reason) for token, (a, b), (kept, reason)
-            in zip(ids, offsets, _classify(text, ids, offsets, set(tokenizer.all_special_ids)))]
-    for token in encode_prompts([sample], processor).input_ids[0, len(ids):].tolist():
+            in zip(ids, offsets, _classify(text, processor.instruction_span(text), ids, offsets, set(tokenizer.all_special_ids)))]
+    for token in processor.encode_prompts([sample]).input_ids[0, len(ids):].tolist():
         rows.append((token, "", False, "empty token"))
     pieces = tokenizer.convert_ids_to_tokens([row[0] for row in rows])
     return [AuditRow(position, token, piece, covered, kept, reason)

@@ -13,7 +13,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from vlakeep.data.sample import Batch
-from vlakeep.openvla.backbone import Prefix
+from vlakeep.models.base import Prefix
 
 TOP = 32
 
@@ -69,12 +69,12 @@ class Part(NamedTuple):
     count_B: torch.Tensor
 
     def to(self, device) -> "Part":
-        return Part(Prefix(*[t.to(device) for t in self.prefix]), *[t.to(device) for t in self[1:]])
+        return Part(self.prefix.to(device), *[t.to(device) for t in self[1:]])
 
     def split(self, rows: int) -> List["Part"]:
         """Parts of at most so many rows."""
         cuts = [slice(start, start + rows) for start in range(0, len(self.text_BL), rows)]
-        return [Part(Prefix(*[t[cut] for t in self.prefix]), *[t[cut] for t in self[1:]]) for cut in cuts]
+        return [Part(self.prefix.rows(cut), *[t[cut] for t in self[1:]]) for cut in cuts]
 
 
 @torch.no_grad()
@@ -84,10 +84,10 @@ def run_below(backbone, prompts_and_wholes: Iterable[Tuple[Batch, Batch]], first
     for prompts, whole in prompts_and_wholes:
         prefix = backbone.embed(whole)
         if first:
-            prefix = prefix._replace(hidden_BSD=backbone.run_layers(prefix, stop=first))
+            prefix = prefix.with_hidden(backbone.run_layers(prefix, stop=first))
         start_B = prompts.attention_mask.sum(1).cpu()
         count_B = whole.attention_mask.sum(1).cpu() - start_B
-        parts.append(Part(Prefix(*[t.cpu() for t in prefix]), whole.input_ids.cpu(), start_B, count_B))
+        parts.append(Part(prefix.to("cpu"), whole.input_ids.cpu(), start_B, count_B))
     return parts
 
 
@@ -98,7 +98,8 @@ def teacher_answers(backbone, parts: Iterable[Part], first: int, top: int = TOP)
     for part in parts:
         part = part.to(backbone.device)
         hidden_BSD = backbone.run_layers(part.prefix, start=first, stop=backbone.num_layers)
-        logits_BTV = logits_at(backbone, hidden_BSD, part.text_BL.shape[1], part.start_B, int(part.count_B.max()))
+        last = part.prefix.with_hidden(hidden_BSD)
+        logits_BTV = logits_at(backbone, last, part.text_BL.shape[1], part.start_B, int(part.count_B.max()))
         # One less than there are tokens, so that the rest is never empty.
         top_BTK = logits_BTV.float().topk(min(top, logits_BTV.shape[-1] - 1), dim=-1).indices
         kept_BTK, rest_BT = split_log_probabilities(logits_BTV, top_BTK)
@@ -113,13 +114,14 @@ def teacher_answers(backbone, parts: Iterable[Part], first: int, top: int = TOP)
                        for name, value in rows.items()})
 
 
-def logits_at(backbone, hidden_BSD: torch.Tensor, length: int, start_N: torch.Tensor, steps: int) -> torch.Tensor:
-    """lm_head on the answer columns of the last layer's raw output, [N, T, V]."""
+def logits_at(backbone, last: Prefix, length: int, start_N: torch.Tensor, steps: int) -> torch.Tensor:
+    """The model's head on the answer columns of `length` text tokens, [N, T, V]; `last` holds the last layer's raw output."""
+    hidden_BSD = last.hidden_BSD
     # Columns behind a shorter answer are masked later; here they only have to exist.
     columns_NT = answer_columns(start_N.to(hidden_BSD.device), steps).clamp(max=length - 1)
-    positions_NT = backbone.text_index(length)[columns_NT]
+    positions_NT = backbone.text_columns(last, length).expand(len(columns_NT), length).gather(1, columns_NT)
     rows_N1 = torch.arange(len(columns_NT), device=hidden_BSD.device)[:, None]
-    return backbone.logits(backbone.openvla.norm(hidden_BSD[rows_N1, positions_NT]))
+    return backbone.logits(backbone.norm(hidden_BSD[rows_N1, positions_NT]))
 
 
 if __name__ == "__main__":  # sanity check: python -m vlakeep.teacher.answers

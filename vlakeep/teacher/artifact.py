@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from vlakeep.teacher.answers import Answered
-from vlakeep.teacher.folder import ArtifactError, ArtifactFolder, read_meta, write_folder
+from vlakeep.teacher.folder import QUANTISATION, ArtifactError, ArtifactFolder, numeric_problems, read_meta, write_folder
 from vlakeep.teacher.spectrum import Spectrum, from_tensors
 
 FORMAT = 1
@@ -64,19 +64,19 @@ def load_artifact(folder: Path) -> GradedArtifact:
 
 
 def check(artifact: GradedArtifact, weights_hash: str, probe_hash: str, probe_size: int, depth: int, dtype: str,
-          section: dict) -> List[str]:
+          section: dict, quantisation: str = QUANTISATION) -> List[str]:
     """Why this artefact does not fit the run: one line per mismatch with the remedy; empty when it fits.
 
-    `section` holds the fields of the configuration that decide the numbers.
+    `section` holds the fields of the configuration that decide the numbers; dtype and quantisation are those of the base weights.
     """
     meta, remedy, found = artifact.meta, "run `vlakeep offline` with this configuration", []
     for what, made, wanted in (("other base weights", meta["weights_sha256"][:12], weights_hash[:12]),
                                ("another probe", meta["probe_sha256"][:12], probe_hash[:12]),
                                ("another number of decoder layers", meta["depth"], depth),
-                               ("another number of probe items", meta["probe_items"], probe_size),
-                               ("another data type of the base", meta["dtype"], dtype)):
+                               ("another number of probe items", meta["probe_items"], probe_size)):
         if made != wanted:
             found.append(f"{artifact.folder} was made for {what} ({made}, this run has {wanted}): {remedy}")
+    found += numeric_problems(artifact.folder, meta, dtype, quantisation)
     for key, value in section.items():
         if meta["config"].get(key) != value:
             found.append(f"{artifact.folder} was made with gains.{key} {meta['config'].get(key)}, this run asks for {value}: {remedy}")

@@ -88,7 +88,7 @@ def _advanced(backbone, parts: List[Part], layer: int) -> List[Part]:
     for part in parts:
         prefix = part.to(backbone.device).prefix
         hidden_BSD = backbone.run_layers(prefix, start=layer, stop=layer + 1)
-        found.append(part._replace(prefix=part.prefix._replace(hidden_BSD=hidden_BSD.cpu())))
+        found.append(part._replace(prefix=part.prefix.with_hidden(hidden_BSD.cpu())))
     return found
 
 

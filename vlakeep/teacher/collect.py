@@ -4,21 +4,18 @@ pooled_instruction: s_i [D] per representative layer, the mean of the layer's ra
 tokens: the uncentred second moment of the inputs of every adapted linear over all valid tokens, image patches included. The
     teacher continues each prompt by itself first, so that the positions at which answers are decided are part of it.
 
-Axes: N items, B batch, S sequence (BOS, patches, text), L text, D hidden or input size.
+Axes: N items, B batch, S sequence (pictures and text), L text, D hidden or input size.
 """
 
 from dataclasses import dataclass
-from typing import Dict, Iterable, List
+from typing import Callable, Dict, Iterable, List
 
 import torch
 from tqdm import tqdm
 
-from vlakeep.data.sample import IGNORE_INDEX, Batch
-from vlakeep.openvla.backbone import captured_outputs, sequence_mask
+from vlakeep.data.sample import Batch
+from vlakeep.models.base import captured_outputs
 from vlakeep.probe.pooling import masked_mean
-
-# Linears that read the same tensor share one second moment.
-SHARED_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
 
 @dataclass
@@ -38,9 +35,10 @@ def pooled_states(backbone, batches: Iterable, layers: List[int], total: int = N
     """Pool instruction tokens of each item. `batches` yields (prompt Batch, instruction mask [B, L]); `where` is for messages."""
     states, flags, norms, count = {layer: [] for layer in layers}, [], {layer: 0.0 for layer in layers}, 0
     for batch, mask_BL in tqdm(batches, desc="pooling instructions", total=total, disable=quiet, leave=False):
-        mask_BS = sequence_mask(mask_BL, backbone.num_patches).to(backbone.device)
+        prefix = backbone.embed(batch)
+        mask_BS = backbone.sequence_mask(prefix, mask_BL)
         with captured_outputs(backbone.decoder_layers, layers) as outputs:
-            backbone.run_layers(backbone.embed(batch), stop=max(layers) + 1)
+            backbone.run_layers(prefix, stop=max(layers) + 1)
         for layer in layers:
             pooled_BD, empty_B = masked_mean(outputs[layer].float(), mask_BS)
             states[layer].append(pooled_BD.cpu())
@@ -79,21 +77,14 @@ def with_own_answers(backbone, batch: Batch, tokens: int) -> Batch:
         rows.append(torch.cat([ids[:length].cpu(), answer]))
     input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(r), dtype=torch.bool) for r in rows], batch_first=True)
-    return Batch(input_ids=input_ids, attention_mask=mask, labels=torch.full_like(input_ids, IGNORE_INDEX),
-                 pixel_values=batch.pixel_values, dataset_names=batch.dataset_names)
+    return batch.with_text(input_ids, mask)
 
 
-def input_key(linear_name: str) -> str:
-    """Name under which the input statistics of a linear are stored, e.g. layers.3.self_attn.v_proj -> layers.3.self_attn.q_proj."""
-    parent, _, leaf = linear_name.rpartition(".")
-    return f"{parent}.{SHARED_INPUT.get(leaf, leaf)}"
-
-
-def passes(linears, limit_bytes: float) -> List[dict]:
-    """`linears` in groups whose second moments fit the limit; those that share an input stay together."""
+def passes(linears, limit_bytes: float, key_of: Callable[[str], str]) -> List[dict]:
+    """`linears` in groups whose second moments fit the limit; those that share an input, by the model's `input_key`, stay together."""
     by_input: Dict[str, dict] = {}
     for name, linear in linears.items():
-        by_input.setdefault(input_key(name), {})[name] = linear
+        by_input.setdefault(key_of(name), {})[name] = linear
     groups: List[dict] = []
     used = 0.0
     for members in by_input.values():
@@ -129,7 +120,7 @@ def token_moments(backbone, batches: Iterable, linears: Dict[str, torch.nn.Modul
         return hook
 
     try:
-        measured = {input_key(name): linear for name, linear in reversed(list(linears.items()))}  # the first of those that share
+        measured = {backbone.input_key(name): linear for name, linear in reversed(list(linears.items()))}  # the first of those that share
         for key, linear in measured.items():
             handles.append(linear.register_forward_pre_hook(accumulate(key)))
         for batch in tqdm(batches, desc="token statistics", total=total, leave=False):

@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Sequence
+from typing import Dict, List, Sequence
 
 from vlakeep.core.storage import atomic_dir
+
+QUANTISATION = "none"  # of the base's weights; no others are loaded
 
 
 class ArtifactError(ValueError):
@@ -39,6 +42,30 @@ def read_meta(folder: Path, absent: str, form: int, needed: Sequence[str], older
     if missing:
         raise ArtifactError(f"{path} is damaged (it lacks {', '.join(missing)}): rebuild the artefact with `vlakeep offline`")
     return meta
+
+
+def numerics(settings) -> Dict[str, str]:
+    """How a model computes, as the backbone section of a configuration says; meta.json records it under these names."""
+    return {"dtype": settings.dtype, "quantisation": QUANTISATION, "attn_implementation": settings.attn_implementation}
+
+
+def numeric_problems(folder: Path, meta: dict, dtype: str, quantisation: str = QUANTISATION) -> List[str]:
+    """Why an artefact was made with other numbers than those of this run's base weights, one line each."""
+    found, remedy = [], "run `vlakeep offline` with this configuration"
+    if meta["dtype"] != dtype:
+        found.append(f"{folder} was made with {meta['dtype']} weights, this run has {dtype} ones: {remedy}")
+    made = meta.get("quantisation", QUANTISATION)
+    if made != quantisation:
+        found.append(f"{folder} was made with weights quantised as {made}, this run as {quantisation}: {remedy}")
+    return found
+
+
+def note_attention(folder: Path, meta: dict, settings) -> None:
+    """Say on stderr when teacher and run use two attention implementations. They agree up to rounding, so that nothing is refused."""
+    made = meta.get("attn_implementation", settings.attn_implementation)
+    if made != settings.attn_implementation:
+        print(f"note: {folder} was made with attn_implementation {made}, this run uses {settings.attn_implementation}; they agree up to "
+              "rounding, which a divergence near zero shows", file=sys.stderr)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save
 
-from vlakeep.teacher.folder import ArtifactError, ArtifactFolder, read_meta, write_folder
+from vlakeep.teacher.folder import QUANTISATION, ArtifactError, ArtifactFolder, numeric_problems, read_meta, write_folder
 
 FORMAT = 3
 _NEEDED = ("weights_sha256", "dtype", "quantisation", "probe_sha256", "probe_items", "depth", "layers", "layer_map", "config", "files")
@@ -119,20 +119,17 @@ def load(folder: Path) -> Artifact:
 
 
 def check(artifact: Artifact, weights_hash: str, probe_hash: str, icsm_section: dict, depth: int, probe_size: int, dtype: str,
-          quantisation: str = "none") -> List[str]:
+          quantisation: str = QUANTISATION) -> List[str]:
     """Why this artefact does not fit the run: one line per mismatch with the remedy; empty when it fits.
 
-    dtype, quantisation: of the base weights. Attention implementations agree up to rounding and are only recorded.
+    dtype, quantisation: of the base weights. Attention implementations agree up to rounding (folder.note_attention).
     """
     meta, remedy = artifact.meta, "run `vlakeep offline` with this configuration"
     found = []
     if meta["weights_sha256"] != weights_hash:
         found.append(f"{artifact.folder} was made for other base weights ({meta['weights_sha256'][:12]}, this run loads "
                      f"{weights_hash[:12]}): {remedy}")
-    if meta["dtype"] != dtype:
-        found.append(f"{artifact.folder} was made with {meta['dtype']} weights, this run has {dtype} ones: {remedy}")
-    if meta["quantisation"] != quantisation:
-        found.append(f"{artifact.folder} was made with weights quantised as {meta['quantisation']}, this run as {quantisation}: {remedy}")
+    found += numeric_problems(artifact.folder, meta, dtype, quantisation)
     if meta["probe_sha256"] != probe_hash:
         found.append(f"{artifact.folder} was made from another probe ({meta['probe_sha256'][:12]}, this run names "
                      f"{probe_hash[:12]}): {remedy}")

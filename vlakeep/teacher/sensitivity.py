@@ -13,7 +13,7 @@ from typing import List, Tuple
 import torch
 from tqdm import tqdm
 
-from vlakeep.openvla.backbone import captured_outputs, sequence_mask
+from vlakeep.models.base import captured_outputs
 
 
 def measured_positions(mask_BS: torch.Tensor, valid_BS: torch.Tensor) -> torch.Tensor:
@@ -29,13 +29,13 @@ def sensitivities(backbone, batches: List[Tuple], layer: int, candidates_DK: tor
     positions = 0
 
     def log_probabilities(prefix, hidden_BSD, where_BS):
-        upper_BSD = backbone.run_layers(prefix._replace(hidden_BSD=hidden_BSD), start=layer + 1)
+        upper_BSD = backbone.run_layers(prefix.with_hidden(hidden_BSD), start=layer + 1)
         return torch.log_softmax(backbone.logits(upper_BSD[where_BS]).float(), dim=-1)
 
     with tqdm(total=len(batches) * candidates_DK.shape[1], desc=f"sensitivity of layer {layer}", leave=False) as bar:
         for batch, mask_BL in batches:
-            mask_BS = sequence_mask(mask_BL, backbone.num_patches).to(device)
             prefix = backbone.embed(batch)
+            mask_BS = backbone.sequence_mask(prefix, mask_BL)
             with captured_outputs(backbone.decoder_layers, [layer]) as outputs:
                 backbone.run_layers(prefix, stop=layer + 1)
             hidden_BSD = outputs[layer]

@@ -7,14 +7,13 @@ answers, and lm_head on the answer columns alone. The items are always the same 
 Axes: N items, S sequence, D hidden, T answer positions.
 """
 
-from typing import Iterator, List, Optional
+from typing import Iterator, List, Optional, Tuple
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.utils import parametrize
 
 from vlakeep.core.parallel import broadcast_float
-from vlakeep.data.sample import IGNORE_INDEX, Batch
-from vlakeep.openvla.backbone import Prefix
+from vlakeep.data.sample import Batch
 from vlakeep.teacher.answers import Answered, divergence, logits_at
 
 KEEP = 256 * 2**20  # bytes of cached hidden states that stay on the device; more are sent there at each measurement
@@ -24,30 +23,27 @@ MEASURED = 32  # items that run together in a measurement, which keeps nothing f
 class KLSensor:
     """`measure()` gives the mean divergence over the items."""
 
-    def __init__(self, backbone, answered: Answered, pixels: Iterator[torch.Tensor], batch_size: int = 32,
+    def __init__(self, backbone, answered: Answered, seen: Iterator[Batch], batch_size: int = 32,
                  weights_N: Optional[torch.Tensor] = None):
-        """pixels: pixel values [B, C, H, W] of the items in order, in batches of `batch_size`. weights_N: of the items, 1 in the mean;
+        """seen: the items in order, in batches of `batch_size`, of which all but the text is taken. weights_N: of the items, 1 in the mean;
         None weighs all alike. ValueError without items."""
         if not len(answered.start_N):
             raise ValueError("the sensor kl has no items: enlarge the probe (--probe.size) and run `vlakeep offline` again")
         self._backbone = backbone
         self._first = min(backbone.first_adapted_layer(), backbone.num_layers)
-        hidden, valid = [], []
+        prefixes = []
         with torch.no_grad():
-            for start, pixels_BCHW in zip(range(0, len(answered.start_N), batch_size), pixels):
+            for start, batch in zip(range(0, len(answered.start_N), batch_size), seen):
                 part = slice(start, start + batch_size)
-                ids_BL, mask_BL = answered.text_NL[part], answered.valid_NL[part]
-                batch = Batch(ids_BL, mask_BL, torch.full_like(ids_BL, IGNORE_INDEX), pixels_BCHW, [""] * len(ids_BL), first_label=1)
-                prefix = backbone.embed(batch)
+                prefix = backbone.embed(batch.with_text(answered.text_NL[part], answered.valid_NL[part]))
                 if self._first:
-                    prefix = prefix._replace(hidden_BSD=backbone.run_layers(prefix, stop=self._first))
-                # Row by row: batches are padded to their own longest prompt, and all rows to one width below.
-                hidden += list(prefix.hidden_BSD.cpu())
-                valid += list(prefix.attention_mask_BS.cpu())
-        self._hidden_NSD, self._valid_NS = pad_sequence(hidden, batch_first=True), pad_sequence(valid, batch_first=True)
-        if self._hidden_NSD.nbytes <= KEEP:
-            self._hidden_NSD, self._valid_NS = self._hidden_NSD.to(backbone.device), self._valid_NS.to(backbone.device)
-        self._measured = max(batch_size, min(len(hidden), MEASURED))
+                    prefix = prefix.with_hidden(backbone.run_layers(prefix, stop=self._first))
+                prefixes.append(prefix.to("cpu"))
+        self._prefix = prefixes[0].join(prefixes[1:])
+        self._count = len(self._prefix.hidden_BSD)
+        if self._prefix.hidden_BSD.nbytes <= KEEP:
+            self._prefix = self._prefix.to(backbone.device)
+        self._measured = max(batch_size, min(self._count, MEASURED))
         self._length = answered.text_NL.shape[1]
         device = backbone.device
         self._answered = Answered(*[value.to(device) for value in answered])
@@ -56,18 +52,37 @@ class KLSensor:
     @torch.no_grad()
     def per_item(self) -> torch.Tensor:
         """Divergence [N] of every item, on the device."""
-        backbone, device, found = self._backbone, self._backbone.device, []
+        backbone, found = self._backbone, []
         training = backbone.training
         backbone.eval()  # no dropout in a measurement
-        for start in range(0, len(self._hidden_NSD), self._measured):
-            part = slice(start, start + self._measured)
-            prefix = Prefix(self._hidden_NSD[part].to(device), self._valid_NS[part].to(device))
-            hidden_BSD = backbone.run_layers(prefix, start=self._first, stop=backbone.num_layers)
-            answered = Answered(*[value[part] for value in self._answered])
-            logits_BTV = logits_at(backbone, hidden_BSD, self._length, answered.start_N, answered.top_NTK.shape[1])
-            found.append(divergence(answered, logits_BTV))
+        with parametrize.cached():
+            for start in range(0, self._count, self._measured):
+                found.append(self.divergence_of(slice(start, start + self._measured)))
         backbone.train(training)
         return torch.cat(found)
+
+    def divergence_of(self, rows) -> torch.Tensor:
+        """Divergence of some items, a slice or numbers on the CPU, on the device; differentiable where gradients are taken."""
+        backbone = self._backbone
+        prefix = self._prefix.rows(rows).to(backbone.device)
+        last = prefix.with_hidden(backbone.run_layers(prefix, start=self._first, stop=backbone.num_layers))
+        answered = Answered(*[value[rows] for value in self._answered])
+        logits_BTV = logits_at(backbone, last, self._length, answered.start_N, answered.top_NTK.shape[1])
+        return divergence(answered, logits_BTV)
+
+    def draw(self, count: int, key: Tuple[int, int, int]) -> torch.Tensor:
+        """Numbers [B] of up to `count` items, each once, the more probable the larger its weight; a function of `key` alone."""
+        seed, step, number = key
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_009 + number)
+        weights_N = torch.ones(self._count) if self._weights_N is None else self._weights_N.cpu().float()
+        return torch.multinomial(weights_N, min(count, len(weights_N)), generator=generator)
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def device(self) -> torch.device:
+        return self._backbone.device
 
     def measure(self) -> float:
         """Weighted mean over the items; all ranks return rank 0's value. Synchronises once. Rounding below zero counts as zero."""
@@ -77,7 +92,7 @@ class KLSensor:
         return max(value, 0.0) if value > -1e-5 else value
 
 
-def batched(samples: List, processor, encode, size: int) -> Iterator[torch.Tensor]:
-    """Pixel values of samples in batches, as KLSensor takes them; `encode(samples, processor)` gives a Batch."""
+def batched(samples: List, processor, size: int) -> Iterator[Batch]:
+    """The prompts of samples in batches, as KLSensor takes them."""
     for start in range(0, len(samples), size):
-        yield encode(samples[start:start + size], processor).pixel_values
+        yield processor.encode_prompts(samples[start:start + size])

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from vlakeep.core.parallel import broadcast_float
-from vlakeep.openvla.backbone import Prefix, captured_outputs, sequence_mask
+from vlakeep.models.base import captured_outputs
 from vlakeep.probe.pooling import masked_mean
 from vlakeep.thermostat.drift import covariance_drift, paired_drift
 
@@ -35,17 +35,15 @@ class Thermometer:
         self._mean = {layer: mean[layer].to(device) for layer in layers}
         self._covariance = {layer: covariance[layer].to(device) for layer in layers}
         self._teacher = {layer: teacher[layer].to(device) for layer in layers}
-        hidden, valid, masks = [], [], []
+        prefixes, masks = [], []
         with torch.no_grad():
             for batch, mask_BL in tqdm(batches, desc="probe prefix", leave=False):
                 prefix = backbone.embed(batch)
                 if self._first > 0:
-                    prefix = prefix._replace(hidden_BSD=backbone.run_layers(prefix, stop=self._first))
-                hidden += list(prefix.hidden_BSD.cpu())
-                valid += list(prefix.attention_mask_BS.cpu().bool())
-                masks += list(sequence_mask(mask_BL.cpu(), backbone.num_patches))
-        self._hidden_NSD = pad_sequence(hidden, batch_first=True)
-        self._valid_NS = pad_sequence(valid, batch_first=True)
+                    prefix = prefix.with_hidden(backbone.run_layers(prefix, stop=self._first))
+                masks += list(backbone.sequence_mask(prefix, mask_BL).cpu())
+                prefixes.append(prefix.to("cpu"))
+        self._prefix = prefixes[0].join(prefixes[1:])
         self._mask_NS = pad_sequence(masks, batch_first=True)
 
     @torch.no_grad()
@@ -53,13 +51,10 @@ class Thermometer:
         """Drift of the student now; all ranks return rank 0's value. Synchronises once."""
         # From seed and number alone: a resumed run draws what the uninterrupted one would have drawn.
         rng = np.random.default_rng([self._seed, number])
-        rows = torch.from_numpy(np.sort(rng.choice(len(self._hidden_NSD), self._draw, replace=False)))
-        valid_NS = self._valid_NS[rows]
-        # The probe is padded to its longest prompt, a draw needs the width of its own longest.
-        width = int(valid_NS.sum(1).max())
+        rows = torch.from_numpy(np.sort(rng.choice(len(self._mask_NS), self._draw, replace=False)))
         device = self._backbone.device
-        prefix = Prefix(self._hidden_NSD[rows, :width].to(device), valid_NS[:, :width].to(device))
-        mask_NS = self._mask_NS[rows, :width].to(device)
+        prefix = self._prefix.rows(rows).trimmed().to(device)
+        mask_NS = self._mask_NS[rows, :prefix.hidden_BSD.shape[1]].to(device)
         training = self._backbone.training
         self._backbone.eval()  # no dropout in a measurement
         with captured_outputs(self._backbone.decoder_layers, self._layers) as outputs:

@@ -1,0 +1,408 @@
+"""What a model is: everything that stages, teacher, methods and benchmarks ask of one. A kind of model is a subclass of Backbone.
+
+    before the weights   read_config, sizes, linear_shapes, read_statistics, leaf_names: what preflight asks of a folder
+    identity             name, weights_sha256, network, decoder_layers, num_layers, hidden_size, device, dtype
+    adapters             adapted_linears, linear_names, input_key
+    layout               embed -> Prefix, text_columns, sequence_mask
+    forward              run_layers, norm, logits, forward
+    answers              generate, log_probabilities_of_continuation, attempt_chunks, attempt_batch, predict_actions
+    actions              action_key, action_statistics, action_tokens, unnormalise
+    folders              load, write, complete_merged
+
+Prompts, pictures and action tokens are its processor's (data/processor.py). What has an answer here is right for every model with text
+tokens; openvla/backbone.py overrides what it does faster, or as the official code does it.
+
+Axes: B batch, L text tokens, S sequence, D hidden, V vocabulary, T generated tokens, C actions of a chunk, A action dimensions.
+"""
+
+from abc import ABC, abstractmethod
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from vlakeep.data.processor import BaseProcessor
+from vlakeep.data.sample import IGNORE_INDEX, Batch, Sample
+from vlakeep.models import files
+from vlakeep.models.load import model_name
+
+
+class LossOutput(NamedTuple):
+    """All tensors stay on the device; nothing is read by the host."""
+
+    loss: torch.Tensor  # float32, mean cross entropy over labelled tokens
+    num_labelled: torch.Tensor  # how many tokens that are
+    correct: torch.Tensor  # how many of them the model would have chosen
+    last_hidden_norm: torch.Tensor  # mean norm of the last layer's output before the final norm, over valid positions
+
+
+class EarlyStop(ValueError):
+    """The model ended its answer before all action dimensions were out; the official code returns garbage here."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """Input of a decoder layer, made by the model's `embed`: hidden states, which positions are not padding, and what else its layers need.
+
+    A model adds fields in a subclass (positions, which columns see one another). All are tensors with rows on their first axis and, where
+    there are two or more, the sequence on the second. Others hold, cut, move and join prefixes without knowing what is in them.
+    """
+
+    hidden_BSD: torch.Tensor
+    attention_mask_BS: torch.Tensor  # bool
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Prefix":
+        return replace(self, **{f.name: change(getattr(self, f.name)) for f in fields(self)})
+
+    def to(self, device) -> "Prefix":
+        return self.map(lambda tensor: tensor.to(device))
+
+    def rows(self, which) -> "Prefix":
+        """The rows of a slice or an index tensor."""
+        return self.map(lambda tensor: tensor[which])
+
+    def trimmed(self) -> "Prefix":
+        """Without the columns at the end that are padding in every row."""
+        width = int(self.attention_mask_BS.any(0).nonzero().max()) + 1
+        return self.map(lambda tensor: tensor[:, :width] if tensor.ndim > 1 else tensor)
+
+    def with_hidden(self, hidden_BSD: torch.Tensor) -> "Prefix":
+        """The same positions with other hidden states, such as the output of a layer."""
+        return replace(self, hidden_BSD=hidden_BSD)
+
+    def join(self, others: Sequence["Prefix"]) -> "Prefix":
+        """The rows of this one and of others, shorter ones padded on the right with zeros."""
+        joined = {}
+        for f in fields(self):
+            rows = [row for part in (self, *others) for row in getattr(part, f.name)]
+            joined[f.name] = pad_sequence(rows, batch_first=True) if rows[0].ndim else torch.stack(rows)
+        return replace(self, **joined)
+
+
+@contextmanager
+def captured_outputs(decoder_layers, numbers):
+    """Within the context, a dictionary fills with the raw output [B, S, D] of each numbered decoder layer."""
+    outputs, handles = {}, []
+
+    def keep(number):
+        def hook(module, args, output):
+            outputs[number] = (output[0] if isinstance(output, tuple) else output).detach()
+        return hook
+
+    try:
+        for number in numbers:
+            handles.append(decoder_layers[number].register_forward_hook(keep(number)))
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Backbone(nn.Module, ABC):
+    """A model with its processor, action statistics and identity. `model` is its network, or PEFT's wrapping of it."""
+
+    # Of the decoder's linears, which are what methods adapt and measure.
+    decoder_prefix = ""  # of their names inside the network, up to "layers."
+    linears: Dict[str, str] = {}  # last part of a linear's name -> where it lies in a decoder layer, in the model's order
+    groups: Dict[str, List[str]] = {}  # what --lora.modules may name besides single linears
+    shared_inputs: Dict[str, str] = {}  # linear -> an earlier one that reads the same tensor
+    answer_tokens = 8  # longest answer of the teacher to a prompt of the probe
+    processor_files: Tuple[Tuple[str, ...], ...] = ()  # names of files beside the weights, one of each group must be there
+
+    def __init__(self, model: nn.Module, processor: BaseProcessor, norm_stats: dict, checkpoint: Optional[Path] = None,
+                 unnorm_key: Optional[str] = None):
+        """model: the network. norm_stats: statistics by the data sets' names, as dataset_statistics.json holds them."""
+        super().__init__()
+        self.model = model
+        self.processor: Any = processor
+        self.norm_stats, self.checkpoint, self.unnorm_key = norm_stats, checkpoint, unnorm_key
+        self.lora: Any = None  # what add_lora added: a LoraInfo
+        self._weights_sha256: Optional[str] = None
+
+    # Before the weights
+
+    @classmethod
+    @abstractmethod
+    def read_config(cls, folder: Path) -> dict:
+        """config.json, validated. FileNotFoundError or CheckpointError with the remedy."""
+
+    @classmethod
+    @abstractmethod
+    def sizes(cls, config: dict) -> Tuple[int, int]:
+        """(decoder layers, hidden size) after a config.json, which may lack what has a default."""
+
+    @classmethod
+    @abstractmethod
+    def linear_shapes(cls, config: dict) -> Dict[str, Tuple[int, int]]:
+        """(inputs, outputs) of every one of `linears`, after a config.json."""
+
+    @classmethod
+    def read_statistics(cls, folder: Path, config: dict) -> dict:
+        """norm_stats of a folder."""
+        return files.read_statistics(folder, config)
+
+    @classmethod
+    def leaf_names(cls, modules: List[str]) -> List[str]:
+        """The linears that --lora.modules names, such as q_proj, in the model's order, each once. ValueError for unknown ones, or none."""
+        leaves = [leaf for module in modules for leaf in cls.groups.get(module, [module])]
+        unknown = [leaf for leaf in leaves if leaf not in cls.linears]
+        if unknown or not leaves:
+            raise ValueError(f"--lora.modules {unknown or modules}: must be among {', '.join([*cls.groups, *cls.linears])}")
+        return [leaf for leaf in cls.linears if leaf in leaves]
+
+    # Folders
+
+    @classmethod
+    @abstractmethod
+    def load(cls, settings, folder: Path, device) -> "Backbone":
+        """The model of a checkpoint folder, in evaluation mode on `device`; `settings` is the backbone section of a configuration.
+        CheckpointError for what is not whole."""
+
+    @abstractmethod
+    def write(self, folder: Path, state: Dict[str, torch.Tensor], dtype: Optional[torch.dtype] = None) -> None:
+        """A folder that `load` reads, with these weights in this type (None: as they are)."""
+
+    @classmethod
+    @abstractmethod
+    def complete_merged(cls, base: Path, out: Path, statistics: dict, dtype: torch.dtype) -> None:
+        """Beside merged weights of type `dtype` in `out`: what else `load` reads, after the folder `base` and with these statistics."""
+
+    # Identity
+
+    @property
+    def network(self) -> nn.Module:
+        """The network inside, with or without adapters; its state dict has the names of the checkpoint's tensors."""
+        return self.model if self.lora is None else self.model.get_base_model()
+
+    @property
+    def name(self) -> str:
+        return model_name(self.checkpoint) if self.checkpoint else "unnamed"
+
+    @property
+    def weights_sha256(self) -> str:
+        """Fingerprint of the base weights in the checkpoint folder (files.weights_hash), computed once."""
+        if self._weights_sha256 is None:
+            self._weights_sha256 = files.weights_hash(self.checkpoint)
+        return self._weights_sha256
+
+    @property
+    @abstractmethod
+    def decoder_layers(self) -> nn.ModuleList:
+        """The layers that run_layers counts; each gives [B, S, D], or a tuple that begins with it."""
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.decoder_layers)
+
+    @property
+    @abstractmethod
+    def hidden_size(self) -> int:
+        """D."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.decoder_layers.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the base weights."""
+        return next(self.decoder_layers.parameters()).dtype
+
+    def parallelised(self, distributed) -> nn.Module:
+        """What the training loop calls in place of this: in DistributedDataParallel, or itself in a single process."""
+        return distributed.wrap(self)
+
+    # Adapters
+
+    def linear_names(self, layers: Sequence[int], modules: List[str]) -> List[str]:
+        """Full names inside the network of these linears of these layers."""
+        leaves = self.leaf_names(modules)
+        return [f"{self.decoder_prefix}layers.{number}.{self.linears[leaf]}" for number in layers for leaf in leaves]
+
+    def adapted_linears(self) -> Dict[str, nn.Module]:
+        """PEFT's layer of every adapted linear of the decoder, named like `layers.3.self_attn.q_proj`; empty without adapters."""
+        names = self.lora.targets if self.lora else []
+        prefix = self.decoder_prefix
+        return {name[len(prefix):]: self.network.get_submodule(name) for name in names if name.startswith(prefix + "layers.")}
+
+    def first_adapted_layer(self) -> int:
+        """Number of the lowest decoder layer with an adapter; num_layers when there is none."""
+        return min((int(name.split(".")[1]) for name in self.adapted_linears()), default=self.num_layers)
+
+    @classmethod
+    def input_key(cls, linear_name: str) -> str:
+        """The first linear that reads the same input, e.g. layers.3.self_attn.v_proj -> layers.3.self_attn.q_proj."""
+        parent, _, leaf = linear_name.rpartition(".")
+        return f"{parent}.{cls.shared_inputs.get(leaf, leaf)}"
+
+    # Layout
+
+    @abstractmethod
+    def embed(self, batch: Batch) -> Prefix:
+        """Input of layer 0, from a batch on any device."""
+
+    @abstractmethod
+    def text_columns(self, prefix: Prefix, length: int) -> torch.Tensor:
+        """Columns of the sequence where the text tokens 0 to length - 1 of a batch stand, [L], or [B, L] where rows differ. Token j >= 1 is
+        predicted one column before its own."""
+
+    def sequence_mask(self, prefix: Prefix, mask_BL: torch.Tensor) -> torch.Tensor:
+        """A mask over text positions, moved to the sequence [B, S]; pictures and state are False."""
+        columns_BL = self.text_columns(prefix, mask_BL.shape[1]).expand(mask_BL.shape)
+        mask_BS = torch.zeros(prefix.attention_mask_BS.shape, dtype=torch.bool, device=columns_BL.device)
+        return mask_BS.scatter_(1, columns_BL, mask_BL.to(columns_BL.device))
+
+    # Forward
+
+    @abstractmethod
+    def run_layers(self, prefix: Prefix, start: int = 0, stop: Optional[int] = None) -> torch.Tensor:
+        """Decoder layers start .. stop-1 on a prefix, [B, S, D]; the final norm is applied iff stop is None.
+
+        Values at padding positions mean nothing. Raises ValueError for a range outside the model.
+        """
+
+    @abstractmethod
+    def norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The final norm of the last layer's output [..., D]."""
+
+    @abstractmethod
+    def logits(self, hidden_normed: torch.Tensor) -> torch.Tensor:
+        """Of normed hidden states [..., D], float32 [..., V]."""
+
+    def forward(self, batch: Batch) -> LossOutput:
+        """Next-token loss of a batch with labels, the mean over labelled tokens."""
+        batch = batch.to(self.device)
+        prefix = self.embed(batch)
+        last_BSD = self.run_layers(prefix, stop=self.num_layers)
+        labels_BL = batch.labels[:, batch.first_label:]
+        columns_BL = self.text_columns(prefix, batch.input_ids.shape[1])[..., batch.first_label:].expand(labels_BL.shape) - 1
+        row_B1 = torch.arange(len(labels_BL), device=self.device)[:, None]
+        logits_BLV = self.logits(self.norm(last_BSD[row_B1, columns_BL]))
+        return loss_output(logits_BLV, labels_BL, last_BSD, prefix.attention_mask_BS)
+
+    # Answers
+
+    def continued(self, batch: Batch, tokens_BT: torch.Tensor) -> Batch:
+        """The prompts of a batch with tokens behind each of them, without labels."""
+        length_B1 = batch.attention_mask.sum(1, keepdim=True)
+        count = tokens_BT.shape[1]
+        columns_BT = length_B1 + torch.arange(count, device=tokens_BT.device)
+        ids_BL = F.pad(batch.input_ids, (0, count), value=self.processor.pad_token_id).scatter(1, columns_BT, tokens_BT)
+        return batch.with_text(ids_BL, torch.arange(ids_BL.shape[1], device=ids_BL.device) < length_B1 + count)
+
+    @torch.no_grad()
+    def log_probabilities_of_continuation(self, batch: Batch, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities [B, T, V] at the positions that predict `tokens_BT` after the prompts, these tokens being fed."""
+        batch, tokens_BT = batch.to(self.device), tokens_BT.to(self.device)
+        prefix = self.embed(self.continued(batch, tokens_BT))
+        hidden_BSD = self.run_layers(prefix)
+        first_B1 = batch.attention_mask.sum(1, keepdim=True)
+        columns_BT = first_B1 + torch.arange(tokens_BT.shape[1], device=self.device)
+        length = batch.input_ids.shape[1] + tokens_BT.shape[1]
+        all_BL = self.text_columns(prefix, length).expand(len(tokens_BT), length)
+        row_B1 = torch.arange(len(tokens_BT), device=self.device)[:, None]
+        return torch.log_softmax(self.logits(hidden_BSD[row_B1, all_BL.gather(1, columns_BT) - 1]), dim=-1)
+
+    @torch.no_grad()
+    def next_logits(self, batch: Batch) -> torch.Tensor:
+        """What follows each prompt, [B, V]."""
+        batch = batch.to(self.device)
+        prefix = self.embed(batch)
+        length_B1 = batch.attention_mask.sum(1, keepdim=True)
+        all_BL = self.text_columns(prefix, batch.input_ids.shape[1]).expand(batch.input_ids.shape)
+        row_B = torch.arange(batch.size, device=self.device)
+        return self.logits(self.run_layers(prefix)[row_B, all_BL.gather(1, length_B1 - 1)[:, 0]])
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, max_new_tokens: int, stop_at_eos: bool = True) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Greedy continuation of right-padded prompts of any lengths: ids [B, T] int64, and [B] bool, whether EOS came.
+
+        The same ids as one prompt at a time. With stop_at_eos a row holds the pad id after its EOS; without it rows go on.
+        Here every token is a whole pass; a model with a cache overrides it.
+        """
+        batch, pad = batch.to(self.device), self.processor.pad_token_id
+        ended_B = torch.zeros(batch.size, dtype=torch.bool, device=self.device)
+        chosen_BT = torch.zeros(batch.size, 0, dtype=torch.int64, device=self.device)
+        for _ in range(max_new_tokens):
+            next_B = self.next_logits(self.continued(batch, chosen_BT)).argmax(-1)
+            if stop_at_eos:
+                next_B = torch.where(ended_B, torch.full_like(next_B, pad), next_B)
+            chosen_BT = torch.cat([chosen_BT, next_B[:, None]], dim=1)
+            ended_B = ended_B | (next_B == self.processor.tokenizer.eos_token_id)
+        return chosen_BT, ended_B
+
+    # Actions
+
+    def action_dim(self, unnorm_key: Optional[str] = None) -> int:
+        return len(self.action_statistics(unnorm_key)["q01"])
+
+    def action_tokens(self, unnorm_key: Optional[str] = None) -> int:
+        """How many tokens an answer to an action prompt takes, its end not counted."""
+        return self.processor.spec.chunk * self.action_dim(unnorm_key)
+
+    def action_key(self, unnorm_key: Optional[str] = None) -> str:
+        """Name of the data set whose actions the model speaks: the given one, its own, or the only one. Raises ValueError listing the
+        keys there are."""
+        key = unnorm_key or self.unnorm_key
+        known = ", ".join(self.norm_stats) or "none"
+        if key is None:
+            if len(self.norm_stats) != 1:
+                raise ValueError(f"{self.name} has action statistics of {known}: choose one with --backbone.unnorm_key")
+            key = next(iter(self.norm_stats))
+        if key not in self.norm_stats:
+            raise ValueError(
+                f"{self.name} has no action statistics of {key!r} (it has {known}): give one of these with --backbone.unnorm_key"
+            )
+        return key
+
+    def action_statistics(self, unnorm_key: Optional[str] = None) -> dict:
+        """q01, q99 and mask of the data set whose actions the model speaks. Raises ValueError listing the keys there are."""
+        return self.norm_stats[self.action_key(unnorm_key)]["action"]
+
+    def unnormalise(self, actions: np.ndarray, unnorm_key: Optional[str] = None) -> np.ndarray:
+        """[-1, 1] to the data set's units, float64 [..., A]: 0.5 (x + 1) (q99 - q01) + q01 where the mask is true, else unchanged."""
+        statistics = self.action_statistics(unnorm_key)
+        low, high = np.array(statistics["q01"]), np.array(statistics["q99"])
+        mask = np.array(statistics.get("mask", np.ones_like(low, dtype=bool)))
+        return np.where(mask, 0.5 * (actions + 1) * (high - low) + low, actions)
+
+    def predict_actions(self, images, instructions: List[str], unnorm_key: Optional[str] = None) -> np.ndarray:
+        """Actions [B, A] float64 for uint8 images [B, H, W, 3] (or a list) and instructions. EarlyStop when a row ends early."""
+        samples = [Sample(image, text) for image, text in zip(images, instructions)]
+        return self.predict_batch(self.processor.encode_prompts(samples), unnorm_key)
+
+    def predict_batch(self, batch: Batch, unnorm_key: Optional[str] = None) -> np.ndarray:
+        """predict_actions on encoded action prompts."""
+        actions_BA, early_B = self.attempt_batch(batch, unnorm_key)
+        if early_B.any():
+            raise EarlyStop(f"row {int(np.flatnonzero(early_B)[0])} ended before all {actions_BA.shape[1]} action tokens were out: the "
+                            "model does not speak actions for this prompt; fine-tune it on action data first")
+        return actions_BA
+
+    def attempt_batch(self, batch: Batch, unnorm_key: Optional[str] = None) -> Tuple[np.ndarray, np.ndarray]:
+        """(actions [B, A] float64, bool [B]: which rows ended early): attempt_chunks, the first action of each."""
+        chunks_BCA, early_B = self.attempt_chunks(batch, unnorm_key)
+        return chunks_BCA[:, 0], early_B
+
+    def attempt_chunks(self, batch: Batch, unnorm_key: Optional[str] = None) -> Tuple[np.ndarray, np.ndarray]:
+        """(chunks of actions [B, C, A] float64, bool [B]: which rows ended early) for encoded action prompts."""
+        ids_BT, ended_B = self.generate(batch, self.action_tokens(unnorm_key), stop_at_eos=True)
+        return self.unnormalise(self.processor.decode_actions(ids_BT.cpu().numpy()), unnorm_key), ended_B.cpu().numpy()
+
+
+def loss_output(logits_BLV: torch.Tensor, labels_BL: torch.Tensor, last_BSD: torch.Tensor, valid_BS: torch.Tensor) -> LossOutput:
+    """The LossOutput of logits that stand above their labels, and of the last layer's raw output."""
+    loss = F.cross_entropy(logits_BLV.flatten(0, 1), labels_BL.flatten(), ignore_index=IGNORE_INDEX)
+    with torch.no_grad():
+        labelled_BL = labels_BL != IGNORE_INDEX
+        correct = ((logits_BLV.argmax(-1) == labels_BL) & labelled_BL).sum()
+        norm_BS = last_BSD.detach().float().norm(dim=-1)
+        weight_BS = valid_BS.float()
+        mean_norm = (norm_BS * weight_BS).sum() / weight_BS.sum()
+    return LossOutput(loss, labelled_BL.sum(), correct, mean_norm)
