@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from official_trace import write_golden_checkpoint
 
+from vlakeep.benchmarks.policy import attempt_actions
 from vlakeep.core.compat import import_timm
 from vlakeep.core.config import load_config
 from vlakeep.core.storage import Storage
 from vlakeep.core.target import read_action_statistics, target_checkpoint
 from vlakeep.data.formats import open_datasets
 from vlakeep.data.images import center_crop
-from vlakeep.evaluate import attempt_actions
 from vlakeep.export import run_export
 from vlakeep.models.adapters import load_adapter
 from vlakeep.models.load import make_backbone

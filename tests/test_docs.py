@@ -22,7 +22,7 @@ TEXTS = [*DOCUMENTS, *sorted((PACKAGE / "configs").rglob("*.yaml")), *sorted(p f
 PAIRS = [("README.md", "README.zh-CN.md"), ("docs/RESEARCH_PIPELINE.md", "docs/RESEARCH_PIPELINE.zh-CN.md"),
          ("docs/getting-started.md", "docs/getting-started.zh-CN.md"), ("docs/reading-a-run.md", "docs/reading-a-run.zh-CN.md"),
          ("docs/graded.md", "docs/graded.zh-CN.md")]
-# A page about extending -> the classes of which it names every member. Those whose file is not there are of a seam that is being made.
+# A page about extending -> the class of which it names every member.
 SEAMS = [("docs/add-a-method.md", "methods/base.py", "Method"), ("docs/add-a-model.md", "models/base.py", "Backbone"),
          ("docs/add-a-benchmark.md", "benchmarks/base.py", "Benchmark")]
 FENCE = re.compile(r"^ *```.*?^ *```$", re.M | re.S)
@@ -288,7 +288,7 @@ def test_a_stale_table_is_found_and_a_place_that_is_missing_is_told(tmp_path):
         doc_tables.filled(page.read_text(), "rooms", "new")
 
 
-@pytest.mark.parametrize("page, file, name", [seam for seam in SEAMS if (PACKAGE / seam[1]).is_file()], ids=lambda value: str(value))
+@pytest.mark.parametrize("page, file, name", SEAMS, ids=lambda value: str(value))
 def test_pages_about_extending_name_every_member(page, file, name):
     node, members = function_node(file, name), set()
     for child in node.body:
@@ -298,8 +298,9 @@ def test_pages_about_extending_name_every_member(page, file, name):
     assert members and missing == []
 
 
-def test_the_worked_example_of_a_method_is_the_one_that_is_tested():
-    toy = ast.parse((REPO / "tests" / "test_methods.py").read_text(encoding="utf-8"))
-    text = next(ast.literal_eval(node.value) for node in toy.body
+@pytest.mark.parametrize("page, file", [("docs/add-a-method.md", "test_methods.py"), ("docs/add-a-benchmark.md", "test_benchmarks.py")])
+def test_the_worked_example_is_the_one_that_is_tested(page, file):
+    body = ast.parse((REPO / "tests" / file).read_text(encoding="utf-8")).body
+    text = next(ast.literal_eval(node.value) for node in body
                 if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "TOY")
-    assert f"```python\n{textwrap.dedent(text).strip()}\n```" in read("docs/add-a-method.md")
+    assert f"```python\n{textwrap.dedent(text).strip()}\n```" in read(page)

@@ -11,13 +11,17 @@ from conftest import BASELINE, EVALUATION, read_evaluation, wilson_by_roots
 from safetensors.torch import load_file
 
 from vlakeep import evaluate
+from vlakeep.benchmarks import policy, questions
+from vlakeep.benchmarks.policy import ActionPolicy
+from vlakeep.benchmarks.questions import action_token_kl
 from vlakeep.benchmarks.summary import print_summary
 from vlakeep.core.checkpoint import file_sha256
 from vlakeep.core.errors import CheckpointError
 from vlakeep.data.sample import IGNORE_INDEX, Batch, Sample
-from vlakeep.evaluate import ActionPolicy, action_token_kl, load_target, run_evaluation
+from vlakeep.evaluate import load_target, run_evaluation
 from vlakeep.models.load import make_backbone
 from vlakeep.openvla.backbone import OpenVLABackbone
+from vlakeep.openvla.processor import Processor
 from vlakeep.probe.masks import mask_from_prompt
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.tabletop import benchmark as tabletop
@@ -138,13 +142,13 @@ class SeeingTheState:
             seen.append(world)
             return render(world)
 
-        def attempt(backbone, images, instructions, key):
+        def attempt(backbone, images, instructions, key, width):
             self.calls += 1
             result = act(seen[-1])
             return result if isinstance(result, tuple) else (result, np.zeros(len(images), dtype=bool))
 
         monkeypatch.setattr(rollout, "render", look)
-        monkeypatch.setattr(evaluate, "attempt_actions", attempt)
+        monkeypatch.setattr(policy, "attempt_actions", attempt)
 
 
 def test_an_expert_succeeds_where_it_acts_and_a_still_policy_nowhere(world, tmp_path, monkeypatch):
@@ -180,13 +184,13 @@ def test_a_table_on_which_the_policy_raises_is_a_crash_and_takes_nothing_along(w
     broken = TabletopWorld([NEW_SKILL], [tabletop.EVALUATION + SEED + 1]).instructions[0]
     acting = []
 
-    def attempt(backbone, images, instructions, key):
+    def attempt(backbone, images, instructions, key, width):
         if broken in instructions:
             raise RuntimeError("no answer")
         acting.append(len(images))
         return np.zeros((len(images), 7)), np.zeros(len(images), dtype=bool)
 
-    monkeypatch.setattr(evaluate, "attempt_actions", attempt)
+    monkeypatch.setattr(policy, "attempt_actions", attempt)
     rows, summary = evaluate_base(world, tmp_path / "crash")
     new = [row for row in rows if row["ability"] == NEW_SKILL]
     assert [(row["success"], row["crash"]) for row in new] == [(False, None), (None, "RuntimeError: no answer"), (False, None)]
@@ -219,11 +223,11 @@ def test_a_model_that_knows_the_answers_gets_them_right_and_one_that_avoids_them
     for kind in KINDS:
         for t in tabletop.question_trials(kind, 6, SEED):
             known[t.sample.image.tobytes(), t.sample.instruction] = (kind, t.trial, t.sample.answer)
-    original, asked = evaluate.encode_prompts, []
+    original, asked = Processor.encode_prompts, []
 
-    def encode(samples, processor, width=0):
+    def encode(self, samples, width=0):
         asked[:] = [known[s.image.tobytes(), s.instruction] for s in samples]
-        return original(samples, processor, width)
+        return original(self, samples, width)
 
     def generate(self, batch, max_new_tokens, stop_at_eos=True):
         right = [kind == "gripper" or trial % 2 == 0 for kind, trial, _ in asked]
@@ -234,7 +238,7 @@ def test_a_model_that_knows_the_answers_gets_them_right_and_one_that_avoids_them
         return ids_BT, torch.ones(len(rows), dtype=torch.bool)
 
     SeeingTheState(monkeypatch, lambda table: np.zeros((table.n, 7)))
-    monkeypatch.setattr(evaluate, "encode_prompts", encode)
+    monkeypatch.setattr(Processor, "encode_prompts", encode)
     monkeypatch.setattr(OpenVLABackbone, "generate", generate)
     rows, summary = evaluate_base(world, tmp_path, "--evaluate.questions", "[color,gripper]", "--evaluate.questions_per_kind", 6)
     assert summary["abilities"]["gripper"]["mean"] == 1.0 and summary["abilities"]["color"]["mean"] == 0.5
@@ -253,7 +257,7 @@ def test_an_answer_of_several_words_is_read_whole(models, monkeypatch):
 
     monkeypatch.setattr(OpenVLABackbone, "generate", generate)
     sample = Sample(np.zeros((64, 64, 3), np.uint8), "what is there", question=True)
-    assert evaluate.answer_questions(backbone, [sample]) == [words]
+    assert questions.answer_questions(backbone, [sample]) == [words]
 
 
 # The distance from the teacher
@@ -487,7 +491,7 @@ def short(world, evaluated, monkeypatch):
     frames = tabletop.retention_frames(5, SEED)
     known = {}
 
-    def attempt(backbone, images, instructions, key, attempt=evaluate.attempt_actions):
+    def attempt(backbone, images, instructions, key, width, attempt=policy.attempt_actions):
         keys = [(image.tobytes(), text) for image, text in zip(images, instructions)]
         if not all(key in known for key in keys):
             known.update(zip(keys, attempt(backbone, images, instructions, key)[0]))
@@ -495,10 +499,10 @@ def short(world, evaluated, monkeypatch):
 
     monkeypatch.setattr(evaluate, "load_target", lambda *_: loaded)
     monkeypatch.setattr(evaluate, "measure_drift", lambda *_: 1.25)
-    monkeypatch.setattr(evaluate, "attempt_actions", attempt)
+    monkeypatch.setattr(policy, "attempt_actions", attempt)
     monkeypatch.setattr(tabletop, "retention_frames", lambda count, seed: frames[:count])
-    monkeypatch.setattr(evaluate, "KL_BATCH", 2)
-    monkeypatch.setattr(evaluate, "QUESTION_BATCH", 2)
+    monkeypatch.setattr(questions, "KL_BATCH", 2)
+    monkeypatch.setattr(questions, "QUESTION_BATCH", 2)
     config = make_config(BASELINE, "--evaluate.target", evaluated[0].name, "--evaluate.skills", "[reach,drop]", "--evaluate.episodes", 2,
                          "--evaluate.questions", "[color,gripper]", "--evaluate.questions_per_kind", 3, "--evaluate.retention_frames", 5,
                          "--evaluate.seed", SEED)
@@ -513,13 +517,13 @@ def test_an_evaluation_killed_after_any_row_goes_on_as_if_nothing_had_been(short
     assert len(rows) == 4 + 6 + 5
     lines = (tmp_path / "whole" / "records.jsonl").read_text().splitlines(keepends=True)
     batches, known = {"answer_questions": [], "action_token_kl": []}, {}
-    for name, original in [(name, getattr(evaluate, name)) for name in batches]:
+    for name, original in [(name, getattr(questions, name)) for name in batches]:
         def asked(backbone, samples, name=name, original=original):
             batches[name].append(batch := tuple(sample.image.tobytes() for sample in samples))
             if batch not in known:  # a batch gives the same values each time
                 known[batch] = original(backbone, samples)
             return known[batch]
-        monkeypatch.setattr(evaluate, name, asked)
+        monkeypatch.setattr(questions, name, asked)
     assert short(tmp_path / "again") == (rows, summary)
     whole = {name: list(calls) for name, calls in batches.items()}
     assert [len(calls) for calls in whole.values()] == [4, 3]

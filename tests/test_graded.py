@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from test_laws import REPOSITORY, command
 from torch import nn
 
+from vlakeep.benchmarks.questions import action_token_kl
 from vlakeep.core.config import Config
 from vlakeep.core.rundir import read_metrics
-from vlakeep.evaluate import action_token_kl, load_target
+from vlakeep.evaluate import load_target
 from vlakeep.hsw import graded
 from vlakeep.hsw.graded import GradedInput, GradedSite
 from vlakeep.methods import graded as graded_method
@@ -244,7 +245,7 @@ def test_the_sensor_is_zero_for_the_teacher_and_the_divergence_for_a_student(wor
 
 
 def test_the_sensor_agrees_with_evaluation_on_action_prompts(world, student):
-    """evaluate.py computes its retention KL on action tokens by another way; the end of sequence is one token more here."""
+    """benchmarks/questions.py computes its retention KL on action tokens by another way; the end of sequence is one token more here."""
     probe = ProbeSet(world[0].probe_folder("tabletop"))
     samples = [s for s in probe.samples(range(len(probe))) if not s.question][:6]
     with adapters_disabled(student):

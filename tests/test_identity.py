@@ -10,12 +10,14 @@ from conftest import BASELINE
 
 from vlakeep import checks, preflight
 from vlakeep.benchmarks.records import Records
+from vlakeep.benchmarks.trained import crop_alarm
 from vlakeep.checks import GREEN, RED, YELLOW
 from vlakeep.core import checkpoint
 from vlakeep.data.sample import Sample
-from vlakeep.evaluate import crop_alarm, load_target, renderer_alarm, resolved, run_evaluation
+from vlakeep.evaluate import load_target, run_evaluation
 from vlakeep.libero import benchmark as libero
 from vlakeep.libero import setup as libero_setup
+from vlakeep.libero.evaluation import Libero, renderer_alarm
 from vlakeep.probe.probe_set import write_probe
 from vlakeep.train import run_training
 
@@ -122,9 +124,9 @@ def test_a_checkpoint_folder_does_not_silence_the_alarms(run, monkeypatch):
     for target in targets(folder):
         wanted = config("--evaluate.target", target, "--evaluate.benchmark", "libero_goal", "--evaluate.skills", "[]",
                         "--evaluate.questions", "[]")
-        crops = replace(resolved(wanted), center_crop=True)
+        crops = replace(Libero.resolve(wanted), center_crop=True)
         line, = crop_alarm(wanted, storage, crops)
-        assert "trained without random crops" in line and crop_alarm(wanted, storage, resolved(wanted)) == []
+        assert "trained without random crops" in line and crop_alarm(wanted, storage, Libero.resolve(wanted)) == []
         path = folder / "config.yaml"
         text = path.read_text()
         path.write_text(text.replace("- tabletop_corner", "- libero_goal_no_noops"))

@@ -20,8 +20,6 @@ LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 # Stages stand above all rooms and do not import one another, but for the dispatcher, the demo, which runs them in order, and `checks`,
 # which is preflight's.
 MAY_IMPORT_STAGES = {"cli": None, "demo": None, "preflight": {"checks"}}
-# Debts: imports against the order that still stand.
-OWED = {"benchmarks/summary.py": "libero tabletop", "benchmarks/trained.py": "libero"}
 # A model by name: its own room, the comparison with its official code, and the stages that make a small one. All others ask models/base.py.
 MAY_NAME_A_MODEL = {"openvla", "parity", "tabletop/pretrain.py", "libero/pretrain.py"}
 OPTIONAL = {"timm", "torchvision", "wandb", "tensorboard", "tensorflow", "h5py", "pyarrow", "av"}
@@ -77,8 +75,6 @@ def test_imports_go_one_way(path):
     mine, wrong = room_of(me), []
     for name, line in imports(path):
         there = name.split(".")[1]
-        if there in OWED.get(str(path.relative_to(PACKAGE)), "").split():
-            continue
         if mine is not None:
             ok = there in LAYER and (there == mine or LAYER[there] < LAYER[mine])
         else:

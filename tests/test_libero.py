@@ -335,7 +335,8 @@ def test_the_number_of_workers_changes_no_picture():
 
 
 def test_one_command_evaluates_a_suite_resumes_and_is_read_by_the_report(tmp_path, monkeypatch, capsys):
-    from vlakeep import cli, evaluate
+    from vlakeep import cli
+    from vlakeep.benchmarks import policy
     from vlakeep.data.sample import Sample
     from vlakeep.probe.probe_set import write_probe
     from vlakeep.tabletop.benchmark import question_trials
@@ -344,7 +345,7 @@ def test_one_command_evaluates_a_suite_resumes_and_is_read_by_the_report(tmp_pat
         assert images.shape == (2, 224, 224, 3) and key == "tabletop" and width > 20
         return np.tile([0.0, 0, 0, 0, 0, 0, 1.0], (2, 1)), np.zeros(2, bool)
 
-    monkeypatch.setattr(evaluate, "attempt_actions", act)
+    monkeypatch.setattr(policy, "attempt_actions", act)
     monkeypatch.setitem(libero.MAX_STEPS, "libero_object", 3)
     folder = tmp_path / "probe" / "asked"
     trials = question_trials("color", 4, 0)

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from vlakeep import evaluate, preflight
+from vlakeep.benchmarks.policy import FixedBatch
 from vlakeep.benchmarks.summary import make_summary, print_summary
 from vlakeep.core.config import BackboneConfig, Config, EvaluateConfig
 from vlakeep.core.storage import Storage
 from vlakeep.libero import benchmark as libero
+from vlakeep.libero import evaluation
 from vlakeep.libero import setup as libero_setup
-from vlakeep.libero.benchmark import FixedBatch
 from vlakeep.libero.env import to_simulator
 from vlakeep.libero.record import Demo, Manner, disturbances, without_no_ops
 from vlakeep.libero.scene import Boxes, clearance, rotation_about, separation
@@ -222,7 +222,7 @@ def test_a_missing_simulator_names_the_command(monkeypatch):
     monkeypatch.setattr(libero_setup.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="make libero"):
         libero_setup.require_libero()
-    line, = preflight.check_libero()
+    line, = libero_setup.lines()
     assert (line.status, line.where) == ("FAIL", "the LIBERO simulator is not installed")
     assert line.remedy.startswith("make libero")
     assert libero_setup.warnings_about({"mujoco": "2.3.7"}) == []
@@ -252,11 +252,11 @@ def test_demonstrations_are_found_by_their_instruction(monkeypatch):
     like = {"action": {"mask": [False] * 7, "q01": [0] * 7, "q99": [1] * 7}}
     data = SimpleNamespace(name="mine", statistics=like, languages=["push it", "lift it", "lift it", "other", "lift it"],
                            actions=lambda episode: np.full((1, 7), float(episode)))
-    found = evaluate.demonstrations([data], "s", [0, 1], count=2)
+    found = evaluation.demonstrations([data], "s", [0, 1], count=2)
     assert {k: [a[0, 0] for a in v] for k, v in found.items()} == {"lift it": [1, 2], "push it": [0]}
     data.languages[0] = "other"
     with pytest.raises(FileNotFoundError, match="no demonstration of .'push it'.: make them with `vlakeep libero-demos"):
-        evaluate.demonstrations([data], "s", [0, 1], count=2)
+        evaluation.demonstrations([data], "s", [0, 1], count=2)
 
 
 def test_a_mujoco_that_is_too_new_is_named():
@@ -279,12 +279,12 @@ def test_a_base_model_of_another_renderer_is_named(tmp_path, monkeypatch):
     (model / "config.json").write_text("{}")
     config = Config(backbone=BackboneConfig(checkpoint="mine"), root=str(tmp_path))
     storage = Storage.from_config(config)
-    line, = evaluate.renderer_alarm(config, storage, "libero_object_no_noops")
+    line, = evaluation.renderer_alarm(config, storage, "libero_object_no_noops")
     assert "libero_object_no_noops was rendered with mujoco 2.3.7" in line
-    assert evaluate.renderer_alarm(config, storage, "libero_object") == []
+    assert evaluation.renderer_alarm(config, storage, "libero_object") == []
     for version, count in (("3.17.0", 0), ("3.3.7", 1)):
         (model / "PROVENANCE.json").write_text(json.dumps({"renderers": {"libero_object_expert": version}}))
-        assert len(evaluate.renderer_alarm(config, storage, "libero_object")) == count
+        assert len(evaluation.renderer_alarm(config, storage, "libero_object")) == count
 
 
 def test_tasks_are_listed_suite_by_suite():

@@ -6,10 +6,11 @@ import pytest
 from conftest import BASELINE, read_evaluation
 
 from vlakeep import checks, evaluate, preflight
-from vlakeep.benchmarks import open_loop
+from vlakeep.benchmarks import open_loop, policy
+from vlakeep.benchmarks.questions import action_token_kl
 from vlakeep.core.config import ConfigError
 from vlakeep.data.formats import open_dataset
-from vlakeep.evaluate import action_token_kl, load_target, run_evaluation
+from vlakeep.evaluate import load_target, run_evaluation
 from vlakeep.openvla.prompts import encode_prompts
 from vlakeep.tabletop import benchmark as tabletop
 
@@ -82,7 +83,7 @@ def test_the_demonstrated_action_has_no_error_and_a_still_hand_has_one(world, he
         return np.array([said[image.tobytes(), text] for image, text in zip(images, texts)], dtype=float), np.zeros(len(images), dtype=bool)
 
     for name, attempt in (("right", knows), ("still", lambda b, i, t, k: (np.zeros((len(i), 7)), np.ones(len(i), dtype=bool)))):
-        monkeypatch.setattr(evaluate, "attempt_actions", attempt)
+        monkeypatch.setattr(policy, "attempt_actions", attempt)
         _, summary = read_evaluation(run_evaluation(make_config(BASELINE, *BRIEF), storage, tmp_path / name))
         found = summary["open_loop"]["tabletop_corner"]
         if name == "right":
@@ -96,7 +97,7 @@ def test_it_goes_on_where_it_stopped_and_refuses_another_share(world, run, tmp_p
     storage, make_config = world
     config = make_config(BASELINE, *BRIEF, "--evaluate.target", run.name)
     whole, _ = read_evaluation(run_evaluation(config, storage, tmp_path / "whole"))
-    calls, attempt = [], evaluate.attempt_actions
+    calls, attempt = [], policy.attempt_actions
 
     def dies(*given):
         calls.append(len(given[1]))
@@ -104,7 +105,7 @@ def test_it_goes_on_where_it_stopped_and_refuses_another_share(world, run, tmp_p
             raise KeyboardInterrupt
         return attempt(*given)
 
-    monkeypatch.setattr(evaluate, "attempt_actions", dies)
+    monkeypatch.setattr(policy, "attempt_actions", dies)
     with pytest.raises(KeyboardInterrupt):
         run_evaluation(config, storage, tmp_path / "part")
     monkeypatch.undo()

@@ -9,6 +9,7 @@ import pytest
 
 from vlakeep import evaluate
 from vlakeep.benchmarks.records import Records, summarise
+from vlakeep.benchmarks.summary import make_summary
 from vlakeep.core.config import ConfigError, load_config
 from vlakeep.core.storage import Storage
 from vlakeep.data.rlds import RldsDataset
@@ -488,7 +489,7 @@ def test_skills_that_are_asked_for_are_old_ones():
     rows = [dict(kind="skill", ability=skill, trial=0, success=True, crash=None, value=None) for skill in ("pick", "corner", "path")]
     config = load_config(None, ["--evaluate.skills", "[pick, corner, path]", "--evaluate.new_skill", "path"])
     kept = tabletop.asked_rows(rows, config.evaluate)
-    summary = evaluate.make_summary("run", kept, 0.0, "sha", "tabletop", "path")
+    summary = make_summary("run", kept, 0.0, "sha", "path")
     assert summary["new_skill"]["name"] == "path" and set(summary["abilities"]) == {"pick", "corner"}
 
 

@@ -6,32 +6,21 @@ Each check returns lines and raises nothing for what a user can cause, so that a
 import json
 import math
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Optional, Tuple
 
+from vlakeep.benchmarks.base import NEVER, REPLAY, REQUIRED, Benchmark
 from vlakeep.core.checkpoint import broken, check_base
 from vlakeep.core.config import Config
 from vlakeep.core.errors import CheckpointError, RunDirError, human_bytes, quoted
-from vlakeep.core.ranges import LIBERO_SUITES
+from vlakeep.core.findings import GREEN, RED, YELLOW, Line
 from vlakeep.core.registry import method_class
 from vlakeep.core.rundir import RunDir
 from vlakeep.core.storage import Storage, find_checkpoint, free_bytes
 from vlakeep.core.target import read_action_statistics, run_config, target_checkpoint
 
-GREEN, YELLOW, RED = "ok", "note", "FAIL"
 SPARE_BYTES = 50_000_000  # logs, boards and states beside the tensors of a run's checkpoints
 HASHED_AT_MOST = 1_000_000_000  # bytes of base weights; preflight hashes no more, which takes seconds
-
-
-@dataclass(frozen=True)
-class Line:
-    """One finding: status (ok, note, FAIL), what was checked, where and what was found, and the command that mends it."""
-
-    status: str
-    what: str
-    where: str
-    remedy: str = ""
 
 
 def safetensors_problem(path: Path) -> Optional[str]:
@@ -274,10 +263,11 @@ def checkpoint_bytes(config: Config, model: dict, cache: Optional[Path] = None) 
     return adapter_parameters(config, model, cache) * width * (4 if config.train.optimizer == "adamw" else 2)
 
 
-def check_target(config: Config, storage: Storage, model: dict) -> List[Line]:
+def check_target(benchmark: Benchmark, model: dict) -> List[Line]:
     """What is to be evaluated: an intact checkpoint, of this base model, and action statistics of the chosen key."""
+    config, storage = benchmark.config, benchmark.storage
     target, lines, own = config.evaluate.target, [], {}
-    if target == "replay" or not model:
+    if target == REPLAY or not model:
         return []
     base = find_checkpoint(config.backbone.checkpoint, storage.cache)
     if target != "base":
@@ -290,7 +280,7 @@ def check_target(config: Config, storage: Storage, model: dict) -> List[Line]:
         except (ValueError, OSError) as error:
             return [Line(RED, "target", str(error), "--evaluate.target of another run or checkpoint, or make it with vlakeep train")]
         lines += check_target_base(config, storage, base, folder)
-    return lines + check_action_key(config, base, model, own)
+    return lines + check_action_key(benchmark, base, model, own)
 
 
 def check_target_base(config: Config, storage: Storage, base: Path, folder: Path) -> List[Line]:
@@ -312,45 +302,32 @@ def check_target_base(config: Config, storage: Storage, base: Path, folder: Path
     return [Line(GREEN, "target", f"{folder}: intact, trained on these base weights")]
 
 
-def check_action_key(config: Config, base: Path, model: dict, own: dict) -> List[Line]:
-    """Whether the actions of base and run (`own`: the run's statistics) are un-normalised by a key that is there, as evaluate picks it."""
-    from vlakeep.libero.benchmark import pick_key
-    from vlakeep.tabletop import benchmark as tabletop
-
-    key, only = config.backbone.unnorm_key, next(iter(own)) if len(own) == 1 else None
+def check_action_key(benchmark: Benchmark, base: Path, model: dict, own: dict) -> List[Line]:
+    """Whether the actions of base and run (`own`: the run's statistics) are un-normalised by a key that is there, as evaluate picks it,
+    and are such as the benchmark takes."""
+    given, only = benchmark.config.backbone.unnorm_key, next(iter(own)) if len(own) == 1 else None
     try:
         known = {**kind_of_model(model).read_statistics(base, model), **own}
         only = next(iter(known)) if only is None and len(known) == 1 else only
-        if config.evaluate.benchmark in LIBERO_SUITES:
-            key = pick_key(config.evaluate.benchmark, key, known, only)
-        else:
-            key = tabletop.pick_key(config.evaluate.new_skill, key or only, known)
-            if key not in known:
-                said = f"no action statistics of {key!r}" if key else "no key is chosen"
-                raise ValueError(f"{said} (there are {', '.join(known) or 'none'})")
+        key = benchmark.pick_key(given, known, only)
+        if key not in known:
+            said = f"no action statistics of {key!r}" if key else "no key is chosen"
+            raise ValueError(f"{said} (there are {', '.join(known) or 'none'})")
+        benchmark.compare(key, known)
     except CheckpointError:
         return []  # check_unnorm_key has a line about it
     except ValueError as error:
         names = ", ".join(known) or "none: train a run on your data first"
         return [Line(RED, "--backbone.unnorm_key", str(error), f"--backbone.unnorm_key one of: {names}")]
-    return [Line(GREEN, "action statistics", f"un-normalised as {key or only}")]
+    return [Line(GREEN, "action statistics", f"un-normalised as {key}")]
 
 
-def check_evaluation_probes(config: Config, storage: Storage) -> List[Line]:
-    """The probe on which drift is measured, which a run on the tabletop must have, and in LIBERO that of evaluate.probe."""
-    from vlakeep.probe.heldout import open_heldout
-
-    lines, e, in_libero = [], config.evaluate, config.evaluate.benchmark in LIBERO_SUITES
-    if in_libero and e.target not in ("base", "replay") and not storage.probe_folder(config.probe.name).is_dir():
-        folder = storage.probe_folder(config.probe.name)
-        lines.append(Line(YELLOW, "probe", f"{folder} does not exist: the drift is not measured", "--probe.name of another probe"))
-    elif e.target not in ("base", "replay") and e.benchmark != "dataset":
-        lines += check_probe(config, storage)[0]
-    if in_libero and e.probe and not e.blank and e.target != "replay":
-        try:
-            probe = open_heldout(storage.probe_folder(e.probe), storage.probe_folder(config.probe.name))
-            lines.append(Line(GREEN, "--evaluate.probe", f"{probe.folder}: {len(probe.answers)} questions with answers"))
-        except (ValueError, OSError) as error:
-            lines.append(Line(RED, "--evaluate.probe", str(error), "vlakeep libero-vqa --split heldout --probe.name NAME, and "
-                              "--evaluate.probe NAME"))
-    return lines
+def check_evaluation_probe(benchmark: Benchmark) -> List[Line]:
+    """The probe on which the drift of a run is measured: some benchmarks must have it."""
+    config, storage = benchmark.config, benchmark.storage
+    if config.evaluate.target in ("base", REPLAY) or benchmark.drift == NEVER:
+        return []
+    folder = storage.probe_folder(config.probe.name)
+    if benchmark.drift != REQUIRED and not folder.is_dir():
+        return [Line(YELLOW, "probe", f"{folder} does not exist: the drift is not measured", "--probe.name of another probe")]
+    return check_probe(config, storage)[0]

@@ -28,11 +28,9 @@ from vlakeep.checks import GREEN, RED, YELLOW, Line
 from vlakeep.core.compat import NUMPY_1, numpy_trouble
 from vlakeep.core.config import Config, ConfigError, config_from_argv
 from vlakeep.core.errors import human_bytes, quoted
-from vlakeep.core.registry import method_class, method_names
+from vlakeep.core.registry import benchmark_class, benchmark_names, method_class, method_names
 from vlakeep.core.schema import find_config
 from vlakeep.core.storage import Storage, code_trees, peek, scan_large_files
-from vlakeep.libero import setup as libero_setup
-from vlakeep.libero.env import SUITES
 
 STAGES = ("offline", "train", "evaluate")
 # As pyproject.toml; the official OpenVLA environment meets them all.
@@ -208,28 +206,15 @@ def run_checks(
     if stage == "offline" or (stage == "train" and needs_artifact):
         found, probe_sha256 = checks.check_probe(config, storage)
         lines += found
-    if stage == "evaluate":
-        lines += check_libero() if config.evaluate.benchmark in SUITES else []
-        lines += checks.check_target(config, storage, model) + checks.check_evaluation_probes(config, storage)
-        reads_data = config.evaluate.target == "replay" or config.evaluate.benchmark == "dataset"
-        lines += checks.check_data(config, storage) if reads_data else []
+    if stage == "evaluate" and config.evaluate.benchmark in benchmark_names():
+        benchmark = benchmark_class(config.evaluate.benchmark)(config, storage)
+        lines += benchmark.lines() + checks.check_target(benchmark, model) + checks.check_evaluation_probe(benchmark)
+        lines += checks.check_data(config, storage) if benchmark.reads_data else []
     if stage == "train":
         lines += checks.check_data(config, storage)
         lines += checks.check_artifact(config, storage, model, probe_sha256, config_path) if needs_artifact else []
         lines += checks.check_run(config, storage, model)
     return lines
-
-
-def check_libero() -> List[Line]:
-    """Lines about the simulator: whether it is installed and can render, and how its pictures differ from the official ones."""
-    try:
-        libero_setup.require_libero()
-    except OSError as error:
-        found, _, remedy = str(error).partition(". Run ")
-        return [Line(RED, "LIBERO simulator", found, remedy)]
-    versions = libero_setup.versions()
-    lines = [Line(GREEN, "LIBERO simulator", ", ".join(f"{name} {version}" for name, version in versions.items()))]
-    return lines + [Line(YELLOW, "LIBERO pictures", warning) for warning in libero_setup.warnings_about(versions)]
 
 
 def show(lines: List[Line], title: str) -> int:

@@ -18,7 +18,8 @@ from typing import Dict, List, Optional
 
 from tqdm import tqdm
 
-from vlakeep.core.config import ConfigError, config_from_argv
+from vlakeep.core.config import ConfigError, EvaluateConfig, config_from_argv
+from vlakeep.core.registry import benchmark_class
 from vlakeep.core.storage import Storage, atomic_dir
 from vlakeep.reporting import tables, words
 from vlakeep.reporting.arms import Arm, load_arms
@@ -103,9 +104,9 @@ def total_seconds(comparison: Comparison) -> float:
     return sum((arm.train_seconds or 0.0) + ((arm.summary or {}).get("seconds") or 0.0) for arm in comparison.arms.values())
 
 
-def arms_from_runs(runs: str, storage: Storage, benchmark: str = "tabletop") -> Dict[str, Dict[str, Optional[Path]]]:
+def arms_from_runs(runs: str, storage: Storage, benchmark: str = EvaluateConfig.benchmark) -> Dict[str, Dict[str, Optional[Path]]]:
     """`base,baseline,method=my_run` -> folders of each arm. Raises ConfigError for an empty or doubled name."""
-    evaluations = storage.eval if benchmark == "tabletop" else storage.eval / benchmark
+    place = benchmark_class(benchmark).folder
     arms: Dict[str, Dict[str, Optional[Path]]] = {}
     for part in runs.split(","):
         arm, _, run = (piece.strip() for piece in part.partition("="))
@@ -115,7 +116,7 @@ def arms_from_runs(runs: str, storage: Storage, benchmark: str = "tabletop") -> 
                 "write e.g. --runs base,baseline,method=my_run"
             )
         run = run or arm
-        arms[arm] = {"eval": evaluations / run, "run": None if run == "base" else storage.runs / run}
+        arms[arm] = {"eval": place(storage, benchmark, run), "run": None if run == "base" else storage.runs / run}
     return arms
 
 

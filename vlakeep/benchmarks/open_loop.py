@@ -11,12 +11,16 @@ is nearly right on every frame can fail, and one that takes another way succeed.
 Axes: T frames, A action dimensions.
 """
 
-from typing import Callable, Dict, List
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Callable, Dict, Iterator, List
 
 import numpy as np
 from tqdm import tqdm
 
+from vlakeep.benchmarks.base import NEVER, Ability, Benchmark
 from vlakeep.benchmarks.records import Records, mean_interval
+from vlakeep.benchmarks.specs import ActionSpec, ObservationSpec
 
 NAME = "dataset"
 KIND = "open_loop"
@@ -69,8 +73,8 @@ def run_episodes(datasets, act: Callable, tokens: Callable, distance: Callable, 
                     kl=float(np.mean(far)) if len(far) else None, early=early)
 
 
-def summary(name: str, weights: str, rows: List[dict]) -> Dict:
-    """summary.json from the records: means with 95 % intervals over episodes."""
+def summary(rows: List[dict]) -> Dict[str, Any]:
+    """What summary.json has of its own, from the records: means with 95 % intervals over episodes."""
     found: Dict[str, Dict] = {}
     for ability in dict.fromkeys(row["ability"] for row in rows if row["kind"] == KIND):
         own = [row for row in rows if row["kind"] == KIND and row["ability"] == ability]
@@ -80,8 +84,7 @@ def summary(name: str, weights: str, rows: List[dict]) -> Dict:
             "token_accuracy": mean_interval([row["accuracy"] for row in own]),
             "frames": sum(row["steps"] for row in own), "early": sum(row["early"] for row in own)}
     far = [row["kl"] for row in rows if row["kind"] == KIND and row["kl"] is not None]
-    return {"target": name, "weights": weights, "new_skill": None, "abilities": {}, "retention_kl": mean_interval(far), "drift": None,
-            "open_loop": found}
+    return {"retention_kl": mean_interval(far), "open_loop": found}
 
 
 def lines(found: Dict[str, Dict]) -> List[str]:
@@ -95,3 +98,64 @@ def lines(found: Dict[str, Dict]) -> List[str]:
                  "    error per dimension      " + " ".join(f"{dimension['mean']:.4f}" for dimension in one["per_dimension"])]
         said += [f"    {one['early']} answers ended before all action tokens were out"] if one["early"] else []
     return said
+
+
+class OpenLoop(Benchmark):
+    names = (NAME,)
+    actions = ActionSpec(None, gripper=None, units="those of the data set, standardised")  # the width is known when the data are open
+    seed = 1000
+    drift = NEVER
+    datasets: List[Any] = []
+
+    @property
+    def observations(self) -> ObservationSpec:
+        return ObservationSpec(("data.camera",), cropped=bool(self.settings.center_crop))
+
+    def abilities(self) -> List[Ability]:
+        return [Ability(name, KIND) for name in self.config.data.datasets]
+
+    @property
+    def reads_data(self) -> bool:
+        return True
+
+    def check(self) -> None:
+        from vlakeep.benchmarks.trained import check_conventions
+
+        super().check()
+        check_conventions(self.config, self.storage)
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        from vlakeep.benchmarks.trained import open_as_configured
+        from vlakeep.data.formats import closing_all
+
+        with closing_all(open_as_configured(self.config, self.storage)) as self.datasets:
+            for dataset in self.datasets:
+                dataset.leave_out(self.config.data.train_fraction)
+            widths = {dataset.name: dataset.standard_actions(0).shape[1] for dataset in self.datasets}
+            if len(set(widths.values())) > 1:
+                raise ValueError(f"--data.datasets have actions of {widths} values, a model speaks one width: evaluate them one by one")
+            self.actions = replace(self.actions, dimensions=next(iter(widths.values())))
+            yield
+
+    def identity(self) -> Dict[str, Any]:
+        share = self.config.data.train_fraction
+        return {"data": ",".join(f"{dataset.fingerprint()}-{share}" for dataset in self.datasets), "center_crop": self.settings.center_crop}
+
+    def play(self, target, records, folder) -> None:
+        from vlakeep.data.images import center_crop, resize_uint8
+
+        def picture(image):
+            return resize_uint8(center_crop(image) if self.settings.center_crop else image, target.picture_size)
+
+        run_episodes(self.datasets, target.attempt, target.tokens, None if target.is_base else target.distance, picture, self.settings,
+                     records, target.name)
+
+    def additions(self, rows: List[dict]) -> Dict[str, Any]:
+        return summary(rows)
+
+    def lines_of(self, summary: Dict[str, Any]) -> List[str]:
+        return lines(summary["open_loop"])
+
+
+BENCHMARK = OpenLoop

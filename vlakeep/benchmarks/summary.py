@@ -3,40 +3,34 @@
 import json
 import time
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Sequence
 
-from vlakeep.benchmarks import open_loop
 from vlakeep.benchmarks.records import mean_interval, summarise
 from vlakeep.core.storage import atomic_write
-from vlakeep.libero import benchmark as libero
-from vlakeep.tabletop import benchmark as tabletop
 
 
-def make_summary(name: str, rows: List[dict], drift, weights: str, benchmark: str = "tabletop",
-                 new_skill: str = tabletop.NEW_SKILL) -> Dict:
-    """The summary.json of docs/formats.md from the trial records. A LIBERO suite is one skill, with its tasks listed below it."""
+def make_summary(name: str, rows: List[dict], drift, weights: str, learnt: str = "", controls: Sequence[str] = ()) -> Dict:
+    """What the summaries of all benchmarks have, from the trial records. learnt: the new ability; controls: those in no table."""
     groups = summarise(rows)
-    learnt = benchmark if benchmark in libero.SUITES else new_skill
     abilities = {ability: dict(value, group=kind) for (kind, ability), value in groups.items()
-                 if kind in ("skill", "question") and ability not in (learnt, tabletop.CONTROLS.get(learnt))}
+                 if kind in ("skill", "question") and ability not in (learnt, *controls)}
     new = groups.get(("skill", learnt))
     kl = [row["value"] for row in rows if row["kind"] == "retention"]
-    summary = {"target": name, "weights": weights, "new_skill": dict(new, name=learnt) if new else None, "abilities": abilities,
-               "retention_kl": mean_interval(kl), "drift": drift}
-    summary.update(tabletop.followed(rows))
-    return dict(summary, tasks=libero.by_task(rows)) if benchmark in libero.SUITES else summary
+    return {"target": name, "weights": weights, "new_skill": dict(new, name=learnt) if new else None, "abilities": abilities,
+            "retention_kl": mean_interval(kl), "drift": drift}
 
 
-def write_summary(folder: Path, summary: Dict, alarms: List[str], started: float) -> Path:
+def write_summary(folder: Path, summary: Dict, alarms: List[str], started: float, said: Sequence[str] = ()) -> Path:
+    """`said`: lines about what the benchmark has added, for the eye."""
     summary["alarms"] = alarms
     summary["seconds"] = time.perf_counter() - started
     with atomic_write(folder / "summary.json", "w") as file:
         json.dump(summary, file, indent=1)
-    print_summary(summary)
+    print_summary(summary, said)
     return folder
 
 
-def print_summary(summary: Dict) -> None:
+def print_summary(summary: Dict, said: Sequence[str] = ()) -> None:
     def line(label, value, end=""):
         crashes = f", {value['crashes']} crashed" if value.get("crashes") else ""
         print(f"  {label:24s} {value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]{crashes}{end}")
@@ -48,9 +42,7 @@ def print_summary(summary: Dict) -> None:
         line(f"({value['n']} episodes)", value, end=f"  {task}")
     for ability, value in summary["abilities"].items():
         line(ability, value)
-    for skill, ends in summary.get("followed", {}).items():
-        print(f"  {'prompt of ' + skill:24s} ends at " + ", ".join(f"{end} {ends[end]:.3f}" for end in tabletop.ENDS))
-    for text in open_loop.lines(summary.get("open_loop", {})):
+    for text in said:
         print(text)
     for alarm in summary["alarms"]:
         print(f"  ALARM: {alarm}")

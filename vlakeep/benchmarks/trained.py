@@ -1,16 +1,15 @@
-"""What the target of an evaluation was trained on, and what of it does not fit the evaluation. Belongs to evaluate."""
+"""What the target of an evaluation was trained on, and what of it does not fit the evaluation."""
 
-import json
 from typing import Dict, List, Optional
 
 import numpy as np
 
 from vlakeep.core.config import Config
-from vlakeep.core.storage import Storage, find_checkpoint
+from vlakeep.core.errors import quoted
+from vlakeep.core.storage import Storage
 from vlakeep.core.target import run_config
-from vlakeep.data.dataset import Conventions
+from vlakeep.data.dataset import Conventions, DemoDataset
 from vlakeep.data.formats import closing_all, open_datasets
-from vlakeep.libero import setup as libero_setup
 
 
 def trained_data(config: Config, storage: Storage) -> Dict:
@@ -30,27 +29,27 @@ def crop_alarm(config: Config, storage: Storage, settings) -> List[str]:
             f"--evaluate.center_crop {'true' if trained else 'false'} fits it"]
 
 
-def renderer_alarm(config: Config, storage: Storage, key: str) -> List[str]:
-    """One line per LIBERO data set that the target has learned from and that another version of mujoco has rendered.
+def check_conventions(config: Config, storage: Storage) -> None:
+    """ValueError when a data set is read in another way here (camera, gripper, rotate) than in the training of the run."""
+    trained = trained_data(config, storage)
+    shared = [name for name in config.data.datasets if name in (trained.get("datasets") or [])]
+    for key in ("camera", "gripper", "rotate") if shared else ():
+        there, here = trained.get(key), getattr(config.data, key)
+        if None not in (there, here) and there != here:
+            fits = str(there).lower() if isinstance(there, bool) else quoted(there)
+            raise ValueError(f"--data.{key} {here}: the run was trained on {shared[0]} with {there}; --data.{key} {fits} fits it")
 
-    Of a base model pretrain-libero has noted it; one whose action statistics (`key`) are named as the official data was made from them.
-    """
-    if run_config(config.evaluate.target, storage) is not None:
-        names = trained_data(config, storage).get("datasets") or []
-        made = {name: libero_setup.rendered_with(storage.data / name) for name in names if name.startswith("libero")}
-    else:
-        notes = find_checkpoint(config.backbone.checkpoint, storage.cache) / "PROVENANCE.json"
-        noted = json.loads(notes.read_text()).get("renderers") if notes.is_file() else None
-        made = noted or ({key: None} if key.startswith("libero") and key.endswith("_no_noops") else {})
-    return libero_setup.mixed_renderers(made, libero_setup.versions())
+
+def open_as_configured(config: Config, storage: Storage, fraction: float = 1.0) -> List[DemoDataset]:
+    """data.datasets, read as the `data` section says. Whoever opens them closes them."""
+    data = config.data
+    return open_datasets(storage.data, data.datasets, fraction, storage.cache, Conventions(data.camera, data.gripper, data.rotate))
 
 
 def training_picture(config: Config, storage: Storage) -> Optional[np.ndarray]:
     """Mean first picture [H, W, 3] of up to 20 training episodes; None without the data."""
-    data = config.data
     try:
-        datasets = open_datasets(storage.data, data.datasets, data.train_fraction, storage.cache,
-                                 Conventions(data.camera, data.gripper, data.rotate))
+        datasets = open_as_configured(config, storage, config.data.train_fraction)
     except (FileNotFoundError, ValueError):
         return None
     with closing_all(datasets):

@@ -5,9 +5,7 @@ from operator import attrgetter
 from typing import List
 
 from vlakeep.core import schema
-from vlakeep.core.registry import method_class, method_names
-
-LIBERO_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+from vlakeep.core.registry import benchmark_class, benchmark_names, method_class, method_names
 
 
 def problems(config) -> List[str]:
@@ -80,17 +78,14 @@ def problems(config) -> List[str]:
              "attention, mlp or linear names with a method: its subspaces are those of decoder layers, and all-linear adapts vision and "
              "lm_head too")
     one_of("lora.init", "gaussian", "kaiming")
-    one_of("evaluate.benchmark", "tabletop", "dataset", *LIBERO_SUITES)
+    usual = type(config.evaluate)().benchmark
+    one_of("evaluate.benchmark", *sorted(benchmark_names(), key=lambda name: name != usual))
+    if config.evaluate.benchmark in benchmark_names():
+        found += benchmark_class(config.evaluate.benchmark).problems(config)
     one_of("export.dtype", "stored", "float32", "bfloat16", "float16")
     need(config.export.parity_frames >= 0, "export.parity_frames", "0 or more")
     need(config.export.close_to is None or config.export.close_to > 0, "export.close_to", "greater than 0, or null for no closing pass")
     need(config.evaluate.videos >= 0, "evaluate.videos", "0 or more")
-    others = set(config.evaluate.other_suites)
-    need(others <= set(LIBERO_SUITES) - {config.evaluate.benchmark}, "evaluate.other_suites",
-         f"LIBERO suites other than evaluate.benchmark: {', '.join(LIBERO_SUITES)}")
-    in_libero = config.evaluate.benchmark in LIBERO_SUITES
-    need(in_libero or not (others or config.evaluate.blank or config.evaluate.target == "replay"), "evaluate.benchmark",
-         "a LIBERO suite for evaluate.other_suites, evaluate.blank and evaluate.target replay")
     need(bool(config.name) and "/" not in config.name and config.name not in (".", "..", "base"), "name",
          "a single folder name, and not base, which names the model before training")
     for key in ("lora.rank", "lora.alpha", "data.shuffle_buffer", "icsm.rank", "icsm.batch_size", "icsm.sensitivity_items", "gains.columns",

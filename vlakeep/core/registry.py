@@ -1,21 +1,27 @@
-"""The arms by name: a file vlakeep/methods/NAME.py is the method NAME, and its `METHOD` the class (methods/base.py).
+"""The arms and the benchmarks by name: a file vlakeep/methods/NAME.py is the method NAME, and its `METHOD` the class (methods/base.py).
 
 NAME_offline.py beside it may hold its offline step. A package of one's own adds methods through the entry point group `vlakeep.methods`,
 whose values name such a class. Nothing is imported before it is asked for.
+
+A benchmark is a room with a file evaluation.py, or a file in vlakeep/benchmarks/, that ends in `BENCHMARK = Class` (benchmarks/base.py);
+the class says which names it serves, and such a file imports nothing heavy. From outside: the entry point group `vlakeep.benchmarks`.
 """
 
+import re
 from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
 from pkgutil import iter_modules
-from typing import List
+from typing import Dict, List
 
 GROUP = "vlakeep.methods"
+BENCHMARKS = "vlakeep.benchmarks"
 
 
 @lru_cache(maxsize=None)  # it reads the metadata of every package that is installed
-def _outside() -> dict:
-    return {entry.name: entry for entry in entry_points(group=GROUP)}
+def _outside(group: str = GROUP) -> dict:
+    return {entry.name: entry for entry in entry_points(group=group)}
 
 
 def _own() -> List[str]:
@@ -37,4 +43,36 @@ def method_class(name: str):
     outside = _outside()
     if name not in outside:
         raise ValueError(f"--method {name!r}: must be one of {', '.join(method_names())}")
+    return outside[name].load()
+
+
+@lru_cache(maxsize=None)
+def _holds_a_benchmark(file: Path) -> bool:
+    return re.search(r"^BENCHMARK = ", file.read_text(encoding="utf-8"), flags=re.M) is not None
+
+
+def _own_benchmarks() -> Dict[str, type]:
+    """Name -> class."""
+    files = [(f"{BENCHMARKS}.{file.stem}", file) for folder in import_module(BENCHMARKS).__path__
+             for file in sorted(Path(folder).glob("*.py"))]
+    files += [(f"vlakeep.{file.parent.name}.evaluation", file) for folder in import_module("vlakeep").__path__
+              for file in sorted(Path(folder).glob("*/evaluation.py"))]
+    classes = [import_module(module).BENCHMARK for module, file in files if _holds_a_benchmark(file)]
+    return {name: found for found in classes for name in found.names}
+
+
+def benchmark_names() -> List[str]:
+    """Every name that `evaluate.benchmark` may have."""
+    own = list(_own_benchmarks())
+    return [*own, *(name for name in sorted(_outside(BENCHMARKS)) if name not in own)]
+
+
+def benchmark_class(name: str):
+    """The class of a benchmark (benchmarks/base.py:Benchmark). ValueError listing the names there are."""
+    own = _own_benchmarks()
+    if name in own:
+        return own[name]
+    outside = _outside(BENCHMARKS)
+    if name not in outside:
+        raise ValueError(f"--evaluate.benchmark {name!r}: must be one of {', '.join(benchmark_names())}")
     return outside[name].load()

@@ -1,4 +1,4 @@
-"""The LIBERO benchmark as stages see it: episodes of a suite, many simulators in front of one policy.
+"""Episodes of a LIBERO suite, many simulators in front of one policy, and what the room's stages share.
 
 An episode is a function of (task, initial state, seed) and of the policy: neither the number of workers nor the order changes it.
 """
@@ -21,37 +21,6 @@ from vlakeep.libero.workers import Job, Seen, Workers
 SPLITS = {"probe": 100_000, "heldout": 200_000}
 SPLIT_SIZE = 100_000
 SEED = 0  # the official script seeds its environments with it
-_NOT_FINITE = "ValueError: the policy gave an action that is not finite"
-
-
-class FixedBatch:
-    """A policy that is always asked for `rows` pictures: every call has one shape.
-
-    policy(images, instructions, count) -> actions, of which the first `count` are used. It pads instructions to one length.
-    """
-
-    def __init__(self, policy: Callable, rows: int):
-        self._policy, self._rows = policy, rows
-
-    def __call__(self, jobs: Sequence[Job], seen: Sequence[Seen]) -> List:
-        """Per job its action, or the text of an error."""
-        answers: List = []
-        for start in range(0, len(seen), self._rows):
-            part = list(seen[start:start + self._rows])
-            try:
-                answers += self._ask(part)
-            except Exception:  # what one picture provokes must not take the other episodes along
-                for one in part:
-                    try:
-                        answers += self._ask([one])
-                    except Exception as error:
-                        answers.append(f"{type(error).__name__}: {error}")
-        return [a if isinstance(a, str) or np.isfinite(a).all() else _NOT_FINITE for a in answers]
-
-    def _ask(self, part: List[Seen]) -> List[np.ndarray]:
-        fill = self._rows - len(part)
-        images = np.stack([s.image for s in part] + [np.zeros_like(part[0].image)] * fill)
-        return list(self._policy(images, [s.instruction for s in part] + [part[0].instruction] * fill, len(part))[:len(part)])
 
 
 def stage_options(argv: List[str], defaults: Dict[str, str],
@@ -150,7 +119,7 @@ class Replay:
 def run_suite(act: Callable, settings, crop: bool, records: Records, videos: Path, desc: str = "") -> int:
     """Play every episode that `records` lacks and add its line; returns how many simulators had to be replaced.
 
-    act(jobs, [Seen]) gives an action or an error text per job, as FixedBatch does; `settings` is config.evaluate.
+    act(jobs, [Seen]) gives an action or an error text per job, as policy.FixedBatch does; `settings` is config.evaluate.
     """
     suite, seed = settings.benchmark, SEED if settings.seed is None else settings.seed
     tasks, names = pick_tasks(suite, settings.skills), load_suite(suite).get_task_names()

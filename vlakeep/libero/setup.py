@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Optional
 
+from vlakeep.core.findings import GREEN, RED, YELLOW, Line
+
 INSTALL = "make libero   (in an environment of your own: pip install 'vlakeep[libero]')"
 OSMESA = "apt-get install -y --no-install-recommends libosmesa6"
 # What renders as the official training data were: pictures of mujoco 3 are darker (mean grey 102 against 138 on one scene).
@@ -135,3 +137,15 @@ def warnings_about(found: Dict[str, str]) -> List[str]:
         return []
     return [f"mujoco {mujoco} renders darker than {OFFICIAL_MUJOCO}, with which the official data were made: demonstrations and "
             f"evaluation must come from the same version. A model trained on the official data needs {COMPATIBLE}"]
+
+
+def lines() -> List[Line]:
+    """For preflight: whether the simulator is installed and can render, and how its pictures differ from the official ones."""
+    try:
+        require_libero()
+    except OSError as error:
+        found, _, remedy = str(error).partition(". Run ")
+        return [Line(RED, "LIBERO simulator", found, remedy)]
+    installed = versions()
+    told = [Line(GREEN, "LIBERO simulator", ", ".join(f"{name} {version}" for name, version in installed.items()))]
+    return told + [Line(YELLOW, "LIBERO pictures", warning) for warning in warnings_about(installed)]

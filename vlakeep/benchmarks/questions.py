@@ -1,0 +1,59 @@
+"""What a model is asked beside the episodes: questions with known answers, and how far its action tokens are from its teacher's."""
+
+from typing import List
+
+import numpy as np
+import torch
+
+from vlakeep.benchmarks.records import Records
+from vlakeep.benchmarks.specs import Questions, Retention
+from vlakeep.models.adapters import adapters_disabled
+
+ANSWER_TOKENS = 6
+QUESTION_BATCH, KL_BATCH = 250, 100
+ROUNDING = 1e-5  # nats, of a mean over float32 sums
+
+
+@torch.inference_mode()
+def answer_questions(backbone, samples, batch_size: int = QUESTION_BATCH) -> List[str]:
+    """Greedy answers, lower case and stripped."""
+    answers = []
+    for start in range(0, len(samples), batch_size):
+        batch = backbone.processor.encode_prompts(samples[start:start + batch_size])
+        ids, _ = backbone.generate(batch.to(backbone.device), max_new_tokens=ANSWER_TOKENS, stop_at_eos=True)
+        answers += [t.strip().lower() for t in backbone.processor.tokenizer.batch_decode(ids.cpu(), skip_special_tokens=True)]
+    return answers
+
+
+@torch.inference_mode()
+def action_token_kl(backbone, samples, batch_size: int = KL_BATCH) -> np.ndarray:
+    """KL(teacher || student) per frame [N], averaged over the teacher's own action tokens, both models fed those tokens."""
+    values = []
+    for start in range(0, len(samples), batch_size):
+        batch = backbone.processor.encode_prompts(samples[start:start + batch_size]).to(backbone.device)
+        with adapters_disabled(backbone):
+            tokens_BT, _ = backbone.generate(batch, max_new_tokens=backbone.action_tokens(), stop_at_eos=False)
+            teacher = backbone.log_probabilities_of_continuation(batch, tokens_BT)
+        student = backbone.log_probabilities_of_continuation(batch, tokens_BT)
+        kl_B = (teacher.exp() * (teacher - student)).sum(-1).mean(1)
+        assert not (kl_B < -ROUNDING).any(), f"a KL of {float(kl_B.min()):.3g} nats: teacher and student are not both distributions"
+        values.append(kl_B.clamp(min=0).cpu().numpy())
+    return np.concatenate(values) if values else np.zeros(0)
+
+
+def ask_questions(backbone, asked: Questions, records: Records) -> None:
+    """The trials of one question kind that `records` lacks."""
+    for trials, lacking in records.missing("question", asked.kind, len(asked.answers), QUESTION_BATCH):
+        for trial, said in zip(trials, answer_questions(backbone, asked.samples(trials))):
+            if trial in lacking:
+                records.add(kind="question", ability=asked.kind, trial=trial, seed=asked.seeds[trial], success=said == asked.answers[trial],
+                            value=None, crash=None, steps=0, answer=said, expected=asked.answers[trial])
+
+
+def measure_retention(backbone, frames: Retention, records: Records) -> None:
+    """The KL of the frames that `records` lacks."""
+    for trials, lacking in records.missing("retention", "action_kl", len(frames.seeds), KL_BATCH):
+        for trial, kl in zip(trials, action_token_kl(backbone, frames.samples(trials))):
+            if trial in lacking:
+                records.add(kind="retention", ability="action_kl", trial=trial, seed=frames.seeds[trial], success=None, value=float(kl),
+                            crash=None, steps=0)

@@ -1,0 +1,243 @@
+"""The LIBERO suites as `vlakeep evaluate` plays them: the official protocol, questions about a probe's pictures, and two controls.
+
+`--evaluate.target replay` plays demonstrations back, and `--evaluate.blank true` shows grey pictures.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence
+
+import numpy as np
+
+from vlakeep.benchmarks.base import NEW, OPTIONAL, QUESTION, REPLAY, SKILL, Ability, Benchmark
+from vlakeep.benchmarks.specs import ActionSpec, ObservationSpec, Questions, Retention
+from vlakeep.core.config import Config, EvaluateConfig
+from vlakeep.core.findings import GREEN, RED, Line
+from vlakeep.core.storage import Storage, find_checkpoint
+from vlakeep.libero import benchmark as libero
+from vlakeep.libero import setup as libero_setup
+from vlakeep.libero.env import CAMERA, SUITES
+
+GREY = 128
+FIRST_PICTURES = 20  # of an evaluation, compared with the training data's
+
+
+class Libero(Benchmark):
+    names = SUITES
+    actions = ActionSpec(7, units="OSC_POSE deltas of LIBERO, gripper standardised", statistics="SUITE or SUITE_no_noops")
+    seed = libero.SEED
+    drift = OPTIONAL
+    knows = ("other_suites", "blank", REPLAY)
+
+    def __init__(self, config: Config, storage: Storage):
+        super().__init__(config, storage)
+        self._probe: Any = None
+        self.suffix = "-blank" if self.settings.blank else ""
+
+    @property
+    def observations(self) -> ObservationSpec:
+        return ObservationSpec((CAMERA,), (224, 224), cropped=bool(self.settings.center_crop), turned=True)
+
+    def abilities(self) -> List[Ability]:
+        suites = [Ability(self.name, SKILL, NEW), *(Ability(suite) for suite in self.settings.other_suites)]
+        return suites + [Ability(kind, QUESTION) for kind in self._kinds_asked()]
+
+    @classmethod
+    def problems(cls, config: Config) -> List[str]:
+        others = config.evaluate.other_suites
+        wrong = not set(others) <= set(SUITES) - {config.evaluate.benchmark}
+        return super().problems(config) + wrong * [
+            f"--evaluate.other_suites {others!r}: must be LIBERO suites other than evaluate.benchmark: {', '.join(SUITES)}"]
+
+    def check(self) -> None:
+        libero.check(self.settings)
+        self._probe = self._open_probe() if self._asks else None
+        known = sorted(set(self._probe_kinds()) - {"instruction"})
+        wrong = [kind for kind in self.settings.questions if self._probe and kind not in known]
+        if wrong:
+            raise ValueError(f"--evaluate.questions {wrong}: the probe {self.settings.probe} asks {', '.join(known)}")
+
+    @property
+    def _replays(self) -> bool:
+        return self.settings.target == REPLAY
+
+    @property
+    def _asks(self) -> bool:
+        """Whether a probe is asked about: not of what sees nothing."""
+        return bool(self.settings.probe) and not self.settings.blank and not self._replays
+
+    def _open_probe(self):
+        """The probe of evaluate.probe, whose `answers` map item numbers to answers. ValueError when it is the protected one."""
+        from vlakeep.probe.heldout import open_heldout
+
+        return open_heldout(self.storage.probe_folder(self.settings.probe), self.storage.probe_folder(self.config.probe.name))
+
+    def lines(self) -> List[Line]:
+        found = libero_setup.lines()
+        if self._asks:
+            try:
+                probe = self._open_probe()
+                found.append(Line(GREEN, "--evaluate.probe", f"{probe.folder}: {len(probe.answers)} questions with answers"))
+            except (ValueError, OSError) as error:
+                found.append(Line(RED, "--evaluate.probe", str(error), "vlakeep libero-vqa --split heldout --probe.name NAME, and "
+                                  "--evaluate.probe NAME"))
+        return found
+
+    @property
+    def reads_data(self) -> bool:
+        return self._replays
+
+    def stand_in(self):
+        """The control without a model: demonstrations replayed open loop from the evaluation's initial states."""
+        if not self._replays:
+            return None
+        from vlakeep.benchmarks.policy import Target
+        from vlakeep.benchmarks.trained import open_as_configured
+        from vlakeep.data.formats import closing_all
+
+        tasks = libero.pick_tasks(self.name, self.settings.skills)
+        with closing_all(open_as_configured(self.config, self.storage)) as datasets:
+            self._replay = libero.Replay(demonstrations(datasets, self.name, tasks, self.settings.episodes))
+            return Target(REPLAY, ",".join(dataset.fingerprint() for dataset in datasets))
+
+    def pick_key(self, given: Optional[str], known: Dict[str, Any], own: Optional[str]) -> Optional[str]:
+        return libero.pick_key(self.name, given, known, own)
+
+    def keys(self, key: str, known: Dict[str, Any]) -> List[str]:
+        return [key, *(self._key_of(suite, key, known) for suite in self.settings.other_suites)]
+
+    def _key_of(self, suite: str, key: str, known: Dict[str, Any]) -> str:
+        """An old suite keeps the statistics that it was learnt with; `key` is the benchmark's."""
+        return key if suite == self.name else libero.pick_key(suite, None, known, key)
+
+    @property
+    def decides(self):
+        """An episode does not depend on their number, so more of them can be added."""
+        asked = ("questions", "questions_per_kind", "retention_frames") if self._probe else ()
+        return "benchmark", "skills", "seed", "batch", "center_crop", *asked
+
+    def identity(self) -> Dict[str, Any]:
+        return {**({"probe": self._probe.sha256} if self._probe else {}), "mujoco": libero_setup.versions().get("mujoco")}
+
+    def play(self, target, records, folder) -> None:
+        if target.backbone is None:
+            libero.run_suite(self._replay, self.settings, self.settings.center_crop, records, folder / "videos", desc=target.name)
+            return
+        libero.say_idle_rows(self.settings)
+        only = next(iter(target.known)) if len(target.known) == 1 else self.name
+        if not only.startswith(self.name):
+            print(f"the model knows no action statistics but those of {only}: they are used for {self.name}", file=sys.stderr)
+        for suite in [self.name, *self.settings.other_suites]:
+            self._play_suite(of_suite(self.settings, suite), target, records, folder)
+
+    def _play_suite(self, settings: EvaluateConfig, target, records, folder: Path) -> None:
+        from vlakeep.benchmarks.policy import FixedBatch
+        from vlakeep.benchmarks.trained import training_picture
+        from vlakeep.models.alarms import orientation_alarm
+
+        suite, first = settings.benchmark, []
+        spoken = libero.instructions(suite, libero.pick_tasks(suite, settings.skills))
+        policy = target.policy(self._key_of(suite, target.key, target.known), spoken)
+        ask = FixedBatch(lambda images, texts, count: policy(np.full_like(images, GREY) if settings.blank else images, texts, count),
+                         settings.batch)
+
+        def act(jobs, seen):
+            answers = ask(jobs, seen)
+            if len(first) < FIRST_PICTURES:
+                first.extend(np.asarray(one.image, dtype=float) for one in seen)
+            return answers
+
+        videos = folder / "videos" if suite == self.name else folder / "videos" / suite
+        restarts = libero.run_suite(act, settings, settings.center_crop, records, videos, desc=target.name)
+        if restarts:
+            print(f"{target.name}: {restarts} simulator processes died and were replaced", file=sys.stderr)
+        comparable = first and settings.target != "base" and suite == self.name
+        trained = training_picture(self.config, self.storage) if comparable else None
+        records.add_alarms(policy.watch.alarms() + ([] if trained is None else orientation_alarm(trained, np.mean(first, axis=0))))
+
+    # On the pictures of a probe, cut as those of the episodes are; a trial's `seed` is its item number
+
+    def _items(self, kind: str, most: int) -> List[int]:
+        return [item for item, own in enumerate(self._probe_kinds()) if own == kind][:most]
+
+    def _kinds_asked(self) -> List[str]:
+        return (self.settings.questions or sorted(set(self._probe_kinds()) - {"instruction"})) if self._probe else []
+
+    def _probe_kinds(self) -> List[str]:
+        """Of every item; [] without a probe."""
+        return self._probe.kinds(range(len(self._probe))) if self._probe else []
+
+    def _samples_of(self, items: Sequence[int]):
+        from vlakeep.data.images import center_crop
+
+        def samples(trials):
+            found = self._probe.samples([items[trial] for trial in trials])
+            return [replace(sample, image=center_crop(sample.image)) for sample in found] if self.settings.center_crop else found
+        return samples
+
+    def questions(self) -> Iterator[Questions]:
+        for kind in self._kinds_asked():
+            items = self._items(kind, self.settings.questions_per_kind)
+            yield Questions(kind, self._samples_of(items), items, [self._probe.answers[item] for item in items])
+
+    def retention(self) -> Optional[Retention]:
+        if not self._probe:
+            return None
+        items = self._items("instruction", self.settings.retention_frames)
+        return Retention(self._samples_of(items), items)
+
+    def alarms(self, target) -> List[str]:
+        from vlakeep.benchmarks.trained import crop_alarm
+
+        if target.backbone is None:
+            return []
+        return crop_alarm(self.config, self.storage, self.settings) + renderer_alarm(self.config, self.storage, target.key)
+
+    def additions(self, rows: List[dict]) -> Dict[str, Any]:
+        """A suite is one skill, with its tasks listed below it."""
+        return {"tasks": libero.by_task(rows)}
+
+
+def of_suite(settings: EvaluateConfig, suite: str) -> EvaluateConfig:
+    """The settings for one of the suites: the chosen tasks are those of the benchmark."""
+    return settings if suite == settings.benchmark else replace(settings, benchmark=suite, skills=[])
+
+
+def demonstrations(datasets, suite: str, tasks: List[int], count: int) -> Dict[str, List[np.ndarray]]:
+    """Instruction -> actions [T, 7] of up to `count` demonstrations. FileNotFoundError names the instructions without one."""
+    from vlakeep.data.statistics import unnormalise
+
+    wanted = libero.instructions(suite, tasks)
+    found: Dict[str, List[np.ndarray]] = {language: [] for language in wanted}
+    for dataset in datasets:
+        for episode, language in enumerate(dataset.languages):
+            if len(found.get(language, range(count))) < count:
+                found[language].append(unnormalise(dataset.actions(episode), dataset.statistics))
+    missing = [language for language in wanted if not found[language]]
+    if missing:
+        raise FileNotFoundError(f"--data.datasets [{', '.join(d.name for d in datasets)}] has no demonstration of {missing}: make "
+                                f"them with `vlakeep libero-demos --suite {suite} --demos 1`")
+    return found
+
+
+def renderer_alarm(config: Config, storage: Storage, key: str) -> List[str]:
+    """One line per LIBERO data set that the target has learned from and that another version of mujoco has rendered.
+
+    Of a base model pretrain-libero has noted it; one whose action statistics (`key`) are named as the official data was made from them.
+    """
+    from vlakeep.benchmarks.trained import trained_data
+    from vlakeep.core.target import run_config
+
+    if run_config(config.evaluate.target, storage) is not None:
+        names = trained_data(config, storage).get("datasets") or []
+        made = {name: libero_setup.rendered_with(storage.data / name) for name in names if name.startswith("libero")}
+    else:
+        notes = find_checkpoint(config.backbone.checkpoint, storage.cache) / "PROVENANCE.json"
+        noted = json.loads(notes.read_text()).get("renderers") if notes.is_file() else None
+        made = noted or ({key: None} if key.startswith("libero") and key.endswith("_no_noops") else {})
+    return libero_setup.mixed_renderers(made, libero_setup.versions())
+
+
+BENCHMARK = Libero
