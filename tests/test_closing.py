@@ -9,13 +9,14 @@ import torch
 from conftest import BASELINE, GRADED, final_adapter
 from safetensors.torch import load_file
 
+from vlakeep import closing_pass
 from vlakeep.core.config import load_config
 from vlakeep.core.errors import CheckpointError
 from vlakeep.core.schema import ConfigError
 from vlakeep.core.target import target_checkpoint
 from vlakeep.evaluate import load_target
 from vlakeep.export import offline_command, run_export
-from vlakeep.methods import closing_pass, graded_offline
+from vlakeep.methods import graded_offline
 from vlakeep.models.adapters import adapters_disabled, load_adapter
 from vlakeep.models.load import make_backbone
 from vlakeep.offline import run_offline

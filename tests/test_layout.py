@@ -17,9 +17,9 @@ SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if "assets" not in p.parts)
 LAYERS = [["core"], ["data"], ["probe"], ["models"], ["openvla"], ["teacher"], ["hsw"], ["thermostat"], ["methods"], ["benchmarks"],
           ["tabletop", "libero"], ["parity"], ["reporting"]]
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
-# Stages stand above all rooms and do not import one another, but for the dispatcher, the demo, which runs them in order, and `checks`,
-# which is preflight's.
-MAY_IMPORT_STAGES = {"cli": None, "demo": None, "preflight": {"checks"}}
+# Stages stand above all rooms and do not import one another, but for the dispatcher, the demo, which runs them in order, `checks`,
+# which is preflight's, and `closing_pass`, which is export's.
+MAY_IMPORT_STAGES = {"cli": None, "demo": None, "preflight": {"checks"}, "export": {"closing_pass"}}
 # A model by name: its own room, the comparison with its official code, and the stages that make a small one. All others ask models/base.py.
 MAY_NAME_A_MODEL = {"openvla", "parity", "tabletop/pretrain.py", "libero/pretrain.py"}
 OPTIONAL = {"timm", "torchvision", "wandb", "tensorboard", "tensorflow", "h5py", "pyarrow", "av"}

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 import vlakeep
+from vlakeep import closing_pass
 from vlakeep.core.config import BackboneConfig, Config, config_from_argv
 from vlakeep.core.errors import CheckpointError, human_bytes, quoted
 from vlakeep.core.parallel import pick_device, set_threads
@@ -29,7 +30,6 @@ from vlakeep.data.dataset import Conventions
 from vlakeep.data.formats import closing_all, open_datasets
 from vlakeep.data.images import resize_uint8
 from vlakeep.data.sample import Sample
-from vlakeep.methods import closing_pass
 from vlakeep.models.adapters import load_adapter
 from vlakeep.models.base import Backbone
 from vlakeep.models.files import weight_files, weights_hash

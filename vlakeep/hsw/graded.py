@@ -83,10 +83,6 @@ class GradedInput:
         along_RK = (x_RD @ self._vectors_DK) * self._weights_K
         return torch.add(along_RK @ self._vectors_DK.T, x_RD, alpha=self.gain_rest)
 
-    def effective(self, a_RD: torch.Tensor) -> torch.Tensor:
-        """s A V diag(g) V^T in the type of A."""
-        return (self.contract(a_RD) * self.scale).to(a_RD.dtype)
-
     def passed_energy(self, lam: float, steepness: float, scale: float) -> float:
         """Probe energy behind A_eff relative to plain LoRA's: sum (s g)^2 sigma / sum sigma."""
         g_K, g_rest = self.shape(lam, steepness)

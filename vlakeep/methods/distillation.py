@@ -52,7 +52,7 @@ class Distillation(Graded):
 
     @classmethod
     def needs_offline(cls, config: Config) -> bool:
-        return True
+        return super().needs_offline(config) or cls.options(config).weight > 0
 
     @classmethod
     def problems(cls, config: Config):
