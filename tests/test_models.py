@@ -22,6 +22,8 @@ from vlakeep.models import load
 from vlakeep.models.adapters import adapters_disabled, add_lora, all_linear, load_adapter, save_adapter, select_linears
 from vlakeep.models.alarms import check_vision
 from vlakeep.models.base import Backbone, captured_outputs
+from vlakeep.models.chain import Chain, Link, chain_hash, merge_chain
+from vlakeep.models.files import weights_hash
 from vlakeep.models.load import make_backbone, model_class, model_kinds
 from vlakeep.models.merge import merge_checkpoint, save_checkpoint
 from vlakeep.openvla.load import OpenVLAKind
@@ -382,6 +384,21 @@ def test_adapters_and_merged_folders_bring_the_student_back(case, tmp_path):
             merged = make_backbone(folder)
             assert type(merged) is type(student) and merged.norm_stats == student.norm_stats and same(merged(batch).loss, wanted, 1e-4)
             assert merged.weights_sha256 != student.weights_sha256
+
+
+def test_a_run_that_is_merged_in_memory_is_its_merged_folder_bitwise(case, tmp_path):
+    student, _, _ = trained(case, lambda backbone: Baseline(), case.config())
+    save_adapter(student, tmp_path / "adapter")
+    (tmp_path / "adapter" / "dataset_statistics.json").write_text(json.dumps({"mine": next(iter(student.norm_stats.values()))}))
+    out, base = tmp_path / "merged", Path(student.checkpoint)
+    out.mkdir()
+    merge_checkpoint(base, tmp_path / "adapter", out, {})
+    chain = Chain(weights_hash(base), [Link("study/first", "step_000002", "", tmp_path)])
+    found, wanted = case.make(), make_backbone(out).network.state_dict()
+    merge_chain(found, chain)
+    assert found.weights_sha256 == chain_hash(base, chain) == weights_hash(out) != student.weights_sha256
+    assert found.name == f"{student.name}+study.first" and found.norm_stats.keys() == {*student.norm_stats, "mine"}
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.network.state_dict().items())
 
 
 def test_all_linear_adapts_more_than_the_decoder(case, backbone):

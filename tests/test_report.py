@@ -642,9 +642,22 @@ def test_runs_of_one_configuration_are_seeds_of_an_arm_whatever_they_are_called(
     config["train"]["lr"] = 1.0
     path.write_text(yaml.safe_dump(config))
     assert [f.name for f in seeds.families(compare(arms))] == ["baseline3"]
+    arms["closed"] = dict(arms["baseline3"], name="closed")  # as a run of another seed, but closed
+    place = tmp_path / "runs" / "closed"
+    write_run(place, "baseline")
+    (place / "config.yaml").write_text(yaml.safe_dump({**yaml.safe_load((tmp_path / "runs" / "baseline3" / "config.yaml").read_text()),
+                                                       "seed": 9}))
+    arms["closed"]["run"] = place
+    assert [list(f.runs) for f in seeds.families(compare(arms))] == [[3, 4, 9]]
+    (place / "closing.json").write_text(json.dumps({"run": "baseline9", "budget": 0.002}))
+    assert [list(f.runs) for f in seeds.families(compare(arms))] == [[3, 4]]
     named = seeded(tmp_path, {"method": [0.3, 0.4]})
     path = tmp_path / "runs" / "study" / "method-s4" / "config.yaml"
     path.write_text(yaml.safe_dump({**config, "name": "study/method-s4"}))
+    family, = seeds.families(compare(named))
+    for seed in (3, 4):
+        family.runs[seed].config = {**family.runs[3].config, "train": {**config["train"], "from_run": f"study/first-s{seed}"}}
+    assert seeds.mixed(family) == []
     family, = seeds.families(compare(named))
     assert "more than their seed" in seeds.mixed(family)[0]
 

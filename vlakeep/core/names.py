@@ -31,7 +31,7 @@ def run_name(folder: Path, storage: Storage) -> str:
 
 
 def closed_name(run: str, budget: float) -> str:
-    """Name of the run that a closing pass makes of another's adapter (methods/closing_pass.py)."""
+    """Name of the run that a closing pass makes of another's adapter (closing_pass.py)."""
     return f"{run}-closed-{budget:g}"
 
 
