@@ -1,22 +1,36 @@
 """The documents stay true: links, stages, flags, functions, tests, log fields and quoted messages exist; translations match."""
 
 import ast
+import importlib.util
+import json
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
 from commands import all_options, wrong_options
-from test_layout import DOCUMENTS, PACKAGE, REPO, SOURCES
+from test_layout import DOCUMENTS, LAYERS, PACKAGE, REPO, SOURCES
 
 from vlakeep import cli
+from vlakeep.benchmarks.records import wilson
+from vlakeep.core.config import EvaluateConfig
+from vlakeep.tabletop.questions import QUESTION_KINDS
 
-# Options of other programs in the examples.
-OTHER = {"standalone", "nproc-per-node", "signals-to-handle", "local-dir"}
+# Options of other programs in the examples, and the pattern of ours.
+OTHER = {"section.key", "standalone", "nproc-per-node", "signals-to-handle", "local-dir"}
 TEXTS = [*DOCUMENTS, *sorted((PACKAGE / "configs").rglob("*.yaml")), *sorted(p for p in (REPO / "scripts").iterdir() if p.is_file())]
 PAIRS = [("README.md", "README.zh-CN.md"), ("docs/RESEARCH_PIPELINE.md", "docs/RESEARCH_PIPELINE.zh-CN.md"),
+         ("docs/getting-started.md", "docs/getting-started.zh-CN.md"), ("docs/reading-a-run.md", "docs/reading-a-run.zh-CN.md"),
          ("docs/graded.md", "docs/graded.zh-CN.md")]
+# A page about extending -> the class of which it names every member.
+SEAMS = [("docs/add-a-method.md", "methods/base.py", "Method"), ("docs/add-a-model.md", "models/base.py", "Backbone"),
+         ("docs/add-a-benchmark.md", "benchmarks/base.py", "Benchmark")]
 FENCE = re.compile(r"^ *```.*?^ *```$", re.M | re.S)
 METRICS = re.compile(r"<!-- metrics-fields -->(.*?)<!-- /metrics-fields -->", re.S)
+
+_spec = importlib.util.spec_from_file_location("doc_tables", REPO / "scripts" / "doc_tables.py")
+doc_tables = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(doc_tables)
 
 
 def read(name) -> str:
@@ -117,26 +131,10 @@ def test_paper_map_names_what_exists():
     assert wrong == []
 
 
-@pytest.mark.parametrize("name", ["docs/source_confirmation.md", "docs/evidence.md"])
-def test_evidence_names_what_exists(name):
-    functions = re.findall(r"`([\w/]+\.py):([A-Za-z_][\w.]*)`", read(name))
+def test_evidence_names_what_exists():
+    functions = re.findall(r"`([\w/]+\.py):([A-Za-z_][\w.]*)`", read("docs/source_confirmation.md"))
     assert len(set(functions)) > 40
     assert [f"{f}:{n}" for f, n in functions if function_node(f, n) is None] == []
-
-
-def signature(file: str, name: str) -> str:
-    found = function_node(file, name)
-    if isinstance(found, ast.ClassDef):
-        return f"({ast.unparse(function_node(file, name + '.__init__').args)})"
-    return f"({ast.unparse(found.args)})" + (f" -> {ast.unparse(found.returns)}" if found.returns else "")
-
-
-def test_evidence_quotes_signatures_as_they_are():
-    table = re.search(r"<!-- signatures -->(.*?)<!-- /signatures -->", read("docs/evidence.md"), flags=re.S)[1]
-    quoted = re.findall(r"^\| `([\w/]+\.py):([\w.]+)` \| `(.+)` \|$", table, flags=re.M)
-    assert len(quoted) > 40
-    changed = [f"{f}:{n} is now {signature(f, n)}" for f, n, told in quoted if signature(f, n) != told]
-    assert changed == []
 
 
 def test_paper_map_lists_every_requirement():
@@ -167,7 +165,7 @@ def keys_made(file: str, name: str):
 
 
 def test_log_fields_are_those_of_the_code():
-    """docs/formats.md and both pipelines list exactly the fields that the training loop, the meters and the controller make."""
+    """docs/formats.md and both pages about reading a run list the fields that the loop, the meters and the controller make, no other."""
     surgery = keys_made("hsw/meter.py", "NormMeter.read")
     made = {"step", *keys_made("train.py", "train_step"), *keys_made("train.py", "_loop"), *surgery, "nonfinite"}
     made |= {f"lora_input/{key}" for key in surgery} | keys_made("methods/icsm_hsw_thermostat.py", "IcsmHswThermostat.after_step")
@@ -178,7 +176,7 @@ def test_log_fields_are_those_of_the_code():
     assert '"nonfinite"' in (PACKAGE / "core" / "rundir.py").read_text()
     listed = [row[0].strip("`") for row in rows(METRICS.search(read("docs/formats.md"))[1])][1:]
     assert sorted(listed) == sorted(made)
-    for name, title in (("docs/RESEARCH_PIPELINE.md", "## Log fields"), ("docs/RESEARCH_PIPELINE.zh-CN.md", "## 日志字段")):
+    for name, title in (("docs/reading-a-run.md", "## Log fields"), ("docs/reading-a-run.zh-CN.md", "## 日志字段")):
         table = read(name).split(title)[1].split("\n## ")[0]
         told = [field for row in list(rows(table))[1:] for field in re.findall(r"`([^`]+)`", row[0])]
         assert sorted(told) == sorted(listed), name
@@ -200,10 +198,9 @@ def messages() -> str:
 
 def test_quoted_messages_are_in_the_code():
     known = messages()
-    tables = [read(name).split(title)[1] for name, title in zip(PAIRS[1], ("## Troubleshooting", "## 故障排查"))]
-    quoted = [[row[0].strip("`") for row in rows(table)][1:] for table in tables]
-    assert quoted[0] == quoted[1] and len(quoted[0]) > 30
-    missing = [text for text in quoted[0] if not all(part.strip() in known for part in text.split("..."))]
+    quoted = [row[0].strip("`") for row in rows(read("docs/troubleshooting.md"))][1:]
+    assert len(quoted) > 30
+    missing = [text for text in quoted if not all(part.strip() in known for part in text.split("..."))]
     assert missing == []
 
 
@@ -211,7 +208,7 @@ def test_quoted_messages_are_in_the_code():
 def test_chinese_documents_have_the_structure_of_the_english_ones(english, chinese):
     one, two = read(english), read(chinese)
     assert [level for level, _ in headings(one)] == [level for level, _ in headings(two)]
-    assert len(FENCE.findall(one)) == len(FENCE.findall(two)) > 0
+    assert len(FENCE.findall(one)) == len(FENCE.findall(two))
     shell = re.compile(r"^```bash\n(.*?)^```$", re.M | re.S)
     assert shell.findall(one)[1:] == shell.findall(two)[1:], "the commands differ"
     assert len(list(rows(one))) == len(list(rows(two)))
@@ -223,6 +220,88 @@ def test_documents_name_no_machine():
     assert wrong == []
 
 
-def test_demo_results_have_their_place():
-    for name in PAIRS[0]:
-        assert re.search(r"<!-- demo-results -->.+<!-- /demo-results -->", read(name), flags=re.S), name
+def demo_block(name: str) -> str:
+    return re.search(r"<!-- demo-results -->(.+)<!-- /demo-results -->", read(name), flags=re.S)[1]
+
+
+def test_figures_of_the_demo_are_those_of_fifty_episodes_and_the_same_in_both_languages():
+    """Every rate with an interval is a Wilson interval of EPISODES trials, and every mean one that its arm can have."""
+    told = [[re.findall(r"\d\.\d+", " ".join(row[1:])) for row in rows(demo_block(name))][1:] for name in PAIRS[0]]
+    assert told[0] == told[1] and len(told[0]) == len(doc_tables.ARMS)
+    possible = [[f"{value:.2f}" for value in wilson(successes, EvaluateConfig().episodes)] for successes in range(51)]
+    for new, new_low, new_high, old, pick, pick_low, pick_high, place, place_low, place_high, asked in told[0]:
+        assert [new, new_low, new_high] in possible and [pick, pick_low, pick_high] in possible
+        assert [place, place_low, place_high] in possible
+        assert (float(pick) + float(place)) / 6 <= float(old) + 5e-4 <= (4 + float(pick) + float(place)) / 6 + 1e-3 and float(asked) <= 1
+
+
+def test_figures_of_the_demo_are_those_of_its_report():
+    """docs/img/demo.json, if it is there, is the summary of the report whose figure is demo.png."""
+    if doc_tables.RESULTS.is_file():
+        results = json.loads(doc_tables.RESULTS.read_text(encoding="utf-8"))
+        for name, language in doc_tables.LANGUAGES.items():
+            assert doc_tables.demo_table(language, results) in demo_block(name), f"{name}: python scripts/doc_tables.py"
+
+
+def a_report(new=0.94):
+    """A summary.json as the report of a whole demo has it."""
+    def rate(mean):
+        return {"mean": mean, "low": mean / 2, "high": 1.0}
+
+    skills = {name: rate(0.5) for name in ("pick", "place", "tap", "drop", "reach", "side")}
+    asked = {name: rate(1.0) for name in QUESTION_KINDS}
+    return {"arms": {arm: {"new_skill": rate(new), "abilities": {**skills, **asked}} for arm in doc_tables.ARMS}}
+
+
+def test_the_demo_table_is_made_from_a_report():
+    lines = doc_tables.demo_table(0, a_report()).splitlines()
+    assert lines[2] == "| base (before training) | 0.94 [0.47, 1.00] | 0.500 | 0.50 [0.25, 1.00] | 0.50 [0.25, 1.00] | 1.000 |"
+    assert len(lines) == 2 + len(doc_tables.ARMS)
+    half = a_report()
+    half["arms"]["graded"]["abilities"].pop("tap")
+    with pytest.raises(ValueError, match="arm graded has 5 old skills and 6 kinds of questions: not a whole demo"):
+        doc_tables.demo_table(0, half)
+
+
+def test_generated_tables_are_fresh():
+    stale = [str(path.relative_to(REPO)) for path in doc_tables.stale()]
+    assert stale == [] and doc_tables.main(["--check"]) == 0, "run: python scripts/doc_tables.py"
+
+
+def test_generated_tables_are_complete():
+    """Every room, every file and every stage: words for a room that is gone, or a room without words, are found."""
+    assert list(doc_tables.ROOMS) == [room for line in LAYERS for room in line]
+    listed = set(re.findall(r"^\| `([\w.]+)` \|", read("docs/file-map.md"), flags=re.M))
+    files = [path for path in SOURCES if path.name != "__init__.py"]
+    assert len(files) > 100 and {path.name for path in files} <= listed
+    counted = read("docs/file-map.md").split("## scripts/")[0]
+    assert len(re.findall(r"^\| `", counted, flags=re.M)) == len(files)
+    assert set(re.findall(r"^\| `vlakeep ([a-z-]+)` \|", read("docs/OVERVIEW.md"), flags=re.M)) == set(cli.STAGES)
+
+
+def test_a_stale_table_is_found_and_a_place_that_is_missing_is_told(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- stages -->\nold\n<!-- /stages -->\nz\n")
+    fresh = doc_tables.filled(page.read_text(), "stages", "new")
+    assert fresh == "a\n<!-- stages -->\nnew\n<!-- /stages -->\nz\n"
+    assert list(doc_tables.stale(lambda: {page: fresh})) == [page] and not doc_tables.stale(lambda: {page: page.read_text()})
+    with pytest.raises(ValueError, match="0 places <!-- rooms -->"):
+        doc_tables.filled(page.read_text(), "rooms", "new")
+
+
+@pytest.mark.parametrize("page, file, name", SEAMS, ids=lambda value: str(value))
+def test_pages_about_extending_name_every_member(page, file, name):
+    node, members = function_node(file, name), set()
+    for child in node.body:
+        targets = [child.target] if isinstance(child, ast.AnnAssign) else child.targets if isinstance(child, ast.Assign) else []
+        members |= {target.id for target in targets} | ({child.name} if isinstance(child, ast.FunctionDef) else set())
+    missing = [m for m in sorted(members) if not m.startswith("_") and not re.search(rf"`{m}\b", read(page))]
+    assert members and missing == []
+
+
+@pytest.mark.parametrize("page, file", [("docs/add-a-method.md", "test_methods.py"), ("docs/add-a-benchmark.md", "test_benchmarks.py")])
+def test_the_worked_example_is_the_one_that_is_tested(page, file):
+    body = ast.parse((REPO / "tests" / file).read_text(encoding="utf-8")).body
+    text = next(ast.literal_eval(node.value) for node in body
+                if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "TOY")
+    assert f"```python\n{textwrap.dedent(text).strip()}\n```" in read(page)

@@ -16,7 +16,9 @@ def test_every_fault_still_applies():
     """Its old text stands in the file exactly once, Python can still read the file, and nothing is said twice."""
     for fault in FAULTS:
         assert fault.old != fault.new and (REPO / fault.file).is_file(), fault.name
-        ast.parse(mutations.mutated(fault, REPO))
+        source = mutations.mutated(fault, REPO)
+        if fault.file.endswith(".py"):
+            ast.parse(source)
     assert len({fault.name for fault in FAULTS}) == len({fault[1:4] for fault in FAULTS}) == len(FAULTS) > 100
     areas = {fault.name.split(":")[0] for fault in FAULTS}
     assert {"probe", "icsm", "hsw", "thermostat", "train", "data", "export", "checkpoint", "libero"} <= areas

@@ -25,6 +25,7 @@ from vlakeep.core.errors import CheckpointError, RunDirError
 from vlakeep.core.log import PlainLines, install, log
 from vlakeep.core.names import is_run_name
 from vlakeep.core.parallel import Distributed
+from vlakeep.core.registry import benchmark_class
 from vlakeep.core.rundir import RunDir
 from vlakeep.core.storage import Storage, find_checkpoint
 from vlakeep.core.target import run_config, target_checkpoint
@@ -471,7 +472,8 @@ def test_a_run_from_a_run_is_evaluated_and_exported_as_a_whole(world, first, sec
     assert set(backbone.norm_stats) == {"tabletop", "tabletop_corner"}
     adapter_config = json.loads((checkpoint.latest_intact(second) / "adapter" / "adapter_config.json").read_text())
     assert adapter_config["base_model_name_or_path"] == "tabletop-base+tasks.first"
-    lines = check_target(make_config(BASELINE, "--evaluate.target", "tasks/second"), storage, {"model_type": "openvla"})
+    lines = check_target(benchmark_class("tabletop")(make_config(BASELINE, "--evaluate.target", "tasks/second"), storage),
+                         {"model_type": "openvla"})
     assert [line.status for line in lines if line.what == "target"] == [GREEN]
 
 

@@ -51,6 +51,7 @@ def train_step(model, method, optimizer, scaler, batches, config, step: int, obs
     labelled: Any = 0
     for index, batch in enumerate(batches):
         last = index == len(batches) - 1
+        # DDP averages in the last backward pass; before it gradients add up in each process by itself.
         with model.no_sync() if hasattr(model, "no_sync") and not last else nullcontext():
             # PEFT reads each LoRA weight several times in a forward pass; a parametrised one is looked up once.
             with autocast(config, batch.input_ids.device), parametrize.cached():
@@ -61,9 +62,12 @@ def train_step(model, method, optimizer, scaler, batches, config, step: int, obs
         losses.append(out.loss.detach())
         penalties += [] if penalty is None else [penalty.detach()]
         correct, labelled, hidden_norm = correct + out.correct, labelled + out.num_labelled, hidden_norm + out.last_hidden_norm
+    # First, so that norm and clip are those of the gradient and not of the scaled one.
     scaler.unscale_(optimizer)
     params = [p for group in optimizer.param_groups for p in group["params"]]
+    # A clip of 0 clips nothing, and the norm is wanted all the same.
     norm = torch.nn.utils.clip_grad_norm_(params, config.clip if config.clip > 0 else math.inf)
+    # Asking for it waits for the device, so it is asked on logged steps only.
     loss_scale = scaler.get_scale() if scaler.is_enabled() and observe else 1.0
     scaler.step(optimizer)
     scaler.update()
@@ -153,6 +157,7 @@ def run_training(config: Config, storage: Storage) -> Path:
         add_lora(backbone, config.lora, config.seed)
         backbone.train()
         method, hashes = method_class(config.method).prepare(config, storage, backbone)
+        # Before DDP and the optimizer, which take the list of parameters as it is then.
         method.attach(backbone)
         with closing(make_stream(config.data, storage.data, backbone.processor, config.train.batch_size, config.seed, dist.rank,
                                  dist.world, storage.cache, config.backbone.openvla_dir, backbone.norm_stats)) as stream:
@@ -199,6 +204,7 @@ def _loop(config: Config, dist: Distributed, run: RunDir, backbone, method, stre
     if dist.is_main:  # weights, their copy in the adapter, two moments of Adam; an old checkpoint goes only after the new one
         copies = max(1, settings.keep_last + 1 - len(ckpt.list_checkpoints(run.folder)))
         need_free(run.folder, copies * 16 * sum(p.numel() for p in params), "the checkpoints of this run")
+    # A resumed run has its calibration in its state, and its rows in the log.
     if run.resume_from is None:
         for row in method.before_training():
             run.log(0, row)
@@ -243,6 +249,7 @@ def _loop(config: Config, dist: Distributed, run: RunDir, backbone, method, stre
 
 
 def _save(run: RunDir, step: int, keep_last: int, dist: Distributed, backbone, optimizer, parts) -> None:
+    # Every process has to come here, also those that write nothing.
     ranks = dist.gather({"rng": ckpt.rng_state(dist.device), "stream": parts["stream"].state_dict()})
     if dist.is_main:
         state = {name: part.state_dict() for name, part in parts.items() if name != "stream"}

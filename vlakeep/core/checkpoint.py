@@ -63,6 +63,7 @@ def pack(tree: Any) -> Tuple[Any, Tensors]:
             items = [walk(item, f"{where}[{i}]") for i, item in enumerate(value)]
             return {"__tuple__": items} if isinstance(value, tuple) else items
         if isinstance(value, dict):
+            # Keys with two underscores are ours: a dictionary that has some of its own is stored as pairs.
             if all(isinstance(key, str) and not key.startswith("__") for key in value):
                 return {key: walk(item, f"{where}.{key}") for key, item in value.items()}
             return {"__items__": [[walk(key, where), walk(item, f"{where}[{key!r}]")] for key, item in value.items()]}

@@ -106,6 +106,7 @@ class Distributed:
         if self.world == 1:
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
+        # Buffers are the frozen base's, alike everywhere; bucket views save a second copy of the gradients.
         return torch.nn.parallel.DistributedDataParallel(
             module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
         )
@@ -131,6 +132,7 @@ class Distributed:
 
         All processes must give the same keys.
         """
+        # One order in all processes, whatever order their dictionaries were made in.
         keys = sorted(metrics)
         values = torch.stack(
             [
@@ -156,6 +158,7 @@ class Distributed:
 
     def _exchange(self, value: Any) -> List[Any]:
         data = torch.frombuffer(bytearray(to_bytes({"value": value})), dtype=torch.uint8).to(self.device)
+        # Pieces that are gathered must have one size: the lengths go first, and what is short is padded.
         sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
         dist.all_gather(sizes, torch.tensor([data.numel()], device=self.device))
         longest = max(int(size) for size in sizes)

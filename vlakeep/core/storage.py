@@ -163,6 +163,7 @@ class Storage:
         `size_hint` bytes are free.
         """
         path = Path(path).expanduser().absolute()
+        # What a link leads to counts: one below the root may lead out of it.
         real = path.resolve()
         remedy = f"Choose a path below {self.root}, or move the root with --root DIR or VLAKEEP_ROOT=DIR"
         via = "" if real == path else f" (which is {real})"

@@ -63,11 +63,13 @@ class GradedInput:
         self.scale, self.version = scale, self.version + 1
         rest_open = self.count == self.dim or self.gain_rest == 1.0
         self.identity = scale == 1.0 and rest_open and bool((self.gains_K == 1.0).all())
+        # M = g_rest I + V diag(g - g_rest) V^T: directions that are not stored share one gain.
         weights_K = (self.gains_K - self.gain_rest).to(self._vectors_DK.device)
         self._weights_K = _renew(self._weights_K, weights_K.float())
         if self._rest_1 is not None:
             self._rest_1.fill_(self.gain_rest)
         if self.dim <= DENSE:
+            # In float64 and rounded once, so that shut directions do not carry the rounding of open ones.
             vectors_DK = self._vectors_DK.double()
             eye_DD = torch.eye(self.dim, dtype=torch.float64, device=vectors_DK.device)
             matrix_DD = self.gain_rest * eye_DD + (vectors_DK * weights_K) @ vectors_DK.T
@@ -108,6 +110,7 @@ class _Contract(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
+        # M is symmetric: what acts on A forwards acts on its gradient backwards.
         return (None, None, *ctx.together.backward(grads))
 
 
@@ -295,6 +298,7 @@ class GradedSite:
 
     def set_opening(self, opening: float) -> None:
         """Gains for lambda = opening * unit in every linear."""
+        # Gains that are set again keep their version, and A_eff need not be made again.
         if opening == self.opening:
             return
         for name, space in self.distinct().items():
@@ -309,6 +313,7 @@ class GradedSite:
 
     def opening_for(self, energy: float) -> float:
         """The opening at which passed_energy is `energy`, by bisection in its logarithm between 1e-9 and 1e3."""
+        # More energy passes the wider it is open, so halving finds the place; 60 halvings go below rounding.
         low, high = -9.0, 3.0
         for _ in range(60):
             middle = (low + high) / 2

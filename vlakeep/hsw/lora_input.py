@@ -41,6 +41,7 @@ class InputSpace:
         self._outside, first = (gains.gamma, 1.0) if self._complement else (1.0, gains.gamma)
         gains_K = torch.tensor([first] * self._first + [gains.beta] * (columns - self._first))
         self._weights_K = (gains_K - self._outside).to(self._basis_DK)
+        # Made when the gains change, once per measurement, and used in every forward pass until then.
         self._matrix_DD = self._thin_product(torch.eye(dim).to(self._basis_DK)) if dim <= DENSE else None
 
     def _thin_product(self, x: torch.Tensor) -> torch.Tensor:
@@ -120,10 +121,12 @@ class LoraInputSite:
         for name, space in self._spaces.items():
             a_RD = self._linears[name].lora_A["default"].weight.float()
             b_OR = self._linears[name].lora_B["default"].weight.float()
+            # R x R only: the update itself [O, D] is never formed.
             gram_RR = b_OR.T @ b_OR  # ||B A||_F^2 = <B^T B, A A^T>
             in_f_RD = space.fragile_part(a_RD)
             inside = inside + (gram_RR * (in_f_RD @ in_f_RD.T)).sum()
             total = total + (gram_RR * (a_RD @ a_RD.T)).sum()
+        # B starts at zero: before the first step there is no update to take a share of.
         return float(inside / total) if float(total) > 0 else 0.0
 
     def detach(self) -> None:

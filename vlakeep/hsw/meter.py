@@ -20,9 +20,11 @@ class NormMeter:
         """The first columns of the basis span Uf or, with `complement`, the directions in neither Uf nor Up; the rest span Up."""
         if not self.on:
             return
+        # The columns are orthonormal, so squared coefficients add up to the squared norm of the projection.
         coefficients_K = (grad.to(basis_DK.dtype) @ basis_DK).float().square().flatten(0, -2).sum(0)
         total, fragile, plastic = grad.float().square().sum(), coefficients_K[:first].sum(), coefficients_K[first:].sum()
         if complement:
+            # What lies in neither Un nor Up lies in Uf; rounding may take the difference below zero.
             fragile = (total - fragile - plastic).clamp(min=0)
         row_4 = torch.stack([total, edited.float().square().sum(), fragile, plastic])
         self._sums_4 = row_4 if self._sums_4 is None else self._sums_4 + row_4
@@ -32,6 +34,7 @@ class NormMeter:
         if self._sums_4 is None:
             return {}
         g, edited, fragile, plastic = self._sums_4.tolist()
+        # A gradient of exactly zero has no shares and is no error.
         total = max(g, 1e-30)
         return {
             "g_norm": math.sqrt(g) / loss_scale, "g_prime_norm": math.sqrt(edited) / loss_scale,

@@ -28,6 +28,7 @@ class ResidualSite:
             layer = decoder_layers[number]
             device = next(layer.parameters()).device
             basis_DK, fragile = join_bases(fragile_DK, plastic_DK)
+            # 0 is a gain of 1, until set_gains.
             weights_K = torch.zeros(basis_DK.shape[1], dtype=dtype, device=device)
             self._sites[number] = (basis_DK.to(device, dtype), weights_K, fragile)
             self._handles.append(layer.register_forward_hook(self._make_hook(number)))
@@ -45,11 +46,13 @@ class ResidualSite:
         def edit(grad_BTD):
             basis_DK, weights_K, fragile = self._sites[number]
             edited_BTD = grad_BTD if self.gains.identity else surgery(grad_BTD, basis_DK, weights_K, self._eps)
+            # Also with gains of 1: the shares then say what surgery would take.
             self.meter.add(grad_BTD, edited_BTD, basis_DK, fragile)
             return edited_BTD
 
         def on_forward(module, args, output):
             hidden_BTD = output[0] if isinstance(output, tuple) else output  # a tuple before transformers 4.55
+            # Measurements run without a graph, and there is nothing to edit.
             if hidden_BTD.requires_grad:
                 hidden_BTD.register_hook(edit)
 

@@ -42,6 +42,7 @@ def join_bases(fragile_DK: torch.Tensor, plastic_DK: torch.Tensor, tolerance: fl
     if not torch.isfinite(basis_DK).all():
         raise ValueError("subspace basis holds NaN or infinity: rebuild the artefact with `vlakeep offline`")
     gram_KK = basis_DK.T @ basis_DK
+    # Without columns there is no largest entry to ask for.
     worst = (gram_KK - torch.eye(len(gram_KK), device=gram_KK.device)).abs().max().item() if len(gram_KK) else 0.0
     if worst > tolerance:
         raise ValueError(f"subspace basis is not orthonormal (off by {worst:.1e}): rebuild the artefact with `vlakeep offline`")
@@ -50,6 +51,7 @@ def join_bases(fragile_DK: torch.Tensor, plastic_DK: torch.Tensor, tolerance: fl
 
 def gain_weights(gains: Gains, fragile: int, total: int) -> torch.Tensor:
     """w_K: gamma - 1 for the fragile columns, beta - 1 for the plastic ones."""
+    # Gain minus 1: with both gains 1 all weights are 0, and g comes back untouched.
     return torch.tensor([gains.gamma - 1.0] * fragile + [gains.beta - 1.0] * (total - fragile))
 
 
@@ -64,6 +66,7 @@ def surgery(grad: torch.Tensor, basis_DK: torch.Tensor, weights_K: torch.Tensor,
     No host synchronisation. The limiter matters only for rounding: with orthonormal columns and gains in [0, 1] the transform is
     a contraction already.
     """
+    # In the type of the basis, which hsw.dtype decides, not in what autocast made of the gradient.
     work = grad.to(basis_DK.dtype)
     edited = scale_in_subspace(work, basis_DK, weights_K)
     exact = torch.promote_types(work.dtype, torch.float32)  # norms of half-precision tensors are summed in float32
@@ -80,6 +83,7 @@ def split(grad: torch.Tensor, fragile_DK: torch.Tensor, plastic_DK: torch.Tensor
 
 def random_basis(dim: int, columns: int, seed: int) -> torch.Tensor:
     """[D, K] orthonormal columns that know nothing of the model (the random-subspace ablation)."""
+    # A generator of its own: the basis does not depend on what was drawn before.
     generator = torch.Generator().manual_seed(seed)
     return torch.linalg.qr(torch.randn(dim, columns, generator=generator, dtype=torch.float64))[0].float()
 

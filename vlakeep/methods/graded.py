@@ -73,6 +73,7 @@ class Graded(Method):
         def make_sensors(backbone):
             answered, items = artifact.answers()
             count = min(config.thermostat.batch_size, len(items))
+            # Spread evenly over the held-out items, and the same ones in every measurement.
             rows = torch.tensor([i * len(items) // count for i in range(count)])
             chosen = [items[i] for i in rows]
             sensor = KLSensor(backbone, Answered(*[value[rows] for value in answered]),
@@ -105,6 +106,7 @@ class Graded(Method):
             adapted = backbone.adapted_linears()
             spaces = self._spaces(adapted, backbone.input_key)
             self._site = GradedSite(adapted, spaces, self._units(adapted, spaces), settings.steepness, settings.scale)
+            # Before anything is measured only the spectrum is known: it gives the share of plain LoRA's energy that passes.
             start = settings.opening or min(max(self._site.opening_for(settings.start), LOWEST), HIGHEST)
             self._site.set_opening(start)
         if thermostat.enabled:
@@ -152,6 +154,7 @@ class Graded(Method):
         sensitivity = self._artifact.sensitivity()
         middle = sorted(sensitivity[name] for name in own)[len(own) // 2]
         typical = sorted(own.values())[len(own) // 2]
+        # The floor keeps a linear that the answers hardly depend on from being opened without bound.
         return {name: typical * middle / max(sensitivity[name], 1e-3 * middle) for name in own}
 
     def before_training(self) -> List[Dict[str, float]]:

@@ -47,7 +47,9 @@ def split_items(items: List[int], kinds: List[str], holdout: float) -> Tuple[Lis
     held = set()
     for kind in sorted(set(kinds)):
         own = [item for item, its in zip(items, kinds) if its == kind]
+        # Never all of a kind: the spectra would know nothing of it.
         count = min(max(1, round(len(own) * holdout)), len(own) - 1)
+        # The middles of `count` equal stretches.
         held |= {own[(2 * i + 1) * len(own) // (2 * count)] for i in range(count)}
     return [item for item in items if item not in held], [item for item in items if item in held]
 

@@ -164,6 +164,7 @@ class IcsmHswThermostat(Method):
         if self._config.hsw.subspace == "icsm":
             return pair
         fragile, columns = pair[0].shape[1], pair[0].shape[1] + pair[1].shape[1]
+        # Another draw for each basis, all of them from the run's seed.
         basis_DK = fix_signs(random_basis(len(pair[0]), columns, seed=1_000 * self._config.seed + seed))
         return basis_DK[:, :fragile], basis_DK[:, fragile:]
 

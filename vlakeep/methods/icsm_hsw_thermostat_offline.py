@@ -54,6 +54,7 @@ def build(config: Config, storage: Storage, backbone) -> Path:
         if config.icsm.sensitivity:
             kl_K = sensitivities(backbone, list(batches(some)), layer, candidates_DK, step)
         else:
+            # Falling numbers leave the candidates in the order of the SVD.
             kl_K = torch.arange(config.icsm.rank, 0, -1, dtype=torch.float64)
         fragile_DK, plastic_DK, order = order_by_fragility(candidates_DK, kl_K, config.icsm.fragile_fraction)
         tensors[layer] = {"U_f": fragile_DK, "U_p": plastic_DK, "mu": mean_D, "C_T": covariance(pooled.states[layer])}

@@ -44,6 +44,7 @@ def split_log_probabilities(logits_NTV: torch.Tensor, top_NTK: torch.Tensor):
     logits_NTV = logits_NTV.float()
     total_NT = logits_NTV.logsumexp(-1)
     kept_NTK = logits_NTV.gather(-1, top_NTK) - total_NT[..., None]
+    # Not as log(1 - sum p): where the kept tokens hold nearly all of the mass, that difference is rounding.
     rest_NT = logits_NTV.scatter(-1, top_NTK, float("-inf")).logsumexp(-1) - total_NT
     return kept_NTK, rest_NT
 
@@ -99,6 +100,7 @@ def teacher_answers(backbone, parts: Iterable[Part], first: int, top: int = TOP)
         hidden_BSD = backbone.run_layers(part.prefix, start=first, stop=backbone.num_layers)
         last = part.prefix.with_hidden(hidden_BSD)
         logits_BTV = logits_at(backbone, last, part.text_BL.shape[1], part.start_B, int(part.count_B.max()))
+        # One less than there are tokens, so that the rest is never empty.
         top_BTK = logits_BTV.float().topk(min(top, logits_BTV.shape[-1] - 1), dim=-1).indices
         kept_BTK, rest_BT = split_log_probabilities(logits_BTV, top_BTK)
         for row, (start, count) in enumerate(zip(part.start_B.tolist(), part.count_B.tolist())):
@@ -115,6 +117,7 @@ def teacher_answers(backbone, parts: Iterable[Part], first: int, top: int = TOP)
 def logits_at(backbone, last: Prefix, length: int, start_N: torch.Tensor, steps: int) -> torch.Tensor:
     """The model's head on the answer columns of `length` text tokens, [N, T, V]; `last` holds the last layer's raw output."""
     hidden_BSD = last.hidden_BSD
+    # Columns behind a shorter answer are masked later; here they only have to exist.
     columns_NT = answer_columns(start_N.to(hidden_BSD.device), steps).clamp(max=length - 1)
     positions_NT = backbone.text_columns(last, length).expand(len(columns_NT), length).gather(1, columns_NT)
     rows_N1 = torch.arange(len(columns_NT), device=hidden_BSD.device)[:, None]

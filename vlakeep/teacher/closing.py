@@ -35,6 +35,7 @@ def closed(A_RD: torch.Tensor, C_new_DD: torch.Tensor, C_probe_DD: torch.Tensor,
         return A_RD.clone()
     C_new_DD = C_new_DD.double()
     both_DD = C_new_DD + mu * C_probe_DD.double()
+    # Lets Cholesky pass where neither side has energy; A C_new is zero there, so nothing passes all the same.
     both_DD.diagonal().add_(EMPTY * both_DD.diagonal().sum() + torch.finfo(torch.float64).tiny)
     factor_DD = torch.linalg.cholesky(both_DD)
     return torch.cholesky_solve((A_RD.double() @ C_new_DD).T, factor_DD).T.to(A_RD.dtype)
@@ -59,6 +60,7 @@ def sweep(backbone, old: List[Part], new: List[Part], own: Dict[str, torch.Tenso
     """
     linears = backbone.adapted_linears()
     first = backbone.first_adapted_layer()
+    # Every mu begins with the trained adapter, never with one that another mu has closed.
     for name, A_RD in own.items():
         linears[name].lora_A["default"].weight.copy_(A_RD)
     layers = sorted({int(name.split(".")[1]) for name in own})
@@ -101,6 +103,7 @@ def search(measure: Callable[[float], float], budget: float, divergence: float) 
     mu = START
     while not (tried[-1][1] <= budget and (tried[-1][0] == 0 or tried[-1][1] >= REACHED * budget)) and len(tried) < MOST:
         tried.append((mu, measure(mu)))
+        # `not <=` instead of `>`: a divergence that is not a number counts as too large.
         above = max((one for one, value in tried if one and not value <= budget), default=None)
         below = min((one for one, value in tried if one and value <= budget and (above is None or one > above)), default=None)
         if above == HIGHEST:

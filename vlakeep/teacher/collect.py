@@ -49,6 +49,7 @@ def pooled_states(backbone, batches: Iterable, layers: List[int], total: int = N
     if empty_N.all():
         raise ValueError(f"{where}: every probe item has an empty instruction mask, so there is nothing to pool; look at the "
                          "masks with `vlakeep audit-probe` and at the prompt template of the probe")
+    # Left out: as a row of zeros it would pull the mean and turn the first directions towards itself.
     keep_N = ~empty_N
     kept = {layer: torch.cat(parts)[keep_N] for layer, parts in states.items()}
     for layer, x_ND in kept.items():
@@ -70,6 +71,7 @@ def with_own_answers(backbone, batch: Batch, tokens: int) -> Batch:
     rows = []
     for ids, length, answer in zip(batch.input_ids, lengths, answers_BT.cpu()):
         answer = answer[answer != pad]
+        # An answer that was cut gets its end, so that all answers end alike.
         if len(answer) and answer[-1] != eos:
             answer = torch.cat([answer, torch.tensor([eos])])
         rows.append(torch.cat([ids[:length].cpu(), answer]))
@@ -86,6 +88,7 @@ def passes(linears, limit_bytes: float, key_of: Callable[[str], str]) -> List[di
     groups: List[dict] = []
     used = 0.0
     for members in by_input.values():
+        # Moments are float32 whatever the type of the model.
         size = 4 * next(iter(members.values())).in_features ** 2
         if not groups or used + size > limit_bytes:
             groups.append({})

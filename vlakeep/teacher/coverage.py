@@ -56,6 +56,7 @@ def input_moments(backbone, parts: Iterable[Part], weights_N: Optional[torch.Ten
     tokens, position = 0.0, 0
 
     def add(key, x_BSD):
+        # The root, because the weight belongs to x x^T.
         x_TD = x_BSD[mask_BS].float() * root_BS[mask_BS][:, None]
         if key in moments:
             moments[key].addmm_(x_TD.T, x_TD)

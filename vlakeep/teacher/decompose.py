@@ -27,6 +27,7 @@ def pooled_candidates(states_ND: torch.Tensor, rank: int) -> Tuple[torch.Tensor,
     check_rank(rank, *states_ND.shape)
     x_ND = states_ND.double()
     mean_D = x_ND.mean(0)
+    # Of X and not of its covariance, whose small eigenvalues are rounding.
     _, values, vh = torch.linalg.svd(x_ND - mean_D, full_matrices=False)
     return fix_signs(vh[:rank].T.contiguous()), values, mean_D
 
@@ -44,6 +45,7 @@ def token_bases(moment_DD: torch.Tensor, fragile: float, plastic: float) -> Dict
     values, vectors = values.flip(0).cpu(), vectors.flip(1).float().cpu()
     n_f, n_p = max(1, round(dim * fragile)), round(dim * plastic)
     found = {"p": vectors[:, n_f:n_f + n_p], "values": values.float()}
+    # Uf, Up and Un span the space, so either of Uf and Un says the other: the one with fewer columns is kept.
     if n_f <= dim - n_f - n_p:
         found["f"] = vectors[:, :n_f]
     else:

@@ -40,6 +40,7 @@ def sensitivities(backbone, batches: List[Tuple], layer: int, candidates_DK: tor
                 backbone.run_layers(prefix, stop=layer + 1)
             hidden_BSD = outputs[layer]
             where_BS = measured_positions(mask_BS, prefix.attention_mask_BS)
+            # Nothing is pushed in a batch of empty masks.
             if not where_BS.any():
                 bar.update(candidates_DK.shape[1])
                 continue
@@ -57,6 +58,7 @@ def sensitivities(backbone, batches: List[Tuple], layer: int, candidates_DK: tor
 def order_by_fragility(candidates_DK: torch.Tensor, kl_K: torch.Tensor, fragile_fraction: float):
     """(Uf [D, r_f], Up [D, r - r_f], order): the most fragile first; ties keep the SVD order."""
     order = torch.argsort(kl_K, descending=True, stable=True)
+    # At least one direction on either side, so that each gain acts on something.
     fragile = max(1, min(len(order) - 1, round(len(order) * fragile_fraction)))
     ranked_DK = candidates_DK[:, order]
     return ranked_DK[:, :fragile].contiguous(), ranked_DK[:, fragile:].contiguous(), order

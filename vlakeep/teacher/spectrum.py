@@ -41,10 +41,13 @@ def spectrum(moment_DD: torch.Tensor, columns: int) -> Spectrum:
         raise ValueError("token statistics hold NaN or infinity: the teacher overflows on the probe; use --backbone.dtype float32")
     dim = len(moment_DD)
     if dim <= columns:
+        # float64: directions of least energy, which are those that open, lie below what float32 resolves of the trace.
         values, vectors = torch.linalg.eigh(moment_DD.double())
+        # A second moment has no negative eigenvalue, its rounding has.
         values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
         return Spectrum(fix_signs(vectors.float().cpu()).contiguous(), values.float().cpu(), 0.0)
     values, vectors = leading(moment_DD, columns)
+    # The trace is the sum of all eigenvalues: those left out need no decomposition to be summed.
     rest = (float(moment_DD.diagonal().double().sum()) - float(values.double().sum())) / (dim - columns)
     return Spectrum(fix_signs(vectors.float().cpu()).contiguous(), values.float().cpu(), max(rest, 0.0))
 
@@ -53,11 +56,13 @@ def leading(moment_DD: torch.Tensor, columns: int, seed: int = 0):
     """(values [K] descending, vectors [D, K]) of the largest eigenvalues by subspace iteration with a Rayleigh-Ritz step."""
     dim = len(moment_DD)
     wide = min(dim, columns + OVERSAMPLING)
+    # Drawn on the CPU, so that every device starts from the same numbers.
     start_DK = torch.randn(dim, wide, generator=torch.Generator().manual_seed(seed)).to(moment_DD)
     basis_DK = torch.linalg.qr(moment_DD @ start_DK)[0]
     for _ in range(PASSES):
         basis_DK = torch.linalg.qr(moment_DD @ basis_DK)[0]
     small_KK = (basis_DK.T @ (moment_DD @ basis_DK)).double()
+    # Symmetric but for rounding, and eigh reads one triangle only.
     values, rotation = torch.linalg.eigh((small_KK + small_KK.T) / 2)
     order = torch.arange(wide - 1, wide - 1 - columns, -1, device=values.device)
     vectors_DK = basis_DK @ rotation[:, order].to(basis_DK.dtype)

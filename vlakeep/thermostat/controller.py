@@ -77,6 +77,7 @@ class Controller:
         """Take one measurement and return the log fields d, d_ema, threshold, calibrating, beta, gamma."""
         self.measurements += 1
         if not math.isfinite(drift) or drift < 0:
+            # It neither moves the gains nor enters the average, from which it would never go again.
             self.rejected += 1
             return self._row(drift)
         law = self.law
@@ -89,6 +90,7 @@ class Controller:
                 self.threshold = self.average + law.threshold_sigmas * self.noise
             return row
         self.average = law.ema * drift + (1 - law.ema) * self.average
+        # Relative, because d has units: squared hidden units, or a ratio.
         if self.anchor is None or abs(self.average - self.anchor) > law.dead_band * self.anchor:
             beta, gamma = law.target(self.average, self.threshold, self.noise)
             moved = (self._limit(self.beta, beta), self._limit(self.gamma, gamma))

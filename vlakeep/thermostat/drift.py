@@ -15,6 +15,7 @@ import torch
 
 def covariance(pooled_ND: torch.Tensor) -> torch.Tensor:
     """C [D, D], unbiased (N - 1), float64."""
+    # float64, because d is the difference of two covariances that are nearly the same.
     x_ND = pooled_ND.double()
     if len(x_ND) < 2:
         raise ValueError(f"a covariance needs at least two pooled states, got {len(x_ND)}")

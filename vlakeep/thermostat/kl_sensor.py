@@ -88,6 +88,7 @@ class KLSensor:
         """Weighted mean over the items; all ranks return rank 0's value. Synchronises once. Rounding below zero counts as zero."""
         each_N = self.per_item().double()
         value = broadcast_float((each_N if self._weights_N is None else each_N * self._weights_N).mean())
+        # Further below zero is no rounding: it is handed on, and the controller rejects it.
         return max(value, 0.0) if value > -1e-5 else value
 
 

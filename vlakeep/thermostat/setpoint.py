@@ -84,6 +84,7 @@ class SetPointController:
         self.response = RESPONSE + FORGET * (self.response - RESPONSE)
         if abs(move) >= LEAST_MOVE and self.before and self.before > SMALL * self.law.target and divergence > 0:
             shown = math.log(divergence / self.before) / move
+            # Steeper ones only: with too flat a response the loop swings, with too steep a one it is slow.
             self.response = max(self.response, min(shown, STEEPEST))
         self.neared = self.neared or divergence >= 0.8 * self.law.target
 

@@ -49,6 +49,7 @@ class Thermometer:
     @torch.no_grad()
     def measure(self, number: int) -> float:
         """Drift of the student now; all ranks return rank 0's value. Synchronises once."""
+        # From seed and number alone: a resumed run draws what the uninterrupted one would have drawn.
         rng = np.random.default_rng([self._seed, number])
         rows = torch.from_numpy(np.sort(rng.choice(len(self._mask_NS), self._draw, replace=False)))
         device = self._backbone.device
