@@ -126,7 +126,7 @@ def has(message, *words):
      ["--thermostat.every 0: must be at least 1", "--hsw.beta 0.0: must be in (0, 1]", "--hsw.gamma 2.0: must be in [0, 1]"]),
 ])
 def test_mistakes_on_the_command_line(refused, tmp_path, argv, words):
-    has(refused("train", *argv), *words)
+    has(refused("evaluate" if argv[0].startswith("--evaluate.") else "train", *argv), *words)
 
 
 @pytest.mark.parametrize("content, words", [

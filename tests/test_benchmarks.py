@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import fake_libero
 import pytest
-from conftest import BASELINE, read_evaluation
+from conftest import BASELINE, read_evaluation, save_config
 from test_evaluate_libero import simulator  # noqa: F401 (the fake instead of LIBERO's simulator)
 from test_layout import PACKAGE
 
@@ -19,7 +19,7 @@ from vlakeep.benchmarks.base import NEW, QUESTION, SKILL, Benchmark
 from vlakeep.benchmarks.specs import ActionSpec, ObservationSpec
 from vlakeep.benchmarks.trained import check_conventions
 from vlakeep.core import registry
-from vlakeep.core.config import ConfigError, EvaluateConfig, save_config
+from vlakeep.core.config import ConfigError, EvaluateConfig
 from vlakeep.core.registry import benchmark_class, benchmark_names
 from vlakeep.evaluate import run_evaluation
 from vlakeep.libero import setup as libero_setup
