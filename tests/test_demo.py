@@ -22,6 +22,7 @@ from vlakeep.train import run_training
 
 ARMS = ["base", "baseline", "method", "graded"]
 METHODS = {"baseline": "baseline", "method": "icsm_hsw_thermostat", "graded": "graded"}
+BRIEF = " ".join(SMALL).replace("--train.save_every 3 ", "").split()  # the demo says itself when it saves
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +36,7 @@ def root(tmp_path_factory):
         patch.setattr(tabletop_data, "EPISODES", 12)
         patch.setattr(demo, "ON_THE_WAY", ["--evaluate.episodes", "1", "--evaluate.questions_per_kind", "2",
                                            "--evaluate.retention_frames", "2"])
-        small = " ".join(SMALL).replace("--train.save_every 3 ", "").split()  # the demo says itself when it saves
-        assert demo.main([*small, *EVALUATION, "--evaluate.episodes", "2", "--thermostat.gamma_max", "0.7", "--root", str(root)]) == 0
+        assert demo.main([*BRIEF, *EVALUATION, "--evaluate.episodes", "2", "--thermostat.gamma_max", "0.7", "--root", str(root)]) == 0
     return root
 
 
@@ -108,7 +108,7 @@ def test_an_arm_that_stops_before_its_first_checkpoint_is_in_the_report(tmp_path
     monkeypatch.setattr(demo, "PARTS", 1)
     few = ["--train.steps", "2", "--evaluate.skills", "[corner,reach]", "--evaluate.episodes", "1", "--evaluate.questions", "[color]",
            "--evaluate.questions_per_kind", "2", "--evaluate.retention_frames", "2"]
-    assert demo.main([*SMALL, *few, "--root", str(tmp_path)]) == 0
+    assert demo.main([*BRIEF, *few, "--root", str(tmp_path)]) == 0
     arms = json.loads((tmp_path / "report" / "demo" / "summary.json").read_text())["arms"]
     assert list(arms) == ["base", "baseline", "method"] and arms["method"]["new_skill"]["mean"] is None
     assert "hidden states blew up" in (tmp_path / "report" / "demo" / "index.html").read_text(encoding="utf-8")

@@ -310,6 +310,7 @@ def test_storage_check_passes_and_fails(tmp_path, monkeypatch, capsys):
     workspace = tmp_path / "workspace"
     workspace.mkdir()
     monkeypatch.setattr(storage_module, "WORKSPACE", workspace)
+    monkeypatch.setenv("COLUMNS", "400")  # else the table folds lines, where depends on the length of the temporary folder's name
     assert preflight.storage_check(root) == 0
     out = capsys.readouterr().out
     assert out.count(" free") >= 9 and "passed" in out and str(workspace) in out
@@ -319,7 +320,7 @@ def test_storage_check_passes_and_fails(tmp_path, monkeypatch, capsys):
         file.truncate(1_100_000_000)  # sparse
     assert preflight.storage_check(root) == 1
     out = capsys.readouterr().out
-    flat = "".join(out.split())  # the table folds long lines, where depends on the length of the temporary folder's name
+    flat = "".join(out.split())
     assert f"mv{workspace / 'weights.pt'}{tmp_path / 'root'}/" in flat and "1.1GB" in flat
     assert preflight.storage_check([*root, "--large_file_gb", "2"]) == 0
     assert preflight.storage_check([*root, "--large_file_gb=0.5"]) == 1

@@ -104,7 +104,7 @@ def test_a_stage_after_training_ends_on_sigterm(world, tmp_path):
         "from vlakeep.train import run_training\n\n\ndef main(argv):\n"
         "    config = load_config('configs/baseline_lora.yaml', argv)\n    run_training(config, Storage.from_config(config))\n"
         "    print('trained', flush=True)\n    time.sleep(60)\n    return 0\n")
-    code = ("import sys; from vlakeep import cli; cli.STAGES['two'] = cli.Stage('two_stages', ''); "
+    code = ("import sys; from vlakeep import cli; cli.STAGES['two'] = cli.Stage('two', 'two_stages', ''); "
             "sys.argv[0] = 'vlakeep'; sys.exit(cli.main())")
     arguments = [*SMALL, *map(str, SHORT), "--root", str(storage.root), "--name", "train-two-stages"]
     child = subprocess.Popen([sys.executable, "-c", code, "two", *arguments], cwd=REPOSITORY, stdout=subprocess.PIPE,
