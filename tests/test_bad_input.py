@@ -64,9 +64,15 @@ def refused(command):
 
 @pytest.fixture
 def small(world):
-    """small(stage, file, *overrides): the arguments of a small run in the shared storage root."""
+    """small(stage, file, *overrides): the arguments of a small run in the shared storage root, of SMALL and EVALUATE what the stage reads."""
     storage, _ = world
-    return lambda stage, file, *overrides: [stage, "--config", file, *SMALL, *EVALUATE, "--root", storage.root, *overrides]
+
+    def arguments(stage, file, *overrides):
+        options, taken = [*SMALL, *EVALUATE], cli.STAGES[stage].names()
+        own = [word for pair in zip(options[::2], options[1::2]) if pair[0][2:] in taken for word in pair]
+        return [stage, "--config", file, *own, "--root", storage.root, *overrides]
+
+    return arguments
 
 
 @pytest.fixture(scope="module")
