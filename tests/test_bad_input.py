@@ -64,7 +64,7 @@ def refused(command):
 
 @pytest.fixture
 def small(world):
-    """small(stage, file, *overrides): the arguments of a small run in the shared storage root, of SMALL and EVALUATE what the stage reads."""
+    """small(stage, file, *overrides): the arguments of a small run in the shared root, of SMALL and EVALUATE what the stage reads."""
     storage, _ = world
 
     def arguments(stage, file, *overrides):
