@@ -64,13 +64,16 @@ def refused(command):
 
 @pytest.fixture
 def small(world):
-    """small(stage, file, *overrides): the arguments of a small run in the shared root, of SMALL and EVALUATE what the stage reads."""
+    """small(stage, file, *overrides): the arguments of a small run in the shared root, of name, SMALL and EVALUATE what it reads."""
     storage, _ = world
 
     def arguments(stage, file, *overrides):
         options, taken = [*SMALL, *EVALUATE], cli.STAGES[stage].names()
         own = [word for pair in zip(options[::2], options[1::2]) if pair[0][2:] in taken for word in pair]
-        return [stage, "--config", file, *own, "--root", storage.root, *overrides]
+        given = list(overrides)
+        if "--name" in given and "name" not in taken:
+            del given[given.index("--name"):given.index("--name") + 2]
+        return [stage, "--config", file, *own, "--root", storage.root, *given]
 
     return arguments
 
