@@ -1,5 +1,6 @@
 """Shared set-up: a storage root with a few real tabletop episodes, a small probe and its artefact, on the shipped base model."""
 
+import contextlib
 import json
 import os
 
@@ -66,6 +67,29 @@ def evaluated(world):
                                    "--train.save_every", 15), storage)
     folders = [run_evaluation(make_config(BASELINE, *EVALUATION, "--evaluate.target", target), storage) for target in ("base", run.name)]
     return run, *folders
+
+
+@pytest.fixture(scope="module")
+def own_evaluations(world, tmp_path_factory):
+    """Gives a context in which the shared root holds the evaluations of this module alone, and as its last context left them."""
+    storage, _ = world
+    own, others = (tmp_path_factory.mktemp("evaluations") / name for name in ("own", "others"))
+
+    def swap(put_away, put_back):
+        if storage.eval.exists():
+            storage.eval.rename(put_away)
+        if put_back.exists():
+            put_back.rename(storage.eval)
+
+    @contextlib.contextmanager
+    def context():
+        swap(others, own)
+        try:
+            yield
+        finally:
+            swap(own, others)
+
+    return context
 
 
 def read_evaluation(folder):

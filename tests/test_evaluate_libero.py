@@ -115,10 +115,12 @@ def place(world):
 
 
 @pytest.fixture(autouse=True)
-def afresh(place, monkeypatch):
+def afresh(place, monkeypatch, own_evaluations):
     """Nothing is evaluated yet, and the base model is a copy of one that was loaded once."""
     monkeypatch.setattr(evaluate, "make_backbone", lambda *_: copy.deepcopy(place.models["base"]))
-    shutil.rmtree(place.storage.eval, ignore_errors=True)
+    with own_evaluations():
+        shutil.rmtree(place.storage.eval, ignore_errors=True)
+        yield
 
 
 def read(folder):

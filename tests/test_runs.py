@@ -193,16 +193,10 @@ def test_the_name_of_a_group_is_no_name_for_a_run_nor_the_other_way_round(world,
 
 
 @pytest.fixture(autouse=True)
-def evaluations_stay(world, tmp_path_factory):
-    """Evaluations of the shared root are moved about here; other files find them as they were."""
-    storage, _ = world
-    kept = tmp_path_factory.mktemp("kept") / "eval"
-    if storage.eval.is_dir():
-        shutil.copytree(storage.eval, kept)
-    yield
-    shutil.rmtree(storage.eval, ignore_errors=True)
-    if kept.is_dir():
-        shutil.move(kept, storage.eval)
+def evaluations_of_this_file(own_evaluations):
+    """They are moved about here."""
+    with own_evaluations():
+        yield
 
 
 def test_a_target_of_two_parts_is_a_run_before_it_is_a_path(world, grouped, tmp_path, monkeypatch):
