@@ -3,13 +3,11 @@
 import functools
 import itertools
 import json
-import os
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fake_simulator import Counter, broken, count
 
 from vlakeep.benchmarks.policy import FixedBatch
 from vlakeep.benchmarks.summary import make_summary, print_summary
@@ -22,39 +20,6 @@ from vlakeep.libero.env import to_simulator
 from vlakeep.libero.record import Demo, Manner, disturbances, without_no_ops
 from vlakeep.libero.scene import Boxes, clearance, rotation_about, separation
 from vlakeep.libero.workers import Job, Seen, Workers
-
-
-class Counter:
-    """An environment that counts; what it shows depends on the episode and on the actions so far alone."""
-
-    def __init__(self, suite, task, seed, folder=None):
-        self.task, self.folder, self.total = task, folder and Path(folder), 0.0
-
-    def close(self):
-        pass
-
-
-def count(env, job):
-    env.total = 0.0
-    for step in range(job.limit):
-        if env.folder and step == 1:
-            trouble(env.folder, job)
-        action = yield Seen(np.full((2, 2, 3), (job.task * 16 + job.number + step) % 256, np.uint8), f"task {job.task}")
-        env.total += float(action[0])
-    return {"total": env.total, "pid": os.getpid()}
-
-
-def trouble(folder, job):
-    """Task 1 dies at its first try, task 2 always, task 3 raises, task 4 hangs."""
-    tried = folder / f"{job.task}-{job.number}"
-    first = not tried.exists()
-    tried.touch()
-    if job.task == 2 or (job.task == 1 and first):
-        os._exit(9)
-    if job.task == 3:
-        raise RuntimeError("the arm fell off")
-    if job.task == 4:
-        time.sleep(60)
 
 
 def act(jobs, seen):
@@ -76,12 +41,12 @@ def test_results_do_not_depend_on_the_number_of_workers():
 
 def test_a_dead_worker_is_replaced_and_its_episode_retried_once(tmp_path):
     jobs = [Job("s", task, 0, 0, limit=3) for task in range(5)]
-    with Workers(functools.partial(Counter, folder=tmp_path), count, 2, silence=8.0) as pool:
+    with Workers(functools.partial(Counter, folder=tmp_path), count, 2, silence=4.0) as pool:
         results = {job.task: (result, error) for job, result, error in pool.run(jobs, act)}
     assert results[0][1] is None and results[1][1] is None and results[1][0]["total"] == 16 * 3 + 6
     assert results[2] == (None, "the simulator process died (exit status 9)")
     assert results[3] == (None, "RuntimeError: the arm fell off")
-    assert results[4] == (None, "the simulator was silent for 8 s")
+    assert results[4] == (None, "the simulator was silent for 4 s")
     assert pool.restarts == 1 + 2 + 2 + 2
 
 
@@ -93,10 +58,6 @@ def test_an_error_of_the_policy_ends_its_own_episode_only():
         results = {job: (result, error) for job, result, error in pool.run(JOBS, failing)}
     assert {error for job, (_, error) in results.items() if job.number == 1} == {"no words"}
     assert all(result["total"] == 4 for job, (result, _) in results.items() if job.number != 1) and pool.restarts == 0
-
-
-def broken(suite, task, seed):
-    raise RuntimeError("no display")
 
 
 def test_a_simulator_that_never_works_is_an_error_with_a_remedy():
@@ -284,9 +245,9 @@ def test_a_base_model_of_another_renderer_is_named(tmp_path, monkeypatch):
     line, = evaluation.renderer_alarm(config, storage, "libero_object_no_noops")
     assert "libero_object_no_noops was rendered with mujoco 2.3.7" in line
     assert evaluation.renderer_alarm(config, storage, "libero_object") == []
-    for version, count in (("3.17.0", 0), ("3.3.7", 1)):
+    for version, lines in (("3.17.0", 0), ("3.3.7", 1)):
         (model / "PROVENANCE.json").write_text(json.dumps({"renderers": {"libero_object_expert": version}}))
-        assert len(evaluation.renderer_alarm(config, storage, "libero_object")) == count
+        assert len(evaluation.renderer_alarm(config, storage, "libero_object")) == lines
 
 
 def test_tasks_are_listed_suite_by_suite():
