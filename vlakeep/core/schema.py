@@ -5,6 +5,7 @@ config.py has the schema and its ranges; here is only how it is read, and what a
 
 import argparse
 import difflib
+import functools
 from dataclasses import fields, is_dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -15,6 +16,8 @@ import yaml
 
 # Configurations that come with the package.
 SHIPPED = Path(__file__).parents[1] / "configs"
+# Evaluates every annotation of a class, and is asked for each key of each configuration.
+type_hints = functools.lru_cache(maxsize=None)(get_type_hints)
 
 
 class ConfigError(ValueError):
@@ -36,7 +39,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 def known_keys(cls, prefix: str = "") -> List[str]:
     """Every dotted key, sections too, e.g. `train` and `train.lr`."""
-    hints, keys = get_type_hints(cls), []
+    hints, keys = type_hints(cls), []
     for f in fields(cls):
         keys.append(prefix + f.name)
         if is_dataclass(hints[f.name]):
@@ -46,14 +49,14 @@ def known_keys(cls, prefix: str = "") -> List[str]:
 
 def type_of(cls, key: str):
     for part in key.split("."):
-        cls = get_type_hints(cls)[part]
+        cls = type_hints(cls)[part]
     return cls
 
 
 def open_section(cls, key: str) -> Optional[str]:
     """The section without fixed keys that `key` belongs to: a field that is a dictionary, such as `options` of options.strength."""
     section, dot, rest = key.partition(".")
-    return section if dot and rest and "." not in rest and get_origin(get_type_hints(cls).get(section)) is dict else None
+    return section if dot and rest and "." not in rest and get_origin(type_hints(cls).get(section)) is dict else None
 
 
 def in_words(kind, plural: bool = False) -> str:
