@@ -21,6 +21,7 @@ from vlakeep.tabletop.world import ALL_SKILLS, CONTROLS, MAX_STEPS, NEW_SKILL, N
 RANGE, SEEDS = 2 * 10**13, 10**5
 PRETRAINING, DEMONSTRATIONS, PROBE, EVALUATION, RETENTION = (RANGE * k for k in range(1, 6))
 PRETRAINED_KEY = "tabletop"  # of the base's action statistics
+AT_ONCE = 5_000  # frames for pretraining that a process makes at a time
 ENDS = ("prompted", "other", "neither")  # the target that the prompt names, the one that it does not name, none of the two
 # Weights of the skills in pretraining: long skills need more frames, short ones are learnt from few.
 WEIGHTS = {"reach": 1.0, "side": 0.7, "pick": 1.5, "tap": 1.5, "drop": 0.5, "place": 3.0}
@@ -121,8 +122,7 @@ def _chunk(arguments):
 
 def training_frames(n: int, seed: int, processes: Optional[int] = None, questions: float = 0.3) -> Tuple[np.ndarray, List[Sample]]:
     """(images [n, 64, 64, 3], samples) for pretraining, made by several processes; the result does not depend on how many."""
-    size = 5_000
-    jobs = [(min(size, n - start), PRETRAINING + _check(seed) * 10**8 + start * 10, questions) for start in range(0, n, size)]
+    jobs = [(min(AT_ONCE, n - start), PRETRAINING + _check(seed) * 10**8 + start * 10, questions) for start in range(0, n, AT_ONCE)]
     with multiprocessing.get_context("spawn").Pool(processes or os.cpu_count()) as pool:
         parts = list(tqdm(pool.imap(_chunk, jobs), total=len(jobs), desc="frames", mininterval=2.0))
     images = np.concatenate([p.images for p in parts])
