@@ -18,6 +18,7 @@ from vlakeep.reporting.arms import load_arms
 from vlakeep.reporting.compare import Comparison
 from vlakeep.reporting.figures import CURVES
 from vlakeep.tabletop import data as tabletop_data
+from vlakeep.tabletop import rollout
 from vlakeep.train import run_training
 
 ARMS = ["base", "baseline", "method", "graded"]
@@ -34,6 +35,7 @@ def root(tmp_path_factory):
         (root / place / "records.jsonl").write_text(f"of {place}\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tabletop_data, "EPISODES", 12)
+        patch.setattr(rollout, "MAX_STEPS", dict.fromkeys(rollout.MAX_STEPS, 6))  # what is played here is compared with nothing
         patch.setattr(demo, "ON_THE_WAY", ["--evaluate.episodes", "1", "--evaluate.questions_per_kind", "2",
                                            "--evaluate.retention_frames", "2"])
         assert demo.main([*BRIEF, *EVALUATION, "--evaluate.episodes", "2", "--thermostat.gamma_max", "0.7", "--root", str(root)]) == 0

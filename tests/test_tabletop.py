@@ -15,6 +15,7 @@ from vlakeep.core.storage import Storage
 from vlakeep.data.rlds import RldsDataset
 from vlakeep.tabletop import benchmark as tabletop
 from vlakeep.tabletop import data as tabletop_data
+from vlakeep.tabletop import rollout
 from vlakeep.tabletop.expert import coarse, expert_actions
 from vlakeep.tabletop.questions import ANSWERS, QUESTION_KINDS, ask, corpus, words
 from vlakeep.tabletop.render import SIZE, render
@@ -185,8 +186,9 @@ def test_demonstrations_are_reproducible_and_end_in_success():
     assert all(e.actions[-1][6] == 1 for e in first), "the last action lets go"
 
 
-def test_pretraining_frames_do_not_depend_on_the_number_of_processes():
-    one, two = (tabletop.training_frames(5_200, 0, processes=p) for p in (1, 2))
+def test_pretraining_frames_do_not_depend_on_the_number_of_processes(monkeypatch):
+    monkeypatch.setattr(tabletop, "AT_ONCE", 400)
+    one, two = (tabletop.training_frames(1_000, 0, processes=p) for p in (1, 2))
     assert np.array_equal(one[0], two[0]) and [s.instruction for s in one[1]] == [s.instruction for s in two[1]]
 
 
@@ -460,8 +462,10 @@ def test_what_is_put_on_the_other_target_ends_the_episode_and_is_told_apart(tmp_
     assert tabletop.followed([row for row in rows if row["ability"] == "pick"]) == {}
 
 
-def test_the_new_skill_of_an_evaluation_is_the_one_that_is_named(tmp_path, shipped, capsys):
+def test_the_new_skill_of_an_evaluation_is_the_one_that_is_named(tmp_path, shipped, capsys, monkeypatch):
     """Another new skill adds its trials to the same records, and neither counts as an old skill of the other."""
+    monkeypatch.setattr(rollout, "MAX_STEPS", dict.fromkeys(MAX_STEPS, 3))
+
     def summary(*overrides):
         config = shipped(tmp_path, "--evaluate.episodes", "1", "--evaluate.questions_per_kind", "1", "--evaluate.questions", "[color]",
                          *overrides)
