@@ -1,6 +1,7 @@
 """Checkpoints: exact round trips, nothing half-written, broken ones named and skipped, kill -9 at any moment survived."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -179,9 +180,19 @@ def test_foreseen_full_disk_writes_nothing(tmp_path, monkeypatch):
     assert names(tmp_path / "checkpoints") == []
 
 
-SAVER = """
-import sys, torch
+# A saver for each line that it is given, one after the other; they are forked, so that torch is imported once.
+SAVERS = """
+import os, sys, torch
 from vlakeep.core.checkpoint import save_checkpoint
+for line in sys.stdin:
+    saver = os.fork()
+    if saver == 0:
+        break
+    os.waitpid(saver, 0)
+    print("ended", flush=True)
+else:
+    sys.exit()
+print(os.getpid(), flush=True)
 for step in range(1, 100000):
     print(step, flush=True)
     tensors = {"w": torch.full((500, 500), float(step)), "v": torch.full((300, 500), -float(step))}
@@ -191,14 +202,13 @@ for step in range(1, 100000):
 
 
 def test_kill_9_while_saving_leaves_the_last_good_one(tmp_path):
-    child = None
+    savers = subprocess.Popen([sys.executable, "-c", SAVERS, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     for attempt in range(6):
-        child = subprocess.Popen([sys.executable, "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-        started = [int(child.stdout.readline()) for _ in range(3)]
+        print("one more", file=savers.stdin, flush=True)
+        pid, *started = (int(savers.stdout.readline()) for _ in range(4))
         time.sleep(0.003 * attempt)
-        child.send_signal(signal.SIGKILL)
-        started += [int(line) for line in child.stdout.read().split()]
-        child.wait()
+        os.kill(pid, signal.SIGKILL)
+        started += [int(line) for line in iter(savers.stdout.readline, "ended\n")]
         said = []
         folder = ckpt.latest_intact(tmp_path, said.append)
         assert said == [], "a half-written checkpoint was visible"
@@ -210,5 +220,7 @@ def test_kill_9_while_saving_leaves_the_last_good_one(tmp_path):
             assert ckpt.broken(old) is None
         for _, old in ckpt.list_checkpoints(tmp_path):
             ckpt.shutil.rmtree(old)
+    savers.communicate()
+    assert savers.returncode == 0
     save(tmp_path, 1)  # the next save clears what the killed ones left
     assert [name for name in names(tmp_path / "checkpoints") if ".tmp-" in name] == []

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from stage_reads import Calls
@@ -29,6 +30,13 @@ def vlakeep(*argv, **environ):
         timeout=60,
         env=dict(os.environ, **environ),
     )
+
+
+def here(capsys, *argv, **environ):
+    """(exit status, stdout, stderr) as of vlakeep(), in this process, which has torch already."""
+    with mock.patch.dict(os.environ, environ), mock.patch.object(sys, "argv", ["vlakeep", *argv]), mock.patch.object(signal, "signal"):
+        status = cli.main()
+    return status, *capsys.readouterr()
 
 
 def test_help_lists_every_stage_and_imports_nothing_heavy():
@@ -161,19 +169,18 @@ def test_unknown_stage_is_met_with_a_suggestion():
     assert done.returncode == 2 and "did you mean `train`?" in done.stderr
 
 
-def test_mistakes_print_one_message_and_exit_2(tmp_path):
-    for argv, words in (
-        (["--train.lr", "-1"], "--train.lr in the command line: `vlakeep storage-check` does not read it"),
-        (["--trian.lr", "1"], "did you mean `train.lr`?"),
-        (["--config", "no.yaml"], "no configuration file at no.yaml"),
-        (["--root", str(REPO / "x")], "source tree"),
-    ):
-        done = vlakeep("storage-check", *argv, VLAKEEP_ROOT=str(tmp_path))
-        if argv[0] == "--root":  # a finding of the check itself
-            assert done.returncode == 1 and words in " ".join(done.stdout.replace("│", " ").split())
-        else:
-            assert done.returncode == 2 and done.stderr.startswith("error: ") and words in done.stderr
-            assert "Traceback" not in done.stderr
+def test_mistakes_print_one_message_and_exit_2(tmp_path, capsys):
+    done = vlakeep("storage-check", "--train.lr", "-1", VLAKEEP_ROOT=str(tmp_path))
+    found = [(done.returncode, done.stdout, done.stderr, "--train.lr in the command line: `vlakeep storage-check` does not read it")]
+    for argv, words in ((["--trian.lr", "1"], "did you mean `train.lr`?"), (["--config", "no.yaml"], "no configuration file at no.yaml")):
+        found.append((*here(capsys, "storage-check", *argv, VLAKEEP_ROOT=str(tmp_path)), words))
+    for status, _, error, words in found:
+        assert status == 2 and error.startswith("error: ") and words in error and "Traceback" not in error
+
+
+def test_a_finding_of_a_check_exits_1(tmp_path):
+    done = vlakeep("storage-check", "--root", str(REPO / "x"), VLAKEEP_ROOT=str(tmp_path))
+    assert done.returncode == 1 and "source tree" in " ".join(done.stdout.replace("│", " ").split())
 
 
 def test_traceback_on_request(tmp_path):
