@@ -4,12 +4,12 @@ import json
 import math
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from conftest import BASELINE, METHOD, SMALL, final_adapter
@@ -135,7 +135,7 @@ def command(root, *args):
     return [sys.executable, "-m", "vlakeep.cli", "train", *SMALL, "--root", str(root), *[str(a) for a in args]]
 
 
-def test_killed_at_random_moments_and_resumed_is_the_uninterrupted_run_bitwise(world):
+def test_killed_at_random_moments_and_resumed_is_the_uninterrupted_run_bitwise(world, tmp_path):
     """kill -9 lands anywhere, in the middle of saving too (a checkpoint is written after every step)."""
     storage, make_config = world
     args = ["--config", METHOD, "--train.steps", 12, "--train.save_every", 1]
@@ -144,22 +144,21 @@ def test_killed_at_random_moments_and_resumed_is_the_uninterrupted_run_bitwise(w
     resume, kills = [], int(os.environ.get("VLAKEEP_KILLS", "3"))
     folder = storage.run_folder("law-killed")
     for _ in range(kills):
-        child = subprocess.Popen(command(storage.root, *args, "--name", "law-killed", *resume), cwd=REPOSITORY,
-                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        child = forked.start(command(storage.root, *args, "--name", "law-killed", *resume)[3:], tmp_path / "log")
         seen = len(read_metrics(folder)) if (folder / "metrics.jsonl").is_file() else 0
         deadline = time.monotonic() + 90
-        while child.poll() is None and time.monotonic() < deadline:
+        while child.is_alive() and time.monotonic() < deadline:
             rows = len(read_metrics(folder)) if (folder / "metrics.jsonl").is_file() else 0
             if rows > seen:
                 break
             time.sleep(0.01)
         time.sleep(rng.random() * 0.3)
-        if child.poll() is None:
-            child.send_signal(signal.SIGKILL)
-        child.wait()
+        child.kill()  # -9
+        child.join()
         resume = ["--train.resume", "true"]
-    done = subprocess.run(command(storage.root, *args, "--name", "law-killed", *resume), cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    child = forked.start(command(storage.root, *args, "--name", "law-killed", *resume)[3:], tmp_path / "log")
+    child.join()
+    assert child.exitcode == 0, (tmp_path / "log").read_text()
     assert final_adapter(folder) == final_adapter(whole)
     assert [r["step"] for r in read_metrics(folder) if r["step"]] == list(range(1, 13))
 
@@ -205,17 +204,16 @@ def test_drift_and_gains_move_in_the_log_and_can_be_replayed(world):
         assert {"step", "loss", "d", "beta", "gamma", "g_norm", "g_prime_norm", "grad_norm", "grad_norm_clipped"} <= set(row)
 
 
-def test_sigterm_saves_and_the_run_goes_on_bitwise(world):
+def test_sigterm_saves_and_the_run_goes_on_bitwise(world, tmp_path):
     storage, make_config = world
     args = ["--config", BASELINE, "--train.steps", 200, "--train.save_every", 1000]
     folder = storage.run_folder("law-term")
-    child = subprocess.Popen(command(storage.root, *args, "--name", "law-term"), cwd=REPOSITORY, stdout=subprocess.DEVNULL,
-                             stderr=subprocess.PIPE, text=True)
-    while child.poll() is None and not ((folder / "metrics.jsonl").is_file() and len(read_metrics(folder)) >= 2):
+    child = forked.start(command(storage.root, *args, "--name", "law-term")[3:], tmp_path / "log")
+    while child.is_alive() and not ((folder / "metrics.jsonl").is_file() and len(read_metrics(folder)) >= 2):
         time.sleep(0.02)
-    child.send_signal(signal.SIGTERM)
-    error = child.communicate(timeout=60)[1]
-    assert child.returncode == 143, error
+    child.terminate()  # SIGTERM
+    child.join(60)
+    assert child.exitcode == 143, (tmp_path / "log").read_text()
     assert json.loads((folder / "provenance.json").read_text())["status"] == "interrupted"
     steps = len(read_metrics(folder))
     assert [p.name for p in (folder / "checkpoints").iterdir()] == [f"step_{steps:06d}"]
