@@ -57,6 +57,16 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def graded_folder(world):
+    """Folder of the artefact of method graded, in the same root."""
+    from vlakeep.offline import run_offline
+
+    storage, make_config = world
+    run_offline(make_config(GRADED), storage)
+    return storage.artifacts / "graded_tabletop-base"
+
+
+@pytest.fixture(scope="session")
 def evaluated(world):
     """(run folder, evaluation of the base, evaluation of the run): a baseline run that differs from the base, checkpoints 15 and 30."""
     from vlakeep.evaluate import run_evaluation

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import BASELINE, GRADED, final_adapter
+from conftest import BASELINE, final_adapter
 from safetensors.torch import load_file
 
 from vlakeep import closing_pass
@@ -19,7 +19,6 @@ from vlakeep.export import offline_command, run_export
 from vlakeep.methods import graded_offline
 from vlakeep.models.adapters import adapters_disabled, load_adapter
 from vlakeep.models.load import make_backbone
-from vlakeep.offline import run_offline
 from vlakeep.openvla.prompts import encode_prompts
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.teacher import artifact, closing
@@ -106,10 +105,9 @@ def test_nothing_is_measured_within_the_budget_and_one_that_is_out_of_reach_is_s
 
 
 @pytest.fixture(scope="module")
-def run(world):
+def run(world, graded_folder):
     """(config of an export, storage): plain LoRA with three times the usual scale, trained far enough to forget; the artefact is there."""
     storage, make_config = world
-    run_offline(make_config(GRADED), storage)
     config = make_config(BASELINE, "--name", "open", "--lora.alpha", 12, "--train.steps", 20, "--train.lr", 5e-3, "--train.batch_size", 8,
                          "--train.save_every", 20, "--export.dtype", "float32", "--export.parity_frames", 4, "--icsm.batch_size", 16)
     run_training(config, storage)
@@ -141,7 +139,7 @@ def as_trained(backbone, own):
 def test_the_divergence_falls_as_mu_grows(student):
     backbone, old, new, sensor, own = student
     before, found = sensor.measure(), []
-    for mu in (0.3, 10.0, 300.0, 1e4, 1e6):
+    for mu in (0.3, 100.0, 1e6):
         closing.sweep(backbone, old, new, own, mu, backbone.input_key)
         found.append(sensor.measure())
     assert before > found[0] and found == sorted(found, reverse=True) and found[-1] < 1e-3 * before

@@ -1,8 +1,8 @@
 """What the processes of forked.py have imported before they are forked: all that a training needs, which takes longer than the training."""
 
 from vlakeep import cli, train  # noqa: F401
-from vlakeep.backbones.base import make_backbone
-from vlakeep.backbones.lora import attach_lora
+from vlakeep.models.load import make_backbone
+from vlakeep.models.adapters import attach_lora
 from vlakeep.methods import graded, icsm_hsw_thermostat  # noqa: F401
 
 backbone = make_backbone("tabletop-base")
