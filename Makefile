@@ -27,9 +27,10 @@ FAULT ?=
 demo: setup
 	@$(VENV)/bin/vlakeep demo $(ARGS)
 
-# One thread per process: the tests are small, and two processes on two cores finish sooner than two threads in one.
+# One thread per process: the tests are small, and two processes on two cores finish sooner than two threads in one. A file stays on one
+# process, which makes what its tests share once.
 test: setup
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) $(TESTS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist loadfile $(TESTS)
 
 # The same suite with the libraries that the official OpenVLA environment pins, in a virtual environment of its own.
 test-openvla-env:

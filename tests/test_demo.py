@@ -35,7 +35,7 @@ def root(tmp_path_factory):
         (root / place / "records.jsonl").write_text(f"of {place}\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tabletop_data, "EPISODES", 12)
-        patch.setattr(rollout, "MAX_STEPS", dict.fromkeys(rollout.MAX_STEPS, 6))  # what is played here is compared with nothing
+        patch.setattr(rollout, "MAX_STEPS", dict.fromkeys(rollout.MAX_STEPS, 3))  # what is played here is compared with nothing
         patch.setattr(demo, "ON_THE_WAY", ["--evaluate.episodes", "1", "--evaluate.questions_per_kind", "2",
                                            "--evaluate.retention_frames", "2"])
         assert demo.main([*BRIEF, *EVALUATION, "--evaluate.episodes", "2", "--thermostat.gamma_max", "0.7", "--root", str(root)]) == 0

@@ -99,8 +99,6 @@ def test_a_method_leaves_the_model_as_it_was(world, graded_folder, name):
     storage, make_config = world
     file, _ = METHODS[name]
     config = make_config(file, *(["--method", "toy"] if name == "toy" else []))
-    if method_class(name).needs_offline(config) and name == "distillation":
-        run_offline(config, storage)
     backbone = make_backbone(config.backbone, "cpu", storage.cache)
     add_lora(backbone, config.lora, config.seed)
 

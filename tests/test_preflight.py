@@ -310,7 +310,7 @@ def test_storage_check_passes_and_fails(tmp_path, monkeypatch, capsys):
     workspace = tmp_path / "workspace"
     workspace.mkdir()
     monkeypatch.setattr(storage_module, "WORKSPACE", workspace)
-    monkeypatch.setenv("COLUMNS", "400")  # else the table folds lines, where depends on the length of the temporary folder's name
+    monkeypatch.setenv("COLUMNS", "1000")  # else the table folds lines, where depends on the length of the temporary folder's name
     assert preflight.storage_check(root) == 0
     out = capsys.readouterr().out
     assert out.count(" free") >= 9 and "passed" in out and str(workspace) in out

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from vlakeep.core.compat import import_timm
@@ -194,6 +195,17 @@ class OpenVLA(nn.Module):
         return self.language_model.lm_head(normed).float()
 
 
+class _InPlaceOnMeta(TorchFunctionMode):
+    """Nothing is done in place to tensors without memory. Drawing initial weights into them takes longer than reading the real ones."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = function.__name__
+        in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        if in_place and args and isinstance(args[0], torch.Tensor) and args[0].is_meta:
+            return args[0]
+        return function(*args, **(kwargs or {}))
+
+
 @contextmanager
 def parameters_on_meta():
     """Modules built inside hold parameters without memory, and real buffers: a 7B model costs nothing until it is loaded."""
@@ -206,6 +218,7 @@ def parameters_on_meta():
 
     nn.Module.register_parameter = on_meta
     try:
-        yield
+        with _InPlaceOnMeta():
+            yield
     finally:
         nn.Module.register_parameter = register
