@@ -8,10 +8,10 @@ The working tree stays as it is. Exit status 1 when a fault survives, when one g
 """
 
 import argparse
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -25,6 +25,12 @@ LIST = Path(__file__).with_suffix(".txt")
 SEPARATOR = " :: "
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv*", "__pycache__", ".*_cache", "build", "*.egg-info")
 CAUGHT, SURVIVED, UNKNOWN = "caught by", "SURVIVED", "NO ANSWER"
+
+# Tests run in processes that are forked from one in which libraries, which have no faults, are imported once. Those that import
+# torchvision are not among them: vlakeep comes before it.
+FORKS = multiprocessing.get_context("forkserver")
+LIBRARIES = ["numpy", "pytest", "torch", "torch._dynamo", "matplotlib.pyplot", "draccus", "safetensors.torch"]
+
 
 
 class Fault(NamedTuple):
@@ -63,26 +69,41 @@ def mutated(fault: Fault, repo: Path) -> str:
     return text.replace(fault.old, fault.new)
 
 
+def _pytest(argv: List[str], copy: Path, said: Path) -> None:
+    """Life of a process of run_tests: pytest in a copy of the repository, with what it says in a file."""
+    os.setsid()  # so that it ends with the processes that the tests have started
+    output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(copy)
+    os.environ.update(PYTHONPATH=str(copy), PYTHONDONTWRITEBYTECODE="1", COLUMNS="400")
+    sys.dont_write_bytecode = True
+    sys.path.insert(0, str(copy))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "vlakeep"]:
+        del sys.modules[name]  # in the suite itself, where the first to fork says what is imported
+    import pytest
+
+    sys.exit(int(pytest.main(argv)))
+
+
 def run_tests(copy: Path, tests: Sequence[str], limit: float) -> Outcome:
     """What pytest says about `tests` in a copy of the repository."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--color=no", "-p", "no:cacheprovider", f"--basetemp={copy.parent / 'tmp'}"]
-    environment = dict(os.environ, PYTHONPATH=str(copy), OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1", COLUMNS="400")
-    run = subprocess.Popen([*command, *tests], cwd=copy, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                           errors="replace", start_new_session=True)
-    try:
-        said = run.communicate(timeout=limit)[0].splitlines()
-    except subprocess.TimeoutExpired:
+    said = copy.parent / "said.txt"
+    argv = ["-x", "-q", "--color=no", "-p", "no:cacheprovider", f"--basetemp={copy.parent / 'tmp'}", *tests]
+    run = FORKS.Process(target=_pytest, args=(argv, copy, said))
+    run.start()
+    run.join(limit)
+    if run.is_alive():
+        os.killpg(run.pid, signal.SIGKILL)
+        run.join()
         return Outcome(UNKNOWN, f"not done after {limit:.0f} s")
-    finally:
-        if run.poll() is None:  # with the processes that the tests have started
-            os.killpg(run.pid, signal.SIGKILL)
-            run.communicate()
-    failed = [line.split()[1] for line in said if line.startswith(("FAILED ", "ERROR ")) and len(line.split()) > 1]
-    if run.returncode == 0:
+    lines = said.read_text(errors="replace").splitlines()
+    failed = [line.split()[1] for line in lines if line.startswith(("FAILED ", "ERROR ")) and len(line.split()) > 1]
+    if run.exitcode == 0:
         return Outcome(SURVIVED)
-    if run.returncode in (1, 2) and failed:
+    if run.exitcode in (1, 2) and failed:
         return Outcome(CAUGHT, failed[0].removeprefix("tests/"))
-    return Outcome(UNKNOWN, f"pytest ended with status {run.returncode}: {' '.join(said[-1:])}")
+    return Outcome(UNKNOWN, f"pytest ended with status {run.exitcode}: {' '.join(lines[-1:])}")
 
 
 def in_copy(repo: Path, plant: Callable[[Path], None], tests: Sequence[str], limit: float) -> Outcome:
@@ -100,6 +121,7 @@ def plant(fault: Fault, copy: Path) -> None:
 
 def check_all(faults: List[Fault], repo: Path, workers: int, limit: float) -> bool:
     """Run everything, print the table; True when the tests pass without a fault and catch every one."""
+    FORKS.set_forkserver_preload(LIBRARIES)
     files = sorted({name for fault in faults for name in fault.tests})
     with ThreadPoolExecutor(workers) as pool, tqdm(total=len(files) + len(faults), desc="mutations", mininterval=1.0) as bar:
         jobs = {pool.submit(in_copy, repo, lambda copy: None, [name], limit): name for name in files}
@@ -126,6 +148,7 @@ def main(argv: List[str]) -> int:
     parser.add_argument("--workers", type=int, default=int(os.environ.get("WORKERS", "2")), help="faults side by side")
     parser.add_argument("--limit", type=float, default=900.0, help="seconds for the tests of one fault")
     options = parser.parse_args(argv)
+    os.environ["OMP_NUM_THREADS"] = "1"
     faults = [fault for fault in read_faults() if options.fault in fault.name]
     if not faults:
         parser.error(f"no fault of {LIST.name} is called like {options.fault!r}")
