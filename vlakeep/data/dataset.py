@@ -8,7 +8,7 @@ Axes: E episodes, N frames, A action dimensions.
 import hashlib
 import importlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Callable, Dict, List, Optional, Tuple, cast
@@ -16,6 +16,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, cast
 import numpy as np
 
 from vlakeep.core.storage import atomic_write
+from vlakeep.data.bad import in_words, nothing_left
 from vlakeep.data.sample import Episode, Sample
 from vlakeep.data.statistics import action_statistics, normalise, standardise
 
@@ -43,18 +44,21 @@ class EpisodeIndex:
     actions_NA: np.ndarray  # float32, as stored
     texts: List[str]
     places: Dict[str, np.ndarray]  # where the pictures are; the keys are the format's own
+    bad: Dict[str, int] = field(default_factory=dict)  # why episodes cannot be used -> how many; they are there with no frame (bad.py)
 
     def save(self, path: Path) -> None:
         with atomic_write(path) as file:  # a text list goes in as JSON: arrays of objects would need pickle
             arrays: Dict[str, Any] = {"start_E": self.start_E, "text_N": self.text_N, "actions_NA": self.actions_NA}
-            np.savez(file, **arrays, texts=np.array(json.dumps(self.texts)), **cast(Dict[str, Any], self.places))
+            np.savez(file, **arrays, texts=np.array(json.dumps(self.texts)), bad=np.array(json.dumps(self.bad)),
+                     **cast(Dict[str, Any], self.places))
 
     @classmethod
     def load(cls, path: Path) -> "EpisodeIndex":
         with np.load(path, allow_pickle=False) as data:
             arrays = {key: data[key] for key in data.files}
         core = {key: arrays.pop(key) for key in _CORE}
-        return cls(**{**core, "texts": json.loads(str(core["texts"]))}, places=arrays)
+        bad = json.loads(str(arrays.pop("bad", "{}")))  # an older version's has none
+        return cls(**{**core, "texts": json.loads(str(core["texts"]))}, places=arrays, bad=bad)
 
 
 class IndexBuilder:
@@ -64,6 +68,7 @@ class IndexBuilder:
         self.name = name
         self._texts: Dict[str, int] = {}
         self._text_numbers, self._actions, self.lengths = [], [], []
+        self.bad: Dict[str, int] = {}
 
     def add(self, actions, texts: List[str], where: str) -> None:
         """actions [T, A] as stored, texts: one per frame. ValueError for other shapes, another A, or what is not finite."""
@@ -83,11 +88,18 @@ class IndexBuilder:
         self._actions.append(actions)
         self._text_numbers.append(np.array([self._texts.setdefault(text, len(self._texts)) for text in texts], dtype=np.int32))
 
+    def leave_out(self, reason: str, episodes: int = 1) -> None:
+        """In the place of `add`: this many episodes cannot be used. They keep their numbers, and have no frame."""
+        self.bad[reason] = self.bad.get(reason, 0) + episodes
+        self.lengths += [0] * episodes
+
     def index(self, places: Dict[str, np.ndarray]) -> EpisodeIndex:
+        if self.bad and not self._actions:
+            raise ValueError(nothing_left(self.bad))
         if not self.lengths:
             raise ValueError(f"data set {self.name} has no episodes; `vlakeep tabletop-data` makes the tabletop sets")
         start_E = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
-        return EpisodeIndex(start_E, np.concatenate(self._text_numbers), np.concatenate(self._actions), list(self._texts), places)
+        return EpisodeIndex(start_E, np.concatenate(self._text_numbers), np.concatenate(self._actions), list(self._texts), places, self.bad)
 
 
 def cached_index(kind: str, name: str, identity, files: List[Path], cache_dir, build: Callable[[], EpisodeIndex]) -> EpisodeIndex:
@@ -153,10 +165,11 @@ class DemoDataset:
         self._first = first[labelled]
         self._numbers = before + np.flatnonzero(labelled)
         self.lengths = (last - first)[labelled]  # int64: frames of each usable episode
-        self.unlabelled = int((~labelled).sum())
+        self.unlabelled = int((~labelled & (last > first)).sum())
+        self.left_out = list(map(in_words, index.bad.items()))
 
         self._standard_NA = standardise(index.actions_NA, name, conventions.gripper)
-        self._own = action_statistics(self._standard_NA, len(index.start_E) - 1)
+        self._own = action_statistics(self._standard_NA, int((np.diff(index.start_E) > 0).sum()))
         self.scale(self._own)
 
     def scale(self, statistics: Dict) -> None:

@@ -39,20 +39,20 @@ def find_format(folder) -> str:
     return kinds[0]
 
 
-def open_dataset(folder, fraction: float = 1.0, cache_dir=None, conventions: Conventions = USUAL) -> DemoDataset:
-    """The training split of the data set in `folder`, whatever its format."""
-    return FORMATS[find_format(folder)](folder, "train", fraction, cache_dir, conventions)
+def open_dataset(folder, fraction: float = 1.0, cache_dir=None, conventions: Conventions = USUAL, skip_bad: bool = False) -> DemoDataset:
+    """The training split of the data set in `folder`, whatever its format. skip_bad: see bad.py."""
+    return FORMATS[find_format(folder)](folder, "train", fraction, cache_dir, conventions, skip_bad=skip_bad)
 
 
 def open_datasets(root, names: List[str], fraction: float = 1.0, cache_dir: Union[str, Path, None] = None,
-                  conventions: Conventions = USUAL) -> List[DemoDataset]:
+                  conventions: Conventions = USUAL, skip_bad: bool = False) -> List[DemoDataset]:
     """The data sets `names` below `root`, in that order. Whoever opens them closes them; when one cannot be opened, none stays open."""
     if not names:
         raise ValueError("no data set is named; give --data.datasets, e.g. '[tabletop_corner]' after `vlakeep tabletop-data`")
     opened: List[DemoDataset] = []
     with ExitStack() as on_error:
         for name in names:
-            opened.append(on_error.enter_context(open_dataset(Path(root) / name, fraction, cache_dir, conventions)))
+            opened.append(on_error.enter_context(open_dataset(Path(root) / name, fraction, cache_dir, conventions, skip_bad)))
             for other in opened[:-1]:
                 if other.name == opened[-1].name and other.statistics != opened[-1].statistics:
                     raise ValueError(f"{other.folder} and {opened[-1].folder} are different data sets of one name, {other.name!r}, "
@@ -64,7 +64,7 @@ def open_datasets(root, names: List[str], fraction: float = 1.0, cache_dir: Unio
 def open_configured(settings, root, cache_dir) -> List[DemoDataset]:
     """The data sets of the configuration section `data` (DataConfig), below `root`; see open_datasets."""
     return open_datasets(root, settings.datasets, settings.train_fraction, cache_dir,
-                         Conventions(settings.camera, settings.gripper, settings.rotate))
+                         Conventions(settings.camera, settings.gripper, settings.rotate), settings.skip_bad)
 
 
 @contextmanager
