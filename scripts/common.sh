@@ -39,17 +39,17 @@ launch() {
 # with it, before anything is saved, also where a scheduler sends it to every process of a step. So torchrun is started deaf to SIGUSR1 (the
 # ranks are not: they set handlers of their own), and the script turns SIGUSR1 into SIGTERM for it. Ends with 128 + the signal.
 watched() {
-  local caught=0 status=0 child
+  local caught=0 status child
   ( trap '' USR1; exec "$@" ) &
   child=$!
   trap 'caught=${caught/#0/143}; kill -TERM "$child" 2>/dev/null || true' TERM
   trap 'caught=${caught/#0/130}; kill -TERM "$child" 2>/dev/null || true' INT
   trap 'caught=${caught/#0/138}; kill -TERM "$child" 2>/dev/null || true' USR1
   while :; do
-    status=0
-    wait "$child" || status=$?
+    wait "$child" || true
     kill -0 "$child" 2>/dev/null || break  # a signal ends `wait` before the child has ended
   done
-  [ "$caught" = 0 ] || status=$caught
+  status=$caught
+  [ "$caught" != 0 ] || wait "$child" || status=$?
   exit "$status"
 }
