@@ -21,16 +21,35 @@ if [ "${CONDA_DEFAULT_ENV:-}" != "openvla" ]; then
   echo "note: the conda environment 'openvla' is not active (conda activate openvla); using $(command -v python3)" >&2
 fi
 
-# Prints the command it runs, so that a log alone is enough to run it again, and becomes that command: a scheduler's signal to the
-# script is then one to the trainer, which saves. Nothing after `launch` is run.
+# Prints the command it runs, so that a log alone is enough to run it again. One process: the script becomes that command, and a
+# scheduler's signal to the script is then one to the trainer, which saves. Several: see `watched`. Nothing after `launch` is run.
 launch() {
   local stage="$1"; shift
   local command=(python3 -m vlakeep.cli "$stage" "$@")
   if [ "$GPUS" -gt 1 ] && [ "$stage" = train ]; then
-    # torchrun hands SIGTERM on by itself; USR1 when it is asked to, and only newer versions read this.
-    export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}"
     command=(torchrun --standalone --nproc-per-node "$GPUS" -m vlakeep.cli "$stage" "$@")
+    echo "+$(printf ' %q' "${command[@]}")" >&2
+    watched "${command[@]}"
   fi
   echo "+$(printf ' %q' "${command[@]}")" >&2
   exec "${command[@]}"
+}
+
+# torchrun knows what to do with SIGTERM: it hands it on and waits 30 s for the ranks. SIGUSR1 would end most versions of it, and the ranks
+# with it, before anything is saved, also where a scheduler sends it to every process of a step. So torchrun is started deaf to SIGUSR1 (the
+# ranks are not: they set handlers of their own), and the script turns SIGUSR1 into SIGTERM for it. Ends with 128 + the signal.
+watched() {
+  local caught=0 status child
+  ( trap '' USR1; exec "$@" ) &
+  child=$!
+  trap 'caught=${caught/#0/143}; kill -TERM "$child" 2>/dev/null || true' TERM
+  trap 'caught=${caught/#0/130}; kill -TERM "$child" 2>/dev/null || true' INT
+  trap 'caught=${caught/#0/138}; kill -TERM "$child" 2>/dev/null || true' USR1
+  while :; do
+    wait "$child" || true
+    kill -0 "$child" 2>/dev/null || break  # a signal ends `wait` before the child has ended
+  done
+  status=$caught
+  [ "$caught" != 0 ] || wait "$child" || status=$?
+  exit "$status"
 }

@@ -46,7 +46,7 @@ def test_it_lands_below_the_storage_root_and_names_the_key(tmp_path, monkeypatch
     seen = {}
     monkeypatch.setattr(fetch, "_download", lambda name, folder: seen.update(name=name, folder=folder) or str(folder))
     assert fetch.main(["openvla/openvla-7b", "--root", str(tmp_path)]) == 0
-    assert seen == {"name": "openvla/openvla-7b", "folder": tmp_path / "hf_cache" / "openvla-7b"}
+    assert seen == {"name": "openvla/openvla-7b", "folder": tmp_path / "hf_cache" / "openvla" / "openvla-7b"}
     assert "--backbone.checkpoint openvla/openvla-7b" in capsys.readouterr().out
     with pytest.raises(ValueError, match="openvla/openvla-7b"):
         fetch.main([])

@@ -46,6 +46,7 @@ def safetensors_problem(path: Path) -> Optional[str]:
 
 def check_checkpoint(config: Config, cache: Path, stage: str = "train") -> Tuple[List[Line], dict]:
     """Lines about the base model's folder, and its config.json ({} when it cannot be read)."""
+    from vlakeep.models.files import weight_files
     from vlakeep.models.load import model_kinds
 
     what = "base model"
@@ -65,7 +66,13 @@ def check_checkpoint(config: Config, cache: Path, stage: str = "train") -> Tuple
         lines.append(Line(RED, what, f"{folder / 'config.json'} has model_type {model.get('model_type')!r}, not {named}",
                           "--backbone.checkpoint FOLDER of an OpenVLA model in Hugging Face format"))
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    if (folder / "model.safetensors").is_file():  # alone, or beside the index of an earlier write
+        try:
+            shards = [path.name for path in weight_files(folder)]
+        except (CheckpointError, OSError) as error:
+            found, _, remedy = str(error).partition(": ")
+            lines.append(Line(RED, what, found, remedy))
+    elif index.is_file():
         try:
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError):

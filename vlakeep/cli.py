@@ -7,12 +7,12 @@ libraries are imported by the stage only, so that `vlakeep --help` is quick and 
 import difflib
 import importlib
 import os
-import signal
 import sys
 from typing import Dict, List
 
 from vlakeep.core.errors import Interrupted, explain, is_user_error
 from vlakeep.core.options import Stage, help_text, stages
+from vlakeep.core.signals import end_on_signals, follow_parent
 
 # Waiting OpenMP threads spin by default; beside any other busy process that makes a training step on two cores ten times slower. It must
 # be said before torch loads its OpenMP runtime. A value that the user has set is kept.
@@ -32,10 +32,6 @@ def usage() -> str:
         "VLAKEEP_DEBUG=1          show the traceback of an error",
     ]
     return "\n".join(lines)
-
-
-def _terminate(number, frame):
-    raise SystemExit(128 + number)  # an exception, so that locks, temporary files and the run's status are put in order
 
 
 def run(argv: List[str]) -> int:
@@ -70,7 +66,9 @@ def run(argv: List[str]) -> int:
 
 def main() -> int:
     """Entry point of the console script."""
-    signal.signal(signal.SIGTERM, _terminate)
+    end_on_signals()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        follow_parent()
     debug = os.environ.get("VLAKEEP_DEBUG") == "1"
     try:
         status = run(sys.argv[1:])

@@ -53,7 +53,7 @@ def open_answers(config: Config, storage: Storage, backbone, probe: ProbeSet, co
     """The artefact whose answers the sensor compares with. ArtifactError says why it cannot be used, and `command`, which makes it."""
     remedy = f"the closing pass compares with the teacher's answers, which are made once for all runs by\n  {command}"
     try:
-        artifact = load_artifact(graded_offline.artifact_folder(config, storage, backbone.name))
+        artifact = load_artifact(graded_offline.artifact_folder(config, storage, backbone.name, backbone.weights_sha256))
     except ArtifactError as error:
         raise ArtifactError(f"{error}\n{remedy}") from error
     problems = check(artifact, backbone.weights_sha256, probe.sha256, config.probe.size, backbone.num_layers, config.backbone.dtype,
@@ -173,12 +173,12 @@ def _write(backbone, checkpoint: Path, folder: Path, step: int, record: dict) ->
     return written
 
 
-def divergence_of(config: Config, storage: Storage, folder: Path, before: Sequence[str] = ()) -> float:
+def divergence_of(config: Config, storage: Storage, folder: Path, base_sha256: str, before: Sequence[str] = ()) -> float:
     """The same divergence of a merged folder, read from disk as anyone would: what rounding its weights has changed is in it.
 
-    before: runs that the teacher was trained in (models/chain.py)."""
+    base_sha256: of the teacher. before: runs that it was trained in (models/chain.py)."""
     base, settings = find_checkpoint(config.backbone.checkpoint, storage.cache), config.backbone
     merged = make_backbone(type(settings)(checkpoint=str(folder), dtype=settings.dtype, attn_implementation=settings.attn_implementation),
                            pick_device(config.device), storage.cache)
-    artifact = load_artifact(graded_offline.artifact_folder(config, storage, "+".join([model_name(base), *before])))
+    artifact = load_artifact(graded_offline.artifact_folder(config, storage, "+".join([model_name(base), *before]), base_sha256))
     return make_sensor(config, merged.eval(), ProbeSet(storage.probe_folder(config.probe.name)), artifact).measure()

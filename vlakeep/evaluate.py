@@ -83,6 +83,12 @@ def measure_drift(backbone, config: Config, storage: Storage) -> float:
     return float(covariance_drift(states(), teacher))
 
 
+def drift_identity(config: Config, storage: Storage, backbone) -> Dict:
+    """What the drift depends on beside the weights: two drifts are compared where all of it is the same."""
+    return {"probe_sha256": ProbeSet(storage.probe_folder(config.probe.name)).sha256, "probe_items": config.probe.size,
+            "layers": list(config.icsm.layers or default_layers(backbone.num_layers))}
+
+
 def run_evaluation(config: Config, storage: Storage, folder: Optional[Path] = None, drift: bool = True) -> Path:
     """Evaluate one target and return its folder (`folder`, or its own). Interrupted evaluations go on where they stopped.
 
@@ -107,6 +113,8 @@ def run_evaluation(config: Config, storage: Storage, folder: Optional[Path] = No
             rows = benchmark.counted(records.rows())
             summary = make_summary(target.name, rows, distance, target.weights, "".join(roles[NEW]), roles[CONTROL])
             summary.update(benchmark.additions(rows))
+            if distance:
+                summary["drift_of"] = drift_identity(config, storage, target.backbone)
             return write_summary(folder, summary, alarms + records.alarms(), started, benchmark.lines_of(summary))
 
 

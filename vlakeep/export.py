@@ -154,7 +154,8 @@ def run_export(config: Config, storage: Storage, command: str = "vlakeep offline
             record["parity"] = check_parity(config, storage, checkpoint, Path(temporary), key)
             _judge(record["parity"], config)
         if closed:
-            record["closing"]["kl_merged"] = closing_pass.divergence_of(config, storage, Path(temporary), chain.names if chain else [])
+            record["closing"]["kl_merged"] = closing_pass.divergence_of(config, storage, Path(temporary), base_sha256,
+                                                                            chain.names if chain else [])
             _judge_merged(record["closing"], config)
         (Path(temporary) / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     size = sum(file.stat().st_size for file in out.iterdir())

@@ -31,8 +31,10 @@ from vlakeep.core.options import read
 from vlakeep.core.parallel import Distributed, process_settings
 from vlakeep.core.registry import method_class
 from vlakeep.core.rundir import RunDir, RunLock
+from vlakeep.core.signals import NUMBERS, StopVote
 from vlakeep.core.stages import TRAIN
 from vlakeep.core.storage import Storage, need_free
+from vlakeep.data import bad
 from vlakeep.data.loader import make_stream
 from vlakeep.data.statistics import save_statistics
 from vlakeep.models.adapters import add_lora, load_trainable, save_adapter, trainable_state
@@ -170,6 +172,7 @@ def run_training(config: Config, storage: Storage) -> Path:
             with RunDir.open(storage, config, dist, hashes) as run:
                 if dist.is_main:
                     keep_chain(chain, run.folder)
+                    bad.record({one.name: one.left_out for one in getattr(stream, "datasets", ())}, run.folder)
                 _loop(config, dist, run, backbone, method, stream)
                 method.detach()
         return run.folder
@@ -218,6 +221,7 @@ def _loop(config: Config, dist: Distributed, run: RunDir, backbone, method, stre
               f"{settings.batch_size * settings.accumulation * dist.world}, steps {first} to {settings.steps}")
     saved = first - 1 if first > 1 else None
     seconds = time.perf_counter()
+    vote = StopVote(dist.world)
     bar = tqdm(total=settings.steps, initial=first - 1, desc=config.name, disable=not dist.is_main, mininterval=1.0)
     with signals_noted() as noted, bar as progress:
         for step in range(first, settings.steps + 1):
@@ -235,17 +239,18 @@ def _loop(config: Config, dist: Distributed, run: RunDir, backbone, method, stre
                 guard.check(step, row, scaler, kept)
                 progress.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
             progress.update()
-            # With several processes the question costs a synchronisation, so it is asked on logged steps only.
-            stopping = noted["signal"] is not None if dist.world == 1 else observe and dist.any(noted["signal"] is not None)
+            stopping = vote.ask(noted["signal"])
             if step % settings.save_every == 0 or step == settings.steps or stopping:
                 _save(run, step, settings.keep_last, dist, backbone, optimizer, parts)
                 saved = step
             if stopping:
+                vote.last()
                 run.interrupted()
                 progress.close()  # the line below must not end up beside the bar
                 said = f"stopped by a signal after step {step}; go on with --train.resume true"
                 say(dist, said)
-                raise Interrupted(said, 128 + (noted["signal"] or signal.SIGTERM))
+                raise Interrupted(said, 128 + stopping)
+        vote.last()
 
 
 def _save(run: RunDir, step: int, keep_last: int, dist: Distributed, backbone, optimizer, parts) -> None:
@@ -284,7 +289,8 @@ def _restore(folder: Path, backbone, optimizer, parts) -> int:
 
 @contextmanager
 def signals_noted() -> Iterator[dict]:
-    """Within the block SIGTERM and SIGUSR1 (what schedulers send) are only noted, under "signal": the loop looks at the end of a step.
+    """Within the block SIGTERM and SIGUSR1 (what schedulers send) are only noted, the first of them, under "signal": the loop looks at the
+    end of a step.
 
     After it the handlers of before are back, and get a signal that came after the loop's last look. Outside the main thread Python
     has no handlers to give, so nothing is noted there.
@@ -292,10 +298,10 @@ def signals_noted() -> Iterator[dict]:
     noted = {"signal": None}
 
     def note(number, frame):
-        noted["signal"] = number
+        noted["signal"] = noted["signal"] or number  # torchrun may add one of its own
 
     mine = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1)} if mine else {}
+    before = {number: signal.signal(number, note) for number in NUMBERS} if mine else {}
     try:
         yield noted
     finally:

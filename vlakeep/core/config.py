@@ -84,6 +84,9 @@ class DataConfig:
     # Key of the base's action statistics by which the actions are normalised; None takes the quantiles of the data set itself, as the
     # official code does. For data of the robot that the base knows: an action then has the same tokens in old skills and new ones.
     statistics: Optional[str] = None
+    # Leave out episodes and files that cannot be read (damaged, empty, cut) instead of refusing the data set; the run's left_out.json says
+    # which. Those that are left keep their place in the split.
+    skip_bad: bool = False
 
 
 @dataclass

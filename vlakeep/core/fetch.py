@@ -2,7 +2,7 @@
 
     vlakeep fetch openvla/openvla-7b [--root DIR] [--cache_dir DIR]        HF_ENDPOINT=https://hf-mirror.com names a mirror
 
-writes: cache_dir/<name>/: config, safetensors, tokenizer and processor files. Pickled weights and code are left where they are. An
+writes: cache_dir/<owner>/<name>/: config, safetensors, tokenizer and processor files. Pickled weights and code are left where they are. An
 interrupted download goes on where it stopped.
 """
 
@@ -56,7 +56,7 @@ def main(argv: List[str]) -> int:
     if args.model.count("/") != 1:
         raise ConfigError("vlakeep fetch needs a model of the hub, such as openvla/openvla-7b")
     storage = Storage.from_config(config)
-    folder = storage.guard_write(storage.cache / args.model.split("/")[1], what="base model")
+    folder = storage.guard_write(storage.cache / args.model, what="base model")
     path = with_retries(lambda: _download(args.model, folder))
     print(f"fetched {path}; name it with --backbone.checkpoint {quoted(args.model)}")
     return 0

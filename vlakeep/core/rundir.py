@@ -33,55 +33,8 @@ from vlakeep.core.config import Config, to_dict
 from vlakeep.core.errors import DiskFull, Interrupted, RunDirError, is_disk_full, quoted
 from vlakeep.core.log import log
 from vlakeep.core.provenance import hardware, library_versions, source_state
+from vlakeep.core.sameness import config_differences, hash_differences, run_id
 from vlakeep.core.storage import Storage, atomic_write, free_bytes, remove_leftovers
-
-# What may differ when a run goes on: it changes no number of the steps that follow, but for train.steps with a cosine (schedule_note).
-FREE_KEYS = set(
-    "name root cache_dir data_root_dir probe_root_dir artifact_dir run_root_dir tmp_dir data.workers train.steps train.log_every "
-    "train.save_every train.keep_last train.tensorboard train.use_wandb train.resume".split()
-)
-
-
-def config_differences(old: dict, new: dict) -> List[str]:
-    """`key: old -> new` of every key that differs, those of FREE_KEYS and of the evaluate and export sections left out."""
-    flat_old, flat_new, defaults = dict(_flat(old)), dict(_flat(new)), dict(_flat(to_dict(Config())))
-    lines = []
-    for key in sorted({**flat_old, **flat_new}):
-        unknown_then = key not in flat_old and flat_new[key] == defaults.get(key)  # the run's version did not have the key yet
-        if unknown_then or not _matters(key):
-            continue
-        was, now = flat_old.get(key, "(not set)"), flat_new.get(key, "(not set)")
-        if was != now:
-            lines.append(f"{key}: {was} -> {now}")
-    return lines
-
-
-def _matters(key: str) -> bool:
-    return key not in FREE_KEYS and not key.startswith(("evaluate.", "export."))
-
-
-def run_id(config: dict, hashes: dict) -> str:
-    """16 hex digits that two runs share when neither a key that matters to their bits nor what they were made from differs.
-
-    `hashes`: of base weights, data, probe and artefact, nested as it pleases. A run that goes on keeps the id of its first session.
-    """
-    parts = [{key: value for key, value in _flat(config) if _matters(key)}, dict(_flat(hashes))]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def hash_differences(old: dict, new: dict) -> List[str]:
-    """`key: old -> new` of what two sessions were made from, as far as both know it; checkpoint.check_base names other base weights."""
-    was, now = dict(_flat(old)), dict(_flat(new))
-    return [f"{key}: {str(was[key])[:12]} -> {str(now[key])[:12]}" for key in sorted(was)
-            if key in now and was[key] != now[key] and not key.endswith("base_weights")]
-
-
-def _flat(tree: dict, prefix: str = ""):
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 class RunLock:
@@ -243,13 +196,14 @@ class RunDir:
             raise RunDirError(
                 f"{self.folder} holds files of something else ({', '.join(sorted(foreign)[:5])}). Take another --name"
             )
+        hashed = (old.get("sessions") or [{}])[-1].get("hashes") or {}
         has_results = bool(list_checkpoints(self.folder)) or (
             self.metrics_path.is_file() and self.metrics_path.stat().st_size > 0
         )
         if not config.train.resume:
             if has_results:
                 try:
-                    changed = config_differences(dict(yaml.safe_load(config_path.read_text())), to_dict(config))
+                    changed = config_differences(dict(yaml.safe_load(config_path.read_text())), to_dict(config), hashed)
                 except (OSError, ValueError, TypeError, yaml.YAMLError):
                     changed = []
                 raise RunDirError(
@@ -266,7 +220,7 @@ class RunDir:
                     f"{config_path} is missing or damaged ({error}), so nobody knows whether the run had this configuration; "
                     "restore the file, or take another --name"
                 ) from error
-            changed = config_differences(before, to_dict(config))
+            changed = config_differences(before, to_dict(config), hashed)
             if changed:
                 raise RunDirError(
                     f"{self.folder} was made with another configuration; it can only go on with the same one:\n  "

@@ -19,6 +19,7 @@ from typing import Dict, Iterator, List, Optional, Tuple
 import yaml
 from tqdm import tqdm
 
+from vlakeep.core.base_models import find_checkpoint as find_checkpoint  # where it was; what to import
 from vlakeep.core.errors import DiskFull, StorageError, human_bytes, is_disk_full, quoted
 from vlakeep.core.log import log
 from vlakeep.core.schema import find_config, pick
@@ -418,31 +419,3 @@ def code_trees(start: Optional[Path] = None) -> List[Path]:
     trees += [WORKSPACE.resolve()] if WORKSPACE.is_dir() else []
     trees = list(dict.fromkeys(trees))
     return [tree for tree in trees if not any(_below(tree, other) for other in trees if other != tree)]
-
-
-def find_checkpoint(name: str, cache: Path) -> Path:
-    """Folder of a base model: the one that ships, a path, a folder below hf_cache, or a snapshot fetched there.
-
-    Raises FileNotFoundError with the command that fetches it.
-    """
-    if name == "tabletop-base":
-        candidates = [PACKAGE / "assets" / name]
-        remedy = "it is part of the package; install vlakeep again, or rebuild it with `vlakeep pretrain-tabletop`"
-    else:
-        given = Path(name).expanduser()
-        hub = sorted(
-            (Path(cache) / "hub" / ("models--" + name.replace("/", "--")) / "snapshots").glob("*"),
-            key=lambda p: p.stat().st_mtime,
-        )
-        candidates = [given, Path(cache) / given, Path(cache) / given.name, *reversed(hub)]
-        remedy = (
-            f"fetch it with `vlakeep fetch {quoted(name)}` (HF_ENDPOINT names a mirror)"
-            if name.count("/") == 1 and not given.is_absolute()
-            else "give the folder that has config.json with --backbone.checkpoint"
-        )
-    for folder in candidates:
-        if (folder / "config.json").is_file():
-            return folder
-    raise FileNotFoundError(
-        f"no base model {name!r} (looked in {', '.join(dict.fromkeys(str(c) for c in candidates))}): {remedy}"
-    )

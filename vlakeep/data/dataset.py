@@ -8,7 +8,7 @@ Axes: E episodes, N frames, A action dimensions, Q numbers of a robot's state.
 import hashlib
 import importlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Callable, Dict, List, Optional, Tuple, cast
@@ -16,6 +16,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, cast
 import numpy as np
 
 from vlakeep.core.storage import atomic_write
+from vlakeep.data.bad import in_words, nothing_left
 from vlakeep.data.sample import ONE_PICTURE, Episode, Sample, SampleSpec
 from vlakeep.data.statistics import action_statistics, normalise, normalise_state, standardise, state_statistics
 
@@ -44,18 +45,21 @@ class EpisodeIndex:
     actions_NA: np.ndarray  # float32, as stored
     texts: List[str]
     places: Dict[str, np.ndarray]  # where the pictures are; the keys are the format's own
+    bad: Dict[str, int] = field(default_factory=dict)  # why episodes cannot be used -> how many; they are there with no frame (bad.py)
 
     def save(self, path: Path) -> None:
         with atomic_write(path) as file:  # a text list goes in as JSON: arrays of objects would need pickle
             arrays: Dict[str, Any] = {"start_E": self.start_E, "text_N": self.text_N, "actions_NA": self.actions_NA}
-            np.savez(file, **arrays, texts=np.array(json.dumps(self.texts)), **cast(Dict[str, Any], self.places))
+            np.savez(file, **arrays, texts=np.array(json.dumps(self.texts)), bad=np.array(json.dumps(self.bad)),
+                     **cast(Dict[str, Any], self.places))
 
     @classmethod
     def load(cls, path: Path) -> "EpisodeIndex":
         with np.load(path, allow_pickle=False) as data:
             arrays = {key: data[key] for key in data.files}
         core = {key: arrays.pop(key) for key in _CORE}
-        return cls(**{**core, "texts": json.loads(str(core["texts"]))}, places=arrays)
+        bad = json.loads(str(arrays.pop("bad", "{}")))  # an older version's has none
+        return cls(**{**core, "texts": json.loads(str(core["texts"]))}, places=arrays, bad=bad)
 
 
 class IndexBuilder:
@@ -66,6 +70,7 @@ class IndexBuilder:
         self._texts: Dict[str, int] = {}
         self._text_numbers, self._actions, self.lengths = [], [], []
         self._states: List[np.ndarray] = []
+        self.bad: Dict[str, int] = {}
 
     def add(self, actions, texts: List[str], where: str, state: Optional[np.ndarray] = None) -> None:
         """actions [T, A] as stored, texts: one per frame; state [T, Q], if it is read. ValueError for other shapes, another A or Q, or
@@ -98,12 +103,19 @@ class IndexBuilder:
                              f"finite ({len(bad)} of {steps} frames); mend or leave out this episode and make the data set again")
         self._states.append(state.astype(np.float32))
 
+    def leave_out(self, reason: str, episodes: int = 1) -> None:
+        """In the place of `add`: this many episodes cannot be used. They keep their numbers, and have no frame."""
+        self.bad[reason] = self.bad.get(reason, 0) + episodes
+        self.lengths += [0] * episodes
+
     def index(self, places: Dict[str, np.ndarray]) -> EpisodeIndex:
+        if self.bad and not self._actions:
+            raise ValueError(nothing_left(self.bad))
         if not self.lengths:
             raise ValueError(f"data set {self.name} has no episodes; `vlakeep tabletop-data` makes the tabletop sets")
         start_E = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
         places = {**places, **({STATES: np.concatenate(self._states)} if self._states else {})}
-        return EpisodeIndex(start_E, np.concatenate(self._text_numbers), np.concatenate(self._actions), list(self._texts), places)
+        return EpisodeIndex(start_E, np.concatenate(self._text_numbers), np.concatenate(self._actions), list(self._texts), places, self.bad)
 
 
 def cached_index(kind: str, name: str, identity, files: List[Path], cache_dir, build: Callable[[], EpisodeIndex]) -> EpisodeIndex:
@@ -180,10 +192,11 @@ class DemoDataset:
         self._first = first[labelled]
         self._numbers = before + np.flatnonzero(labelled)
         self.lengths = (last - first)[labelled]  # int64: frames of each usable episode
-        self.unlabelled = int((~labelled).sum())
+        self.unlabelled = int((~labelled & (last > first)).sum())
+        self.left_out = list(map(in_words, index.bad.items()))
 
         self._standard_NA = standardise(index.actions_NA, name, conventions.gripper)
-        self._own = action_statistics(self._standard_NA, len(index.start_E) - 1)
+        self._own = action_statistics(self._standard_NA, int((np.diff(index.start_E) > 0).sum()))
         self._views: Dict[str, DemoDataset] = {}
         self._state_NQ = index.places.get(STATES)
         if self._state_NQ is not None:

@@ -42,9 +42,9 @@ def find_format(folder) -> str:
 
 
 def open_dataset(folder, fraction: float = 1.0, cache_dir=None, conventions: Conventions = USUAL,
-                 spec: Optional[SampleSpec] = None) -> DemoDataset:
+                 spec: Optional[SampleSpec] = None, skip_bad: bool = False) -> DemoDataset:
     """The training split of the data set in `folder`, whatever its format, with samples as a model of this spec takes them. None: no model
-    is at hand, and whoever asks looks through one camera.
+    is at hand, and whoever asks looks through one camera. skip_bad: see bad.py.
 
     Every camera is a reader of its own with an index of its own; they are compared, and share the rest.
     """
@@ -61,7 +61,7 @@ def open_dataset(folder, fraction: float = 1.0, cache_dir=None, conventions: Con
     kind, views = FORMATS[find_format(folder)], []
     with ExitStack() as on_error:
         for name in names:
-            one = kind(folder, "train", fraction, cache_dir, replace(conventions, camera=name), spec.state > 0 and not views)
+            one = kind(folder, "train", fraction, cache_dir, replace(conventions, camera=name), spec.state > 0 and not views, skip_bad)
             views.append(on_error.enter_context(one))
         if spec != ONE_PICTURE:
             views[0].take(spec, dict(zip(spec.cameras, views)) if len(views) > 1 else {})
@@ -70,7 +70,8 @@ def open_dataset(folder, fraction: float = 1.0, cache_dir=None, conventions: Con
 
 
 def open_datasets(root, names: List[str], fraction: float = 1.0, cache_dir: Union[str, Path, None] = None,
-                  conventions: Conventions = USUAL, spec: Optional[SampleSpec] = None) -> List[DemoDataset]:
+                  conventions: Conventions = USUAL, spec: Optional[SampleSpec] = None,
+                  skip_bad: bool = False) -> List[DemoDataset]:
     """The data sets `names` below `root`, in that order; spec: see open_dataset.
 
     Whoever opens them closes them; when one cannot be opened, none stays open.
@@ -80,7 +81,7 @@ def open_datasets(root, names: List[str], fraction: float = 1.0, cache_dir: Unio
     opened: List[DemoDataset] = []
     with ExitStack() as on_error:
         for name in names:
-            opened.append(on_error.enter_context(open_dataset(Path(root) / name, fraction, cache_dir, conventions, spec)))
+            opened.append(on_error.enter_context(open_dataset(Path(root) / name, fraction, cache_dir, conventions, spec, skip_bad)))
             for other in opened[:-1]:
                 if other.name == opened[-1].name and other.statistics != opened[-1].statistics:
                     raise ValueError(f"{other.folder} and {opened[-1].folder} are different data sets of one name, {other.name!r}, "
@@ -93,7 +94,7 @@ def open_configured(settings, root, cache_dir, spec: Optional[SampleSpec] = None
     """The data sets of the configuration section `data` (DataConfig), below `root`; see open_datasets."""
     conventions = Conventions(settings.camera, settings.gripper, settings.rotate, tuple(settings.cameras) or None,
                               tuple(settings.state) or None)
-    return open_datasets(root, settings.datasets, settings.train_fraction, cache_dir, conventions, spec)
+    return open_datasets(root, settings.datasets, settings.train_fraction, cache_dir, conventions, spec, settings.skip_bad)
 
 
 @contextmanager

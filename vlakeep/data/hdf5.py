@@ -22,6 +22,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 from tqdm import tqdm
 
+from vlakeep.data.bad import refuse
 from vlakeep.data.dataset import USUAL, Conventions, DemoDataset, EpisodeIndex, IndexBuilder, cached_index, optional
 from vlakeep.data.images import decode_image, encode_jpeg
 
@@ -33,8 +34,8 @@ _AGAIN = "copy, download or make the file again"
 
 
 def demo_files(folder) -> List[Path]:
-    """The HDF5 files of a folder, by name."""
-    return sorted(path for pattern in FILES for path in Path(folder).glob(pattern) if path.is_file())
+    """The HDF5 files of a folder, by name; hidden ones, as file systems leave them beside others, are no data."""
+    return sorted(path for pattern in FILES for path in Path(folder).glob(pattern) if path.is_file() and not path.name.startswith("."))
 
 
 def language_of(path: Path, problem_info=None) -> str:
@@ -91,32 +92,48 @@ def _read_demo(demo, camera: str, where: str) -> np.ndarray:
     return actions[()]
 
 
+def _told(error: Exception, where: str) -> str:
+    """Our own words, which name the place, or those of h5py with it."""
+    return str(error) if isinstance(error, ValueError) and where in str(error) else f"{where} cannot be read ({error}); {_AGAIN}"
+
+
+def _read_file(path: Path, number: int, camera: str, state: Optional[Sequence[str]], read: Dict[Tuple[int, int], Any]) -> None:
+    """Fill `read` with (actions, text, where, upside down, states) of every demonstration; actions are the reason where they cannot be had."""
+    with _open(path) as file:
+        data = _member(file, "data", str(path))
+        numbers = [int(found[1]) for found in (re.fullmatch(r"demo_(\d+)", key) for key in data) if found]
+        if not numbers:
+            raise ValueError(f"{path}: data holds no demo_0, demo_1, ...; it holds {', '.join(data) or 'nothing'}")
+        text = language_of(path, data.attrs.get("problem_info"))
+        upside_down = data.attrs.get("macros_image_convention", "opengl") != "opencv"  # robosuite's default
+        for demo in numbers:
+            where, states = f"{path}: demo_{demo}", None
+            try:
+                actions = _read_demo(data[f"demo_{demo}"], camera, where)
+                states = None if state is None else _read_state(data[f"demo_{demo}"], state, where)
+            except (ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+                actions = _told(error, where)
+            read[demo, number] = (actions, text, where, upside_down, states)
+
+
 def build_index(files: List[Path], camera: str, name: str, state: Optional[Sequence[str]] = None) -> EpisodeIndex:
-    """Read the actions and check every demonstration. state: None reads none, () the usual one. ValueError names file, demonstration and
-    frame."""
-    demos: List[Tuple[int, int]] = []  # (number of the demonstration, number of the file)
-    read = {}
+    """Read the actions and check every demonstration. state: None reads none, () the usual one."""
+    read: Dict[Tuple[int, int], Any] = {}  # by (number of the demonstration, number of the file)
+    builder = IndexBuilder(name)
     for number, path in enumerate(tqdm(files, desc=f"index {name}", unit="file", disable=len(files) < _BAR_FROM_FILES)):
-        with _open(path) as file:
-            data = _member(file, "data", str(path))
-            numbers = [int(found[1]) for found in (re.fullmatch(r"demo_(\d+)", key) for key in data) if found]
-            if not numbers:
-                raise ValueError(f"{path}: data holds no demo_0, demo_1, ...; it holds {', '.join(data) or 'nothing'}")
-            text = language_of(path, data.attrs.get("problem_info"))
-            upside_down = data.attrs.get("macros_image_convention", "opengl") != "opencv"  # robosuite's default
-            for demo in numbers:
-                where = f"{path}: demo_{demo}"
-                try:
-                    actions = _read_demo(data[f"demo_{demo}"], camera, where)
-                    states = None if state is None else _read_state(data[f"demo_{demo}"], state, where)
-                except (OSError, KeyError, RuntimeError) as error:
-                    raise ValueError(f"{where} cannot be read ({error}); {_AGAIN}") from error
-                read[demo, number] = (actions, text, where, upside_down, states)
-                demos.append((demo, number))
-    builder, demos = IndexBuilder(name), sorted(demos)
+        try:
+            _read_file(path, number, camera, state, read)
+        except (ValueError, OSError, RuntimeError, TypeError, AttributeError, KeyError) as error:  # what h5py says of a damaged file
+            builder.leave_out(_told(error, str(path)), 0)  # how many it held nobody knows
+    demos = sorted(read)
     for key in demos:
         actions, text, where, _, states = read[key]
-        builder.add(actions, [text] * len(actions), where, states)
+        try:
+            if isinstance(actions, str):
+                raise ValueError(actions)
+            builder.add(actions, [text] * len(actions), where, states)
+        except ValueError as error:
+            builder.leave_out(str(error))
     return builder.index({"demo_E": np.array([demo for demo, _ in demos], dtype=np.int32),
                           "file_E": np.array([file for _, file in demos], dtype=np.int32),
                           "upside_down_E": np.array([read[key][3] for key in demos], dtype=bool)})
@@ -135,7 +152,7 @@ class Hdf5Dataset(DemoDataset):
     rotated = True
 
     def __init__(self, folder, split: str = "train", fraction: float = 1.0, cache_dir=None, conventions: Conventions = USUAL,
-                 with_state: bool = False):
+                 with_state: bool = False, skip_bad: bool = False):
         folder = Path(folder)
         self._open_files: Dict[int, Any] = {}
         self._lock = threading.Lock()
@@ -149,6 +166,7 @@ class Hdf5Dataset(DemoDataset):
         state = conventions.state_names(with_state)
         identity = [str(folder.resolve()), self._camera, *([] if state is None else [state])]
         index = cached_index("hdf5", name, identity, self._paths, cache_dir, lambda: build_index(self._paths, self._camera, name, state))
+        refuse(folder, index.bad, skip_bad)
         super().__init__(folder, name, index, (0, len(index.start_E) - 1), fraction, conventions)
 
     def _picture(self, number: int, row: int, frame: int, where: str) -> np.ndarray:

@@ -19,9 +19,10 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 from tqdm import tqdm
 
+from vlakeep.data.bad import OPTION, refuse
 from vlakeep.data.dataset import USUAL, Conventions, DemoDataset, EpisodeIndex, IndexBuilder, cached_index, optional
 from vlakeep.data.images import decode_image
-from vlakeep.data.video import VideoReader, video_frames
+from vlakeep.data.video import VideoReader, missing_frame, video_times
 
 INFO = "meta/info.json"
 VERSIONS = ("v2.0", "v2.1", "v3.0")
@@ -171,7 +172,7 @@ def read_places(info: Info) -> List[_Place]:
                 at = (row["episode_index"] // info.chunk_size, row["episode_index"])
                 places.append(_Place(row["episode_index"], row["length"], at, at, 0.0))
         else:
-            files = sorted((info.folder / "meta/episodes").glob("*/*.parquet"))
+            files = sorted(path for path in (info.folder / "meta/episodes").glob("*/*.parquet") if not path.name.startswith("."))
             if not files:
                 raise FileNotFoundError(f"{info.folder}/meta/episodes holds no */*.parquet; {_AGAIN}")
             video = f"videos/{info.camera}/"
@@ -202,27 +203,47 @@ def _actions(column, shape: Sequence[int], where: str, what: str = "action") -> 
     return np.asarray(values.flatten().to_numpy(zero_copy_only=False), dtype=np.float32).reshape(len(widths), -1)
 
 
-def _check_videos(info: Info, places: List[_Place]) -> None:
-    """Every video file is there, opens, and holds as many frames as its episodes need."""
-    needed: Dict[Path, int] = OrderedDict()
-    for place in places:
-        path = info.video_file(*place.video)
-        needed[path] = max(needed.get(path, 0), round(place.start * info.fps) + place.length)
-    missing = [path for path in needed if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(f"{info.folder} lacks {len(missing)} of its {len(needed)} video files ({missing[0]}"
-                                f"{', ...' if missing[1:] else ''}): the download or copy is incomplete; {_AGAIN}")
-    for path in tqdm(needed, desc="check videos", unit="file", disable=len(needed) < _BAR_FROM_FILES):
-        frames = video_frames(path)
-        if frames and frames < needed[path]:
-            raise ValueError(f"{path} holds {frames} frames and its episodes need {needed[path]}; {_AGAIN}")
+def _look_at_videos(info: Info, places: List[_Place]) -> Dict[Path, Any]:
+    """Video file -> the times of its frames (video.py:video_times), or in words why there are none."""
+    files = list(OrderedDict.fromkeys(info.video_file(*place.video) for place in places if place.length))
+    missing = [path for path in files if not path.is_file()]
+    some = f"{missing[0]}{', ...' if missing[1:] else ''}" if missing else ""
+    lacks = f"{info.folder} lacks {len(missing)} of its {len(files)} video files ({some}): the download or copy is incomplete; {_AGAIN}"
+    found: Dict[Path, Any] = dict.fromkeys(missing, lacks)
+    for path in tqdm(files, desc="check videos", unit="file", disable=len(files) < _BAR_FROM_FILES):
+        try:
+            found.setdefault(path, None if path in found else video_times(path))
+        except ValueError as error:
+            found[path] = str(error)
+    return found
+
+
+def _check_video(info: Info, place: _Place, times: Any, seconds: np.ndarray) -> None:
+    """ValueError when the video does not show every frame of the episode, which are at `seconds` of it."""
+    path = info.video_file(*place.video)
+    if isinstance(times, str):
+        raise ValueError(times)
+    first = missing_frame(times, place.start + seconds, info.fps)
+    if first < 0:
+        return
+    wanted, needed = place.start + seconds[first], round(place.start * info.fps) + place.length
+    if len(times) < needed:
+        raise ValueError(f"{path} holds {len(times)} frames and its episodes need {needed} (episode {place.episode} ends there); {_AGAIN}")
+    nearest = times[np.abs(times - wanted).argmin()]
+    raise ValueError(f"{path}: episode {place.episode}: frame {first} is at {wanted:.3f} s by the table and the nearest of the video at "
+                     f"{nearest:.3f} s; `fps` of {INFO} is {info.fps:g}, the video has {_rate(times):.6g}: make both the same, or {_AGAIN}")
+
+
+def _rate(times: np.ndarray) -> float:
+    """Frames per second."""
+    return float(1 / np.median(np.diff(times))) if len(times) > 1 and np.median(np.diff(times)) > 0 else 0.0
 
 
 def build_index(info: Info, name: str) -> EpisodeIndex:
     """Read every parquet file without its pictures and check it against meta. Errors name file, episode and row."""
     places, tasks = read_places(info), read_tasks(info)
-    if info.video:
-        _check_videos(info, places)
+    broken = ""  # why the data file that was opened last cannot be read
+    videos = _look_at_videos(info, places) if info.video else {}
     builder, rows = IndexBuilder(name), []
     times: List[np.ndarray] = []
     columns = [info.action_key, "episode_index", "frame_index", "timestamp", "task_index", *(name for name, _ in info.states)]
@@ -230,25 +251,39 @@ def build_index(info: Info, name: str) -> EpisodeIndex:
     table, opened = None, None
     for place in tqdm(places, desc=f"index {name}", unit="episode", disable=len(places) < _BAR_FROM_FILES):
         path = info.data_file(*place.data)
-        if path != opened:
-            table, opened = _parquet(path, columns, unread), path
-            episodes = table["episode_index"].to_numpy()
-            actions = _actions(table[info.action_key], info.action_shape, str(path))
-            states = [_actions(table[name], shape, str(path), "state") for name, shape in info.states]
-        at = np.flatnonzero(episodes == place.episode)
         where = f"{path}: episode {place.episode}"
-        if len(at) != place.length or not len(at) or at[-1] - at[0] + 1 != len(at):
-            raise ValueError(f"{where} has {len(at)} rows and meta says {place.length}, one after the other; {_AGAIN}")
-        part = table.slice(int(at[0]), len(at))
-        if not np.array_equal(part["frame_index"].to_numpy(), np.arange(len(at))):
-            raise ValueError(f"{where}: frame_index does not count from 0 to {len(at) - 1}; {_AGAIN}")
-        numbers = part["task_index"].to_pylist()
-        unknown = sorted({n for n in numbers if n not in tasks}, key=str)
-        if unknown:
-            raise ValueError(f"{where}: task_index {unknown[0]} is not among the {len(tasks)} tasks of meta; {_AGAIN}")
-        builder.add(actions[at], [tasks[n] or "" for n in numbers], where, np.concatenate(states, axis=1)[at] if states else None)
-        rows.append(int(at[0]))
-        times.append(np.asarray(part["timestamp"].to_numpy(), dtype=np.float64))
+        rows.append(0)
+        try:
+            if not place.length:
+                raise ValueError(f"{where} has no frame, by its length in meta")
+            if path != opened:
+                table, episodes, opened = None, None, path
+                table = _parquet(path, columns, unread)
+                episodes = table["episode_index"].to_numpy()
+            elif table is None:
+                raise ValueError(broken)
+            at = np.flatnonzero(episodes == place.episode)
+            if len(at) != place.length or not len(at) or at[-1] - at[0] + 1 != len(at):
+                raise ValueError(f"{where} has {len(at)} rows and meta says {place.length}, one after the other; {_AGAIN}")
+            part = table.slice(int(at[0]), len(at))
+            actions = _actions(part[info.action_key], info.action_shape, where)
+            states = [_actions(part[name], shape, where, "state") for name, shape in info.states]
+            if not np.array_equal(part["frame_index"].to_numpy(), np.arange(len(at))):
+                raise ValueError(f"{where}: frame_index does not count from 0 to {len(at) - 1}; {_AGAIN}")
+            numbers = part["task_index"].to_pylist()
+            unknown = sorted({n for n in numbers if n not in tasks}, key=str)
+            if unknown:
+                raise ValueError(f"{where}: task_index {unknown[0]} is not among the {len(tasks)} tasks of meta; {_AGAIN}")
+            seconds = np.asarray(part["timestamp"].to_numpy(), dtype=np.float64)
+            if info.video:
+                _check_video(info, place, videos[info.video_file(*place.video)], seconds)
+            builder.add(actions, [tasks[n] or "" for n in numbers], where, np.concatenate(states, axis=1) if states else None)
+        except (ValueError, OSError) as error:
+            broken = str(error) if table is None and place.length else broken
+            builder.leave_out(str(error))
+            continue
+        rows[-1] = int(at[0])
+        times.append(seconds)
     return builder.index({
         "data_E2": np.array([place.data for place in places], dtype=np.int64), "row_E": np.array(rows, dtype=np.int64),
         "video_E2": np.array([place.video for place in places], dtype=np.int64),
@@ -310,20 +345,23 @@ class LeRobotDataset(DemoDataset):
     needs = ("pyarrow", "av")
 
     def __init__(self, folder, split: str = "train", fraction: float = 1.0, cache_dir=None, conventions: Conventions = USUAL,
-                 with_state: bool = False):
+                 with_state: bool = False, skip_bad: bool = False):
         folder = Path(folder)
         if not (folder / INFO).is_file():
             raise FileNotFoundError(f"{folder} holds no {INFO}")
         self.check_extra(folder)
         state = conventions.state_names(with_state)
         self._info, name = read_info(folder, conventions.camera, state), folder.absolute().name
-        files = [path for top in ("meta", "data", "videos") for path in sorted((folder / top).rglob("*")) if path.is_file()]
+        files = [path for top in ("meta", "data", "videos") for path in sorted((folder / top).rglob("*"))
+                 if path.is_file() and not path.name.startswith(".")]
         identity = [str(folder.resolve()), self._info.camera, *([] if state is None else [self._info.states])]
         index = cached_index("lerobot", name, identity, files, cache_dir, lambda: build_index(self._info, name))
         self._videos, self._pictures = VideoReader(self._info.fps), _ParquetPictures(self._info.camera)
-        super().__init__(folder, name, index, self._split(split, len(index.start_E) - 1), fraction, conventions)
+        refuse(folder, index.bad, skip_bad)
+        super().__init__(folder, name, index, self._split(split, index, skip_bad), fraction, conventions)
 
-    def _split(self, split: str, count: int) -> Tuple[int, int]:
+    def _split(self, split: str, index: EpisodeIndex, skip_bad: bool) -> Tuple[int, int]:
+        count = len(index.start_E) - 1
         splits = self._info.splits or {"train": f"0:{count}"}
         if split not in splits:
             raise ValueError(f"{self._info.folder} has no split {split!r}, only {', '.join(splits)}")
@@ -331,8 +369,14 @@ class LeRobotDataset(DemoDataset):
             start, end = (int(n) for n in splits[split].split(":"))
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{self._info.folder}/{INFO}: split {split!r} is {splits[split]!r} and not 'first:end'") from error
-        if not 0 <= start < end <= count:
-            raise ValueError(f"{self._info.folder}/{INFO}: split {split!r} is {start}:{end} of {count} episodes; {_AGAIN}")
+        told = f"{self._info.folder}/{INFO}: split {split!r} is {start}:{end} of {count} episodes"
+        if not 0 <= start < min(end, count):
+            raise ValueError(f"{told}; {_AGAIN}")
+        if end > count:  # some were taken out by hand
+            if not skip_bad:
+                raise ValueError(f'{told}; write "{start}:{count}" there, or {_AGAIN}. To train with those that are there: {OPTION}')
+            index.bad[told] = end - count
+            end = count
         return start, end - start
 
     def _picture(self, number: int, row: int, frame: int, where: str) -> np.ndarray:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Union
 import numpy as np
 
 from vlakeep.data.augment import augment, draw
+from vlakeep.data.bad import FILE
 from vlakeep.data.dataset import DemoDataset
 from vlakeep.data.formats import open_configured
 from vlakeep.data.images import resize_uint8
@@ -74,6 +75,8 @@ class BatchStream:
             line = f"data {d.name} ({d.kind}): {len(d)} episodes, {d.num_frames} frames"
             if d.unlabelled:
                 line += f"; {d.unlabelled} episodes without an instruction are left out"
+            if d.left_out:
+                line += f"; {len(d.left_out)} bad parts are left out ({FILE})"
             if d.clipped:
                 values = d.num_frames * d.actions_NA.shape[1]
                 line += f"; {d.clipped} of {values} action values lie outside the statistics (q01 to q99) and are clipped"
@@ -157,6 +160,8 @@ def make_stream(data, data_root_dir, processor, batch_size: int, seed: int, rank
 
         if processor.spec != ONE_PICTURE:
             raise ValueError("--data.source official: that pipeline gives one picture and one action; take --data.source native")
+        if data.skip_bad:
+            raise ValueError("--data.skip_bad: the official pipeline reads all or nothing; use --data.source native")
         return OfficialStream(data, data_root_dir, processor, batch_size, openvla_dir)
     datasets = open_configured(data, data_root_dir, cache_dir, processor.spec)
     try:

@@ -17,9 +17,10 @@ from typing import Dict, List, Optional, Sequence, Tuple
 import numpy as np
 from tqdm import tqdm
 
+from vlakeep.data.bad import OPTION, SHOWN, refuse
 from vlakeep.data.dataset import USUAL, Conventions, DemoDataset, EpisodeIndex, IndexBuilder, cached_index
 from vlakeep.data.images import decode_image
-from vlakeep.data.tfrecord import parse_example, read_records
+from vlakeep.data.tfrecord import RecordError, parse_example, scan_records
 
 _BAR_FROM_BYTES = 64 << 20  # a smaller data set is indexed within a second
 _ACTION, _LANGUAGE, _IMAGES = "steps/action", "steps/language_instruction", "steps/observation/"
@@ -39,7 +40,7 @@ def find_version(folder) -> Path:
     return max(versions, key=lambda path: [int(n) for n in path.name.split(".")])
 
 
-def read_info(version: Path) -> Tuple[str, Dict[str, Tuple[List[Path], List[int]]]]:
+def read_info(version: Path, skip_bad: bool = False) -> Tuple[str, Dict[str, Tuple[List[Path], List[int]]]]:
     """(data set name, split -> (shard paths, episodes per shard)). ValueError or FileNotFoundError for an incomplete folder."""
     path = version / "dataset_info.json"
     try:
@@ -56,10 +57,11 @@ def read_info(version: Path) -> Tuple[str, Dict[str, Tuple[List[Path], List[int]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error!r}); download or make the data set again") from error
     missing = [shard.name for shards, _ in splits.values() for shard in shards if not shard.is_file()]
-    if missing:
-        some = ", ".join(missing[:3]) + (", ..." if missing[3:] else "")
+    if missing and not skip_bad:
+        some = ", ".join(missing[:SHOWN]) + (", ..." if missing[SHOWN:] else "")
         raise FileNotFoundError(f"{version} lacks {len(missing)} of its shards ({some}): the download or copy is incomplete; "
-                                "copy it again, or make a tabletop set again with `vlakeep tabletop-data`")
+                                "copy it again, or make a tabletop set again with `vlakeep tabletop-data`. To train without: "
+                                f"{OPTION}")
     return name, splits
 
 
@@ -101,19 +103,30 @@ def build_index(shards: List[Path], episodes: List[int], image_key: str, name: s
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"index {name}", disable=total < _BAR_FROM_BYTES) as bar:
         for number, (shard, expected) in enumerate(zip(shards, episodes)):
             record = -1
-            for record, (start, payload) in enumerate(read_records(shard)):
+            shard_E += [number] * expected
+            if not shard.is_file():
+                builder.leave_out(f"{shard} is missing", expected)
+                continue
+            for record, (start, payload, problem) in enumerate(scan_records(shard)):
                 try:
-                    actions, texts, pictures, states = _read_episode(payload, image_key, state)
+                    if problem:
+                        raise RecordError(problem)
+                    try:
+                        actions, texts, pictures, states = _read_episode(payload, image_key, state)
+                    except ValueError as error:
+                        raise ValueError(f"{shard}: record {record} at byte {start}: {error}") from error
+                    builder.add(actions, texts, f"{shard}: record {record}", states)
                 except ValueError as error:
-                    raise ValueError(f"{shard}: record {record} at byte {start}: {error}") from error
-                builder.add(actions, texts, f"{shard}: record {record}", states)
-                shard_E.append(number)
+                    builder.leave_out(str(error))
+                    continue
                 offsets.append(np.array([start + a for a, _ in pictures], dtype=np.int64))
                 sizes.append(np.array([b - a for a, b in pictures], dtype=np.int32))
                 bar.update(len(payload))
-            if record + 1 != expected:
-                raise ValueError(f"{shard} holds {record + 1} episodes and dataset_info.json says {expected}; copy or make the "
-                                 "data set again")
+            told = f"{shard} holds {record + 1} episodes and dataset_info.json says {expected}; copy or make the data set again"
+            if record + 1 > expected:  # nobody knows which of them are the ones that count
+                raise ValueError(told)
+            if record + 1 < expected:
+                builder.leave_out(told, expected - record - 1)
     # shard of each episode, byte offset of each frame's encoded picture in it, and its bytes
     return builder.index({"shard_E": np.array(shard_E, dtype=np.int32), "offset_N": np.concatenate(offsets or [np.empty(0)]),
                           "length_N": np.concatenate(sizes or [np.empty(0)])})
@@ -131,9 +144,9 @@ class RldsDataset(DemoDataset):
     files = ("*.tfrecord*",)
 
     def __init__(self, folder, split: str = "train", fraction: float = 1.0, cache_dir=None, conventions: Conventions = USUAL,
-                 with_state: bool = False):
+                 with_state: bool = False, skip_bad: bool = False):
         version = find_version(folder)
-        name, splits = read_info(version)
+        name, splits = read_info(version, skip_bad)
         if split not in splits:
             raise ValueError(f"{version} has no split {split!r}, only {', '.join(splits)}")
         self._files: Dict[int, int] = {}
@@ -142,8 +155,9 @@ class RldsDataset(DemoDataset):
         episodes = [count for _, lengths in splits.values() for count in lengths]
         camera, state = conventions.camera or "image", conventions.state_names(with_state)
         identity = [str(version.resolve()), camera, episodes, *([] if state is None else [state])]
-        index = cached_index("rlds", name, identity, self._shards, cache_dir,
+        index = cached_index("rlds", name, identity, [s for s in self._shards if s.is_file()], cache_dir,
                              lambda: build_index(self._shards, episodes, camera, name, state))
+        refuse(version, index.bad, skip_bad)
         before = sum(sum(lengths) for _, lengths in list(splits.values())[:list(splits).index(split)])
         super().__init__(version, name, index, (before, sum(splits[split][1])), fraction, conventions)
 

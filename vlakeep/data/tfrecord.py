@@ -33,6 +33,15 @@ def read_records(path, check: bool = True) -> Iterator[Tuple[int, bytes]]:
 
     Raises RecordError for a truncated file and, with `check`, for a checksum that does not match.
     """
+    for start, payload, problem in scan_records(path, check):
+        if problem:
+            raise RecordError(problem)
+        yield start, payload
+
+
+def scan_records(path, check: bool = True) -> Iterator[Tuple[int, bytes, str]]:
+    """As read_records, with (offset, b"", what is wrong) for a record that cannot be read; after a length that cannot be believed nothing
+    more comes."""
     path = Path(path)
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -41,22 +50,27 @@ def read_records(path, check: bool = True) -> Iterator[Tuple[int, bytes]]:
             where = f"{path}: record {record} at byte {offset}"
             header = file.read(HEADER_BYTES)
             if len(header) < HEADER_BYTES:
-                raise RecordError(f"{where} is truncated: {len(header)} of {HEADER_BYTES} header bytes; copy or make it again")
+                yield offset, b"", f"{where} is truncated: {len(header)} of {HEADER_BYTES} header bytes; copy or make it again"
+                return
             length, length_crc = _HEADER.unpack(header)
             if check and masked_crc32c(header[:8]) != length_crc:
-                raise RecordError(f"{where}: checksum of the length does not match, so this is no TFRecord or it is damaged; "
-                                  "copy or make the file again")
+                yield offset, b"", (f"{where}: checksum of the length does not match, so this is no TFRecord or it is damaged; "
+                                    "copy or make the file again")
+                return
             if offset + FRAME_BYTES + length > size:
-                raise RecordError(f"{where} is truncated: it needs {FRAME_BYTES + length} bytes and the file ends after "
-                                  f"{size - offset}; copy or make the file again")
+                yield offset, b"", (f"{where} is truncated: it needs {FRAME_BYTES + length} bytes and the file ends after "
+                                    f"{size - offset}; copy or make the file again")
+                return
             payload = file.read(length)
             footer = file.read(4)
             if len(payload) < length or len(footer) < 4:
-                raise RecordError(f"{where} became shorter while it was read")
+                yield offset, b"", f"{where} became shorter while it was read"
+                return
             if check and masked_crc32c(payload) != _FOOTER.unpack(footer)[0]:
-                raise RecordError(f"{where}: checksum of its {length} bytes does not match; the file is damaged, copy or make it "
-                                  "again")
-            yield offset + HEADER_BYTES, payload
+                yield offset, b"", (f"{where}: checksum of its {length} bytes does not match; the file is damaged, copy or make it "
+                                    "again")
+            else:
+                yield offset + HEADER_BYTES, payload, ""
             offset += FRAME_BYTES + length
             record += 1
 

@@ -13,6 +13,7 @@ from vlakeep.data.dataset import optional
 
 _OPEN_FILES = 8  # per thread
 _AGAIN = "copy, download or make the file again"
+TOLERANCE = 0.25  # of a frame's time
 
 
 def _open(path: Path):
@@ -27,17 +28,37 @@ def _open(path: Path):
     return container
 
 
-def video_frames(path: Path) -> int:
-    """Frames of a video file as its header says, 0 when it does not. ValueError for a file that does not open."""
+def video_times(path: Path) -> np.ndarray:
+    """float64 [frames], ascending: when each frame is shown, in seconds. Read from the packets, not from the header, which may promise
+    more than is there, or say nothing; nothing is decoded. ValueError for a file that does not open."""
+    av = optional("av", "lerobot", f"reading {path}")
     with _open(path) as container:
-        return int(container.streams.video[0].frames)
+        stream, times = container.streams.video[0], []
+        try:
+            for packet in container.demux(stream):
+                if packet.pts is not None and packet.size:
+                    times.append(float(packet.pts * stream.time_base))
+        except (av.error.FFmpegError, OSError):
+            pass  # what comes before the damage is there
+        return np.sort(np.array(times, dtype=np.float64))
+
+
+def missing_frame(times: np.ndarray, wanted: np.ndarray, fps: float) -> int:
+    """The first of the `wanted` seconds at which VideoReader will find no frame among `times`; -1 when it finds all."""
+    if not len(times):
+        return 0 if len(wanted) else -1
+    tolerance = TOLERANCE / fps
+    # As there: the first frame that is not earlier than the wanted one less the tolerance.
+    at = np.minimum(np.searchsorted(times, wanted - tolerance), len(times) - 1)
+    far = np.flatnonzero(np.abs(times[at] - wanted) > tolerance)
+    return int(far[0]) if len(far) else -1
 
 
 class VideoReader:
     """fps: frames per second; a frame is found when its time stamp is at most a quarter of a frame off."""
 
     def __init__(self, fps: float):
-        self._tolerance = 0.25 / fps
+        self._tolerance = TOLERANCE / fps
         self._local = threading.local()
         self._lock, self._all = threading.Lock(), []
 

@@ -44,6 +44,8 @@ class Method:
     Options: Any = NoOptions  # a dataclass, filled from the section `options` of the configuration
     decoder_only = False  # whether it acts on linears of decoder layers alone
     artifact_name = "artefact"  # as preflight calls what the offline step leaves
+    # Sections and keys of the configuration that are a method's business and that it reads in training: a run goes on when others change.
+    reads: Tuple[str, ...] = ("probe", "icsm", "hsw", "gains", "thermostat", "options")
 
     # Before a model is loaded
 

@@ -5,6 +5,7 @@ from vlakeep.methods.base import Method
 
 class Baseline(Method):
     label, label_zh = "Plain LoRA", "普通 LoRA"
+    reads = ()
 
 
 METHOD = Baseline

@@ -48,6 +48,7 @@ class Distillation(Graded):
     """See the module's first line."""
 
     label, label_zh = "Distillation on the probe", "探针蒸馏"
+    reads = (*Graded.reads, "options")
     Options = Options
 
     @classmethod

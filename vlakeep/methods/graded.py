@@ -30,6 +30,7 @@ class Graded(Method):
     label, label_zh = "Graded gains, set-point", "逐方向增益（设定点）"
     decoder_only = True
     artifact_name = "artefact of the graded method"
+    reads = ("probe", "icsm.batch_size", "gains", "thermostat")
 
     @classmethod
     def needs_offline(cls, config: Config) -> bool:
@@ -44,8 +45,8 @@ class Graded(Method):
         return never_measured(config)
 
     @classmethod
-    def artifact_folder(cls, config: Config, storage: Storage, backbone_name: str) -> Path:
-        return graded_offline.artifact_folder(config, storage, backbone_name)
+    def artifact_folder(cls, config: Config, storage: Storage, backbone_name: str, weights_sha256: Optional[str] = None) -> Path:
+        return graded_offline.artifact_folder(config, storage, backbone_name, weights_sha256)
 
     @classmethod
     def artifact_problems(cls, config: Config, folder: Path, weights_sha256: Optional[str], probe_sha256: Optional[str],
@@ -62,7 +63,7 @@ class Graded(Method):
         if not cls.needs_offline(config):
             return cls(config, None, None), {}
         probe = ProbeSet(storage.probe_folder(config.probe.name))
-        folder = cls.artifact_folder(config, storage, backbone.name)
+        folder = cls.artifact_folder(config, storage, backbone.name, backbone.weights_sha256)
         problems = cls.artifact_problems(config, folder, backbone.weights_sha256, probe.sha256, backbone.num_layers)
         if problems:
             raise ArtifactError("\n".join(problems))

@@ -24,7 +24,7 @@ from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.teacher import artifact, coverage
 from vlakeep.teacher.answers import Part, answer_columns, logits_at, run_below, teacher_answers
 from vlakeep.teacher.collect import passes, with_own_answers
-from vlakeep.teacher.folder import numerics
+from vlakeep.teacher.folder import numerics, of_weights
 from vlakeep.teacher.spectrum import Spectrum, spectrum, to_tensors
 
 FEW = 4  # items whose activations are kept for a backward pass
@@ -32,8 +32,9 @@ LARGEST = 10.0  # weight of a probe item of a rare kind, relative to the mean
 NEW_FRAMES = 64  # of the new task's data, for the coverage report and the divergence on its prompts
 
 
-def artifact_folder(config: Config, storage: Storage, backbone_name: str) -> Path:
-    return storage.artifact_folder(config.gains.name or artifact.artifact_name(backbone_name))
+def artifact_folder(config: Config, storage: Storage, backbone_name: str, weights_sha256: Optional[str] = None) -> Path:
+    folder = storage.artifact_folder(config.gains.name or artifact.artifact_name(backbone_name))
+    return of_weights(folder, weights_sha256, chosen=config.gains.name is not None)
 
 
 def deciding(config: Config) -> dict:
@@ -102,7 +103,7 @@ def build(config: Config, storage: Storage, backbone) -> Path:
     if not held:
         raise ValueError(f"{probe.folder}: none of {len(items)} items can be held out for the sensor, no kind has two; raise --probe.size")
     linears = select_linears(backbone, config.lora.layers, config.lora.modules)
-    folder = artifact_folder(config, storage, backbone.name)
+    folder = artifact_folder(config, storage, backbone.name, backbone.weights_sha256)
     need_free(folder, _bytes_needed(config, backbone, linears), "the artefact")
     log.info(f"teacher {backbone.name} ({backbone.num_layers} layers, D = {backbone.hidden_size}), probe {len(fit)} items for the spectra "
              f"of {len(linears)} linears' inputs and {len(held)} for the sensor")

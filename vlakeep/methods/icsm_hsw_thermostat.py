@@ -20,7 +20,7 @@ from vlakeep.probe.batches import prompt_batches
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.teacher import icsm_artifact
 from vlakeep.teacher.decompose import fix_signs
-from vlakeep.teacher.folder import note_attention
+from vlakeep.teacher.folder import note_attention, of_weights
 from vlakeep.teacher.icsm_artifact import ArtifactError
 from vlakeep.thermostat.controller import Controller, Law
 from vlakeep.thermostat.thermometer import Thermometer
@@ -35,6 +35,7 @@ class IcsmHswThermostat(Method):
     label, label_zh = "Method (residual)", "本方法（残差处）"
     decoder_only = True
     artifact_name = "ICSM artefact"
+    reads = ("probe", "icsm", "hsw", "thermostat")
 
     def __init__(self, config: Config, artifact=None, make_thermometer=None):
         """`artifact` (icsm.artifact.Artifact) unless every feature is off; `make_thermometer(backbone)` builds the drift sensor."""
@@ -80,8 +81,9 @@ class IcsmHswThermostat(Method):
         return found + never_measured(config)
 
     @classmethod
-    def artifact_folder(cls, config: Config, storage: Storage, backbone_name: str) -> Path:
-        return storage.artifact_folder(config.icsm.name or icsm_artifact.artifact_name(backbone_name))
+    def artifact_folder(cls, config: Config, storage: Storage, backbone_name: str, weights_sha256: Optional[str] = None) -> Path:
+        folder = storage.artifact_folder(config.icsm.name or icsm_artifact.artifact_name(backbone_name))
+        return of_weights(folder, weights_sha256, chosen=config.icsm.name is not None)
 
     @classmethod
     def artifact_problems(cls, config: Config, folder: Path, weights_sha256: Optional[str], probe_sha256: Optional[str],
@@ -98,7 +100,7 @@ class IcsmHswThermostat(Method):
         if not cls.needs_offline(config):
             return cls(config), {}
         probe = ProbeSet(storage.probe_folder(config.probe.name))
-        folder = cls.artifact_folder(config, storage, backbone.name)
+        folder = cls.artifact_folder(config, storage, backbone.name, backbone.weights_sha256)
         problems = cls.artifact_problems(config, folder, backbone.weights_sha256, probe.sha256, backbone.num_layers)
         if problems:
             raise ArtifactError("\n".join(problems))

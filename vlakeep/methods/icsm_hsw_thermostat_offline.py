@@ -21,7 +21,7 @@ from vlakeep.probe.probe_set import ProbeSet, evenly
 from vlakeep.teacher import icsm_artifact as artifact
 from vlakeep.teacher.collect import passes, pooled_states, token_moments, with_own_answers
 from vlakeep.teacher.decompose import check_rank, pooled_candidates, token_bases
-from vlakeep.teacher.folder import numerics
+from vlakeep.teacher.folder import numerics, of_weights
 from vlakeep.teacher.sensitivity import order_by_fragility, sensitivities
 from vlakeep.thermostat.drift import covariance
 
@@ -35,7 +35,8 @@ def build(config: Config, storage: Storage, backbone) -> Path:
     mapping = artifact.layer_map(backbone.num_layers, layers)
     check_rank(config.icsm.rank, len(items), backbone.hidden_size)
     linears = select_linears(backbone, config.lora.layers, config.lora.modules) if config.icsm.tokens else {}
-    folder = storage.artifact_folder(config.icsm.name or artifact.artifact_name(backbone.name))
+    folder = of_weights(storage.artifact_folder(config.icsm.name or artifact.artifact_name(backbone.name)), backbone.weights_sha256,
+                        chosen=config.icsm.name is not None)
     need_free(folder, _bytes_needed(config, backbone, layers, linears, len(items)), "the ICSM artefact")
     log.info(f"teacher {backbone.name} ({backbone.num_layers} layers, D = {backbone.hidden_size}), probe {len(items)} items, "
              f"representative layers {layers}, r = {config.icsm.rank}")

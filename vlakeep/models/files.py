@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from vlakeep.core.errors import CheckpointError, human_bytes
+from vlakeep.core.errors import CheckpointError, human_bytes, quoted
 from vlakeep.core.storage import atomic_path, atomic_write
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -25,13 +25,23 @@ MAX_SHARD = 5_000_000_000  # bytes, as the official shards
 
 
 def weight_files(folder) -> List[Path]:
-    """The safetensors files of a folder. Raises FileNotFoundError naming what is missing."""
+    """The safetensors files of a folder. Raises FileNotFoundError naming what is missing, CheckpointError for two sets of weights.
+
+    Consolidating a model leaves its index behind. Where the shards are gone the single file is the model, as for transformers; where they
+    are not, two programs may read two models.
+    """
     folder = Path(folder)
+    if (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
+        named = _named(folder)
+        whole = [name for name in named if (folder / name).is_file()]
+        if len(whole) < len(named):
+            return [folder / WEIGHTS]
+        if named != [WEIGHTS]:
+            raise CheckpointError(f"{folder} holds two sets of weights, {WEIGHTS} and {INDEX} with {', '.join(named)}: keep one, "
+                                  f"`mv {quoted(folder / INDEX)} {quoted(folder / (INDEX + '.old'))}` for the single file, "
+                                  f"`mv {quoted(folder / WEIGHTS)} {quoted(folder / (WEIGHTS + '.old'))}` for the other")
     if (folder / INDEX).is_file():
-        try:
-            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{folder / INDEX} is damaged ({error}): fetch the checkpoint again") from error
+        names = _named(folder)
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise FileNotFoundError(
@@ -48,6 +58,14 @@ def weight_files(folder) -> List[Path]:
     raise FileNotFoundError(
         f"no {WEIGHTS} or {INDEX} in {folder}: fetch the checkpoint again, or give another --backbone.checkpoint"
     )
+
+
+def _named(folder: Path) -> List[str]:
+    """The files that an index names."""
+    try:
+        return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / INDEX} is damaged ({error}): fetch the checkpoint again") from error
 
 
 def tensor_table(file: Path) -> dict:

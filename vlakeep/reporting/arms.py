@@ -13,6 +13,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import yaml
 
+from vlakeep.core.checkpoint import list_checkpoints
 from vlakeep.core.errors import quoted
 from vlakeep.core.registry import method_class, method_names
 
@@ -139,6 +140,7 @@ def load_arms(folders: Dict[str, Dict[str, Any]]) -> Dict[str, Arm]:
         _load_run(arm, missing)
         _load_eval(arm, missing)
         arms[name] = arm
+    _compare_drifts(arms)
     if missing:
         raise FileNotFoundError("the report lacks inputs:\n  " + "\n  ".join(missing))
     return arms
@@ -196,6 +198,34 @@ def _load_eval(arm: Arm, missing: List[str]) -> None:
         trials = arm.trials.setdefault((row["kind"], row["ability"]), {})
         trials[(row["trial"], row.get("seed", 0))] = None if outcome is None else float(outcome)
     _check_summary(arm)
+    _check_weights(arm)
+
+
+def _check_weights(arm: Arm) -> None:
+    """Note where the evaluation is of other weights than the run's curves end with: the run went on, or was made again."""
+    run, weights = arm.folders["run"], (arm.summary or {}).get("weights")
+    steps: Dict[int, str] = {}
+    for step, folder in list_checkpoints(run) if run is not None and weights else ():
+        try:
+            steps[step] = json.loads((folder / "manifest.json").read_text())["files"]["adapter/adapter_model.safetensors"]["sha256"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    if not steps or steps[max(steps)] == weights:
+        return
+    known = [step for step, sha256 in steps.items() if sha256 == weights]
+    of = f"the checkpoint of step {max(known)}" if known else f"an adapter ({weights[:8]}) that is no checkpoint of the run any more"
+    arm.notes.append(f"the evaluation is of {of}, and the run has gone on to step {max(steps)}: its success does not belong to the end of "
+                     "these curves; run `vlakeep evaluate` again")
+
+
+def _compare_drifts(arms: Dict[str, Arm]) -> None:
+    """Note where the drifts of two arms are over another probe, other items of it or other layers."""
+    measured = [(arm, arm.summary["drift_of"]) for arm in arms.values() if arm.summary and arm.summary.get("drift_of")]
+    for arm, made in measured[1:]:
+        other, first = measured[0]
+        differ = [f"{key} {str(first.get(key))[:12]} and {str(made.get(key))[:12]}" for key in made if made[key] != first.get(key)]
+        if differ:
+            arm.notes.append(f"its drift cannot be compared with that of {other.name}: {', '.join(differ)}")
 
 
 def _check_summary(arm: Arm) -> None:

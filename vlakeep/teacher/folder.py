@@ -4,9 +4,10 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Sequence
+from typing import Dict, List, Optional, Sequence
 
 from vlakeep.core.log import log
+from vlakeep.core.names import HASH
 from vlakeep.core.storage import atomic_dir
 
 QUANTISATION = "none"  # of the base's weights; no others are loaded
@@ -14,6 +15,21 @@ QUANTISATION = "none"  # of the base's weights; no others are loaded
 
 class ArtifactError(ValueError):
     """An artefact that is missing, damaged, or of another model, probe or layer map."""
+
+
+def of_weights(folder: Path, weights_sha256: Optional[str], chosen: bool = False) -> Path:
+    """`folder`, or FOLDER-<hash> where that is, or has to be, the place of these base weights, since another model of the name has the
+    plain one. chosen: the user has named the folder, who may replace what is in it."""
+    if chosen or weights_sha256 is None:
+        return folder
+    own = folder.with_name(f"{folder.name}-{weights_sha256[:HASH]}")
+    if (own / "meta.json").is_file():
+        return own
+    try:
+        made = json.loads((folder / "meta.json").read_text())["weights_sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return folder
+    return folder if made == weights_sha256 else own
 
 
 def write_folder(folder: Path, contents: Dict[str, bytes], meta: dict) -> None:
