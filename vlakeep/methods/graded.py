@@ -105,7 +105,8 @@ class Graded(Method):
         if settings.enabled:
             adapted, spectra = backbone.adapted_linears(), self._spectra(backbone)
             sensitivity = self._artifact.sensitivity() if settings.allocation == "sensitivity" else None
-            self._site = make_site(adapted, spectra, backbone.input_key, settings.steepness, settings.scale, settings.allocation, sensitivity)
+            self._site = make_site(adapted, spectra, backbone.input_key, settings.steepness, settings.scale, settings.allocation,
+                                   sensitivity)
             self._site.set_opening(settings.opening or starting_opening(self._site, settings.start))
         if thermostat.enabled:
             self._sensors = self._make_sensors(backbone)

@@ -1,4 +1,4 @@
-"""The loop of graded gains in one place: a measurement, the law, what it moves, and the end. methods/graded.py and protection/handle.py use it.
+"""The loop of graded gains: a measurement, the law, what it moves, and the end; for methods/graded.py and protection/handle.py.
 
     start     where a small share of plain LoRA's probe energy passes (hsw/graded.py:opening_for)
     every K   r <- law(r, measured divergence)          thermostat/setpoint.py
