@@ -39,6 +39,8 @@ ROOMS = {
             "梯度手术：变换本身，以及它作用的两个位置"),
     "thermostat": ("the control loop: sensors of drift and divergence, control laws",
                    "控制回路：漂移与散度的传感器、控制律"),
+    "protection": ("gains and loop for PEFT models in other people's training loops",
+                   "用于他人训练循环中 PEFT 模型的增益与控制回路"),
     "methods": ("the arms, one file each",
                 "各实验臂，每个一个文件"),
     "benchmarks": ("trial records with intervals, and what all benchmarks share",

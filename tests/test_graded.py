@@ -30,6 +30,7 @@ from vlakeep.teacher import artifact, coverage
 from vlakeep.teacher.answers import Answered, divergence, run_below, split_log_probabilities, teacher_answers
 from vlakeep.teacher.collect import token_moments, with_own_answers
 from vlakeep.teacher.spectrum import Spectrum, gains, spectrum
+from vlakeep.thermostat import loop
 from vlakeep.thermostat.kl_sensor import KLSensor, batched
 from vlakeep.thermostat.setpoint import SetPoint, SetPointController, replay, settle
 from vlakeep.train import run_training
@@ -507,7 +508,7 @@ def test_the_adapter_that_is_left_is_the_one_that_was_measured(world, artefact, 
     name = f"graded-{rule.__name__}"
     config = make_config(GRADED, "--name", name, "--train.lr", 5e-3, "--thermostat.target", 1e-5, "--train.steps", 5,
                          "--thermostat.every", 2, "--evaluate.target", name)
-    monkeypatch.setattr(graded_method, "settle", rule)
+    monkeypatch.setattr(loop, "settle", rule)
     last = read_metrics(run_training(config, storage))[-1]
     assert last["step"] == 5 and "next_opening" not in last
     assert rule is not settle or last["settled_kl"] <= 1e-5

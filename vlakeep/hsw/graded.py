@@ -13,7 +13,7 @@ Axes: R rank, D input size, K stored directions, O output size.
 """
 
 import math
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch
 from torch import nn
@@ -123,9 +123,9 @@ class Together:
     """
 
     def __init__(self, linears: Dict[str, nn.Module], spaces: Dict[str, GradedInput], meter: "GradientMeter",
-                 batched: Optional[bool] = None):
+                 batched: Optional[bool] = None, adapter: str = "default"):
         """batched: whether contractions of one shape are one product; None: on a GPU."""
-        self._modules = [linear.lora_A["default"] for linear in linears.values()]
+        self._modules = [linear.lora_A[adapter] for linear in linears.values()]
         self._spaces, self._meter = [spaces[name] for name in linears], meter
         self._made: List[Optional[tuple]] = [None] * len(self._modules)
         self._held = False
@@ -268,23 +268,23 @@ class GradedSite:
     """Parametrises LoRA A of every adapted linear.
 
     linears: name -> PEFT layer; spaces: name -> GradedInput, the same object for linears that read the same tensor;
-    units: name -> the eigenvalue in which lambda is measured, lambda = r * unit. batched: see Together.
+    units: name -> the eigenvalue in which lambda is measured, lambda = r * unit. batched: see Together. adapter: its name in PEFT.
     """
 
     def __init__(self, linears: Dict[str, nn.Module], spaces: Dict[str, GradedInput], units: Dict[str, float], steepness: float,
-                 scale: float, batched: Optional[bool] = None):
-        self.meter = GradientMeter()
+                 scale: float, batched: Optional[bool] = None, adapter: str = "default"):
+        self.meter, self._adapter = GradientMeter(), adapter
         self._linears, self._steepness, self._scale = dict(linears), steepness, scale
         for name, linear in self._linears.items():
-            dim = linear.lora_A["default"].weight.shape[1]
+            dim = linear.lora_A[adapter].weight.shape[1]
             if spaces[name].dim != dim:
                 raise ValueError(f"the spectrum of {name} has {spaces[name].dim} dimensions, its LoRA A {dim}: the artefact is of "
                                  "another model")
         self._spaces, self._units = dict(spaces), dict(units)
-        self._together = Together(self._linears, self._spaces, self.meter, batched)
+        self._together = Together(self._linears, self._spaces, self.meter, batched, adapter)
         for index, (name, linear) in enumerate(self._linears.items()):  # only now: a refused artefact must leave the model as it was
             made = GradedA(self._spaces[name], self.meter, self._together, index)
-            parametrize.register_parametrization(linear.lora_A["default"], "weight", made)
+            parametrize.register_parametrization(linear.lora_A[self._adapter], "weight", made)
         self.opening: Optional[float] = None
 
     def distinct(self) -> Dict[str, GradedInput]:
@@ -325,16 +325,16 @@ class GradedSite:
         """||scaling B A_eff||_F of every linear, a device scalar each."""
         shapes: Dict[tuple, List[str]] = {}
         for name, linear in self._linears.items():
-            shapes.setdefault((linear.lora_A["default"].weight.shape, linear.lora_B["default"].weight.shape), []).append(name)
+            shapes.setdefault((linear.lora_A[self._adapter].weight.shape, linear.lora_B[self._adapter].weight.shape), []).append(name)
         found: Dict[str, torch.Tensor] = {}
         for names in shapes.values():  # those of one shape at once: one by one most of the time goes into starting kernels
             linears = [self._linears[name] for name in names]
-            a_GRD = torch.stack([linear.lora_A["default"].weight for linear in linears]).float()
-            b_GOR = torch.stack([linear.lora_B["default"].weight for linear in linears]).float()
+            a_GRD = torch.stack([linear.lora_A[self._adapter].weight for linear in linears]).float()
+            b_GOR = torch.stack([linear.lora_B[self._adapter].weight for linear in linears]).float()
             # ||B A||_F^2 = <B^T B, A A^T>
             square_G = (torch.bmm(b_GOR.mT, b_GOR) * torch.bmm(a_GRD, a_GRD.mT)).sum((1, 2)).clamp(min=0)
             for name, linear, norm in zip(names, linears, square_G.sqrt().unbind(0)):
-                found[name] = linear.scaling["default"] * norm
+                found[name] = linear.scaling[self._adapter] * norm
         return {name: found[name] for name in self._linears}
 
     def names(self) -> List[str]:
@@ -344,5 +344,34 @@ class GradedSite:
         """Leave A_eff behind as the plain LoRA weight."""
         self._together.hold()
         for linear in self._linears.values():
-            parametrize.remove_parametrizations(linear.lora_A["default"], "weight", leave_parametrized=True)
+            parametrize.remove_parametrizations(linear.lora_A[self._adapter], "weight", leave_parametrized=True)
         self._linears.clear()
+
+
+def make_site(linears: Dict[str, nn.Module], spectra: Dict[str, Any], key_of: Callable[[str], str], steepness: float, scale: float,
+              allocation: str = "linear", sensitivity: Optional[Dict[str, float]] = None, adapter: str = "default") -> GradedSite:
+    """The site of these PEFT layers. spectra: input -> Spectrum; key_of: a linear's input; allocation as in config.GainsConfig, of which
+    "sensitivity" reads the linears' sensitivities."""
+    made: Dict[tuple, GradedInput] = {}
+    spaces = {}
+    for name, linear in linears.items():
+        # With one lambda per linear those that share an input still need gains of their own.
+        key = (key_of(name), name if allocation == "sensitivity" else "")
+        if key not in made:
+            made[key] = GradedInput(spectra[key[0]], linear.lora_A[adapter].weight.device)
+        spaces[name] = made[key]
+    return GradedSite(linears, spaces, _units(spaces, allocation, sensitivity), steepness, scale, adapter=adapter)
+
+
+def _units(spaces: Dict[str, GradedInput], allocation: str, sensitivity: Optional[Dict[str, float]]) -> Dict[str, float]:
+    """Eigenvalue in which lambda is measured, per linear."""
+    own = {name: space.energy / space.dim for name, space in spaces.items()}
+    if allocation == "linear":
+        return own
+    if allocation == "model":
+        mean = sum(own.values()) / len(own)
+        return {name: mean for name in own}
+    middle = sorted(sensitivity[name] for name in own)[len(own) // 2]
+    typical = sorted(own.values())[len(own) // 2]
+    # The floor keeps a linear that the answers hardly depend on from being opened without bound.
+    return {name: typical * middle / max(sensitivity[name], 1e-3 * middle) for name in own}

@@ -106,15 +106,15 @@ class Distillation(Graded):
         return SetPoint(target=thermostat.target, start=1 / self._options.weight, lowest=1 / HEAVIEST, highest=1 / LIGHTEST,
                         steepness=STEEPNESS, open_factor=thermostat.open_factor, close_factor=thermostat.close_factor)
 
-    def _act(self) -> None:
-        self._weight = 1 / self._controller.opening
+    def _act(self, opening: float) -> None:
+        self._weight = 1 / opening
 
     def _settle(self, measured: Dict[str, float]) -> Dict[str, float]:
         return {}  # w has no effect on weights that are finished
 
     def _measure(self, act: bool = True) -> Dict[str, float]:
         row = super()._measure(act)
-        if self._controller and act:
+        if self._loop.controller and act:
             row.update(opening=self._site.opening if self._site else 0.0, weight=1 / row["opening"], next_weight=self._weight)
             row.pop("next_opening")
         return row

@@ -10,7 +10,7 @@ import torch
 
 from vlakeep.core.config import Config
 from vlakeep.core.storage import Storage
-from vlakeep.hsw.graded import GradedInput, GradedSite
+from vlakeep.hsw.graded import GradedSite, make_site
 from vlakeep.methods import graded_offline
 from vlakeep.methods.base import Method, Problem, never_measured
 from vlakeep.models.adapters import adapters_disabled
@@ -18,10 +18,10 @@ from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.teacher.answers import Answered, run_below, teacher_answers
 from vlakeep.teacher.artifact import GradedArtifact, check, load_artifact
 from vlakeep.teacher.folder import ArtifactError, note_attention
+from vlakeep.teacher.spectrum import Spectrum
 from vlakeep.thermostat.kl_sensor import KLSensor, batched
-from vlakeep.thermostat.setpoint import SetPoint, SetPointController, settle
-
-LOWEST, HIGHEST = 1e-9, 1e3  # of the opening: below, nothing passes that a run would notice; above, nothing is closed
+from vlakeep.thermostat.loop import Loop, set_point, starting_opening
+from vlakeep.thermostat.setpoint import SetPoint
 
 
 class Graded(Method):
@@ -98,66 +98,42 @@ class Graded(Method):
     def __init__(self, config: Config, artifact: Optional[GradedArtifact], make_sensors: Callable):
         self._config, self._artifact, self._make_sensors = config, artifact, make_sensors
         self._site: Optional[GradedSite] = None
-        self._controller: Optional[SetPointController] = None
+        self._loop: Optional[Loop] = None
         self._sensors: dict = {}
         self._observe = False
 
     def attach(self, backbone) -> None:
         settings, thermostat = self._config.gains, self._config.thermostat
         if settings.enabled:
-            adapted = backbone.adapted_linears()
-            spaces = self._spaces(adapted, backbone.input_key)
-            self._site = GradedSite(adapted, spaces, self._units(adapted, spaces), settings.steepness, settings.scale)
-            # Before anything is measured only the spectrum is known: it gives the share of plain LoRA's energy that passes.
-            start = settings.opening or min(max(self._site.opening_for(settings.start), LOWEST), HIGHEST)
-            self._site.set_opening(start)
+            adapted, spectra = backbone.adapted_linears(), self._spectra(backbone)
+            sensitivity = self._artifact.sensitivity() if settings.allocation == "sensitivity" else None
+            self._site = make_site(adapted, spectra, backbone.input_key, settings.steepness, settings.scale, settings.allocation,
+                                   sensitivity)
+            self._site.set_opening(settings.opening or starting_opening(self._site, settings.start))
         if thermostat.enabled:
             self._sensors = self._make_sensors(backbone)
-            law = self._law()
-            self._controller = SetPointController(law) if law else None
+            self._loop = Loop(self._sensors["kl"].measure, self._law(), self._act)
 
     def _law(self) -> Optional[SetPoint]:
         """The law of the loop; None when there is nothing that it could move."""
         thermostat = self._config.thermostat
-        return SetPoint(target=thermostat.target, start=self._site.opening, lowest=LOWEST, highest=HIGHEST,
-                        steepness=self._config.gains.steepness, open_factor=thermostat.open_factor,
-                        close_factor=thermostat.close_factor) if self._site else None
+        return set_point(thermostat.target, self._site.opening, self._config.gains.steepness, thermostat.open_factor,
+                         thermostat.close_factor) if self._site else None
 
-    def _act(self) -> None:
+    def _act(self, opening: float) -> None:
         """What the controller moves takes its new value."""
-        self._site.set_opening(self._controller.opening)
+        self._site.set_opening(opening)
 
-    def _spaces(self, adapted: Dict[str, torch.nn.Module], input_key: Callable[[str], str]) -> Dict[str, GradedInput]:
+    def _spectra(self, backbone) -> Dict[str, Spectrum]:
         spectra = self._artifact.spectra()
-        missing = [name for name in adapted if input_key(name) not in spectra]
+        adapted = backbone.adapted_linears()
+        missing = [name for name in adapted if backbone.input_key(name) not in spectra]
         if missing:
             raise ArtifactError(
                 f"{self._artifact.folder} has no spectrum for {len(missing)} of the {len(adapted)} adapted linears, such as {missing[0]}; "
                 f"it was made with lora {self._artifact.meta['lora']}: run `vlakeep offline` with the --lora.layers and --lora.modules "
                 "of this run")
-        made: Dict[tuple, GradedInput] = {}
-        found = {}
-        for name, linear in adapted.items():
-            # With one lambda per linear those that share an input still need gains of their own.
-            key = (input_key(name), name if self._config.gains.allocation == "sensitivity" else "")
-            if key not in made:
-                made[key] = GradedInput(spectra[key[0]], linear.lora_A["default"].weight.device)
-            found[name] = made[key]
-        return found
-
-    def _units(self, adapted: Dict[str, torch.nn.Module], spaces: Dict[str, GradedInput]) -> Dict[str, float]:
-        """Eigenvalue in which lambda is measured, per linear."""
-        own = {name: spaces[name].energy / spaces[name].dim for name in adapted}
-        if self._config.gains.allocation == "linear":
-            return own
-        if self._config.gains.allocation == "model":
-            mean = sum(own.values()) / len(own)
-            return {name: mean for name in own}
-        sensitivity = self._artifact.sensitivity()
-        middle = sorted(sensitivity[name] for name in own)[len(own) // 2]
-        typical = sorted(own.values())[len(own) // 2]
-        # The floor keeps a linear that the answers hardly depend on from being opened without bound.
-        return {name: typical * middle / max(sensitivity[name], 1e-3 * middle) for name in own}
+        return spectra
 
     def before_training(self) -> List[Dict[str, float]]:
         """What student and teacher say while they are the same: the sensor's zero."""
@@ -176,33 +152,22 @@ class Graded(Method):
             self._site.meter.start(False)
         if self._sensors and step % self._config.thermostat.every == 0:
             metrics.update(self._measure())
-        if self._controller and step == self._config.train.steps:
+        if self._loop and self._loop.controller and step == self._config.train.steps:
             metrics.update(self._settle(metrics))
         return metrics
 
     def _settle(self, measured: Dict[str, float]) -> Dict[str, float]:
-        """Leave the opening where the final weights keep to the target. The controller stays as it is, so that a run that is made
-        longer goes on as if it had not ended here."""
-        def measure(opening: float) -> float:
-            self._site.set_opening(opening)
-            return self._sensors["kl"].measure()
-
-        first = measured["opening"] if "kl" in measured else self._controller.opening
-        trail = settle(self._controller.law, first, measured["kl"] if "kl" in measured else measure(first), measure)
-        self._site.set_opening(trail[-1][0])
-        tried = {f"settle/{i}/{name}": value for i, pair in enumerate(trail[:-1]) for name, value in zip(("opening", "kl"), pair)}
-        return {**tried, "settled_opening": trail[-1][0], "settled_kl": trail[-1][1]}
+        return self._loop.settle(measured)
 
     def _measure(self, act: bool = True) -> Dict[str, float]:
-        kl = self._sensors["kl"].measure()
+        kl = self._loop.measure()
         row = {"d": kl, "kl": kl}
         if self._sensors.get("kl_new"):
             row["kl_new"] = self._sensors["kl_new"].measure()
         if self._site:
             row.update(self._where_it_learns())
-        if self._controller and act:
-            row.update(self._controller.update(kl))
-            self._act()
+        if act:
+            row.update(self._loop.move(kl))
         return row
 
     def _where_it_learns(self) -> Dict[str, float]:
@@ -217,12 +182,11 @@ class Graded(Method):
         return row
 
     def state_dict(self) -> dict:
-        return {"controller": self._controller.state_dict()} if self._controller else {}
+        return self._loop.state_dict() if self._loop else {}
 
     def load_state_dict(self, state: dict) -> None:
-        if self._controller:
-            self._controller.load_state_dict(state["controller"])
-            self._act()
+        if self._loop:
+            self._loop.load_state_dict(state)
 
     def detach(self) -> None:
         if self._site:

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from vlakeep.teacher.answers import Part
+from vlakeep.teacher.moments import Moments
 from vlakeep.teacher.spectrum import Spectrum, gains
 
 NOT_COVERED = 3.0  # a group of which this many times more passes than of the probe is said not to be covered
@@ -50,20 +51,12 @@ def input_moments(backbone, parts: Iterable[Part], weights_N: Optional[torch.Ten
     The layers from `first`, in front of which the parts stand, to before `stop` are run, None for all.
     weights_N: of the rows of the parts, in order; a token has its row's. None weighs all alike.
     """
-    moments: Dict[str, torch.Tensor] = {}
+    moments = Moments()
     mask_BS: Any = None
     root_BS: Any = None
     tokens, position = 0.0, 0
 
-    def add(key, x_BSD):
-        # The root, because the weight belongs to x x^T.
-        x_TD = x_BSD[mask_BS].float() * root_BS[mask_BS][:, None]
-        if key in moments:
-            moments[key].addmm_(x_TD.T, x_TD)
-        else:
-            moments[key] = x_TD.T @ x_TD
-
-    with InputWatch(linears, key_of, add):
+    with InputWatch(linears, key_of, lambda key, x_BSD: moments.add(key, x_BSD, mask_BS, root_BS)):
         for part in parts:
             part = part.to(backbone.device)
             mask_BS = part.prefix.attention_mask_BS
@@ -73,7 +66,7 @@ def input_moments(backbone, parts: Iterable[Part], weights_N: Optional[torch.Ten
             root_BS = weights_B.sqrt().float()[:, None].expand(mask_BS.shape)
             tokens += float((weights_B * mask_BS.sum(1)).sum())
             backbone.run_layers(part.prefix, start=first, stop=backbone.num_layers if stop is None else stop)
-    return {key: moment_DD.div_(max(tokens, 1e-12)) for key, moment_DD in moments.items()}
+    return moments.divided(tokens)
 
 
 @torch.no_grad()

@@ -87,9 +87,12 @@ class KLSensor:
     def measure(self) -> float:
         """Weighted mean over the items; all ranks return rank 0's value. Synchronises once. Rounding below zero counts as zero."""
         each_N = self.per_item().double()
-        value = broadcast_float((each_N if self._weights_N is None else each_N * self._weights_N).mean())
-        # Further below zero is no rounding: it is handed on, and the controller rejects it.
-        return max(value, 0.0) if value > -1e-5 else value
+        return without_rounding(broadcast_float((each_N if self._weights_N is None else each_N * self._weights_N).mean()))
+
+
+def without_rounding(value: float) -> float:
+    """A mean divergence, of which a little below zero is rounding. More is none: it is handed on, and the controller rejects it."""
+    return max(value, 0.0) if value > -1e-5 else value
 
 
 def batched(samples: List, processor, size: int) -> Iterator[Batch]:
