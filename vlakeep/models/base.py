@@ -115,6 +115,9 @@ class Backbone(nn.Module, ABC):
     shared_inputs: Dict[str, str] = {}  # linear -> an earlier one that reads the same tensor
     answer_tokens = 8  # longest answer of the teacher to a prompt of the probe
     processor_files: Tuple[Tuple[str, ...], ...] = ()  # names of files beside the weights, one of each group must be there
+    # Whether a prompt's columns see later ones of the prompt: what they would say next means nothing then, and nothing is read from them
+    # after the last layer.
+    prompt_sees_itself = False
 
     def __init__(self, model: nn.Module, processor: BaseProcessor, norm_stats: dict, checkpoint: Optional[Path] = None,
                  unnorm_key: Optional[str] = None):
@@ -150,6 +153,11 @@ class Backbone(nn.Module, ABC):
         return files.read_statistics(folder, config)
 
     @classmethod
+    def tensor_name(cls, stored: str) -> str:
+        """The network's name of a tensor of a checkpoint file."""
+        return stored
+
+    @classmethod
     def leaf_names(cls, modules: List[str]) -> List[str]:
         """The linears that --lora.modules names, such as q_proj, in the model's order, each once. ValueError for unknown ones, or none."""
         leaves = [leaf for module in modules for leaf in cls.groups.get(module, [module])]
@@ -159,6 +167,11 @@ class Backbone(nn.Module, ABC):
         return [leaf for leaf in cls.linears if leaf in leaves]
 
     # Folders
+
+    @classmethod
+    def read_processor(cls, settings, folder: Path) -> BaseProcessor:
+        """The processor of a checkpoint folder, without its weights; `settings` as for `load`. Here the whole model is loaded for it."""
+        return cls.load(settings, folder, "cpu").processor
 
     @classmethod
     @abstractmethod
@@ -327,12 +340,13 @@ class Backbone(nn.Module, ABC):
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int, stop_at_eos: bool = True) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Greedy continuation of right-padded prompts of any lengths: ids [B, T] int64, and [B] bool, whether EOS came.
+        """Greedy continuation of right-padded prompts of any lengths: ids [B, T] int64, and [B] bool, whether an end came (processor.ends).
 
-        The same ids as one prompt at a time. With stop_at_eos a row holds the pad id after its EOS; without it rows go on.
+        The same ids as one prompt at a time. With stop_at_eos a row holds the pad id after its end; without it rows go on.
         Here every token is a whole pass; a model with a cache overrides it.
         """
         batch, pad = batch.to(self.device), self.processor.pad_token_id
+        ends = torch.tensor(self.processor.ends, device=self.device)
         ended_B = torch.zeros(batch.size, dtype=torch.bool, device=self.device)
         chosen_BT = torch.zeros(batch.size, 0, dtype=torch.int64, device=self.device)
         for _ in range(max_new_tokens):
@@ -340,7 +354,7 @@ class Backbone(nn.Module, ABC):
             if stop_at_eos:
                 next_B = torch.where(ended_B, torch.full_like(next_B, pad), next_B)
             chosen_BT = torch.cat([chosen_BT, next_B[:, None]], dim=1)
-            ended_B = ended_B | (next_B == self.processor.tokenizer.eos_token_id)
+            ended_B = ended_B | torch.isin(next_B, ends)
         return chosen_BT, ended_B
 
     # Actions
