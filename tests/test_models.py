@@ -39,6 +39,7 @@ from vlakeep.teacher.spectrum import spectrum
 from vlakeep.thermostat.kl_sensor import KLSensor, batched
 from vlakeep.train import make_optimizer, train_step
 
+
 def pi0_folder(folder):
     """A pi0-FAST of two cameras with random weights."""
     rng = np.random.default_rng(0)

@@ -53,7 +53,7 @@ class BaseProcessor(ABC):
         """Character offsets (start, end) of the instruction or question inside a prompt_text. ValueError when there is none."""
 
     def state_spans(self, text: str) -> Optional[List[Tuple[int, int]]]:
-        """Character offsets of a robot's state inside a prompt_text; None where the model writes none, and what looks like one is looked for."""
+        """Character offsets of a robot's state inside a prompt_text; None: the model writes none, and what looks like one counts."""
         return None
 
     @abstractmethod

@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from vlakeep.core.errors import CheckpointError
 from vlakeep.data.processor import BaseProcessor
 from vlakeep.data.sample import IGNORE_INDEX, Batch, Sample
 from vlakeep.data.statistics import unnormalise
@@ -170,8 +171,8 @@ class Backbone(nn.Module, ABC):
 
     @classmethod
     def read_processor(cls, settings, folder: Path) -> BaseProcessor:
-        """The processor of a checkpoint folder, without its weights; `settings` as for `load`. Here the whole model is loaded for it."""
-        return cls.load(settings, folder, "cpu").processor
+        """The processor of a checkpoint folder, without its weights; `settings` as for `load`. `vlakeep audit-probe` asks for it."""
+        raise CheckpointError(f"{folder}: {cls.__name__} reads no processor without its weights; give it a read_processor")
 
     @classmethod
     @abstractmethod
@@ -187,6 +188,14 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def complete_merged(cls, base: Path, out: Path, statistics: dict, dtype: torch.dtype) -> None:
         """Beside merged weights of type `dtype` in `out`: what else `load` reads, after the folder `base` and with these statistics."""
+
+    @classmethod
+    def record_settings(cls, folder: Path, settings) -> None:
+        """Write into a merged folder what the backbone section of a configuration said and its files can hold, so that it loads alike."""
+
+    def recorded(self) -> Dict[str, Any]:
+        """What decides the model's numbers besides weights and types; artefacts record it, and are refused where it differs."""
+        return {}
 
     # Identity
 

@@ -107,7 +107,8 @@ def _forward(golden: _Golden) -> List[Row]:
                  for (b, at, _), n in zip(pairs, data["action_token_mask"].sum(1).astype(int)))
     prompts = backbone.hidden_states(backbone.processor.encode_prompts(golden.samples))[-1]
     lengths = [len(at) - int(n) for at, n in zip(ours, data["action_token_mask"].sum(1))]
-    alone = max(difference(prompts[b][at[:n]].numpy(), data["prompt_hidden_last"][b][there[:n]]) for (b, at, there), n in zip(pairs, lengths))
+    alone = max(difference(prompts[b][at[:n]].numpy(), data["prompt_hidden_last"][b][there[:n]]) for (b, at, there), n in zip(pairs,
+                                                                                                                              lengths))
     return [
         Row("pairs that attend and should not, or the other way", float(masks), 0),
         Row("positions", float(sum(int((place[b][at].numpy() != data["position_ids"][b][there]).sum()) for b, at, there in pairs)), 0),
@@ -133,7 +134,8 @@ def _losses(golden: _Golden) -> List[Row]:
     return [
         Row("loss", abs(float(backbone(batch).loss) - float(data["loss"])), LOSS),
         Row("loss by the base class", abs(float(Backbone.forward(backbone, batch).loss) - float(data["loss"])), LOSS),
-        Row("loss with one camera", abs(float(backbone(backbone.processor.encode_batch(alone)).loss) - float(data["loss_one_camera"])), LOSS),
+        Row("loss with one camera", abs(float(backbone(backbone.processor.encode_batch(alone)).loss) - float(data["loss_one_camera"])),
+            LOSS),
         Row("mean of the rows' losses", abs(means - float(data["loss_mean_of_row_means"])), LOSS),
         Row("openpi: rows of tokens that differ", float(sum(a != b for a, b in zip(ids, wanted))), 0),
         Row("openpi: loss of each row", difference(np.array(each), data["openpi_row_losses"]), LOSS),
@@ -156,7 +158,8 @@ def _answers(golden: _Golden) -> List[Row]:
     return [
         _exact("generated ids, BOS in the prefix", ids.numpy(), data["generated"]),
         _exact("generated ids up to the bar", with_bar.numpy(), wanted),
-        Row("first logits of the consistent generation", difference(backbone.next_logits(prompts).numpy(), data["logits_action_columns"][:, 0]),
+        Row("first logits of the consistent generation", difference(backbone.next_logits(prompts).numpy(),
+                                                                    data["logits_action_columns"][:, 0]),
             LOGITS, "BOS behind the prefix, as trained")]
 
 

@@ -3,9 +3,9 @@
     vlakeep verify-golden DIR [DIR ...] [--tokenizer DIR]
 
 DIR is a folder of golden data or one that holds several: a model (config.json, golden.npz, state_dict.json), shapes alone
-(config.json, state_dict.json), the 7B vision tower (golden.npz), text, rlds, eval or augment, or pi0-FAST (golden_pi0_fast.py). Exit status 1 when any deviation is
-past its tolerance, 2 for a folder that is not golden. --tokenizer names a folder with tokenizer.json or tokenizer.model; what
-cannot be checked without one is said.
+(config.json, state_dict.json), the 7B vision tower (golden.npz), text, rlds, eval or augment, or pi0-FAST (golden_pi0_fast.py).
+Exit status 1 when any deviation is past its tolerance, 2 for a folder that is not golden. --tokenizer names a folder with
+tokenizer.json or tokenizer.model; what cannot be checked without one is said.
 """
 
 import json

@@ -84,22 +84,24 @@ class Pi0FastBackbone(Backbone):
 
     @classmethod
     def read_processor(cls, settings, folder: Path) -> Processor:
-        return Processor.from_folder(folder, settings.layout)
+        return Processor.from_folder(folder, cls._read(settings, folder))
 
     # Folders
 
     @classmethod
     def load(cls, settings, folder: Path, device) -> Backbone:
         if settings.source != "native":
-            raise ValueError(f"--backbone.source {settings.source} is for OpenVLA; {folder} holds a pi0-FAST, which vlakeep runs in its own code: "
+            raise ValueError(f"--backbone.source {settings.source} is for OpenVLA; {folder} holds a pi0-FAST, which vlakeep runs "
+                             "in its own code: "
                              "use --backbone.source native, and compare with lerobot's classes by `vlakeep verify-pi0-fast`")
-        network, config = checkpoint_format.load_checkpoint(folder, DTYPES[settings.dtype], settings.attn_implementation)
+        network, config = checkpoint_format.load_checkpoint(folder, DTYPES[settings.dtype], settings.attn_implementation,
+                                                            cls._read(settings, folder))
         network.gradient_checkpointing = settings.gradient_checkpointing
-        processor = Processor.from_folder(folder, settings.layout, config)
+        processor = Processor.from_folder(folder, config)
         if processor.words.vocab_size > network.sizes.vocab_size:
             raise checkpoint_format.CheckpointError(
-                f"the text tokenizer of {folder} has {processor.words.vocab_size} tokens, its model {network.sizes.vocab_size}: they are not of "
-                "one checkpoint")
+                f"the text tokenizer of {folder} has {processor.words.vocab_size} tokens, its model {network.sizes.vocab_size}: "
+                "they are not of one checkpoint")
         return cls(network, processor, cls.read_statistics(folder, config), folder, settings.unnorm_key).to(device).eval()
 
     def write(self, folder: Path, state: Dict[str, torch.Tensor], dtype: Optional[torch.dtype] = None) -> None:
@@ -111,6 +113,18 @@ class Pi0FastBackbone(Backbone):
         processor = Processor.from_folder(base)
         checkpoint_format.write_sidecars(out, cls._config(processor.config, processor), statistics)
         processor.save(out)
+
+    @classmethod
+    def record_settings(cls, folder: Path, settings) -> None:
+        config = checkpoint_format.adapted(cls.read_config(folder), settings.layout, settings.cameras, settings.state)
+        checkpoint_format.write_sidecars(folder, config, cls.read_statistics(folder, config))
+
+    def recorded(self) -> Dict[str, Any]:
+        return {"layout": self.processor.layout.name, "cameras": list(self.processor.named), "state": self.processor.spec.state}
+
+    @staticmethod
+    def _read(settings, folder: Path) -> dict:
+        return checkpoint_format.adapted(checkpoint_format.read_config(folder), settings.layout, settings.cameras, settings.state)
 
     @staticmethod
     def _config(config: dict, processor: Processor) -> dict:
@@ -222,8 +236,8 @@ class Pi0FastBackbone(Backbone):
                  bos_in_prefix: bool = False) -> Tuple[torch.Tensor, torch.Tensor]:
         """As Backbone.generate, with a cache of keys and values. A row ends with the bar or with EOS.
 
-        bos_in_prefix: as lerobot generates (modeling_pi0_fast.py:595-737), whose action BOS is then part of the prefix, although it is causal
-        in its training. For comparisons; the default is what was trained.
+        bos_in_prefix: as lerobot generates (modeling_pi0_fast.py:595-737), whose action BOS is then part of the prefix, although it is
+        causal in its training. For comparisons; the default is what was trained.
         """
         assert isinstance(batch, Pi0FastBatch)
         batch = batch.to(self.device)
@@ -280,7 +294,8 @@ class Pi0FastBackbone(Backbone):
 
 def row_means(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
     """Mean over rows of the mean cross entropy of each row's labelled tokens."""
-    each_BT = F.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORE_INDEX, reduction="none").view(labels_BT.shape)
+    each_BT = F.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORE_INDEX,
+                              reduction="none").view(labels_BT.shape)
     labelled_BT = labels_BT != IGNORE_INDEX
     return (each_BT.sum(1) / labelled_BT.sum(1).clamp(min=1)).mean()
 

@@ -54,8 +54,8 @@ class FastCodec:
         folder = Path(folder)
         for name in (TOKENIZER_FILE, CONFIG_FILE):
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"no {name} in {folder}: copy tokenizer.json and processor_config.json of the FAST codec there, those "
-                                        "of lerobot/fast-action-tokenizer or of physical-intelligence/fast")
+                raise FileNotFoundError(f"no {name} in {folder}: copy tokenizer.json and processor_config.json of the FAST codec "
+                                        "there, those of lerobot/fast-action-tokenizer or of physical-intelligence/fast")
         try:
             config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
             return cls(Tokenizer.from_file(str(folder / TOKENIZER_FILE)), config["scale"], config["min_token"])
@@ -128,7 +128,8 @@ class FastCodec:
                              f"{vocab_size}, or the scale {scale:g} smaller")
         bpe = Tokenizer(models.BPE())
         bpe.pre_tokenizer, bpe.decoder = alphabet, decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, show_progress=False, special_tokens=[], initial_alphabet=letters)
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, show_progress=False, special_tokens=[],
+                                      initial_alphabet=letters)
         bpe.train_from_iterator(("".join(map(chr, (r - low).tolist())) for r in rounded), trainer)
         return cls(bpe, scale, low)
 
@@ -149,5 +150,6 @@ if __name__ == "__main__":  # sanity check: python -m vlakeep.pi0_fast.codec
     smooth = [np.cumsum(rng.normal(0, 0.1, (8, 3)), 0).clip(-1, 1) for _ in range(200)]
     codec = FastCodec.fit(smooth)
     worst = max(float(np.abs(dct_matrix(8) @ (codec.decode(codec.encode(c), 8, 3)[0] - c)).max()) for c in smooth)
-    print(f"{np.mean([len(codec.encode(c)) for c in smooth]):.1f} tokens for 24 values; largest error of a coefficient {worst:.3f} of {0.5 / 10}")
+    said = np.mean([len(codec.encode(c)) for c in smooth])
+    print(f"{said:.1f} tokens for 24 values; largest error of a coefficient {worst:.3f} of {0.5 / 10}")
     assert worst <= 0.5 / 10 + 1e-9

@@ -61,7 +61,8 @@ def complete_config(config: dict, where: str = "config") -> dict:
     problems = []
     if config.get("type", KIND) != KIND:
         problems.append(f"type is {config['type']!r}, must be {KIND!r}")
-    for name, default in (("paligemma_variant", "gemma_2b"), ("chunk_size", 50), ("image_resolution", [224, 224]), ("fast_skip_tokens", 128),
+    for name, default in (("paligemma_variant", "gemma_2b"), ("chunk_size", 50), ("image_resolution", [224, 224]), ("fast_skip_tokens",
+                                                                                                                    128),
                           ("tokenizer_max_length", 200), ("max_action_tokens", 256), ("max_decoding_steps", 256), ("n_action_steps", 50),
                           ("text_tokenizer_name", "google/paligemma-3b-pt-224"), ("action_tokenizer_name", "lerobot/fast-action-tokenizer"),
                           ("normalization_mapping", {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"})):
@@ -74,7 +75,8 @@ def complete_config(config: dict, where: str = "config") -> dict:
     elif ACTION not in (config.get("output_features") or {}):
         problems.append("output_features lacks the action")
     if config["paligemma_variant"] not in VARIANTS and "sizes" not in config:
-        problems.append(f"paligemma_variant is {config['paligemma_variant']!r}, must be one of {', '.join(VARIANTS)}, or {SIZES_FILE} beside it")
+        problems.append(f"paligemma_variant is {config['paligemma_variant']!r}, must be one of {', '.join(VARIANTS)}, or "
+                        f"{SIZES_FILE} beside it")
     wrong = [f"{kind} {mode}" for kind, mode in config["normalization_mapping"].items() if mode not in MODES]
     problems += [f"normalization_mapping {', '.join(wrong)}: vlakeep knows {', '.join(MODES)}"] if wrong else []
     if not problems:
@@ -90,6 +92,26 @@ def complete_config(config: dict, where: str = "config") -> dict:
     if problems:
         raise CheckpointError(f"{where} is no configuration of pi0-FAST: " + "; ".join(problems) + f": {_REMEDY}")
     return config
+
+
+def adapted(config: dict, layout: Optional[str] = None, named: Optional[List[str]] = None, state: Optional[int] = None) -> dict:
+    """A copy that speaks this layout, of these cameras and a state of so many numbers; None leaves what is there.
+
+    ValueError for no camera.
+    """
+    config = json.loads(json.dumps(config))
+    features = config["input_features"]
+    if named is not None:
+        if not named or len(set(named)) != len(named):
+            raise ValueError(f"--backbone.cameras {named}: name at least one camera, and each once")
+        shape = [3, *config["image_resolution"]]
+        pictures = {PICTURE + name: {"type": "VISUAL", "shape": shape} for name in named}
+        features = config["input_features"] = {**pictures, **{k: v for k, v in features.items() if not k.startswith(PICTURE)}}
+    if state is not None:
+        features.pop(STATE, None)
+        if state:
+            features[STATE] = {"type": "STATE", "shape": [state]}
+    return dict(config, layout=layout) if layout else config
 
 
 def sizes_of(config: dict) -> Sizes:
@@ -188,7 +210,8 @@ def init_state(sizes: Sizes, seed: int = 0) -> Dict[str, torch.Tensor]:
 # ---- folders ----
 
 
-def write_checkpoint(folder: Path, state: Dict[str, torch.Tensor], config: dict, norm_stats: dict, dtype: Optional[torch.dtype] = None) -> None:
+def write_checkpoint(folder: Path, state: Dict[str, torch.Tensor], config: dict, norm_stats: dict,
+                     dtype: Optional[torch.dtype] = None) -> None:
     """Weights under lerobot's names, both vocabularies whether or not they are tied, and the files beside them; each appears whole."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -207,6 +230,8 @@ def write_sidecars(folder: Path, config: dict, norm_stats: dict) -> None:
     """The small files beside the weights; config.json is lerobot's alone, which refuses keys that it does not know."""
     own = {key: value for key, value in config.items() if key not in ("sizes", "layout")}
     if norm_stats:
+        width = len(next(iter(norm_stats.values()))["action"]["q01"])  # of the data that the weights were last trained on
+        own["output_features"] = {**own["output_features"], ACTION: {"type": "ACTION", "shape": [width]}}
         write_json(folder / STATISTICS, norm_stats)
         write_json(folder / LEROBOT_STATISTICS, lerobot_statistics(norm_stats))
         if all("normalisation" not in entry.get("action", {}) for entry in norm_stats.values()):
@@ -247,8 +272,8 @@ def read_statistics(folder, config: dict) -> dict:
     action = {name: [float(x) for x in values] for name, values in found[ACTION].items() if isinstance(values, list)}
     lacking = [name for name in needed if name not in action]
     if lacking:
-        raise CheckpointError(f"the statistics in {folder} lack {', '.join(lacking)} of the action, which normalization_mapping {mode} needs: "
-                              f"{_REMEDY}")
+        raise CheckpointError(f"the statistics in {folder} lack {', '.join(lacking)} of the action, which normalization_mapping "
+                              f"{mode} needs: {_REMEDY}")
     width = action_size(config)
     for name, fill in (("q01", -1.0), ("q99", 1.0)):  # what the rest of vlakeep asks for; MEAN_STD files need not have them
         action.setdefault(name, action.get({"q01": "min", "q99": "max"}[name], [fill] * width))

@@ -222,8 +222,8 @@ class Pi0Fast(nn.Module):
     def __init__(self, config: dict, sizes: Sizes, attn_implementation: str = "sdpa"):
         super().__init__()
         if attn_implementation not in ("sdpa", "eager"):
-            raise ValueError(f"--backbone.attn_implementation {attn_implementation}: pi0-FAST's prefix sees all of itself, which that kernel "
-                             "cannot; use --backbone.attn_implementation sdpa")
+            raise ValueError(f"--backbone.attn_implementation {attn_implementation}: pi0-FAST's prefix sees all of itself, which "
+                             "that kernel cannot; use --backbone.attn_implementation sdpa")
         self.config, self.sizes = config, sizes
         self.gradient_checkpointing = False
         vision = _Room(vision_model=Siglip(sizes.vision))
@@ -259,8 +259,8 @@ class Pi0Fast(nn.Module):
         return found_XPD.unflatten(0, pixels_BC3HW.shape[:2]).flatten(1, 2).to(self.gemma.embed_tokens.weight.dtype)
 
     def rope(self, positions_BS: torch.Tensor, dtype: torch.dtype) -> Tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin) [B, 1, S, H]. The frequencies are float32 whatever the type of the weights: rounded to bfloat16, as lerobot's cast does
-        to its buffer, the cosine is off by 1 at position 1000."""
+        """(cos, sin) [B, 1, S, H]. The frequencies are float32 whatever the type of the weights: rounded to bfloat16, as lerobot's cast
+        does to its buffer, the cosine is off by 1 at position 1000."""
         half = torch.arange(0, self.sizes.head_dim, 2, dtype=torch.float32, device=positions_BS.device) / self.sizes.head_dim
         angle = positions_BS[..., None].float() * (1.0 / self.sizes.rope_theta ** half)
         angle_B1SH = torch.cat([angle, angle], dim=-1)[:, None]

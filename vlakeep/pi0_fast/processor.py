@@ -47,8 +47,8 @@ def beside(folder: Path, name: str, default: str, what: str) -> Path:
     try:
         return find_checkpoint(name, Path(os.environ.get("HF_HOME") or Path(pick_root()) / "hf_cache"))
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"no {what} for {folder}: put the files of {name} into {folder / default}, or fetch them into the cache with "
-                                f"`vlakeep fetch {name}`") from error
+        raise FileNotFoundError(f"no {what} for {folder}: put the files of {name} into {folder / default}, or fetch them into the "
+                                f"cache with `vlakeep fetch {name}`") from error
 
 
 def load_tokenizer(folder: Path):
@@ -89,17 +89,18 @@ class Processor(BaseProcessor):
         there = tuple(name for name in named if not name.startswith("empty_camera_"))
         self.spec = SampleSpec(there if len(there) > 1 else (), checkpoint_format.state_size(config), int(config["chunk_size"]))
         if self.words.first_code - codec.vocab_size + 1 < 0:
-            raise CheckpointError(f"a codec of {codec.vocab_size} codes has no room in a vocabulary of {self.words.vocab_size} tokens, of which "
+            raise CheckpointError(f"a codec of {codec.vocab_size} codes has no room in a vocabulary of {self.words.vocab_size} "
+                                  "tokens, of which "
                                   f"the last {config['fast_skip_tokens']} are left out (fast_skip_tokens): they are not of one checkpoint")
 
     @classmethod
-    def from_folder(cls, path, layout: Optional[str] = None, config: Optional[dict] = None) -> "Processor":
-        """layout: None takes that of the folder's record, else prompts.DEFAULT. FileNotFoundError or CheckpointError."""
+    def from_folder(cls, path, config: Optional[dict] = None) -> "Processor":
+        """config: None reads the folder's. FileNotFoundError or CheckpointError."""
         folder = Path(path)
         config = config or checkpoint_format.read_config(folder)
         text = beside(folder, config["text_tokenizer_name"], TEXT, "text tokenizer")
         codec = FastCodec.from_folder(beside(folder, config["action_tokenizer_name"], CODEC, "FAST codec"))
-        return cls(load_tokenizer(text), codec, config, layout or config.get("layout") or prompts.DEFAULT, folder, text)
+        return cls(load_tokenizer(text), codec, config, config.get("layout") or prompts.DEFAULT, folder, text)
 
     @property
     def picture_size(self) -> Tuple[int, int]:
@@ -129,7 +130,8 @@ class Processor(BaseProcessor):
             cameras = tuple(name for name, one in zip(self.named, self._pictures(sample)) if one is not None)
             spec = self.spec if not cameras else replace(self.spec, cameras=tuple(name for name in cameras if name in sample.cameras))
             # Of questions the state is no part.
-            spec.check([sample], f"pi0-FAST ({self.folder.name})") if not sample.question else replace(spec, state=0).check([sample], "pi0-FAST")
+            spec.check([sample], f"pi0-FAST ({self.folder.name})") if not sample.question else replace(spec, state=0).check([sample],
+                                                                                                                            "pi0-FAST")
 
     def _batch(self, samples: List[Sample], prefixes: List[List[int]], seconds: List[List[int]], targets: List[List[int]],
                width: int = 0) -> Pi0FastBatch:
@@ -158,8 +160,8 @@ class Processor(BaseProcessor):
                 raise ValueError(f"question {sample.instruction!r} of data set {sample.dataset!r} has no answer to learn")
             return [*self.words.plain(sample.answer.strip()), self.words.eos]
         if sample.action is None:
-            raise ValueError(f"instruction {sample.instruction!r} of data set {sample.dataset!r} has no action to learn; encode_prompts makes a "
-                             "batch without targets")
+            raise ValueError(f"instruction {sample.instruction!r} of data set {sample.dataset!r} has no action to learn; "
+                             "encode_prompts makes a batch without targets")
         chunk = np.asarray(sample.action)
         if not np.isfinite(chunk).all():
             raise ValueError(f"the actions of {sample.instruction!r} in data set {sample.dataset!r} are not finite")
@@ -167,7 +169,8 @@ class Processor(BaseProcessor):
 
     def encode_batch(self, samples: List[Sample]) -> Pi0FastBatch:
         self._check(samples)
-        return self._batch(samples, [self._prefix(s) for s in samples], [self._second(s) for s in samples], [self._target(s) for s in samples])
+        return self._batch(samples, [self._prefix(s) for s in samples], [self._second(s) for s in samples],
+                           [self._target(s) for s in samples])
 
     def encode_prompts(self, samples: List[Sample], width: int = 0) -> Pi0FastBatch:
         self._check(samples)

@@ -94,7 +94,8 @@ class Words:
         self.action = self.plain(ACTION)
         bar = self.plain(BAR)
         if len(bar) != 1 or not self.action or None in (self.bos, self.eos, self.pad):
-            raise CheckpointError(f"the text tokenizer writes {BAR!r} as {len(bar)} tokens, or lacks one of bos, eos and pad: it is none of "
+            raise CheckpointError(f"the text tokenizer writes {BAR!r} as {len(bar)} tokens, or lacks one of bos, eos and pad: it "
+                                  "is none of "
                                   "PaliGemma's type; copy tokenizer.json of google/paligemma-3b-pt-224 to the checkpoint's text_tokenizer")
         self.bar = bar[0]
         self.first_code = self.vocab_size - 1 - skip  # of code 0; codes go downwards

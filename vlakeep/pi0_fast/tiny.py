@@ -1,4 +1,4 @@
-"""A small pi0-FAST: a tokenizer of PaliGemma's type from a list of texts, a codec of its own, sizes of a few layers; all in lerobot's format.
+"""A small pi0-FAST: a tokenizer of PaliGemma's type from a list of texts, a codec of its own, a few layers; all in lerobot's format.
 
 They are tiny configurations of what the published model uses; everything else of the model is the same code. For tests, and for a base
 model that is trained on the tabletop.
@@ -21,7 +21,8 @@ SPECIALS = ("<pad>", "<eos>", "<bos>", "<unk>")
 SKIP = 8  # rows at the end of the vocabulary that are no codes; 128 in the published model
 TEMPLATES = ["Task: , State: -1 0123456789;\n", "Action: |", "answer en \n"]  # words of the prompts, always in the vocabulary
 SMALL = Sizes(vocab_size=0, width=32, depth=4, mlp_dim=64, num_heads=2, num_kv_heads=1, head_dim=24,
-              vision=VisionSizes(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8))
+              vision=VisionSizes(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, image_size=16,
+                                 patch_size=8))
 
 
 def build_tokenizer(texts: Sequence[str], codes: int, skip: int = SKIP, pieces: int = 512) -> Tokenizer:
@@ -59,7 +60,8 @@ def lerobot_config(cameras: Sequence[str], state: int, actions: int, chunk: int,
     if state:
         features[STATE] = {"type": "STATE", "shape": [state]}
     return {
-        "type": "pi0_fast", "n_obs_steps": 1, "input_features": features, "output_features": {"action": {"type": "ACTION", "shape": [actions]}},
+        "type": "pi0_fast", "n_obs_steps": 1, "input_features": features, "output_features": {"action": {"type": "ACTION",
+                                                                                                         "shape": [actions]}},
         "paligemma_variant": "gemma_2b", "action_expert_variant": "gemma_300m", "dtype": "float32", "chunk_size": chunk,
         "n_action_steps": chunk, "max_action_tokens": tokens, "max_decoding_steps": tokens, "image_resolution": [image, image],
         "empty_cameras": 0, "tokenizer_max_length": 200, "text_tokenizer_name": TEXT, "action_tokenizer_name": CODEC, "temperature": 0.0,
@@ -87,7 +89,8 @@ def make_folder(folder, texts: Sequence[str], chunks: Sequence[np.ndarray], norm
     (folder / TEXT).mkdir(exist_ok=True)
     (folder / TEXT / "tokenizer.json").write_text(tokenizer_json(tokenizer), encoding="utf-8")
     write_json(folder / TEXT / "tokenizer_config.json", {
-        "add_bos_token": True, "add_eos_token": False, "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>",
+        "add_bos_token": True, "add_eos_token": False, "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>",
+        "unk_token": "<unk>",
         "clean_up_tokenization_spaces": False, "tokenizer_class": "GemmaTokenizer", "processor_class": "PaliGemmaProcessor"})
     sizes = (sizes or SMALL)._replace(vocab_size=tokenizer.get_vocab_size())
     longest = max(len(codec.encode(chunk)) for chunk in chunks)
@@ -99,4 +102,5 @@ def make_folder(folder, texts: Sequence[str], chunks: Sequence[np.ndarray], norm
 if __name__ == "__main__":  # sanity check: python -m vlakeep.pi0_fast.tiny
     made = build_tokenizer(["pick up the red block", "open the drawer"], 16)
     print(made.encode("Task: pick up the red block, State: -1 255;\n").tokens)
-    assert made.encode("|", add_special_tokens=False).tokens == ["|"] and made.encode("255", add_special_tokens=False).tokens == ["2", "5", "5"]
+    assert made.encode("|", add_special_tokens=False).tokens == ["|"] and made.encode("255", add_special_tokens=False).tokens == ["2",
+                                                                                                                                  "5", "5"]
