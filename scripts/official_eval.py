@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from official_trace import write_golden_checkpoint
 
-from vlakeep.benchmarks.policy import attempt_actions
+from vlakeep.benchmarks.policy import attempt
 from vlakeep.core.compat import import_timm
 from vlakeep.core.config import load_config
 from vlakeep.core.storage import Storage
 from vlakeep.core.target import read_action_statistics, target_checkpoint
 from vlakeep.data.formats import open_datasets
 from vlakeep.data.images import center_crop
+from vlakeep.data.sample import Sample
 from vlakeep.export import run_export
 from vlakeep.models.adapters import load_adapter
 from vlakeep.models.load import make_backbone
@@ -97,7 +98,8 @@ def main() -> int:
         act, failed = load_official_evaluation(args.openvla_dir.absolute(), merged), 0
         for crop in (False, True):
             theirs = act(frames, tasks, crop)
-            ours, _ = attempt_actions(backbone, [center_crop(f) if crop else f for f in frames], tasks, DATASET)
+            samples = [Sample(center_crop(f) if crop else f, task) for f, task in zip(frames, tasks)]
+            ours = attempt(backbone, samples, DATASET)[0][:, 0]
             same = (theirs == ours).all(1)
             failed += int((~same).sum())
             print(f"centre crop {crop}: {int(same.sum())} of {len(frames)} frames with identical actions, {len(np.unique(theirs, axis=0))} "

@@ -212,7 +212,6 @@ def test_an_evaluation_that_was_killed_goes_on(world, made, name, tmp_path):
     ({"actions": ActionSpec(7, gripper_range=(0.5, 1.0))}, "toy takes a gripper from 0.5 .close. to 1 .open., that of the model's action "
                                                            "statistics 'tabletop' goes from 0 to 1.*--data.gripper"),
     ({"observations": ObservationSpec(("front", "wrist"))}, "toy shows front, wrist; the model looks at one picture"),
-    ({"observations": ObservationSpec(state=True)}, "toy shows image, the robot's state; the model looks at one picture"),
 ])
 def test_what_does_not_fit_the_model_is_an_error_before_the_first_episode(world, made, monkeypatch, change, words, tmp_path):
     storage, _ = world

@@ -142,13 +142,14 @@ class SeeingTheState:
             seen.append(world)
             return render(world)
 
-        def attempt(backbone, images, instructions, key, width):
+        def attempt(backbone, samples, key, width):
             self.calls += 1
             result = act(seen[-1])
-            return result if isinstance(result, tuple) else (result, np.zeros(len(images), dtype=bool))
+            actions, early = result if isinstance(result, tuple) else (result, np.zeros(len(samples), dtype=bool))
+            return np.asarray(actions)[:, None], early
 
         monkeypatch.setattr(rollout, "render", look)
-        monkeypatch.setattr(policy, "attempt_actions", attempt)
+        monkeypatch.setattr(policy, "attempt", attempt)
 
 
 def test_an_expert_succeeds_where_it_acts_and_a_still_policy_nowhere(world, tmp_path, monkeypatch):
@@ -184,13 +185,13 @@ def test_a_table_on_which_the_policy_raises_is_a_crash_and_takes_nothing_along(w
     broken = TabletopWorld([NEW_SKILL], [tabletop.EVALUATION + SEED + 1]).instructions[0]
     acting = []
 
-    def attempt(backbone, images, instructions, key, width):
-        if broken in instructions:
+    def attempt(backbone, samples, key, width):
+        if broken in [sample.instruction for sample in samples]:
             raise RuntimeError("no answer")
-        acting.append(len(images))
-        return np.zeros((len(images), 7)), np.zeros(len(images), dtype=bool)
+        acting.append(len(samples))
+        return np.zeros((len(samples), 1, 7)), np.zeros(len(samples), dtype=bool)
 
-    monkeypatch.setattr(policy, "attempt_actions", attempt)
+    monkeypatch.setattr(policy, "attempt", attempt)
     rows, summary = evaluate_base(world, tmp_path / "crash")
     new = [row for row in rows if row["ability"] == NEW_SKILL]
     assert [(row["success"], row["crash"]) for row in new] == [(False, None), (None, "RuntimeError: no answer"), (False, None)]
@@ -491,15 +492,15 @@ def short(world, evaluated, monkeypatch):
     frames = tabletop.retention_frames(5, SEED)
     known = {}
 
-    def attempt(backbone, images, instructions, key, width, attempt=policy.attempt_actions):
-        keys = [(image.tobytes(), text) for image, text in zip(images, instructions)]
+    def attempt(backbone, samples, key, width, attempt=policy.attempt):
+        keys = [(sample.image.tobytes(), sample.instruction) for sample in samples]
         if not all(key in known for key in keys):
-            known.update(zip(keys, attempt(backbone, images, instructions, key)[0]))
+            known.update(zip(keys, attempt(backbone, samples, key)[0]))
         return np.array([known[key] for key in keys]), np.zeros(len(keys), dtype=bool)
 
     monkeypatch.setattr(evaluate, "load_target", lambda *_: loaded)
     monkeypatch.setattr(evaluate, "measure_drift", lambda *_: 1.25)
-    monkeypatch.setattr(policy, "attempt_actions", attempt)
+    monkeypatch.setattr(policy, "attempt", attempt)
     monkeypatch.setattr(tabletop, "retention_frames", lambda count, seed: frames[:count])
     monkeypatch.setattr(questions, "KL_BATCH", 2)
     monkeypatch.setattr(questions, "QUESTION_BATCH", 2)

@@ -341,11 +341,11 @@ def test_one_command_evaluates_a_suite_resumes_and_is_read_by_the_report(tmp_pat
     from vlakeep.probe.probe_set import write_probe
     from vlakeep.tabletop.benchmark import question_trials
 
-    def act(backbone, images, instructions, key, width):
-        assert images.shape == (2, 224, 224, 3) and key == "tabletop" and width > 20
-        return np.tile([0.0, 0, 0, 0, 0, 0, 1.0], (2, 1)), np.zeros(2, bool)
+    def act(backbone, samples, key, width):
+        assert [sample.image.shape for sample in samples] == [(224, 224, 3)] * 2 and key == "tabletop" and width > 20
+        return np.tile([0.0, 0, 0, 0, 0, 0, 1.0], (2, 1, 1)), np.zeros(2, bool)
 
-    monkeypatch.setattr(policy, "attempt_actions", act)
+    monkeypatch.setattr(policy, "attempt", act)
     monkeypatch.setitem(libero.MAX_STEPS, "libero_object", 3)
     folder = tmp_path / "probe" / "asked"
     trials = question_trials("color", 4, 0)

@@ -127,6 +127,7 @@ def test_the_kind_of_a_folder_is_found_and_knows_its_sizes(case, backbone, tmp_p
     for name, linear in linears.items():
         assert kind.linear_shapes(config)[name.rpartition(".")[2]] == (linear.in_features, linear.out_features)
     assert kind.read_statistics(backbone.checkpoint, config).keys() == backbone.norm_stats.keys()
+    assert kind.read_spec(config) in (None, backbone.processor.spec)
     assert all(any((Path(backbone.checkpoint) / name).is_file() for name in group) for group in kind.processor_files)
     check_base(tmp_path, {"base_weights": backbone.weights_sha256}, backbone.weights_sha256)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "other"}))

@@ -79,11 +79,11 @@ def test_the_demonstrated_action_has_no_error_and_a_still_hand_has_one(world, he
             frame = whole.frame(episode, t)
             said[frame.image.tobytes(), frame.instruction] = whole.episode(episode).actions[t]
 
-    def knows(backbone, images, texts, key):
-        return np.array([said[image.tobytes(), text] for image, text in zip(images, texts)], dtype=float), np.zeros(len(images), dtype=bool)
+    def knows(backbone, samples, key):
+        return np.array([[said[one.image.tobytes(), one.instruction]] for one in samples], dtype=float), np.zeros(len(samples), dtype=bool)
 
-    for name, attempt in (("right", knows), ("still", lambda b, i, t, k: (np.zeros((len(i), 7)), np.ones(len(i), dtype=bool)))):
-        monkeypatch.setattr(policy, "attempt_actions", attempt)
+    for name, attempt in (("right", knows), ("still", lambda b, s, k: (np.zeros((len(s), 1, 7)), np.ones(len(s), dtype=bool)))):
+        monkeypatch.setattr(policy, "attempt", attempt)
         _, summary = read_evaluation(run_evaluation(make_config(BASELINE, *BRIEF), storage, tmp_path / name))
         found = summary["open_loop"]["tabletop_corner"]
         if name == "right":
@@ -97,7 +97,7 @@ def test_it_goes_on_where_it_stopped_and_refuses_another_share(world, run, tmp_p
     storage, make_config = world
     config = make_config(BASELINE, *BRIEF, "--evaluate.target", run.name)
     whole, _ = read_evaluation(run_evaluation(config, storage, tmp_path / "whole"))
-    calls, attempt = [], policy.attempt_actions
+    calls, attempt = [], policy.attempt
 
     def dies(*given):
         calls.append(len(given[1]))
@@ -105,7 +105,7 @@ def test_it_goes_on_where_it_stopped_and_refuses_another_share(world, run, tmp_p
             raise KeyboardInterrupt
         return attempt(*given)
 
-    monkeypatch.setattr(policy, "attempt_actions", dies)
+    monkeypatch.setattr(policy, "attempt", dies)
     with pytest.raises(KeyboardInterrupt):
         run_evaluation(config, storage, tmp_path / "part")
     monkeypatch.undo()

@@ -335,7 +335,7 @@ def check_action_key(benchmark: Benchmark, base: Path, model: dict, own: dict) -
         if key not in known:
             said = f"no action statistics of {key!r}" if key else "no key is chosen"
             raise ValueError(f"{said} (there are {', '.join(known) or 'none'})")
-        benchmark.compare(key, known)
+        benchmark.compare(key, known, kind_of_model(model).read_spec(model))
     except CheckpointError:
         return []  # check_unnorm_key has a line about it
     except ValueError as error:

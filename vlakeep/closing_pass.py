@@ -88,7 +88,7 @@ def _parts(backbone, samples: List[Sample], size: int, teacher: bool) -> List[Pa
 
 def _new_samples(config: Config, storage: Storage, backbone) -> List[Sample]:
     share = max(1, NEW_FRAMES // max(1, len(config.data.datasets)))
-    found = graded_offline.new_samples(config, storage, graded_offline.picture_size(backbone), share)
+    found = graded_offline.new_samples(config, storage, graded_offline.picture_size(backbone), share, backbone.processor.spec)
     samples = [sample for group in found.values() for sample in group]
     if not samples:
         raise FileNotFoundError(f"no data set {', '.join(config.data.datasets)} in {storage.data}: the closing pass needs the data that "

@@ -116,7 +116,7 @@ def take_model(benchmark: Benchmark) -> Target:
     backbone, name, weights = load_target(config, storage, pick_device(config.device))
     own = backbone.unnorm_key or (next(iter(backbone.norm_stats)) if len(backbone.norm_stats) == 1 else None)
     key = backbone.action_key(benchmark.pick_key(config.backbone.unnorm_key, backbone.norm_stats, own))
-    benchmark.compare(key, backbone.norm_stats)
+    benchmark.compare(key, backbone.norm_stats, backbone.processor.spec)
     backbone.unnorm_key = key
     return Target(name + benchmark.suffix, weights, backbone, key)
 
@@ -137,13 +137,14 @@ def ask(benchmark: Benchmark, target: Target, records: Records) -> None:
 def model_settings(backbone, config: Config, key: Optional[str], old_key: Optional[str] = None) -> Dict:
     """What beside the weights decides about the actions: how the model computes, and how they are un-normalised."""
     key, said = backbone.action_key(key), config.backbone
-    old_key = old_key or key
+    old_key, chunk = old_key or key, backbone.processor.spec.chunk
 
     def identity(own: str) -> str:
         return hashlib.sha256(json.dumps(backbone.action_statistics(own), sort_keys=True).encode()).hexdigest()
 
     return {"unnorm_key": key, "statistics": identity(key), "dtype": said.dtype, "attn_implementation": said.attn_implementation,
-            "source": said.source, **({"old_unnorm_key": old_key, "old_statistics": identity(old_key)} if old_key != key else {})}
+            "source": said.source, **({"chunk": min(chunk, config.evaluate.chunk or chunk)} if chunk > 1 else {}),
+            **({"old_unnorm_key": old_key, "old_statistics": identity(old_key)} if old_key != key else {})}
 
 
 def make_header(benchmark: Benchmark, target: Target) -> Dict:

@@ -47,7 +47,7 @@ def parity_samples(config: Config, storage: Storage, processor) -> Tuple[List[Sa
     """`export.parity_frames` frames of the run's data, spread evenly, or random pictures where the data are not there."""
     count, size = config.export.parity_frames, tuple(processor.picture_size)
     try:
-        datasets = open_configured(config.data, storage.data, storage.cache)
+        datasets = open_configured(config.data, storage.data, storage.cache, processor.spec)
     except FileNotFoundError:
         rng = np.random.default_rng(config.seed)
         blank = processor.spec.blank(0, size, "pick up the red block")

@@ -25,6 +25,7 @@ from vlakeep.core.storage import Storage
 
 if TYPE_CHECKING:
     from vlakeep.benchmarks.policy import Target
+    from vlakeep.data.sample import SampleSpec
 
 REPLAY = "replay"  # the target that is no model: demonstrations played back, for benchmarks that can
 REQUIRED, OPTIONAL, NEVER = "required", "optional", "never"  # whether the drift over the probe is measured for a run
@@ -131,9 +132,10 @@ class Benchmark:
         old = self.old_key(known)
         return [key] if old is None else [key, old]
 
-    def compare(self, key: str, known: Dict[str, Any]) -> None:
-        """ValueError, naming both sides and the remedy, when what the benchmark takes and shows does not fit the model's statistics."""
-        compare(self.name, self.actions, self.observations, known, self.keys(key, known))
+    def compare(self, key: str, known: Dict[str, Any], taken: "Optional[SampleSpec]" = None) -> None:
+        """ValueError, naming both sides and the remedy, when what the benchmark takes and shows does not fit the model's statistics, or
+        what it takes of an observation (None where that is not known before it is loaded)."""
+        compare(self.name, self.actions, self.observations, known, self.keys(key, known), taken)
 
     # Records
 

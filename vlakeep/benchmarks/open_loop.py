@@ -1,6 +1,7 @@
 """Benchmark `dataset`: what a model would do on held-out frames of demonstrations, without a simulator or a robot.
 
 Every frame of an episode that training has not seen is shown to the model, which says one action; it is compared with the demonstrated one.
+Of a model that answers with chunks, every action of an answer is compared with that of its own step, up to the end of the episode.
 
     error           |said - demonstrated| per dimension, in the data's units; over all dimensions, each divided by its q99 - q01
     token accuracy  share of action tokens that are those of the demonstrated action
@@ -8,7 +9,7 @@ Every frame of an episode that training has not seen is shown to the model, whic
 
 Frames of an episode are alike, so that an episode is one trial: intervals are over episodes. The error is no success rate: a policy that
 is nearly right on every frame can fail, and one that takes another way succeed.
-Axes: T frames, A action dimensions.
+Axes: T frames, C actions of an answer, A action dimensions.
 """
 
 from contextlib import contextmanager
@@ -42,34 +43,51 @@ def chosen_episodes(count: int, most: int) -> List[int]:
     return [(2 * i + 1) * count // (2 * most) for i in range(most)]
 
 
+def chunk_errors(said_TCA: np.ndarray, wanted_TA: np.ndarray) -> np.ndarray:
+    """Mean |said - demonstrated| per dimension [A], over every action of every answer whose step is still of the episode."""
+    steps, chunk = said_TCA.shape[:2]
+    at_TC = np.arange(steps)[:, None] + np.arange(chunk)
+    return np.abs(said_TCA - wanted_TA[np.minimum(at_TC, steps - 1)])[at_TC < steps].mean(0)
+
+
+def token_accuracy(tokens: Callable, said_TCA: np.ndarray, wanted_TA: np.ndarray) -> float:
+    """Share of tokens that are those of the demonstrated actions, which the last action continues behind the end as in the training. Of
+    answers whose lengths differ, the longer one counts."""
+    steps, chunk = said_TCA.shape[:2]
+    wanted_TCA = wanted_TA[np.minimum(np.arange(steps)[:, None] + np.arange(chunk), steps - 1)]
+    if chunk == 1:
+        return float((tokens(said_TCA[:, 0]) == tokens(wanted_TCA[:, 0])).mean())
+    pairs = [tuple(np.ravel(tokens(one[None])) for one in pair) for pair in zip(said_TCA, wanted_TCA)]
+    shared = [(a[:len(b)] == b[:len(a)]).sum() / max(len(a), len(b)) for a, b in pairs]
+    return float(np.mean(shared))
+
+
 def run_episodes(datasets, act: Callable, tokens: Callable, distance: Callable, picture: Callable, settings, records: Records,
                  desc: str) -> None:
     """One record per held-out episode that `records` lacks.
 
-    datasets: opened whole, without the episodes of training. act(images, instructions) -> (actions [N, A] in the data's units, bool [N]:
-    whether the answer ended early). tokens(actions [N, A]) -> ids. distance(images, instructions) -> KL from the base [N], or None for
-    the base itself. picture(image) as the model sees it.
+    datasets: opened whole, without the episodes of training. act(samples) -> (actions [N, C, A] in the data's units, bool [N]: whether the
+    answer ended early). tokens(actions [N, A] or [N, C, A]) -> ids. distance(samples) -> KL from the base [N], or None for the base itself.
+    picture(image) as the model sees it.
     """
     todo = [(dataset, episode) for dataset in datasets for episode in chosen_episodes(len(dataset), settings.episodes)
             if not records.has(KIND, dataset.name, dataset.number(episode))]
     few = max(1, settings.retention_frames // max(1, settings.episodes))
     for dataset, episode in tqdm(todo, desc=f"{desc}: held-out episodes", leave=False):
         wanted_TA = dataset.standard_actions(episode).astype(float)
-        samples = [dataset.frame(episode, t) for t in range(len(wanted_TA))]
-        images, texts = [picture(sample.image) for sample in samples], [sample.instruction for sample in samples]
+        samples = [dataset.frame(episode, t).with_pictures(picture) for t in range(len(wanted_TA))]
         said, early = [], 0
-        for start in range(0, len(images), settings.parallel):
-            part = slice(start, start + settings.parallel)
-            actions_NA, early_N = act(images[part], texts[part])
-            said.append(actions_NA)
+        for start in range(0, len(samples), settings.parallel):
+            actions_NCA, early_N = act(samples[start:start + settings.parallel])
+            said.append(actions_NCA)
             early += int(np.sum(early_N))
-        said_TA = np.concatenate(said)
-        error_A, span_A = np.abs(said_TA - wanted_TA).mean(0), spans(dataset.statistics)
-        looked = [i * len(images) // few for i in range(min(few, len(images)))]
-        far = distance([images[i] for i in looked], [texts[i] for i in looked]) if distance else []
+        said_TCA = np.concatenate(said)
+        error_A, span_A = chunk_errors(said_TCA, wanted_TA), spans(dataset.statistics)
+        looked = [i * len(samples) // few for i in range(min(few, len(samples)))]
+        far = distance([samples[i] for i in looked]) if distance else []
         records.add(kind=KIND, ability=dataset.name, trial=dataset.number(episode), seed=None, success=None,
                     value=float((error_A[span_A > 0] / span_A[span_A > 0]).mean()), crash=None, steps=len(wanted_TA),
-                    errors=error_A.tolist(), accuracy=float((tokens(said_TA) == tokens(wanted_TA)).mean()),
+                    errors=error_A.tolist(), accuracy=token_accuracy(tokens, said_TCA, wanted_TA),
                     kl=float(np.mean(far)) if len(far) else None, early=early)
 
 
@@ -130,26 +148,41 @@ class OpenLoop(Benchmark):
         from vlakeep.data.formats import closing_all
 
         with closing_all(open_as_configured(self.config, self.storage)) as self.datasets:
-            for dataset in self.datasets:
-                dataset.leave_out(self.config.data.train_fraction)
+            self._hold_out(self.datasets)
             widths = {dataset.name: dataset.standard_actions(0).shape[1] for dataset in self.datasets}
             if len(set(widths.values())) > 1:
                 raise ValueError(f"--data.datasets have actions of {widths} values, a model speaks one width: evaluate them one by one")
             self.actions = replace(self.actions, dimensions=next(iter(widths.values())))
             yield
 
+    def _hold_out(self, datasets) -> None:
+        for dataset in datasets:
+            dataset.leave_out(self.config.data.train_fraction)
+
+    def compare(self, key, known, taken=None) -> None:
+        """Whatever cameras and state the model takes are read from the data, which say what they lack."""
+        super().compare(key, known)
+
     def identity(self) -> Dict[str, Any]:
-        share = self.config.data.train_fraction
-        return {"data": ",".join(f"{dataset.fingerprint()}-{share}" for dataset in self.datasets), "center_crop": self.settings.center_crop}
+        share, data = self.config.data.train_fraction, self.config.data
+        named = {key: value for key, value in (("cameras", data.cameras), ("state", data.state)) if value}
+        return {"data": ",".join(f"{dataset.fingerprint()}-{share}" for dataset in self.datasets), "center_crop": self.settings.center_crop,
+                **named}
 
     def play(self, target, records, folder) -> None:
+        from vlakeep.benchmarks.trained import open_as_configured
+        from vlakeep.data.formats import closing_all
         from vlakeep.data.images import center_crop, resize_uint8
 
         def picture(image):
             return resize_uint8(center_crop(image) if self.settings.center_crop else image, target.picture_size)
 
-        run_episodes(self.datasets, target.attempt, target.tokens, None if target.is_base else target.distance, picture, self.settings,
-                     records, target.name)
+        with closing_all(open_as_configured(self.config, self.storage, spec=target.spec)) as datasets:
+            self._hold_out(datasets)
+            for dataset in datasets:
+                dataset.scale_state(target.known[target.key])
+            run_episodes(datasets, target.attempt, target.tokens, None if target.is_base else target.distance, picture, self.settings,
+                         records, target.name)
 
     def additions(self, rows: List[dict]) -> Dict[str, Any]:
         return summary(rows)

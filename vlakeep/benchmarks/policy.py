@@ -1,40 +1,102 @@
-"""The model's side of an evaluation: what a benchmark asks for actions. Axes: N pictures, A action dimensions."""
+"""The model's side of an evaluation: what a benchmark asks for actions, and the queue in which those of a chunk wait for their turn.
 
+Axes: N pictures, C actions of a chunk, A action dimensions, Q numbers of the robot's state.
+"""
+
+from collections import deque
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Deque, Dict, Hashable, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
 from vlakeep.benchmarks.questions import action_token_kl
 from vlakeep.core.names import model_key
-from vlakeep.data.sample import Sample
-from vlakeep.data.statistics import normalise
+from vlakeep.data.sample import Sample, SampleSpec
+from vlakeep.data.statistics import normalise, normalise_state
 from vlakeep.models.alarms import ActionWatch
 
 _NOT_FINITE = "ValueError: the policy gave an action that is not finite"
 
 
-def attempt_actions(backbone, images, instructions, unnorm_key, width: int = 0) -> Tuple[np.ndarray, np.ndarray]:
-    """(actions [N, A], bool [N]: whether the answer ended early), no row of which is an error: a policy that no longer speaks actions
-    fails as it would on a robot. width: tokens that prompts are padded to at least."""
-    samples = [Sample(image, text) for image, text in zip(images, instructions)]
-    return backbone.attempt_batch(backbone.processor.encode_prompts(samples, width), unnorm_key)
+Pictures = Union[Sequence[np.ndarray], np.ndarray, Mapping[str, Sequence[np.ndarray]]]
+
+
+def attempt(backbone, samples: List[Sample], unnorm_key, width: int = 0) -> Tuple[np.ndarray, np.ndarray]:
+    """(chunks of actions [N, C, A], bool [N]: whether the answer ended early), no row of which is an error: a policy that no longer speaks
+    actions fails as it would on a robot. width: tokens that prompts are padded to at least."""
+    return backbone.attempt_chunks(backbone.processor.encode_prompts(samples, width), unnorm_key)
+
+
+class ChunkQueue:
+    """Actions of chunks, episode by episode: what is left of a chunk is played before the model is asked again."""
+
+    def __init__(self):
+        self._left: Dict[Hashable, Deque] = {}
+
+    def __call__(self, episodes: Sequence[Hashable], ask: Callable[[List[int]], Sequence]) -> List:
+        """Per episode its next action [A], or the text of an error. episodes: different ones, by whatever tells them apart. ask(rows): for
+        those rows of `episodes` that have none left, a chunk [C, A] or the text of an error each."""
+        due = [row for row, episode in enumerate(episodes) if not self._left.get(episode)]
+        for row, chunk in zip(due, ask(due) if due else ()):
+            self._left[episodes[row]] = deque([chunk] if isinstance(chunk, str) else chunk)
+        return [self._left[episode].popleft() for episode in episodes]
+
+    def forget(self, episode: Hashable) -> None:
+        """It begins anew."""
+        self._left.pop(episode, None)
 
 
 class ActionPolicy:
-    """(images [N], instructions [N]) -> un-normalised actions [N, A], one batched forward."""
+    """(images [N], instructions [N]) -> un-normalised actions [N, A], one batched forward.
 
-    def __init__(self, backbone, unnorm_key, spoken: Sequence[str] = ()):
-        """spoken: instructions to whose longest all prompts are padded, so that every batch of one size has one shape."""
-        self._backbone, self._key = backbone, unnorm_key
-        self._width = max((len(backbone.processor.whole_prompt(Sample(None, text))) for text in spoken), default=0)
+    chunk: how many actions of an answer are played before the model looks again. Where it is more than one, whoever plays episodes says
+    which is which (`episodes`); without that the model is asked in every step, and the first action of each answer is played.
+    """
+
+    def __init__(self, backbone, unnorm_key, spoken: Sequence[str] = (), most: Optional[int] = None):
+        """spoken: instructions to whose longest all prompts are padded, so that every batch of one size has one shape. most: actions of an
+        answer that are played; None: all."""
+        processor = backbone.processor
+        self._backbone, self._key, self._queue = backbone, unnorm_key, ChunkQueue()
+        blanks = [processor.spec.blank(0, processor.picture_size, text) for text in spoken]
+        self._width = max((len(processor.whole_prompt(blank)) for blank in blanks), default=0)
+        self.chunk = min(most or processor.spec.chunk, processor.spec.chunk)
         self.watch = ActionWatch(backbone.action_statistics(unnorm_key))
 
-    def __call__(self, images, instructions, count: Optional[int] = None):
-        """count: rows that are asked for; the others fill up a batch and are not watched."""
-        actions_NA, early_N = attempt_actions(self._backbone, images, instructions, self._key, self._width)
-        self.watch.add(actions_NA[:count], early_N[:count])
-        return actions_NA
+    def __call__(self, images: Pictures, instructions: Sequence[str], count: Optional[int] = None,
+                 episodes: Optional[Sequence[Hashable]] = None, states: Optional[np.ndarray] = None) -> np.ndarray:
+        """images: of the only camera, or a dictionary with those of each. count: rows that are asked for; the others fill up a batch and
+        are not watched. states [N, Q]: of the robots, in the units of the data."""
+        if episodes is None:
+            return self.chunks(images, instructions, count, states, 1)[:, 0]
+
+        def ask(rows: List[int]) -> np.ndarray:
+            return self.chunks(_picked(images, rows), [instructions[row] for row in rows], None, None if states is None else states[rows])
+        return np.stack(self._queue(episodes, ask))
+
+    def chunks(self, images: Pictures, instructions: Sequence[str], count: Optional[int] = None, states: Optional[np.ndarray] = None,
+               most: Optional[int] = None) -> np.ndarray:
+        """The actions of each answer that are played, [N, C, A]; the first `most` of them. See __call__."""
+        samples = self._samples(images, instructions, states)
+        chunks_NCA, early_N = attempt(self._backbone, samples, self._key, self._width)
+        chunks_NCA = chunks_NCA[:, :most or self.chunk]
+        self.watch.add(chunks_NCA[:count].reshape(-1, chunks_NCA.shape[-1]), early_N[:count])
+        return chunks_NCA
+
+    def _samples(self, images: Pictures, instructions: Sequence[str], states: Optional[np.ndarray]) -> List[Sample]:
+        if self._backbone.processor.spec.state and states is not None:
+            states = normalise_state(states, self._backbone.norm_stats[self._backbone.action_key(self._key)])
+        named = isinstance(images, Mapping)
+        rows = range(len(instructions))
+        return [Sample(None if named else images[row], instructions[row], cameras=_picked(images, row) if named else {},
+                       state=None if states is None else states[row]) for row in rows]
+
+
+def _picked(images: Pictures, rows):
+    """Those of some rows (a list), or of one."""
+    if isinstance(images, Mapping):
+        return {name: _picked(own, rows) for name, own in images.items()}
+    return [images[row] for row in rows] if isinstance(rows, list) else images[rows]
 
 
 @dataclass
@@ -72,33 +134,39 @@ class Target:
         height, width = self.backbone.processor.picture_size
         return height, width
 
-    def policy(self, key: Optional[str] = None, spoken: Sequence[str] = ()) -> ActionPolicy:
-        return ActionPolicy(self.backbone, key or self.key, spoken)
+    @property
+    def spec(self) -> SampleSpec:
+        """What the model takes of a sample."""
+        return self.backbone.processor.spec
 
-    def attempt(self, images, instructions) -> Tuple[np.ndarray, np.ndarray]:
-        """As attempt_actions, with the picked statistics."""
-        return attempt_actions(self.backbone, images, instructions, self.key)
+    def policy(self, key: Optional[str] = None, spoken: Sequence[str] = (), most: Optional[int] = None) -> ActionPolicy:
+        return ActionPolicy(self.backbone, key or self.key, spoken, most)
+
+    def attempt(self, samples: List[Sample]) -> Tuple[np.ndarray, np.ndarray]:
+        """(chunks [N, C, A], bool [N]) as `attempt`, with the picked statistics."""
+        return attempt(self.backbone, samples, self.key)
 
     def tokens(self, actions_NA: np.ndarray) -> np.ndarray:
-        """Token ids of actions in the units of the picked statistics."""
-        return self.backbone.processor.action_tokenizer.encode(normalise(actions_NA, self.known[self.key])[0])
+        """Token ids of actions [N, A], or of chunks [N, C, A], in the units of the picked statistics."""
+        return self.backbone.processor.encode_actions(normalise(actions_NA, self.known[self.key])[0])
 
-    def distance(self, images, instructions) -> np.ndarray:
+    def distance(self, samples: List[Sample]) -> np.ndarray:
         """KL from the base [N] over its own action tokens, in nats."""
-        return action_token_kl(self.backbone, [Sample(image, text) for image, text in zip(images, instructions)])
+        return action_token_kl(self.backbone, samples)
 
 
 class FixedBatch:
     """A policy that is always asked for `rows` pictures: every call has one shape.
 
-    policy(images, instructions, count) -> actions, of which the first `count` are used. It pads instructions to one length.
+    policy(images, instructions, count) -> actions, or chunks of them, of which the first `count` are used. It pads instructions to one
+    length.
     """
 
     def __init__(self, policy: Callable, rows: int):
         self._policy, self._rows = policy, rows
 
     def __call__(self, jobs: Sequence, seen: Sequence) -> List:
-        """Per job its action, or the text of an error. `seen`: what has an `image` and an `instruction`."""
+        """Per job its action (or chunk), or the text of an error. `seen`: what has an `image` and an `instruction`."""
         answers: List = []
         for start in range(0, len(seen), self._rows):
             part = list(seen[start:start + self._rows])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 if TYPE_CHECKING:
-    from vlakeep.data.sample import Sample
+    from vlakeep.data.sample import Sample, SampleSpec
 
 OPEN_CLOSE = (0.0, 1.0)  # this project's gripper: 0 = close, 1 = open
 SLACK = 0.01  # of a quantile that lies a little outside
@@ -76,12 +76,19 @@ def action_problems(benchmark: str, spec: ActionSpec, key: str, statistics: dict
     return []
 
 
-def observation_problems(benchmark: str, spec: ObservationSpec) -> List[str]:
-    """What of the observations no model here takes: it looks through one camera and does not read the robot's state."""
-    if len(spec.cameras) == 1 and not spec.state:
+def observation_problems(benchmark: str, spec: ObservationSpec, taken: "Optional[SampleSpec]" = None) -> List[str]:
+    """Why a model that takes `taken` (None: that is not known yet) cannot look at what is shown; what it does not take is no problem. One
+    camera on either side is the other's, whatever it is called."""
+    if taken is None:
         return []
+    cameras, state = taken.cameras, taken.state
+    lacking = [] if len(cameras) <= 1 and len(spec.cameras) == 1 else [name for name in cameras if name not in spec.cameras]
+    if not cameras and len(spec.cameras) != 1:
+        lacking = ["one picture alone"]
+    lacking += ["the robot's state"] if state and not spec.state else []
     shown = ", ".join([*spec.cameras, *(["the robot's state"] if spec.state else [])])
-    return [f"{benchmark} shows {shown}; the model looks at one picture alone: give `observations` one camera"]
+    return [f"{benchmark} shows {shown}; the model looks at {', '.join(lacking)}: add it to `observations` and to what is handed to the "
+            "policy, or evaluate another model"] if lacking else []
 
 
 def observation_alarms(benchmark: str, spec: ObservationSpec, input_size: Tuple[int, int]) -> List[str]:
@@ -93,9 +100,11 @@ def observation_alarms(benchmark: str, spec: ObservationSpec, input_size: Tuple[
             "training must have been"]
 
 
-def compare(benchmark: str, actions: ActionSpec, observations: ObservationSpec, known: dict, keys: Sequence[str]) -> None:
-    """ValueError for the first thing that does not fit. known: key -> {"action": statistics}; keys: those that are used."""
-    found = observation_problems(benchmark, observations)
+def compare(benchmark: str, actions: ActionSpec, observations: ObservationSpec, known: dict, keys: Sequence[str],
+            taken: "Optional[SampleSpec]" = None) -> None:
+    """ValueError for the first thing that does not fit. known: key -> {"action": statistics}; keys: those that are used; taken: what the
+    model takes of an observation."""
+    found = observation_problems(benchmark, observations, taken)
     for key in dict.fromkeys(keys):
         found += action_problems(benchmark, actions, key, known[key]["action"])
     if found:

@@ -11,6 +11,7 @@ from vlakeep.core.storage import Storage
 from vlakeep.core.target import run_config
 from vlakeep.data.dataset import DemoDataset
 from vlakeep.data.formats import closing_all, open_configured
+from vlakeep.data.sample import SampleSpec
 
 
 def trained_data(config: Config, storage: Storage) -> Dict:
@@ -34,16 +35,16 @@ def check_conventions(config: Config, storage: Storage) -> None:
     """ValueError when a data set is read in another way here (camera, gripper, rotate) than in the training of the run."""
     trained = trained_data(config, storage)
     shared = [name for name in config.data.datasets if name in (trained.get("datasets") or [])]
-    for key in ("camera", "gripper", "rotate") if shared else ():
+    for key in ("camera", "gripper", "rotate", "cameras", "state") if shared else ():
         there, here = trained.get(key), getattr(config.data, key)
-        if None not in (there, here) and there != here:
-            fits = str(there).lower() if isinstance(there, bool) else quoted(there)
+        if there not in (None, []) and here not in (None, []) and there != here:
+            fits = str(there).lower() if isinstance(there, bool) else quoted(f"[{','.join(there)}]" if isinstance(there, list) else there)
             raise ValueError(f"--data.{key} {here}: the run was trained on {shared[0]} with {there}; --data.{key} {fits} fits it")
 
 
-def open_as_configured(config: Config, storage: Storage, fraction: float = 1.0) -> List[DemoDataset]:
-    """data.datasets, read as the `data` section says. Whoever opens them closes them."""
-    return open_configured(replace(config.data, train_fraction=fraction), storage.data, storage.cache)
+def open_as_configured(config: Config, storage: Storage, fraction: float = 1.0, spec: Optional[SampleSpec] = None) -> List[DemoDataset]:
+    """data.datasets, read as the `data` section says, for a model of this spec. Whoever opens them closes them."""
+    return open_configured(replace(config.data, train_fraction=fraction), storage.data, storage.cache, spec)
 
 
 def training_picture(config: Config, storage: Storage) -> Optional[np.ndarray]:

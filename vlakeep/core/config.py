@@ -79,6 +79,11 @@ class DataConfig:
     image_aug: bool = False
     # Name of the camera in the data sets; None takes image (RLDS), agentview_rgb (HDF5), the only or a usual one (LeRobot).
     camera: Optional[str] = None
+    # For a model of several cameras: their names in the data sets, in the model's order; empty takes the model's own names for them.
+    cameras: List[str] = field(default_factory=list)
+    # For a model that takes the robot's state: the features whose numbers, one after the other, are the state; empty takes state or
+    # proprio (RLDS), ee_states and gripper_states (HDF5), observation.state or state (LeRobot).
+    state: List[str] = field(default_factory=list)
     # What the last action value means: libero (-1 open to +1 close) or standard (1 open, 0 close); None goes by the name.
     gripper: Optional[str] = limited(None, lambda value: value in (None, "libero", "standard"), "libero, standard or null")
     # Turn the pictures by 180 degrees. None does what the format usually needs: HDF5 holds them upside down, the others upright.
@@ -283,6 +288,8 @@ class EvaluateConfig:
     new_skill: str = "corner"
     # Per skill, per task. A LIBERO task has 50 fixed initial states, which are taken in order.
     episodes: int = least(50)
+    # For models that answer with a chunk of actions: how many of them are played before the model looks again; None plays all.
+    chunk: Optional[int] = limited(None, lambda value: value is None or value >= 1, "null, or at least 1")
     # Questions of each kind.
     questions_per_kind: int = least(100)
     # Frames of off-task prompts for the teacher-relative KL of action tokens.

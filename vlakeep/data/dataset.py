@@ -2,7 +2,7 @@
 
 A format adds how its files are indexed and how one picture is read: rlds.py, hdf5.py, lerobot.py. formats.py picks the format.
 As officially: statistics over all episodes, training on the first part of the split, episodes without language left out.
-Axes: E episodes, N frames, A action dimensions.
+Axes: E episodes, N frames, A action dimensions, Q numbers of a robot's state.
 """
 
 import hashlib
@@ -16,11 +16,12 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, cast
 import numpy as np
 
 from vlakeep.core.storage import atomic_write
-from vlakeep.data.sample import Episode, Sample
-from vlakeep.data.statistics import action_statistics, normalise, standardise
+from vlakeep.data.sample import ONE_PICTURE, Episode, Sample, SampleSpec
+from vlakeep.data.statistics import action_statistics, normalise, normalise_state, standardise, state_statistics
 
 _INDEX_FORMAT = 2
 _CORE = ("start_E", "text_N", "actions_NA", "texts")
+STATES = "state_NQ"  # among the places of an index, for models that take the robot's state
 
 
 def optional(module: str, extra: str, what: str) -> ModuleType:
@@ -64,9 +65,11 @@ class IndexBuilder:
         self.name = name
         self._texts: Dict[str, int] = {}
         self._text_numbers, self._actions, self.lengths = [], [], []
+        self._states: List[np.ndarray] = []
 
-    def add(self, actions, texts: List[str], where: str) -> None:
-        """actions [T, A] as stored, texts: one per frame. ValueError for other shapes, another A, or what is not finite."""
+    def add(self, actions, texts: List[str], where: str, state: Optional[np.ndarray] = None) -> None:
+        """actions [T, A] as stored, texts: one per frame; state [T, Q], if it is read. ValueError for other shapes, another A or Q, or
+        what is not finite."""
         actions = np.asarray(actions)
         if actions.ndim != 2 or not actions.size or len(texts) != len(actions) or actions.dtype.kind not in "fiu":
             raise ValueError(f"{where}: actions {actions.dtype} {list(actions.shape)} and {len(texts)} instructions are not "
@@ -79,14 +82,27 @@ class IndexBuilder:
             raise ValueError(f"{where} (episode {len(self.lengths)} of {self.name}), frame {bad[0]}: action "
                              f"{actions[bad[0]].tolist()} is not finite ({len(bad)} of {len(actions)} frames); "
                              "mend or leave out this episode and make the data set again")
+        if state is not None:
+            self._add_state(state, len(actions), where)
         self.lengths.append(len(actions))
         self._actions.append(actions)
         self._text_numbers.append(np.array([self._texts.setdefault(text, len(self._texts)) for text in texts], dtype=np.int32))
+
+    def _add_state(self, state: np.ndarray, steps: int, where: str) -> None:
+        if state.ndim != 2 or len(state) != steps or (self._states and state.shape[1] != self._states[0].shape[1]):
+            expected = f"[{steps}, {self._states[0].shape[1] if self._states else 'Q'}]"
+            raise ValueError(f"{where}: the state is {list(state.shape)} and not {expected}; choose its features with --data.state")
+        bad = np.flatnonzero(~np.isfinite(state).all(axis=1))
+        if len(bad):
+            raise ValueError(f"{where} (episode {len(self.lengths)} of {self.name}), frame {bad[0]}: state {state[bad[0]].tolist()} is not "
+                             f"finite ({len(bad)} of {steps} frames); mend or leave out this episode and make the data set again")
+        self._states.append(state.astype(np.float32))
 
     def index(self, places: Dict[str, np.ndarray]) -> EpisodeIndex:
         if not self.lengths:
             raise ValueError(f"data set {self.name} has no episodes; `vlakeep tabletop-data` makes the tabletop sets")
         start_E = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
+        places = {**places, **({STATES: np.concatenate(self._states)} if self._states else {})}
         return EpisodeIndex(start_E, np.concatenate(self._text_numbers), np.concatenate(self._actions), list(self._texts), places)
 
 
@@ -115,6 +131,16 @@ class Conventions:
     camera: Optional[str] = None
     gripper: Optional[str] = None
     rotate: Optional[bool] = None
+    cameras: Optional[Tuple[str, ...]] = None  # for models of several cameras: what these are called here, in the model's order
+    state: Optional[Tuple[str, ...]] = None  # for models that take it: the features whose numbers, one after the other, are the state
+
+    def state_names(self, wanted: bool) -> Optional[Tuple[str, ...]]:
+        """The features of the state; () for the format's usual ones, None where no state is wanted."""
+        return (self.state or ()) if wanted else None
+
+    def told(self) -> Dict[str, Any]:
+        """For fingerprints, which are of fields that were there when runs were saved, and of later ones only where they are given."""
+        return {name: value for name, value in vars(self).items() if name in ("camera", "gripper", "rotate") or value is not None}
 
     def __bool__(self) -> bool:
         return any(value is not None for value in vars(self).values())
@@ -135,6 +161,7 @@ class DemoDataset:
     files: Tuple[str, ...] = ()  # patterns of the files that hold the data
     needs: Tuple[str, ...] = ()  # packages of the extra that is called like the format
     rotated = False  # whether the format's pictures stand on their heads, so that they have to be turned
+    spec = ONE_PICTURE  # of the model that the samples are for
 
     def __init__(self, folder: Path, name: str, index: EpisodeIndex, split_range: Tuple[int, int], fraction: float,
                  conventions: Conventions):
@@ -157,6 +184,10 @@ class DemoDataset:
 
         self._standard_NA = standardise(index.actions_NA, name, conventions.gripper)
         self._own = action_statistics(self._standard_NA, len(index.start_E) - 1)
+        self._views: Dict[str, DemoDataset] = {}
+        self._state_NQ = index.places.get(STATES)
+        if self._state_NQ is not None:
+            self._own["proprio"] = state_statistics(self._state_NQ)
         self.scale(self._own)
 
     def scale(self, statistics: Dict) -> None:
@@ -165,9 +196,30 @@ class DemoDataset:
         if width != expected:
             raise ValueError(f"{self.folder} has actions of {expected} values, the statistics are of {width} (--data.statistics)")
         self.statistics = statistics
+        self.scale_state(statistics)
         self.actions_NA, _ = normalise(self._standard_NA, statistics)
         used = np.concatenate([np.arange(a, a + n) for a, n in zip(self._first, self.lengths)])
         self.clipped = normalise(self._standard_NA[used], statistics)[1]  # action values of usable frames outside the statistics
+
+    def scale_state(self, statistics: Dict) -> None:
+        """Normalise the state with these statistics, as those of the model that looks at it. ValueError when they are of no such state."""
+        self._states_NQ = None if self._state_NQ is None else normalise_state(self._state_NQ, statistics)
+
+    def take(self, spec: SampleSpec, views: Dict[str, "DemoDataset"]) -> None:
+        """Give samples as a model takes them: pictures by name, the state, chunks of actions.
+
+        views: for a model of several cameras, the same files read through each of them (this data set is one of these). ValueError when
+        they do not hold the same frames, or when the state has another size.
+        """
+        if spec.state and (self._state_NQ is None or self._state_NQ.shape[1] != spec.state):
+            size = "none" if self._state_NQ is None else f"one of {self._state_NQ.shape[1]} numbers"
+            raise ValueError(f"{self.folder}: the model takes a state of {spec.state} numbers, and there is {size}: name its features with "
+                             "--data.state")
+        for name, view in views.items():
+            if not (np.array_equal(view.index.start_E, self.index.start_E) and np.array_equal(view.actions_NA, self.actions_NA)):
+                raise ValueError(f"{self.folder}: the camera {name!r} ({view.conventions.camera}) shows other episodes than the others do; "
+                                 "download or make the data set again")
+        self.spec, self._views = spec, views
 
     def leave_out(self, fraction: float) -> None:
         """Keep only the episodes that a training on this share of the split, opened whole here, has not seen. ValueError without any."""
@@ -177,6 +229,11 @@ class DemoDataset:
             raise ValueError(f"{self.folder}: no episode of {self.split_episodes} is held out with --data.train_fraction {fraction}; train "
                              "and evaluate with a smaller one, such as 0.9")
         self._first, self._numbers, self.lengths = self._first[kept_E], self._numbers[kept_E], self.lengths[kept_E]
+        for view in self._others():
+            view.leave_out(fraction)
+
+    def _others(self) -> List["DemoDataset"]:
+        return [view for view in self._views.values() if view is not self]
 
     @classmethod
     def check_extra(cls, folder) -> None:
@@ -233,10 +290,17 @@ class DemoDataset:
         return self._upright(self._picture(int(self._numbers[episode]), row, int(frame), where))
 
     def frame(self, episode: int, frame: int) -> Sample:
-        """The frame's picture at stored size, its instruction and its normalised action."""
+        """The frame's pictures at stored size, its instruction, its state, and its normalised action, or the chunk that begins with it.
+
+        After the last action of an episode a chunk repeats it, as openpi's and lerobot's data sets do.
+        """
         row = self._row(episode, frame)
-        text = self.index.texts[self.index.text_N[row]]
-        return Sample(self.image(episode, frame), text, self.actions_NA[row], dataset=self.name)
+        text, chunk = self.index.texts[self.index.text_N[row]], self.spec.chunk
+        last = self._first[episode] + self.lengths[episode] - 1
+        action = self.actions_NA[row] if chunk == 1 else self.actions_NA[np.minimum(np.arange(row, row + chunk), last)]
+        cameras = {name: view.image(episode, frame) for name, view in self._views.items()}
+        return Sample(None if cameras else self.image(episode, frame), text, action, dataset=self.name, cameras=cameras,
+                      state=self._states_NQ[row] if self.spec.state and self._states_NQ is not None else None)
 
     def episode(self, episode: int) -> Episode:
         """A whole episode with its actions as stored."""
@@ -249,18 +313,26 @@ class DemoDataset:
 
         RLDS with its usual conventions adds nothing of its own, so that runs saved before there were other formats resume.
         """
-        own = [] if self.kind == "rlds" and not self.conventions else [[self.kind, vars(self.conventions)]]
+        own: List[Any] = [] if self.kind == "rlds" and not self.conventions else [[self.kind, self.conventions.told()]]
+        own += [] if self.spec == ONE_PICTURE else [[vars(self.spec), [view.conventions.camera for view in self._views.values()]]]
         digest = hashlib.sha256(json.dumps([self.name, self.lengths.tolist(), self.languages, *own]).encode())
         digest.update(np.ascontiguousarray(self.index.actions_NA).tobytes())
         if self.statistics is not self._own:
             digest.update(json.dumps(self.statistics["action"], sort_keys=True).encode())
+        if self._states_NQ is not None:
+            digest.update(np.ascontiguousarray(self._states_NQ).tobytes())
         return digest.hexdigest()
 
     def close(self) -> None:
         """Close the files; a picture that is asked for later opens them again."""
 
+    def close_all(self) -> None:
+        """Also those of its other cameras."""
+        for view in (self, *self._others()):
+            view.close()
+
     def __enter__(self) -> "DemoDataset":
         return self
 
     def __exit__(self, *error) -> None:
-        self.close()
+        self.close_all()

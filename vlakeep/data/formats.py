@@ -6,13 +6,15 @@
 """
 
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Type, Union
+from typing import Any, Dict, Iterator, List, Optional, Type, Union
 
 from vlakeep.data.dataset import USUAL, Conventions, DemoDataset
 from vlakeep.data.hdf5 import Hdf5Dataset, demo_files
 from vlakeep.data.lerobot import INFO, LeRobotDataset
 from vlakeep.data.rlds import RldsDataset
+from vlakeep.data.sample import ONE_PICTURE, SampleSpec
 
 FORMATS: Dict[str, Type[Any]] = {"rlds": RldsDataset, "hdf5": Hdf5Dataset, "lerobot": LeRobotDataset}
 
@@ -39,20 +41,46 @@ def find_format(folder) -> str:
     return kinds[0]
 
 
-def open_dataset(folder, fraction: float = 1.0, cache_dir=None, conventions: Conventions = USUAL) -> DemoDataset:
-    """The training split of the data set in `folder`, whatever its format."""
-    return FORMATS[find_format(folder)](folder, "train", fraction, cache_dir, conventions)
+def open_dataset(folder, fraction: float = 1.0, cache_dir=None, conventions: Conventions = USUAL,
+                 spec: Optional[SampleSpec] = None) -> DemoDataset:
+    """The training split of the data set in `folder`, whatever its format, with samples as a model of this spec takes them. None: no model
+    is at hand, and whoever asks looks through one camera.
+
+    Every camera is a reader of its own with an index of its own; they are compared, and share the rest.
+    """
+    names: List[Optional[str]] = list(conventions.cameras or [conventions.camera])
+    if spec is None:
+        names, spec = names[:1], ONE_PICTURE
+    elif not conventions.cameras and len(spec.cameras) > 1:
+        names = list(spec.cameras)
+    if len(names) != max(1, len(spec.cameras)):
+        raise ValueError(f"--data.cameras {list(names)}: the model has {', '.join(spec.cameras) or 'one'}; name one for each, in its order")
+    if len(names) > 1 and conventions.camera is not None:
+        raise ValueError(f"--data.camera {conventions.camera}: the model looks through {', '.join(spec.cameras)}; say what these are "
+                         "called in the data with --data.cameras")
+    kind, views = FORMATS[find_format(folder)], []
+    with ExitStack() as on_error:
+        for name in names:
+            one = kind(folder, "train", fraction, cache_dir, replace(conventions, camera=name), spec.state > 0 and not views)
+            views.append(on_error.enter_context(one))
+        if spec != ONE_PICTURE:
+            views[0].take(spec, dict(zip(spec.cameras, views)) if len(views) > 1 else {})
+        on_error.pop_all()
+    return views[0]
 
 
 def open_datasets(root, names: List[str], fraction: float = 1.0, cache_dir: Union[str, Path, None] = None,
-                  conventions: Conventions = USUAL) -> List[DemoDataset]:
-    """The data sets `names` below `root`, in that order. Whoever opens them closes them; when one cannot be opened, none stays open."""
+                  conventions: Conventions = USUAL, spec: Optional[SampleSpec] = None) -> List[DemoDataset]:
+    """The data sets `names` below `root`, in that order; spec: see open_dataset.
+
+    Whoever opens them closes them; when one cannot be opened, none stays open.
+    """
     if not names:
         raise ValueError("no data set is named; give --data.datasets, e.g. '[tabletop_corner]' after `vlakeep tabletop-data`")
     opened: List[DemoDataset] = []
     with ExitStack() as on_error:
         for name in names:
-            opened.append(on_error.enter_context(open_dataset(Path(root) / name, fraction, cache_dir, conventions)))
+            opened.append(on_error.enter_context(open_dataset(Path(root) / name, fraction, cache_dir, conventions, spec)))
             for other in opened[:-1]:
                 if other.name == opened[-1].name and other.statistics != opened[-1].statistics:
                     raise ValueError(f"{other.folder} and {opened[-1].folder} are different data sets of one name, {other.name!r}, "
@@ -61,10 +89,11 @@ def open_datasets(root, names: List[str], fraction: float = 1.0, cache_dir: Unio
     return opened
 
 
-def open_configured(settings, root, cache_dir) -> List[DemoDataset]:
+def open_configured(settings, root, cache_dir, spec: Optional[SampleSpec] = None) -> List[DemoDataset]:
     """The data sets of the configuration section `data` (DataConfig), below `root`; see open_datasets."""
-    return open_datasets(root, settings.datasets, settings.train_fraction, cache_dir,
-                         Conventions(settings.camera, settings.gripper, settings.rotate))
+    conventions = Conventions(settings.camera, settings.gripper, settings.rotate, tuple(settings.cameras) or None,
+                              tuple(settings.state) or None)
+    return open_datasets(root, settings.datasets, settings.train_fraction, cache_dir, conventions, spec)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import json
 import re
 import threading
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 from tqdm import tqdm
@@ -27,6 +27,7 @@ from vlakeep.data.images import decode_image, encode_jpeg
 
 FILES = ("*.hdf5", "*.h5")
 _CAMERA = "agentview_rgb"
+_STATES = ("ee_states", "gripper_states")  # which the builder of the official RLDS sets joins to `state`
 _BAR_FROM_FILES = 20
 _AGAIN = "copy, download or make the file again"
 
@@ -68,6 +69,15 @@ def _member(group, key: str, where: str, remedy: str = _AGAIN):
         raise ValueError(f"{where}: no {key!r} among {', '.join(sorted(group)) or 'nothing'}; {remedy}") from error
 
 
+def _read_state(demo, names: Sequence[str], where: str) -> np.ndarray:
+    """float [T, Q]: these members of obs, one number after the other."""
+    obs = _member(demo, "obs", where)
+    parts = [_member(obs, name, f"{where}/obs", "choose the parts of the state with --data.state")[()] for name in names or _STATES]
+    if len({len(part) for part in parts}) > 1:
+        raise ValueError(f"{where}/obs: the parts of the state have {', '.join(str(len(part)) for part in parts)} steps; {_AGAIN}")
+    return np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
+
+
 def _read_demo(demo, camera: str, where: str) -> np.ndarray:
     """actions [T, A] of a demonstration whose pictures fit them."""
     actions = _member(demo, "actions", where)
@@ -81,8 +91,9 @@ def _read_demo(demo, camera: str, where: str) -> np.ndarray:
     return actions[()]
 
 
-def build_index(files: List[Path], camera: str, name: str) -> EpisodeIndex:
-    """Read the actions and check every demonstration. ValueError names file, demonstration and frame."""
+def build_index(files: List[Path], camera: str, name: str, state: Optional[Sequence[str]] = None) -> EpisodeIndex:
+    """Read the actions and check every demonstration. state: None reads none, () the usual one. ValueError names file, demonstration and
+    frame."""
     demos: List[Tuple[int, int]] = []  # (number of the demonstration, number of the file)
     read = {}
     for number, path in enumerate(tqdm(files, desc=f"index {name}", unit="file", disable=len(files) < _BAR_FROM_FILES)):
@@ -97,14 +108,15 @@ def build_index(files: List[Path], camera: str, name: str) -> EpisodeIndex:
                 where = f"{path}: demo_{demo}"
                 try:
                     actions = _read_demo(data[f"demo_{demo}"], camera, where)
+                    states = None if state is None else _read_state(data[f"demo_{demo}"], state, where)
                 except (OSError, KeyError, RuntimeError) as error:
                     raise ValueError(f"{where} cannot be read ({error}); {_AGAIN}") from error
-                read[demo, number] = (actions, text, where, upside_down)
+                read[demo, number] = (actions, text, where, upside_down, states)
                 demos.append((demo, number))
     builder, demos = IndexBuilder(name), sorted(demos)
     for key in demos:
-        actions, text, where, _ = read[key]
-        builder.add(actions, [text] * len(actions), where)
+        actions, text, where, _, states = read[key]
+        builder.add(actions, [text] * len(actions), where, states)
     return builder.index({"demo_E": np.array([demo for demo, _ in demos], dtype=np.int32),
                           "file_E": np.array([file for _, file in demos], dtype=np.int32),
                           "upside_down_E": np.array([read[key][3] for key in demos], dtype=bool)})
@@ -122,7 +134,8 @@ class Hdf5Dataset(DemoDataset):
     needs = ("h5py",)
     rotated = True
 
-    def __init__(self, folder, split: str = "train", fraction: float = 1.0, cache_dir=None, conventions: Conventions = USUAL):
+    def __init__(self, folder, split: str = "train", fraction: float = 1.0, cache_dir=None, conventions: Conventions = USUAL,
+                 with_state: bool = False):
         folder = Path(folder)
         self._open_files: Dict[int, Any] = {}
         self._lock = threading.Lock()
@@ -133,8 +146,9 @@ class Hdf5Dataset(DemoDataset):
             raise ValueError(f"{folder}: HDF5 sets have one split, 'train', not {split!r}")
         self.check_extra(folder)
         self._camera, name = conventions.camera or _CAMERA, folder.absolute().name
-        index = cached_index("hdf5", name, [str(folder.resolve()), self._camera], self._paths, cache_dir,
-                             lambda: build_index(self._paths, self._camera, name))
+        state = conventions.state_names(with_state)
+        identity = [str(folder.resolve()), self._camera, *([] if state is None else [state])]
+        index = cached_index("hdf5", name, identity, self._paths, cache_dir, lambda: build_index(self._paths, self._camera, name, state))
         super().__init__(folder, name, index, (0, len(index.start_E) - 1), fraction, conventions)
 
     def _picture(self, number: int, row: int, frame: int, where: str) -> np.ndarray:

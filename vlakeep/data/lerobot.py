@@ -14,7 +14,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 from tqdm import tqdm
@@ -26,6 +26,7 @@ from vlakeep.data.video import VideoReader, video_frames
 INFO = "meta/info.json"
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 _ACTIONS = ("action", "actions")
+_STATES = ("observation.state", "state")
 # What converters of LIBERO and of robosuite call the camera that OpenVLA looks through.
 _CAMERAS = ("image", "agentview_rgb", "agentview", "front", "top")
 _AGAIN = "copy, download or make the data set again"
@@ -48,6 +49,7 @@ class Info:
     video_path: str
     chunk_size: int
     splits: Dict[str, str]
+    states: Tuple[Tuple[str, Tuple[int, ...]], ...] = ()  # (feature, shape) of the parts of the robot's state, where it is read
 
     @property
     def v3(self) -> bool:
@@ -77,8 +79,18 @@ def _choose_camera(features: dict, wanted: Optional[str], where: str) -> str:
     return found[0]
 
 
-def read_info(folder, camera: Optional[str] = None) -> Info:
-    """ValueError for another version, or when action or camera cannot be told from info.json."""
+def _choose_state(features: dict, names: Sequence[str], where: str) -> Tuple[Tuple[str, Tuple[int, ...]], ...]:
+    names = names or [name for name in _STATES if name in features][:1]
+    missing = [name for name in names if name not in features]
+    if missing or not names:
+        raise ValueError(f"{where}: no feature {', '.join(missing or _STATES)} among {', '.join(features)}; choose the state with "
+                         "--data.state")
+    return tuple((name, tuple(features[name]["shape"])) for name in names)
+
+
+def read_info(folder, camera: Optional[str] = None, state: Optional[Sequence[str]] = None) -> Info:
+    """state: None reads none, () the usual one. ValueError for another version, or when action, camera or state cannot be told from
+    info.json."""
     folder = Path(folder)
     path = folder / INFO
     try:
@@ -93,7 +105,8 @@ def read_info(folder, camera: Optional[str] = None) -> Info:
         key = _choose_camera(features, camera, str(path))
         return Info(folder, version, fps, action_keys[0], list(features[action_keys[0]]["shape"]), key,
                     features[key]["dtype"] == "video", info["data_path"], info.get("video_path") or "",
-                    int(info.get("chunks_size", 1000)), dict(info.get("splits") or {}))
+                    int(info.get("chunks_size", 1000)), dict(info.get("splits") or {}),
+                    () if state is None else _choose_state(features, state, str(path)))
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read ({error!r}); {_AGAIN}") from error
 
@@ -175,16 +188,16 @@ def read_places(info: Info) -> List[_Place]:
     return sorted(places, key=lambda place: place.episode)
 
 
-def _actions(column, shape: List[int], where: str) -> np.ndarray:
+def _actions(column, shape: Sequence[int], where: str, what: str = "action") -> np.ndarray:
     """float32 [rows, A] of a list column. ValueError names the first row of another width than info.json says."""
     pa, pc = (optional(module, "lerobot", f"reading {where}") for module in ("pyarrow", "pyarrow.compute"))
     values = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
     if not (pa.types.is_list(values.type) or pa.types.is_fixed_size_list(values.type) or pa.types.is_large_list(values.type)):
-        raise ValueError(f"{where}: actions are {values.type} and not lists of numbers")
+        raise ValueError(f"{where}: {what}s are {values.type} and not lists of numbers")
     widths = np.array([-1 if n is None else n for n in pc.list_value_length(values).to_pylist()])
     wrong = np.flatnonzero(widths != int(np.prod(shape)))
     if len(wrong):
-        raise ValueError(f"{where}, row {wrong[0]}: {max(widths[wrong[0]], 0)} action values, and info.json says shape {shape} "
+        raise ValueError(f"{where}, row {wrong[0]}: {max(widths[wrong[0]], 0)} {what} values, and info.json says shape {list(shape)} "
                          f"({len(wrong)} of {len(widths)} rows)")
     return np.asarray(values.flatten().to_numpy(zero_copy_only=False), dtype=np.float32).reshape(len(widths), -1)
 
@@ -212,7 +225,7 @@ def build_index(info: Info, name: str) -> EpisodeIndex:
         _check_videos(info, places)
     builder, rows = IndexBuilder(name), []
     times: List[np.ndarray] = []
-    columns = [info.action_key, "episode_index", "frame_index", "timestamp", "task_index"]
+    columns = [info.action_key, "episode_index", "frame_index", "timestamp", "task_index", *(name for name, _ in info.states)]
     unread = [] if info.video else [info.camera]
     table, opened = None, None
     for place in tqdm(places, desc=f"index {name}", unit="episode", disable=len(places) < _BAR_FROM_FILES):
@@ -221,6 +234,7 @@ def build_index(info: Info, name: str) -> EpisodeIndex:
             table, opened = _parquet(path, columns, unread), path
             episodes = table["episode_index"].to_numpy()
             actions = _actions(table[info.action_key], info.action_shape, str(path))
+            states = [_actions(table[name], shape, str(path), "state") for name, shape in info.states]
         at = np.flatnonzero(episodes == place.episode)
         where = f"{path}: episode {place.episode}"
         if len(at) != place.length or not len(at) or at[-1] - at[0] + 1 != len(at):
@@ -232,7 +246,7 @@ def build_index(info: Info, name: str) -> EpisodeIndex:
         unknown = sorted({n for n in numbers if n not in tasks}, key=str)
         if unknown:
             raise ValueError(f"{where}: task_index {unknown[0]} is not among the {len(tasks)} tasks of meta; {_AGAIN}")
-        builder.add(actions[at], [tasks[n] or "" for n in numbers], where)
+        builder.add(actions[at], [tasks[n] or "" for n in numbers], where, np.concatenate(states, axis=1)[at] if states else None)
         rows.append(int(at[0]))
         times.append(np.asarray(part["timestamp"].to_numpy(), dtype=np.float64))
     return builder.index({
@@ -295,15 +309,17 @@ class LeRobotDataset(DemoDataset):
     files = ("*.parquet",)
     needs = ("pyarrow", "av")
 
-    def __init__(self, folder, split: str = "train", fraction: float = 1.0, cache_dir=None, conventions: Conventions = USUAL):
+    def __init__(self, folder, split: str = "train", fraction: float = 1.0, cache_dir=None, conventions: Conventions = USUAL,
+                 with_state: bool = False):
         folder = Path(folder)
         if not (folder / INFO).is_file():
             raise FileNotFoundError(f"{folder} holds no {INFO}")
         self.check_extra(folder)
-        self._info, name = read_info(folder, conventions.camera), folder.absolute().name
+        state = conventions.state_names(with_state)
+        self._info, name = read_info(folder, conventions.camera, state), folder.absolute().name
         files = [path for top in ("meta", "data", "videos") for path in sorted((folder / top).rglob("*")) if path.is_file()]
-        index = cached_index("lerobot", name, [str(folder.resolve()), self._info.camera], files, cache_dir,
-                             lambda: build_index(self._info, name))
+        identity = [str(folder.resolve()), self._info.camera, *([] if state is None else [self._info.states])]
+        index = cached_index("lerobot", name, identity, files, cache_dir, lambda: build_index(self._info, name))
         self._videos, self._pictures = VideoReader(self._info.fps), _ParquetPictures(self._info.camera)
         super().__init__(folder, name, index, self._split(split, len(index.start_E) - 1), fraction, conventions)
 

@@ -19,7 +19,7 @@ from vlakeep.data.dataset import DemoDataset
 from vlakeep.data.formats import open_configured
 from vlakeep.data.images import resize_uint8
 from vlakeep.data.order import SampleOrder
-from vlakeep.data.sample import Batch, Sample
+from vlakeep.data.sample import ONE_PICTURE, Batch, Sample
 
 if TYPE_CHECKING:  # make_stream imports it where it is used
     from vlakeep.data.official import OfficialStream
@@ -124,8 +124,8 @@ class BatchStream:
         """Continue after the batches of `state`. ValueError when data, seed or batch size are not those of the saved run."""
         mine = self.state_dict()
         names = {"format": "the format of the saved position", "batch_size": "--train.batch_size", "seed": "--seed",
-                 "data": "the data sets or their format, --data.train_fraction, --data.camera, --data.gripper, --data.rotate, "
-                         "--data.statistics, --data.shuffle_buffer or --data.image_aug"}
+                 "data": "the data sets or their format, --data.train_fraction, --data.camera, --data.cameras, --data.state, "
+                         "--data.gripper, --data.rotate, --data.statistics, --data.shuffle_buffer or --data.image_aug"}
         changed = [f"{text} ({state.get(key)!r} saved, {mine[key]!r} now)"
                    for key, text in names.items() if state.get(key) != mine[key]]
         if changed:
@@ -141,7 +141,7 @@ class BatchStream:
             self._pool.shutdown(wait=True)
             self._pool = None
         for dataset in self.datasets:
-            dataset.close()
+            dataset.close_all()
 
 
 def make_stream(data, data_root_dir, processor, batch_size: int, seed: int, rank: int = 0, world: int = 1,
@@ -155,13 +155,15 @@ def make_stream(data, data_root_dir, processor, batch_size: int, seed: int, rank
     if data.source == "official":
         from vlakeep.data.official import OfficialStream
 
+        if processor.spec != ONE_PICTURE:
+            raise ValueError("--data.source official: that pipeline gives one picture and one action; take --data.source native")
         return OfficialStream(data, data_root_dir, processor, batch_size, openvla_dir)
-    datasets = open_configured(data, data_root_dir, cache_dir)
+    datasets = open_configured(data, data_root_dir, cache_dir, processor.spec)
     try:
         for dataset in datasets if data.statistics is not None else ():
             dataset.scale(known[data.statistics])
         return BatchStream(datasets, processor, batch_size, seed, rank, world, data.shuffle_buffer, data.workers, data.image_aug)
     except BaseException:
         for dataset in datasets:
-            dataset.close()
+            dataset.close_all()
         raise

@@ -12,7 +12,7 @@ import json
 import os
 import threading
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 from tqdm import tqdm
@@ -23,6 +23,7 @@ from vlakeep.data.tfrecord import parse_example, read_records
 
 _BAR_FROM_BYTES = 64 << 20  # a smaller data set is indexed within a second
 _ACTION, _LANGUAGE, _IMAGES = "steps/action", "steps/language_instruction", "steps/observation/"
+_STATES = ("state", "proprio")  # what converters call the robot's state
 
 
 def find_version(folder) -> Path:
@@ -62,7 +63,22 @@ def read_info(version: Path) -> Tuple[str, Dict[str, Tuple[List[Path], List[int]
     return name, splits
 
 
-def _read_episode(payload: bytes, image_key: str) -> Tuple[np.ndarray, List[str], List[Tuple[int, int]]]:
+def _read_state(features, names: Sequence[str], steps: int) -> np.ndarray:
+    """float32 [steps, Q] of these features below steps/observation, or of the one with a usual name."""
+    names = names or [name for name in _STATES if _IMAGES + name in features][:1]
+    missing = [name for name in names if _IMAGES + name not in features]
+    if missing or not names:
+        raise ValueError(f"no state {', '.join(missing or _STATES)} below {_IMAGES}; the episode has {', '.join(sorted(features))}: choose "
+                         "with --data.state")
+    parts = [features[_IMAGES + name].floats() for name in names]
+    wrong = [name for name, part in zip(names, parts) if not len(part) or len(part) % steps]
+    if wrong:
+        raise ValueError(f"the state {wrong[0]} does not make {steps} equal steps")
+    return np.concatenate([part.reshape(steps, -1) for part in parts], axis=1)
+
+
+def _read_episode(payload: bytes, image_key: str, state: Optional[Sequence[str]] = None):
+    """(actions [T, A], instructions, byte ranges of the pictures, state [T, Q] or None) of an episode."""
     features = parse_example(payload)
     for name in (_ACTION, _LANGUAGE, _IMAGES + image_key):
         if name not in features:
@@ -72,11 +88,12 @@ def _read_episode(payload: bytes, image_key: str) -> Tuple[np.ndarray, List[str]
     steps = len(pictures)
     if steps == 0 or len(texts) != steps or len(actions) % steps or not len(actions):
         raise ValueError(f"{steps} pictures, {len(texts)} instructions and {len(actions)} action values do not make equal steps")
-    return actions.reshape(steps, -1), texts, pictures
+    return actions.reshape(steps, -1), texts, pictures, None if state is None else _read_state(features, state, steps)
 
 
-def build_index(shards: List[Path], episodes: List[int], image_key: str, name: str) -> EpisodeIndex:
-    """Read and check every shard. Errors name file, record and byte offset (RecordError, ValueError)."""
+def build_index(shards: List[Path], episodes: List[int], image_key: str, name: str, state: Optional[Sequence[str]] = None) -> EpisodeIndex:
+    """Read and check every shard. state: None reads none, () the usual one. Errors name file, record and byte offset (RecordError,
+    ValueError)."""
     builder, shard_E = IndexBuilder(name), []
     offsets: List[np.ndarray] = []
     sizes: List[np.ndarray] = []
@@ -86,10 +103,10 @@ def build_index(shards: List[Path], episodes: List[int], image_key: str, name: s
             record = -1
             for record, (start, payload) in enumerate(read_records(shard)):
                 try:
-                    actions, texts, pictures = _read_episode(payload, image_key)
+                    actions, texts, pictures, states = _read_episode(payload, image_key, state)
                 except ValueError as error:
                     raise ValueError(f"{shard}: record {record} at byte {start}: {error}") from error
-                builder.add(actions, texts, f"{shard}: record {record}")
+                builder.add(actions, texts, f"{shard}: record {record}", states)
                 shard_E.append(number)
                 offsets.append(np.array([start + a for a, _ in pictures], dtype=np.int64))
                 sizes.append(np.array([b - a for a, b in pictures], dtype=np.int32))
@@ -113,7 +130,8 @@ class RldsDataset(DemoDataset):
     kind = "rlds"
     files = ("*.tfrecord*",)
 
-    def __init__(self, folder, split: str = "train", fraction: float = 1.0, cache_dir=None, conventions: Conventions = USUAL):
+    def __init__(self, folder, split: str = "train", fraction: float = 1.0, cache_dir=None, conventions: Conventions = USUAL,
+                 with_state: bool = False):
         version = find_version(folder)
         name, splits = read_info(version)
         if split not in splits:
@@ -122,9 +140,10 @@ class RldsDataset(DemoDataset):
         self._lock = threading.Lock()
         self._shards = [shard for shards, _ in splits.values() for shard in shards]
         episodes = [count for _, lengths in splits.values() for count in lengths]
-        camera = conventions.camera or "image"
-        index = cached_index("rlds", name, [str(version.resolve()), camera, episodes], self._shards, cache_dir,
-                             lambda: build_index(self._shards, episodes, camera, name))
+        camera, state = conventions.camera or "image", conventions.state_names(with_state)
+        identity = [str(version.resolve()), camera, episodes, *([] if state is None else [state])]
+        index = cached_index("rlds", name, identity, self._shards, cache_dir,
+                             lambda: build_index(self._shards, episodes, camera, name, state))
         before = sum(sum(lengths) for _, lengths in list(splits.values())[:list(splits).index(split)])
         super().__init__(version, name, index, (before, sum(splits[split][1])), fraction, conventions)
 

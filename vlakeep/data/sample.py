@@ -28,7 +28,8 @@ class Sample:
     question: bool = False
     dataset: str = ""
     cameras: Dict[str, np.ndarray] = field(default_factory=dict)  # uint8 [H, W, 3] by name
-    state: Optional[np.ndarray] = None  # float32 [Q], normalised to [-1, 1]
+    # float32 [Q]; q01 to q99 of the data are -1 to 1, and what lies outside of them lies outside of these
+    state: Optional[np.ndarray] = None
 
     def with_pictures(self, change: Callable[[np.ndarray], np.ndarray]) -> "Sample":
         """The sample with each of its pictures changed."""
@@ -40,19 +41,28 @@ class Sample:
 class SampleSpec:
     """What a model takes of a sample."""
 
-    cameras: Tuple[str, ...] = ()  # by name, in the model's order; () is the sample's `image`
+    # By name, in the model's order; () is the sample's `image`. To a model of one camera the only picture goes, whatever it is called.
+    cameras: Tuple[str, ...] = ()
     state: int = 0  # numbers of the robot's state; 0 takes none
     chunk: int = 1  # actions of one answer
 
     def pictures(self, sample: Sample) -> List[np.ndarray]:
         """The pictures of the model's cameras, in its order."""
-        return [sample.cameras[name] for name in self.cameras] if self.cameras else [sample.image]
+        only = self.only(sample)
+        return [sample.cameras[name] for name in self.cameras] if only is None else [only]
+
+    def only(self, sample: Sample) -> Optional[np.ndarray]:
+        """The picture for a model of one camera that has no name for it, or a name of its own; None where pictures go by their names."""
+        if len(self.cameras) > 1 or any(name in sample.cameras for name in self.cameras):
+            return None
+        return sample.image if sample.image is not None or len(sample.cameras) != 1 else next(iter(sample.cameras.values()))
 
     def check(self, samples: List[Sample], model: str) -> None:
         """ValueError naming the sample, the model and what the one lacks that the other needs."""
         for sample in samples:
-            lacking = [f"a picture of the camera {name!r}" for name in self.cameras if name not in sample.cameras]
-            if not self.cameras and sample.image is None:
+            only = self.only(sample)
+            lacking = [f"a picture of the camera {name!r}" for name in self.cameras if name not in sample.cameras] if only is None else []
+            if not self.cameras and only is None:
                 lacking.append("an image")
             if self.state and (sample.state is None or np.shape(sample.state) != (self.state,)):
                 lacking.append(f"a state of {self.state} numbers")
@@ -73,6 +83,9 @@ class SampleSpec:
         picture = np.full((*size, 3), value, dtype=np.uint8)
         return Sample(None if self.cameras else picture, instruction, cameras={name: picture for name in self.cameras},
                       state=np.zeros(self.state, dtype=np.float32) if self.state else None)
+
+
+ONE_PICTURE = SampleSpec()  # one camera, one action, no state: what OpenVLA takes
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ import numpy as np
 
 from vlakeep.core.storage import atomic_write
 
+LEAST_SPAN = 1e-6  # between the quantiles of a number of the state: below, it does not move
+
 
 def libero_transform(actions_NA: np.ndarray) -> np.ndarray:
     """LIBERO stores the gripper as -1 open .. +1 close; the model's convention is 1 = open, 0 = close."""
@@ -78,6 +80,27 @@ def action_statistics(actions_NA: np.ndarray, num_trajectories: int) -> Dict:
     }
 
 
+def state_statistics(state_NQ: np.ndarray) -> Dict:
+    """The `proprio` of an entry of dataset_statistics.json, from the float32 states of all frames."""
+    q01, q99 = np.quantile(state_NQ, np.array([0.01, 0.99]), axis=0)
+    return {"mean": state_NQ.mean(0).tolist(), "std": state_NQ.std(0).tolist(), "max": state_NQ.max(0).tolist(),
+            "min": state_NQ.min(0).tolist(), "q01": q01.tolist(), "q99": q99.tolist()}
+
+
+def normalise_state(state: np.ndarray, statistics: Dict) -> np.ndarray:
+    """float32 [..., Q]: q01 to q99 of `proprio` become -1 to 1, what does not move becomes 0. Not clipped: a model may tell by it that a
+    robot stands where no demonstration did. ValueError when the statistics are of no such state."""
+    proprio = statistics["proprio"]
+    low, high = np.array(proprio["q01"], dtype=np.float64), np.array(proprio["q99"], dtype=np.float64)
+    moving = high - low > LEAST_SPAN
+    if low.shape != np.shape(state)[-1:] or not moving.any():
+        still = "" if moving.any() else ", none of which moves"
+        raise ValueError(f"a state of {np.shape(state)[-1]} numbers, and the statistics are of {len(low)}{still}: take those of data that "
+                         "were read with this state (--backbone.unnorm_key, --data.statistics)")
+    scaled = 2 * (np.asarray(state, dtype=np.float64) - low) / np.where(moving, high - low, 1) - 1
+    return np.where(moving, scaled, 0).astype(np.float32)
+
+
 def normalise(actions_NA: np.ndarray, statistics: Dict) -> Tuple[np.ndarray, int]:
     """(float32 [N, A], number of values clipped): masked dimensions map [q01, q99] to [-1, 1], constant ones become 0."""
     stats = statistics["action"]
@@ -85,7 +108,7 @@ def normalise(actions_NA: np.ndarray, statistics: Dict) -> Tuple[np.ndarray, int
     mask = np.array(stats.get("mask", [True] * len(low)), dtype=bool)
     scaled = np.float32(2) * (actions_NA - low.astype(np.float32)) / (high - low + 1e-8).astype(np.float32) - np.float32(1)
     constant = np.array(stats["min"]) == np.array(stats["max"])
-    clipped = int((np.abs(scaled)[:, mask & ~constant] > 1).sum())
+    clipped = int((np.abs(scaled)[..., mask & ~constant] > 1).sum())
     result = np.where(mask, np.clip(scaled, -1, 1), actions_NA)
     return np.where(constant, np.float32(0), result).astype(np.float32), clipped
 

@@ -133,18 +133,22 @@ class Libero(Benchmark):
             self._play_suite(of_suite(self.settings, suite), target, records, folder)
 
     def _play_suite(self, settings: EvaluateConfig, target, records, folder: Path) -> None:
-        from vlakeep.benchmarks.policy import FixedBatch
+        from vlakeep.benchmarks.policy import ChunkQueue, FixedBatch
         from vlakeep.benchmarks.trained import training_picture
         from vlakeep.models.alarms import orientation_alarm
 
         suite, first = settings.benchmark, []
         spoken = libero.instructions(suite, libero.pick_tasks(suite, settings.skills))
-        policy = target.policy(self._key_of(suite, target.key, target.known), spoken)
-        ask = FixedBatch(lambda images, texts, count: policy(np.full_like(images, GREY) if settings.blank else images, texts, count),
+        policy = target.policy(self._key_of(suite, target.key, target.known), spoken, settings.chunk)
+        ask = FixedBatch(lambda images, texts, count: policy.chunks(np.full_like(images, GREY) if settings.blank else images, texts, count),
                          settings.batch)
+        queue = ChunkQueue()
 
         def act(jobs, seen):
-            answers = ask(jobs, seen)
+            for job, one in zip(jobs, seen):
+                if one.step == 0:  # also of an episode that took its simulator down and is played once more
+                    queue.forget(job)
+            answers = queue(jobs, lambda rows: ask([jobs[row] for row in rows], [seen[row] for row in rows]))
             if len(first) < FIRST_PICTURES:
                 first.extend(np.asarray(one.image, dtype=float) for one in seen)
             return answers

@@ -6,7 +6,7 @@ items whose directions it has shut sees less drift than there is.
 
 import time
 from pathlib import Path
-from typing import Dict, Iterator, List, Tuple
+from typing import Dict, Iterator, List, Optional, Tuple
 
 import torch
 from tqdm import tqdm
@@ -18,7 +18,7 @@ from vlakeep.core.provenance import library_versions, source_commit
 from vlakeep.core.storage import Storage, need_free
 from vlakeep.data.formats import closing_all, open_configured
 from vlakeep.data.images import resize_uint8
-from vlakeep.data.sample import Batch, Sample
+from vlakeep.data.sample import Batch, Sample, SampleSpec
 from vlakeep.models.adapters import select_linears
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.teacher import artifact, coverage
@@ -63,10 +63,12 @@ def item_weights(config: Config, kinds: List[str]) -> torch.Tensor:
     return weights_N / weights_N.mean()
 
 
-def new_samples(config: Config, storage: Storage, size, count: int = NEW_FRAMES) -> Dict[str, List[Sample]]:
-    """Data set -> frames spread evenly over it, with their instructions; {} when there are no data yet."""
+def new_samples(config: Config, storage: Storage, size, count: int = NEW_FRAMES, spec: Optional[SampleSpec] = None
+                ) -> Dict[str, List[Sample]]:
+    """Data set -> frames spread evenly over it, with their instructions, as a model of this spec takes them; {} when there are no data
+    yet."""
     try:
-        datasets = open_configured(config.data, storage.data, storage.cache)
+        datasets = open_configured(config.data, storage.data, storage.cache, spec)
     except FileNotFoundError:
         return {}
     found = {}
@@ -167,7 +169,7 @@ def _groups(config: Config, storage: Storage, backbone, probe, held, kept: List[
         kinds = other.kinds(range(len(other)))
         chosen = [i for kind in sorted(set(kinds)) for i in [i for i, k in enumerate(kinds) if k == kind][:NEW_FRAMES]]
         yield parts(other.samples(chosen), name), [f"keep:{name}/{kinds[i]}" for i in chosen]
-    for name, samples in new_samples(config, storage, picture_size(backbone)).items():
+    for name, samples in new_samples(config, storage, picture_size(backbone), spec=backbone.processor.spec).items():
         yield parts(samples, name), [f"new:{name}"] * len(samples)
 
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from vlakeep.core.compat import import_timm
 from vlakeep.core.errors import CheckpointError
 from vlakeep.core.storage import atomic_path
 from vlakeep.models.base import Backbone
@@ -95,6 +96,7 @@ def attach_lora(
 
     gaussian: A ~ N(0, (1/rank)^2), as peft draws it for the official fine-tuning script; kaiming: uniform in +-1/sqrt(fan_in).
     """
+    import_timm()  # peft imports transformers, which imports torchvision: the shim must come first
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 

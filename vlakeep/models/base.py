@@ -1,6 +1,6 @@
 """What a model is: everything that stages, teacher, methods and benchmarks ask of one. A kind of model is a subclass of Backbone.
 
-    before the weights   read_config, sizes, linear_shapes, read_statistics, leaf_names: what preflight asks of a folder
+    before the weights   read_config, sizes, linear_shapes, read_statistics, read_spec, leaf_names: what preflight asks of a folder
     identity             name, weights_sha256, merged, network, decoder_layers, num_layers, hidden_size, device, dtype
     adapters             adapted_linears, linear_names, input_key
     layout               embed -> Prefix, text_columns, sequence_mask
@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vlakeep.core.errors import CheckpointError
 from vlakeep.data.processor import BaseProcessor
-from vlakeep.data.sample import IGNORE_INDEX, Batch, Sample
+from vlakeep.data.sample import IGNORE_INDEX, Batch, Sample, SampleSpec
 from vlakeep.data.statistics import unnormalise
 from vlakeep.models import files
 from vlakeep.models.load import model_name
@@ -157,6 +157,11 @@ class Backbone(nn.Module, ABC):
     def tensor_name(cls, stored: str) -> str:
         """The network's name of a tensor of a checkpoint file."""
         return stored
+
+    @classmethod
+    def read_spec(cls, config: dict) -> Optional[SampleSpec]:
+        """The spec of the processor, after a config.json; None where that does not tell."""
+        return None
 
     @classmethod
     def leaf_names(cls, modules: List[str]) -> List[str]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from vlakeep.core.errors import CheckpointError
-from vlakeep.data.sample import Batch
+from vlakeep.data.sample import Batch, SampleSpec
 from vlakeep.models.base import Backbone, LossOutput, Prefix, loss_output
 from vlakeep.models.load import DTYPES
 from vlakeep.openvla import format as checkpoint_format
@@ -44,6 +44,10 @@ class OpenVLABackbone(Backbone):
         """text_config holds only what differs from Llama's defaults (32 and 4096)."""
         text = config.get("text_config") or {}
         return int(text.get("num_hidden_layers", 32)), int(text.get("hidden_size", 4096))
+
+    @classmethod
+    def read_spec(cls, config: dict) -> SampleSpec:
+        return Processor.spec
 
     @classmethod
     def linear_shapes(cls, config: dict) -> Dict[str, Tuple[int, int]]:

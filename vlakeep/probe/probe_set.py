@@ -4,21 +4,24 @@
     <probe>/images.npy    uint8 [N, H, W, 3]
     <probe>/probe.json    {"format": 1, "count": N, "sha256": content hash}
 
+For models of several cameras, or that take the robot's state, there are also images_1.npy, images_2.npy, ... (one file a camera, each of
+its own size), states.npy (float32 [N, Q]), and in probe.json format 2, the cameras' names and Q.
+
 The hash covers items and pixels in a canonical form, so it does not depend on key order or on how NumPy writes its header.
-Axes: N items, H W pixels.
+Axes: N items, H W pixels, Q numbers of a robot's state.
 """
 
 import hashlib
 import json
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 
 from vlakeep.core.storage import atomic_dir
 from vlakeep.data.sample import Sample
 
-FORMAT = 1
+FORMAT, WIDE_FORMAT = 1, 2  # the second has more than one picture an item, or a state
 _REMEDY = "make it again with `vlakeep tabletop-data`, or write your own with write_probe (vlakeep/probe/probe_set.py)"
 _FIELDS = {"instruction": str, "question": bool, "kind": str, "state": str}
 
@@ -27,42 +30,75 @@ class ProbeError(ValueError):
     """A probe folder that cannot be used; the message names the file and the remedy."""
 
 
-def content_hash(items: Sequence[Dict], images_NHWC: np.ndarray) -> str:
-    """sha256 over the shape, every item as JSON with sorted keys, and the pixels."""
+def content_hash(items: Sequence[Dict], images_NHWC: np.ndarray, cameras: Sequence[str] = (), others: Sequence[np.ndarray] = ()) -> str:
+    """sha256 over the shape, every item as JSON with sorted keys, and the pixels; then, if there are any, the names of the cameras, and
+    shape and bytes of the other cameras' pictures and of the states."""
     digest = hashlib.sha256(json.dumps({"format": FORMAT, "shape": list(images_NHWC.shape)}, sort_keys=True).encode())
     for item in items:
         line = json.dumps({key: item[key] for key in _FIELDS}, sort_keys=True, ensure_ascii=True).encode()
         digest.update(len(line).to_bytes(8, "little") + line)
     for image in images_NHWC:  # one by one: a memory-mapped array never has to fit into memory
         digest.update(np.ascontiguousarray(image).tobytes())
+    if cameras or others:
+        digest.update(json.dumps([list(cameras), [list(array.shape) for array in others]]).encode())
+        for array in others:
+            for row in array:
+                digest.update(np.ascontiguousarray(row).tobytes())
     return digest.hexdigest()
+
+
+def _pictures(samples: List[Sample], name: Optional[str]) -> np.ndarray:
+    """uint8 [N, H, W, 3] of `image`, or of the camera of this name."""
+    found = [sample.image if name is None else sample.cameras.get(name) for sample in samples]
+    shapes = {str(None if one is None else (one.shape, str(one.dtype))) for one in found}
+    if len(shapes) != 1 or found[0] is None or found[0].ndim != 3 or found[0].shape[-1] != 3 or found[0].dtype != np.uint8:
+        of = "" if name is None else f" of the camera {name!r}"
+        raise ValueError(f"probe pictures{of} must all be uint8 [H, W, 3] of one size, not {sorted(shapes)}")
+    return np.stack(found)
+
+
+def _states(samples: List[Sample]) -> Optional[np.ndarray]:
+    """float32 [N, Q]; None where no sample has a state."""
+    found = [sample.state for sample in samples]
+    if all(state is None for state in found):
+        return None
+    if len({np.shape(state) for state in found}) != 1 or np.ndim(found[0]) != 1:
+        raise ValueError("probe samples must all have a state of one size, or none: " + ", ".join(
+            sorted({"none" if state is None else str(list(np.shape(state))) for state in found})))
+    return np.stack(found).astype(np.float32)
 
 
 def write_probe(folder, samples: List[Sample], kinds: List[str], states: Optional[List[str]] = None) -> str:
     """Write a probe folder (replacing one that is there) and return its content hash.
 
-    kinds: what each item asks about, e.g. a skill or a question kind. states: robot state text per item, "" when None.
-    Raises ValueError for no samples, lists of different lengths or pictures of different shapes.
+    kinds: what each item asks about, e.g. a skill or a question kind. states: robot state text per item, "" when None. The samples' own
+    cameras and states (normalised, as a data set gives them) are kept too.
+    Raises ValueError for no samples, lists of different lengths, pictures of different shapes, or what only some samples have.
     """
     states = states if states is not None else [""] * len(samples)
     if not samples or len(kinds) != len(samples) or len(states) != len(samples):
         raise ValueError(f"a probe needs at least one sample and as many kinds and states, not {len(samples)}, {len(kinds)} and "
                          f"{len(states)}")
-    shapes = {(sample.image.shape, str(sample.image.dtype)) for sample in samples}
-    if len(shapes) != 1 or samples[0].image.ndim != 3 or samples[0].image.shape[-1] != 3 or samples[0].image.dtype != np.uint8:
-        raise ValueError(f"probe pictures must all be uint8 [H, W, 3] of one size, not {sorted(map(str, shapes))}")
-    images = np.stack([sample.image for sample in samples])
+    cameras = sorted({name for sample in samples for name in sample.cameras})
+    images, *others = [_pictures(samples, name) for name in cameras or [None]]
+    state_NQ = _states(samples)
     items = [{"instruction": s.instruction, "question": bool(s.question), "kind": kind, "state": state}
              for s, kind, state in zip(samples, kinds, states)]
-    sha256 = content_hash(items, images)
+    sha256 = content_hash(items, images, cameras, [*others, *([] if state_NQ is None else [state_NQ])])
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / "probe.json").is_file():
         raise ValueError(f"{folder} exists and is no probe folder; it is left alone, choose another name with --probe.name")
     with atomic_dir(folder) as partial:
         np.save(partial / "images.npy", images, allow_pickle=False)
+        for number, other in enumerate(others, 1):
+            np.save(partial / f"images_{number}.npy", other, allow_pickle=False)
+        if state_NQ is not None:
+            np.save(partial / "states.npy", state_NQ, allow_pickle=False)
         text = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
         (partial / "items.jsonl").write_text(text, encoding="utf-8")
-        info = {"format": FORMAT, "count": len(items), "sha256": sha256}
+        info: Dict[str, Any] = {"format": FORMAT, "count": len(items), "sha256": sha256}
+        if cameras or state_NQ is not None:
+            info.update(format=WIDE_FORMAT, cameras=cameras, state=0 if state_NQ is None else state_NQ.shape[1])
         (partial / "probe.json").write_text(json.dumps(info, indent=2) + "\n")
     return sha256
 
@@ -85,10 +121,15 @@ class ProbeSet:
         self.items = self._items()
         self.answers: Dict[int, str] = {}
         self._images = self._open_images()
-        if not (info["count"] == len(self.items) == len(self._images)):
+        self._cameras: List[str] = info["cameras"]
+        self._others = [self._open_images(f"images_{number}.npy") for number in range(1, len(self._cameras))]
+        self._state_NQ = self._open_states(info["state"]) if info["state"] else None
+        others = [*self._others, *([] if self._state_NQ is None else [self._state_NQ])]
+        if not (info["count"] == len(self.items) == len(self._images)) or any(len(array) != info["count"] for array in others):
             raise ProbeError(f"{self.folder}: probe.json says {info['count']} items, items.jsonl has {len(self.items)} and "
-                             f"images.npy {len(self._images)}; {_REMEDY}")
-        self.sha256 = content_hash(self.items, self._images)
+                             f"images.npy {len(self._images)}{', the others ' if others else ''}{', '.join(str(len(a)) for a in others)}; "
+                             f"{_REMEDY}")
+        self.sha256 = content_hash(self.items, self._images, self._cameras, others)
         if self.sha256 != info["sha256"]:
             raise ProbeError(f"{self.folder}: its content hash is {self.sha256[:16]}, probe.json says {info['sha256'][:16]}: "
                              f"it was changed after it was written; {_REMEDY}")
@@ -99,9 +140,10 @@ class ProbeSet:
             raise ProbeError(f"no probe set at {self.folder} (probe.json is missing); {_REMEDY}")
         try:
             info = json.loads(path.read_text())
-            if info["format"] != FORMAT:
+            if info["format"] not in (FORMAT, WIDE_FORMAT):
                 raise ProbeError(f"{path} has format {info['format']!r}, this version reads {FORMAT}; {_REMEDY}")
-            return {"count": int(info["count"]), "sha256": str(info["sha256"])}
+            return {"count": int(info["count"]), "sha256": str(info["sha256"]), "cameras": [str(name) for name in info.get("cameras", [])],
+                    "state": int(info.get("state", 0))}
         except ProbeError:
             raise
         except (KeyError, TypeError, ValueError) as error:
@@ -122,14 +164,24 @@ class ProbeSet:
             items.append(item)
         return items
 
-    def _open_images(self) -> np.ndarray:
-        path = self.folder / "images.npy"
+    def _open(self, name: str) -> np.ndarray:
+        path = self.folder / name
         try:
-            images = np.load(path, mmap_mode="r", allow_pickle=False)
+            return np.load(path, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError as error:
             raise ProbeError(f"{path} is missing; {_REMEDY}") from error
         except (ValueError, OSError, EOFError) as error:  # a truncated file cannot be mapped
             raise ProbeError(f"{path} is truncated or damaged ({error}); {_REMEDY}") from error
+
+    def _open_states(self, size: int) -> np.ndarray:
+        states = self._open("states.npy")
+        if states.dtype != np.float32 or states.shape[1:] != (size,):
+            raise ProbeError(f"{self.folder / 'states.npy'} must be float32 [N, {size}], not {states.dtype} "
+                             f"{list(states.shape)}; {_REMEDY}")
+        return states
+
+    def _open_images(self, name: str = "images.npy") -> np.ndarray:
+        images, path = self._open(name), self.folder / name
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
             raise ProbeError(f"{path} must be uint8 [N, H, W, 3], not {images.dtype} {list(images.shape)}; {_REMEDY}")
         return images
@@ -146,8 +198,12 @@ class ProbeSet:
 
     def samples(self, indices: Sequence[int]) -> List[Sample]:
         """The items as samples without target, pictures copied into memory."""
-        return [Sample(np.array(self._images[i]), self.items[i]["instruction"], question=self.items[i]["question"],
-                       dataset="probe") for i in indices]
+        return [Sample(None if self._cameras else np.array(self._images[i]), self.items[i]["instruction"],
+                       question=self.items[i]["question"], dataset="probe", cameras=self._named(i),
+                       state=None if self._state_NQ is None else np.array(self._state_NQ[i])) for i in indices]
+
+    def _named(self, index: int) -> Dict[str, np.ndarray]:
+        return {name: np.array(images[index]) for name, images in zip(self._cameras, [self._images, *self._others])}
 
     def kinds(self, indices: Sequence[int]) -> List[str]:
         return [self.items[i]["kind"] for i in indices]

@@ -64,7 +64,7 @@ class Tabletop(Benchmark):
         old_key = self.old_key(target.known) or target.key
         for own in dict.fromkeys((old_key, target.key)):
             skills = [skill for skill in self._asked() if own == (target.key if skill in NEW_SKILLS else old_key)]
-            policy = target.policy(own)
+            policy = target.policy(own, most=self.settings.chunk)
             self._table.run_skill_episodes(policy, skills, self.settings.episodes, self._table.EVALUATION + self.settings.seed,
                                            self.settings.parallel, records, target.name)
             records.add_alarms(policy.watch.alarms())

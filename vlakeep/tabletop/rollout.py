@@ -1,7 +1,7 @@
 """Closed-loop episodes of a policy, many tables in one policy batch."""
 
 import zlib
-from typing import Callable, List
+from typing import Callable, List, Tuple
 
 import numpy as np
 from tqdm import tqdm
@@ -10,14 +10,15 @@ from vlakeep.benchmarks.records import Records
 from vlakeep.tabletop.render import render
 from vlakeep.tabletop.world import MAX_STEPS, TabletopWorld
 
-Policy = Callable[[np.ndarray, List[str]], np.ndarray]
+Policy = Callable[..., np.ndarray]
 
 
 def run_skill_episodes(policy: Policy, skills: List[str], episodes: int, seed: int, parallel: int, records: Records,
                        desc: str = "") -> None:
     """Trials 0..episodes-1 of each skill, start states fixed by (skill, seed + trial); finished tables leave the batch.
 
-    `policy(images [N, 64, 64, 3], instructions)` gives actions [N, 7]. If it raises on a batch, the tables are asked one by one, and
+    `policy(images [N, 64, 64, 3], instructions)` gives actions [N, 7]; one that plays chunks (`policy.chunk` above 1) is also told which
+    episodes these are. If it raises on a batch, the tables are asked one by one, and
     those that still raise are recorded as crashed. Trials that `records` has already are not run again. Where a prompt names one of two
     targets, an episode is over once the object is put on either, and its record says on which (`ended`).
     """
@@ -29,7 +30,7 @@ def run_skill_episodes(policy: Policy, skills: List[str], episodes: int, seed: i
             alive = np.arange(world.n)  # number within `part` of each table still running
             limit = np.array([MAX_STEPS[skill] for skill, _ in part])
             while len(alive):
-                actions, crash = _ask(policy, render(world), world.instructions)
+                actions, crash = _ask(policy, render(world), world.instructions, [part[number] for number in alive])
                 for row in np.flatnonzero(~np.isfinite(actions).all(axis=1)):
                     actions[row], crash[row] = 0.0, crash[row] or "ValueError: the policy gave an action that is not finite"
                 success = world.step(actions)
@@ -48,15 +49,19 @@ def run_skill_episodes(policy: Policy, skills: List[str], episodes: int, seed: i
             records.flush()
 
 
-def _ask(policy: Policy, images: np.ndarray, instructions: List[str]):
+def _ask(policy: Policy, images: np.ndarray, instructions: List[str], episodes: List[Tuple[str, int]]):
     """(actions [N, 7], error text or None per table)."""
+    def act(rows: slice):
+        told = {"episodes": episodes[rows]} if getattr(policy, "chunk", 1) > 1 else {}
+        return policy(images[rows], instructions[rows], **told)
+
     try:
-        return np.array(policy(images, instructions), dtype=np.float64), [None] * len(images)
+        return np.array(act(slice(None)), dtype=np.float64), [None] * len(images)
     except Exception:  # whatever one table's input provokes must not take the others' results along
         actions, errors = np.zeros((len(images), 7)), []
         for i in range(len(images)):
             try:
-                actions[i] = policy(images[i:i + 1], instructions[i:i + 1])[0]
+                actions[i] = act(slice(i, i + 1))[0]
                 errors.append(None)
             except Exception as error:  # noqa: BLE001
                 errors.append(f"{type(error).__name__}: {error}")
