@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BASELINE, GRADED
+from torch.nn.utils.rnn import pad_sequence
 from toy_model import Toy, make_folder
 
 from vlakeep.core.checkpoint import check_base
@@ -27,6 +28,8 @@ from vlakeep.models.files import weights_hash
 from vlakeep.models.load import make_backbone, model_class, model_kinds
 from vlakeep.models.merge import merge_checkpoint, save_checkpoint
 from vlakeep.openvla.load import OpenVLAKind
+from vlakeep.pi0_fast.backbone import Pi0FastBackbone
+from vlakeep.pi0_fast.tiny import make_folder as make_pi0_folder
 from vlakeep.probe.masks import audit, mask_from_prompt
 from vlakeep.teacher.answers import run_below, teacher_answers
 from vlakeep.teacher.collect import pooled_states, token_moments, with_own_answers
@@ -36,9 +39,21 @@ from vlakeep.teacher.spectrum import spectrum
 from vlakeep.thermostat.kl_sensor import KLSensor, batched
 from vlakeep.train import make_optimizer, train_step
 
+
+def pi0_folder(folder):
+    """A pi0-FAST of two cameras with random weights."""
+    rng = np.random.default_rng(0)
+    chunks = [rng.uniform(-1, 1, (3, 3)).astype(np.float32) for _ in range(200)]
+    ends = {"action": {"q01": [-2.0, 0.0, 0.0], "q99": [2.0, 1.0, 1.0], "mask": [True, True, False]}}
+    make_pi0_folder(folder, ["open the red door", "close the blue box .", "what is it? the red box"], chunks, {"pi0_data": ends},
+                    ("base_0_rgb", "left_wrist_0_rgb"), state=2, scale=20.0)
+    return folder
+
+
 # Model -> (its class, what is said to it, a question and its answer).
 MODELS = {
     "tabletop-base": (OpenVLAKind, ["pick up the red block", "reach the blue ring and stop"], ("what color is the block?", "red")),
+    "pi0_fast": (Pi0FastBackbone, ["open the red door", "close the blue box ."], ("what is it?", "the red box")),
     "toy": (Toy, ["open the red door", "close the blue box ."], ("what is it", "the red box")),
 }
 
@@ -85,8 +100,8 @@ def toy_kind():
 
 @pytest.fixture(scope="module", params=sorted(MODELS))
 def case(request, tmp_path_factory):
-    name = request.param
-    return Case(name, str(make_folder(tmp_path_factory.mktemp("models") / "toy")) if name == "toy" else name)
+    name, made = request.param, {"toy": make_folder, "pi0_fast": pi0_folder}
+    return Case(name, str(made[name](tmp_path_factory.mktemp("models") / name)) if name in made else name)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +117,7 @@ def same(a, b, tolerance=1e-5):
 
 
 def test_the_kind_of_a_folder_is_found_and_knows_its_sizes(case, backbone, tmp_path):
-    assert model_kinds() == ["openvla", "toy"]
+    assert model_kinds() == ["openvla", "pi0_fast", "toy"]
     kind = model_class(backbone.checkpoint)
     assert kind is case.kind and isinstance(backbone, Backbone) and not backbone.training
     config = kind.read_config(backbone.checkpoint)
@@ -116,7 +131,7 @@ def test_the_kind_of_a_folder_is_found_and_knows_its_sizes(case, backbone, tmp_p
     assert all(any((Path(backbone.checkpoint) / name).is_file() for name in group) for group in kind.processor_files)
     check_base(tmp_path, {"base_weights": backbone.weights_sha256}, backbone.weights_sha256)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "other"}))
-    with pytest.raises(CheckpointError, match="'other'; vlakeep knows openvla, toy"):
+    with pytest.raises(CheckpointError, match="'other'; vlakeep knows openvla, pi0_fast, toy"):
         make_backbone(tmp_path)
 
 
@@ -228,16 +243,18 @@ def test_the_loss_is_the_mean_over_labelled_tokens(case, backbone):
         samples = case.samples(backbone, question=question)
         batch = backbone.processor.encode_batch(samples)
         targets = [labels[labels != IGNORE_INDEX] for labels in batch.labels]
-        prompts = backbone.processor.encode_prompts(samples)
-        log_p = backbone.log_probabilities_of_continuation(prompts, torch.stack(targets))
-        wanted = -log_p.gather(-1, torch.stack(targets)[..., None]).mean()
+        prompts, whole = backbone.processor.encode_prompts(samples), pad_sequence(targets, True, backbone.processor.pad_token_id)
+        log_p = backbone.log_probabilities_of_continuation(prompts, whole).gather(-1, whole[..., None])[..., 0]
+        wanted = -torch.cat([row[:len(target)] for row, target in zip(log_p, targets)]).mean()
         out, plain = backbone(batch), Backbone.forward(backbone, batch)
         assert out.num_labelled == sum(len(row) for row in targets) and torch.equal(out.correct, plain.correct)
         assert same(out.loss, wanted) and same(plain.loss, wanted) and same(out.last_hidden_norm, plain.last_hidden_norm)
         if not question:
             spec = backbone.processor.spec
-            assert [len(row) for row in targets] == [backbone.action_tokens() + 1] * len(samples)
-            decoded = backbone.processor.decode_actions(torch.stack(targets)[:, :-1].numpy())
+            lengths = {len(row) for row in targets}
+            most = backbone.action_tokens() + 1
+            assert max(lengths) <= most if backbone.processor.variable_answers else lengths == {most}
+            decoded = backbone.processor.decode_actions((whole if backbone.processor.variable_answers else whole[:, :-1]).numpy())
             given = np.stack([sample.action for sample in samples]).reshape(len(samples), spec.chunk, -1)
             assert decoded.shape == given.shape and np.abs(decoded - given).max() < 0.13
 
@@ -268,7 +285,9 @@ def test_actions_come_in_chunks_and_in_the_units_of_the_data(case, backbone):
     assert np.array_equal(first, chunks[:, 0]) and np.array_equal(early, again) and early.dtype == bool
     one = backbone.action_statistics(key)
     low, high, mask = (np.array(one[name]) for name in ("q01", "q99", "mask"))
-    assert (chunks >= np.where(mask, low, -1) - 1e-9).all() and (chunks <= np.where(mask, high, 1) + 1e-9).all()
+    far = backbone.processor.action_limit  # of decoded values; what a transform makes of random coefficients is not within 1
+    middle, half = (low + high) / 2, (high - low) / 2
+    assert (np.abs(chunks - np.where(mask, middle, 0)) <= np.where(mask, half, 1) * far + 1e-9).all()
     assert np.allclose(backbone.unnormalise(np.ones((2, dims)), key)[0][mask], high[mask])
     with pytest.raises(ValueError, match="no action statistics of 'else'"):
         backbone.action_statistics("else")

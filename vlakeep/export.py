@@ -37,7 +37,7 @@ from vlakeep.models.adapters import load_adapter
 from vlakeep.models.base import Backbone
 from vlakeep.models.chain import chain_hash, merge_chain, read_chain
 from vlakeep.models.files import weight_files, weights_hash
-from vlakeep.models.load import DTYPES, make_backbone
+from vlakeep.models.load import DTYPES, make_backbone, model_class
 from vlakeep.models.merge import RECORD, merge_checkpoint
 
 PARITY_BATCH = 8
@@ -69,7 +69,8 @@ def action_ids(backbone: Backbone, samples: List[Sample], unnorm_key) -> np.ndar
     found = []
     for start in range(0, len(samples), PARITY_BATCH):
         batch = backbone.processor.encode_prompts(samples[start:start + PARITY_BATCH]).to(backbone.device)
-        found.append(backbone.generate(batch, tokens, stop_at_eos=False)[0].cpu().numpy())
+        # What follows an end is nobody's answer where answers differ in length.
+        found.append(backbone.generate(batch, tokens, stop_at_eos=backbone.processor.variable_answers)[0].cpu().numpy())
     return np.concatenate(found)
 
 
@@ -148,6 +149,7 @@ def run_export(config: Config, storage: Storage, command: str = "vlakeep offline
     with atomic_dir(out) as temporary:
         modules = merge_checkpoint(base, checkpoint / "adapter", Path(temporary), statistics, DTYPES.get(config.export.dtype),
                                    chain.adapters if chain else ())
+        model_class(base).record_settings(Path(temporary), config.backbone)
         record["merged_modules"] = len(modules)
         if config.export.parity_frames:
             key = config.backbone.unnorm_key or next(iter(statistics))

@@ -28,14 +28,18 @@ def answer_questions(backbone, samples, batch_size: int = QUESTION_BATCH) -> Lis
 @torch.inference_mode()
 def action_token_kl(backbone, samples, batch_size: int = KL_BATCH) -> np.ndarray:
     """KL(teacher || student) per frame [N], averaged over the teacher's own action tokens, both models fed those tokens."""
-    values = []
+    values, varied, pad = [], backbone.processor.variable_answers, backbone.processor.pad_token_id
     for start in range(0, len(samples), batch_size):
         batch = backbone.processor.encode_prompts(samples[start:start + batch_size]).to(backbone.device)
         with adapters_disabled(backbone):
-            tokens_BT, _ = backbone.generate(batch, max_new_tokens=backbone.action_tokens(), stop_at_eos=False)
+            tokens_BT, _ = backbone.generate(batch, max_new_tokens=backbone.action_tokens(), stop_at_eos=varied)
+            if varied:
+                tokens_BT = tokens_BT[:, (tokens_BT != pad).any(0)]
             teacher = backbone.log_probabilities_of_continuation(batch, tokens_BT)
         student = backbone.log_probabilities_of_continuation(batch, tokens_BT)
-        kl_B = (teacher.exp() * (teacher - student)).sum(-1).mean(1)
+        kl_BT = (teacher.exp() * (teacher - student)).sum(-1)
+        said_BT = tokens_BT != pad
+        kl_B = (kl_BT * said_BT).sum(1) / said_BT.sum(1) if varied else kl_BT.mean(1)
         assert not (kl_B < -ROUNDING).any(), f"a KL of {float(kl_B.min()):.3g} nats: teacher and student are not both distributions"
         values.append(kl_B.clamp(min=0).cpu().numpy())
     return np.concatenate(values) if values else np.zeros(0)

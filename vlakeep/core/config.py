@@ -31,6 +31,14 @@ class BackboneConfig:
     dtype: str = choice("float32", "bfloat16", "float16")
     # sdpa, eager or flash_attention_2. The official code needs flash-attention 2; sdpa gives the same result without it.
     attn_implementation: str = choice("sdpa", "eager", "flash_attention_2")
+    # pi0-FAST: how rows, pictures and losses are made, lerobot or openpi (docs/pi0-fast.md); None takes what the folder records, else
+    # lerobot. Other models have one layout.
+    layout: Optional[str] = limited(None, lambda value: value in (None, "lerobot", "openpi"), "lerobot, openpi or null")
+    # pi0-FAST: names of its cameras, in order, and how many numbers the state has; None takes those of config.json. Neither has weights of
+    # its own, so that a base can be trained on any data.
+    cameras: Optional[List[str]] = None
+    # The same for the robot's state, which pi0-FAST reads as text; 0 leaves it empty.
+    state: Optional[int] = limited(None, lambda value: value is None or value >= 0, "null, or from 0")
     # Compute the activations of a layer again in the backward pass: slower, with much less memory.
     gradient_checkpointing: bool = False
 

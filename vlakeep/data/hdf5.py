@@ -98,7 +98,7 @@ def _told(error: Exception, where: str) -> str:
 
 
 def _read_file(path: Path, number: int, camera: str, state: Optional[Sequence[str]], read: Dict[Tuple[int, int], Any]) -> None:
-    """Fill `read` with (actions, text, where, upside down, states) of every demonstration; actions are the reason where they cannot be had."""
+    """Fill `read` with (actions, text, where, upside down, states) of every demonstration; actions are the reason where there are none."""
     with _open(path) as file:
         data = _member(file, "data", str(path))
         numbers = [int(found[1]) for found in (re.fullmatch(r"demo_(\d+)", key) for key in data) if found]

@@ -6,7 +6,7 @@ Axes: N samples or rows, L text tokens, T answer tokens, C actions of a chunk, A
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, List, Tuple
+from typing import Any, List, Optional, Tuple
 
 import numpy as np
 
@@ -19,6 +19,13 @@ class BaseProcessor(ABC):
     tokenizer: Any
     pad_token_id: int
     spec = SampleSpec()
+    action_limit = 1.0  # largest magnitude of a decoded normalised value
+    variable_answers = False  # whether answers to action prompts differ in length
+
+    @property
+    def ends(self) -> Tuple[int, ...]:
+        """Tokens each of which ends an answer."""
+        return (self.tokenizer.eos_token_id,)
 
     @property
     @abstractmethod
@@ -44,6 +51,10 @@ class BaseProcessor(ABC):
     @abstractmethod
     def instruction_span(self, text: str) -> Tuple[int, int]:
         """Character offsets (start, end) of the instruction or question inside a prompt_text. ValueError when there is none."""
+
+    def state_spans(self, text: str) -> Optional[List[Tuple[int, int]]]:
+        """Character offsets of a robot's state inside a prompt_text; None: the model writes none, and what looks like one counts."""
+        return None
 
     @abstractmethod
     def encode_actions(self, actions: np.ndarray) -> np.ndarray:

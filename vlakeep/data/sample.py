@@ -128,7 +128,7 @@ class Batch:
 
     def _map(self, function) -> "Batch":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: function(v) if torch.is_tensor(v) else v for k, v in values.items()})
+        return type(self)(**{k: function(v) if torch.is_tensor(v) else v for k, v in values.items()})
 
     def to(self, device, non_blocking: bool = False) -> "Batch":
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))

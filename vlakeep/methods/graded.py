@@ -17,7 +17,7 @@ from vlakeep.models.adapters import adapters_disabled
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.teacher.answers import Answered, run_below, teacher_answers
 from vlakeep.teacher.artifact import GradedArtifact, check, load_artifact
-from vlakeep.teacher.folder import ArtifactError, note_attention
+from vlakeep.teacher.folder import ArtifactError, note_attention, recorded_problems
 from vlakeep.teacher.spectrum import Spectrum
 from vlakeep.thermostat.kl_sensor import KLSensor, batched
 from vlakeep.thermostat.loop import Loop, set_point, starting_opening
@@ -65,6 +65,7 @@ class Graded(Method):
         probe = ProbeSet(storage.probe_folder(config.probe.name))
         folder = cls.artifact_folder(config, storage, backbone.name, backbone.weights_sha256)
         problems = cls.artifact_problems(config, folder, backbone.weights_sha256, probe.sha256, backbone.num_layers)
+        problems += recorded_problems(folder, load_artifact(folder).meta, backbone.recorded())
         if problems:
             raise ArtifactError("\n".join(problems))
         artifact = load_artifact(folder)

@@ -138,7 +138,8 @@ def build(config: Config, storage: Storage, backbone) -> Path:
 def _meta(config: Config, backbone, probe, linears) -> dict:
     return {
         "backbone": backbone.name, "weights_sha256": backbone.weights_sha256, "depth": backbone.num_layers,
-        "hidden_size": backbone.hidden_size, **numerics(config.backbone), "probe": config.probe.name, "probe_sha256": probe.sha256,
+        "hidden_size": backbone.hidden_size, **numerics(config.backbone), **backbone.recorded(),
+        "probe": config.probe.name, "probe_sha256": probe.sha256,
         "probe_items": config.probe.size, "config": deciding(config), "linears": len(linears),
         "lora": {"layers": config.lora.layers, "modules": list(config.lora.modules)},
         "vlakeep": vlakeep.__version__, "versions": library_versions(), "commit": source_commit(),

@@ -20,7 +20,7 @@ from vlakeep.probe.batches import prompt_batches
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.teacher import icsm_artifact
 from vlakeep.teacher.decompose import fix_signs
-from vlakeep.teacher.folder import note_attention, of_weights
+from vlakeep.teacher.folder import note_attention, of_weights, recorded_problems
 from vlakeep.teacher.icsm_artifact import ArtifactError
 from vlakeep.thermostat.controller import Controller, Law
 from vlakeep.thermostat.thermometer import Thermometer
@@ -102,6 +102,7 @@ class IcsmHswThermostat(Method):
         probe = ProbeSet(storage.probe_folder(config.probe.name))
         folder = cls.artifact_folder(config, storage, backbone.name, backbone.weights_sha256)
         problems = cls.artifact_problems(config, folder, backbone.weights_sha256, probe.sha256, backbone.num_layers)
+        problems += recorded_problems(folder, icsm_artifact.load(folder).meta, backbone.recorded())
         if problems:
             raise ArtifactError("\n".join(problems))
         artifact = icsm_artifact.load(folder)

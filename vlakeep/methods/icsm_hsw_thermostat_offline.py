@@ -22,7 +22,7 @@ from vlakeep.teacher import icsm_artifact as artifact
 from vlakeep.teacher.collect import passes, pooled_states, token_moments, with_own_answers
 from vlakeep.teacher.decompose import check_rank, pooled_candidates, token_bases
 from vlakeep.teacher.folder import numerics, of_weights
-from vlakeep.teacher.sensitivity import order_by_fragility, sensitivities
+from vlakeep.teacher.sensitivity import measured, order_by_fragility, sensitivities
 from vlakeep.thermostat.drift import covariance
 
 
@@ -64,13 +64,15 @@ def build(config: Config, storage: Storage, backbone) -> Path:
             "r_f": fragile_DK.shape[1], "r_p": plastic_DK.shape[1], "epsilon_absolute": step,
             "explained_variance": float(energy.sum()), "svd_order": order.tolist(),
             "kl": [round(v, 9) for v in kl_K[order].tolist()] if config.icsm.sensitivity else None,
+            **(measured(backbone, layer) if config.icsm.sensitivity and backbone.prompt_sees_itself else {}),
         }
         log.info(f"layer {layer}: {energy.sum():.1%} of the variance in {config.icsm.rank} directions"
                  + (f", KL per direction {kl_K.max():.2e} to {kl_K.min():.2e}" if config.icsm.sensitivity else ""))
 
     tokens = _token_level(backbone, batches(items), linears, config, steps) if config.icsm.tokens else None
     meta = {
-        "backbone": backbone.name, "weights_sha256": backbone.weights_sha256, **numerics(config.backbone), "depth": backbone.num_layers,
+        "backbone": backbone.name, "weights_sha256": backbone.weights_sha256, **numerics(config.backbone), **backbone.recorded(),
+        "depth": backbone.num_layers,
         "hidden_size": backbone.hidden_size, "layers": layers, "layer_map": {str(k): v for k, v in mapping.items()},
         "r": config.icsm.rank, "epsilon": config.icsm.epsilon, "per_layer": notes,
         "probe": config.probe.name, "probe_sha256": probe.sha256, "probe_items": len(items), "empty_masks": pooled.empty,

@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from vlakeep.core.errors import CheckpointError
 from vlakeep.data.processor import BaseProcessor
 from vlakeep.data.sample import IGNORE_INDEX, Batch, Sample, SampleSpec
 from vlakeep.data.statistics import unnormalise
@@ -115,6 +116,9 @@ class Backbone(nn.Module, ABC):
     shared_inputs: Dict[str, str] = {}  # linear -> an earlier one that reads the same tensor
     answer_tokens = 8  # longest answer of the teacher to a prompt of the probe
     processor_files: Tuple[Tuple[str, ...], ...] = ()  # names of files beside the weights, one of each group must be there
+    # Whether a prompt's columns see later ones of the prompt: what they would say next means nothing then, and nothing is read from them
+    # after the last layer.
+    prompt_sees_itself = False
 
     def __init__(self, model: nn.Module, processor: BaseProcessor, norm_stats: dict, checkpoint: Optional[Path] = None,
                  unnorm_key: Optional[str] = None):
@@ -150,6 +154,11 @@ class Backbone(nn.Module, ABC):
         return files.read_statistics(folder, config)
 
     @classmethod
+    def tensor_name(cls, stored: str) -> str:
+        """The network's name of a tensor of a checkpoint file."""
+        return stored
+
+    @classmethod
     def read_spec(cls, config: dict) -> Optional[SampleSpec]:
         """The spec of the processor, after a config.json; None where that does not tell."""
         return None
@@ -166,6 +175,11 @@ class Backbone(nn.Module, ABC):
     # Folders
 
     @classmethod
+    def read_processor(cls, settings, folder: Path) -> BaseProcessor:
+        """The processor of a checkpoint folder, without its weights; `settings` as for `load`. `vlakeep audit-probe` asks for it."""
+        raise CheckpointError(f"{folder}: {cls.__name__} reads no processor without its weights; give it a read_processor")
+
+    @classmethod
     @abstractmethod
     def load(cls, settings, folder: Path, device) -> "Backbone":
         """The model of a checkpoint folder, in evaluation mode on `device`; `settings` is the backbone section of a configuration.
@@ -179,6 +193,14 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def complete_merged(cls, base: Path, out: Path, statistics: dict, dtype: torch.dtype) -> None:
         """Beside merged weights of type `dtype` in `out`: what else `load` reads, after the folder `base` and with these statistics."""
+
+    @classmethod
+    def record_settings(cls, folder: Path, settings) -> None:
+        """Write into a merged folder what the backbone section of a configuration said and its files can hold, so that it loads alike."""
+
+    def recorded(self) -> Dict[str, Any]:
+        """What decides the model's numbers besides weights and types; artefacts record it, and are refused where it differs."""
+        return {}
 
     # Identity
 
@@ -332,12 +354,13 @@ class Backbone(nn.Module, ABC):
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int, stop_at_eos: bool = True) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Greedy continuation of right-padded prompts of any lengths: ids [B, T] int64, and [B] bool, whether EOS came.
+        """Greedy continuation of right-padded prompts of any lengths: ids [B, T] int64, and [B] bool, whether an end came (processor.ends).
 
-        The same ids as one prompt at a time. With stop_at_eos a row holds the pad id after its EOS; without it rows go on.
+        The same ids as one prompt at a time. With stop_at_eos a row holds the pad id after its end; without it rows go on.
         Here every token is a whole pass; a model with a cache overrides it.
         """
         batch, pad = batch.to(self.device), self.processor.pad_token_id
+        ends = torch.tensor(self.processor.ends, device=self.device)
         ended_B = torch.zeros(batch.size, dtype=torch.bool, device=self.device)
         chosen_BT = torch.zeros(batch.size, 0, dtype=torch.int64, device=self.device)
         for _ in range(max_new_tokens):
@@ -345,7 +368,7 @@ class Backbone(nn.Module, ABC):
             if stop_at_eos:
                 next_B = torch.where(ended_B, torch.full_like(next_B, pad), next_B)
             chosen_BT = torch.cat([chosen_BT, next_B[:, None]], dim=1)
-            ended_B = ended_B | (next_B == self.processor.tokenizer.eos_token_id)
+            ended_B = ended_B | torch.isin(next_B, ends)
         return chosen_BT, ended_B
 
     # Actions

@@ -24,6 +24,7 @@ from vlakeep.core.storage import Storage, atomic_dir
 from vlakeep.core.target import read_action_statistics, target_checkpoint
 from vlakeep.models.adapters import WEIGHTS_FILE
 from vlakeep.models.files import hash_of, tensor_hashes, tensor_table, weight_files
+from vlakeep.models.load import model_class
 from vlakeep.models.merge import merged, read_deltas
 
 FOLDER, FILE = "from", "chain.json"
@@ -106,12 +107,14 @@ def keep_chain(chain: Optional[Chain], run: Path) -> None:
 
 
 def merged_tensors(base: Path, chain: Chain) -> Iterator[Tuple[str, torch.Tensor]]:
-    """(name, tensor in its stored type) of every tensor that the chain changes: summed in float32 and rounded once per run, as exports."""
-    where = {name: file for file in weight_files(base) for name in tensor_table(file)}
+    """(name in the files, tensor in its stored type) of every tensor that the chain changes: summed in float32 and rounded once per
+    run, as exports."""
+    where, kind = {name: file for file in weight_files(base) for name in tensor_table(file)}, model_class(base)
+    stored = {kind.tensor_name(name): name for name in where}
     deltas = [read_deltas(adapter) for adapter in chain.adapters]
     for module in sorted(set().union(*(pairs for pairs, _ in deltas))):
-        name = f"{module}.weight"
-        if name not in where:
+        name = stored.get(f"{module}.weight")
+        if name is None:
             raise CheckpointError(f"{module} of the adapter of {chain.links[-1].run} is not in {base}: give the base model that the run "
                                   "was trained on with --backbone.checkpoint")
         with safe_open(str(where[name]), framework="pt") as file:
@@ -150,7 +153,7 @@ def merge_chain(backbone, chain: Optional[Chain]) -> None:
         return
     lines = _hashes(backbone.checkpoint, chain)
     for name, tensor in merged_tensors(backbone.checkpoint, chain):
-        backbone.network.get_parameter(name).copy_(tensor)
+        backbone.network.get_parameter(backbone.tensor_name(name)).copy_(tensor)
         lines[name] = _line(lines[name], tensor)
     backbone.merged(chain.names, hash_of(lines))
     for link in chain.links:

@@ -51,15 +51,16 @@ def merge_checkpoint(base: Path, adapter: Path, out: Path, statistics: dict, dty
     Returns the names of the merged modules and the weight file of each.
     Raises CheckpointError when the adapter is for modules that the base does not have, or of another shape.
     """
-    table, where = {}, {}
+    table, where, kind = {}, {}, model_class(base)
     for file in weight_files(base):
         for name, entry in tensor_table(file).items():
             table[name], where[name] = entry, file
+    stored = {kind.tensor_name(name): name for name in table}  # names of the network, which adapters have, to those of the files
     deltas, scale = read_deltas(adapter)
     earlier = [read_deltas(folder) for folder in before]
     problems = []
     for module, (a, b) in deltas.items():
-        shape = table.get(module + ".weight", {}).get("shape")
+        shape = table.get(stored.get(module + ".weight"), {}).get("shape")
         if shape is None:
             problems.append(f"{module} is not in the base model")
         elif [b.shape[0], *a.shape[1:]] != shape:
@@ -76,7 +77,7 @@ def merge_checkpoint(base: Path, adapter: Path, out: Path, statistics: dict, dty
             for name in members:
                 with safe_open(str(where[name]), framework="pt") as file:
                     tensor = file.get_tensor(name)
-                module = name[:-len(".weight")] if name.endswith(".weight") else None
+                module = kind.tensor_name(name)[:-len(".weight")] if name.endswith(".weight") else None
                 for pairs, own_scale in earlier:
                     if module in pairs:
                         tensor = merged(tensor, pairs[module], own_scale).to(tensor.dtype)
@@ -88,7 +89,7 @@ def merge_checkpoint(base: Path, adapter: Path, out: Path, statistics: dict, dty
             write_shard(out, file_name, tensors)
             total += sum(t.nbytes for t in tensors.values())
     write_index(out, plan, total)
-    model_class(base).complete_merged(base, out, statistics, kinds[sorted(table)[0]])
+    kind.complete_merged(base, out, statistics, kinds[sorted(table)[0]])
     return done
 
 

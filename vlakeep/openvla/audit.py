@@ -21,7 +21,7 @@ from rich.text import Text
 from vlakeep.core.options import read
 from vlakeep.core.stages import AUDIT
 from vlakeep.core.storage import Storage, find_checkpoint
-from vlakeep.openvla.processor import Processor
+from vlakeep.models.load import model_class
 from vlakeep.probe.masks import AuditRow, audit
 from vlakeep.probe.probe_set import ProbeSet
 
@@ -42,14 +42,15 @@ def item_table(rows: List[AuditRow]) -> Table:
 def main(argv: List[str]) -> int:
     _, config = read(AUDIT, argv)
     storage = Storage.from_config(config)
-    processor = Processor.from_folder(find_checkpoint(config.backbone.checkpoint, storage.cache))
+    folder = find_checkpoint(config.backbone.checkpoint, storage.cache)
+    processor = model_class(folder).read_processor(config.backbone, folder)
     probe = ProbeSet(storage.probe_folder(config.probe.name))
     items = probe.spread(config.probe.size)
     terminal = Console(highlight=False)
     console = terminal if terminal.is_terminal else Console(highlight=False, width=140)  # a log file has room
     console.print(
-        f"probe {probe.folder}, sha256 {probe.sha256[:16]}, tokenizer of {processor.folder}. "
-        "Image patches stand between text positions 0 and 1; they are no text and never kept.",
+        f"probe {probe.folder}, sha256 {probe.sha256[:16]}, tokenizer of {folder}. "
+        "Image patches are no text and never kept; text positions are counted without them.",
         markup=False,
     )
     shown, counts = Counter(), []

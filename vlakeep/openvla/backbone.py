@@ -62,6 +62,10 @@ class OpenVLABackbone(Backbone):
     # Folders
 
     @classmethod
+    def read_processor(cls, settings, folder: Path) -> Processor:
+        return Processor.from_folder(folder)
+
+    @classmethod
     def load(cls, settings, folder: Path, device) -> Backbone:
         """In our own code; load.py has the other way."""
         model, config = checkpoint_format.load_checkpoint(folder, DTYPES[settings.dtype], settings.attn_implementation)

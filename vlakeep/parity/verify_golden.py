@@ -3,9 +3,9 @@
     vlakeep verify-golden DIR [DIR ...] [--tokenizer DIR]
 
 DIR is a folder of golden data or one that holds several: a model (config.json, golden.npz, state_dict.json), shapes alone
-(config.json, state_dict.json), the 7B vision tower (golden.npz), text, rlds, eval or augment. Exit status 1 when any deviation is
-past its tolerance, 2 for a folder that is not golden. --tokenizer names a folder with tokenizer.json or tokenizer.model; what
-cannot be checked without one is said.
+(config.json, state_dict.json), the 7B vision tower (golden.npz), text, rlds, eval or augment, or pi0-FAST (golden_pi0_fast.py).
+Exit status 1 when any deviation is past its tolerance, 2 for a folder that is not golden. --tokenizer names a folder with
+tokenizer.json or tokenizer.model; what cannot be checked without one is said.
 """
 
 import json
@@ -22,6 +22,7 @@ from vlakeep.openvla.processor import ImageProcessor, Processor, load_tokenizer
 from vlakeep.parity import golden as model_golden
 from vlakeep.parity import golden_data as data_golden
 from vlakeep.parity.golden import UNCHECKED, difference, unchecked
+from vlakeep.parity.golden_pi0_fast import verify_pi0_fast
 from vlakeep.parity.golden_text import verify_text
 from vlakeep.parity.golden_weights import EMPTY_TOKEN
 from vlakeep.parity.stages import GOLDEN
@@ -38,6 +39,7 @@ def kind_of(folder: Path) -> Optional[str]:
         ("augment", ["augment_golden.json"]),
         ("eval", ["eval_golden.json", "image_golden.npz"]),
         ("model", ["config.json", "golden.npz", "state_dict.json"]),
+        ("pi0_fast", ["config.json", "golden.npz", "sizes.json", "text.json"]),
     ):
         if has(*names):
             return kind
@@ -103,7 +105,7 @@ def _checks(tokenizer_folder: Optional[Path]) -> Dict[str, Callable]:
 
     return {"model": model_golden.verify_model, "shapes": model_golden.verify_shapes, "vision7b": model_golden.verify_vision7b,
             "text": lambda folder: verify_text(folder, tokenizer), "rlds": rlds, "augment": data_golden.verify_augment_golden,
-            "eval": verify_eval}
+            "eval": verify_eval, "pi0_fast": verify_pi0_fast}
 
 
 def print_rows(folder: Path, rows: List[Row]) -> None:

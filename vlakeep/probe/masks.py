@@ -48,11 +48,12 @@ def _tokenize(text: str, tokenizer) -> Tuple[List[int], List[Tuple[int, int]]]:
     return list(encoded["input_ids"]), [tuple(span) for span in encoded["offset_mapping"]]
 
 
-def _classify(text: str, span: Tuple[int, int], ids: Sequence[int], offsets: Sequence[Tuple[int, int]],
-              special: set) -> List[Tuple[bool, str]]:
+def _classify(text: str, processor, ids: Sequence[int], offsets: Sequence[Tuple[int, int]], special: set) -> List[Tuple[bool, str]]:
     """(kept, reason) of each token of a prompt. Whitespace belongs to no one, so a token counts by its visible characters."""
-    start, end = span
-    states = [found.span() for found in _STATE.finditer(text)]
+    start, end = processor.instruction_span(text)
+    states = processor.state_spans(text)
+    if states is None:
+        states = [found.span() for found in _STATE.finditer(text)]
 
     def owner(index: int) -> str:
         if any(a <= index < b for a, b in states):
@@ -89,8 +90,7 @@ def mask_from_prompt(batch: Batch, samples: List[Sample], processor) -> torch.Te
         ids, offsets = _tokenize(text, processor.tokenizer)
         if batch.input_ids[i, :len(ids)].tolist() != ids:
             raise ValueError(f"row {i} of the batch does not start with the tokens of {text!r}; the mask would be wrong")
-        span = processor.instruction_span(text)
-        mask_BL[i, :len(ids)] = torch.tensor([kept for kept, _ in _classify(text, span, ids, offsets, special)])
+        mask_BL[i, :len(ids)] = torch.tensor([kept for kept, _ in _classify(text, processor, ids, offsets, special)])
     return mask_BL.to(batch.input_ids.device)
 
 
@@ -99,9 +99,9 @@ def audit(sample: Sample, processor) -> List[AuditRow]:
     tokenizer, text = processor.tokenizer, processor.prompt_text(sample)
     ids, offsets = _tokenize(text, tokenizer)
     rows = [(token, text[a:b], kept, reason) for token, (a, b), (kept, reason)
-            in zip(ids, offsets, _classify(text, processor.instruction_span(text), ids, offsets, set(tokenizer.all_special_ids)))]
+            in zip(ids, offsets, _classify(text, processor, ids, offsets, set(tokenizer.all_special_ids)))]
     for token in processor.encode_prompts([sample]).input_ids[0, len(ids):].tolist():
-        rows.append((token, "", False, "empty token"))
+        rows.append((token, "", False, "special token" if token in tokenizer.all_special_ids else "empty token"))
     pieces = tokenizer.convert_ids_to_tokens([row[0] for row in rows])
     return [AuditRow(position, token, piece, covered, kept, reason)
             for position, (piece, (token, covered, kept, reason)) in enumerate(zip(pieces, rows))]

@@ -4,7 +4,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 from vlakeep.core.log import log
 from vlakeep.core.names import HASH
@@ -74,6 +74,12 @@ def numeric_problems(folder: Path, meta: dict, dtype: str, quantisation: str = Q
     if made != quantisation:
         found.append(f"{folder} was made with weights quantised as {made}, this run as {quantisation}: {remedy}")
     return found
+
+
+def recorded_problems(folder: Path, meta: dict, recorded: Dict[str, Any]) -> List[str]:
+    """Why an artefact was made by a model that works otherwise (models/base.py:Backbone.recorded), one line each."""
+    return [f"{folder} was made with --backbone.{key} {meta.get(key)}, this run has {value}: run `vlakeep offline` with this configuration"
+            for key, value in recorded.items() if meta.get(key) != value]
 
 
 def note_attention(folder: Path, meta: dict, settings) -> None:

@@ -5,15 +5,36 @@ re-run, from cached activations. The measure is the KL divergence between the cl
 averaged over all text positions from the first injected one on: at the last layer nothing flows to later positions, so the
 answer positions alone would give zero for every direction.
 
+In a model whose prompt sees itself (Backbone.prompt_sees_itself) the prompt's columns were never trained to predict anything, so that
+their distributions mean nothing: there the measure is taken where the teacher's own answer is predicted. Nothing reads the prompt after
+the last layer, so that its directions are injected at the layer's input. `measured` says which way was taken, and meta.json keeps it.
+
 Axes: B items, S sequence, D hidden, V vocabulary, T selected positions.
 """
 
-from typing import List, Tuple
+from typing import Dict, List, Tuple
 
 import torch
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from vlakeep.models.base import captured_outputs
+from vlakeep.teacher.collect import with_own_answers
+
+
+def measured(backbone, layer: int) -> Dict[str, str]:
+    """Where directions of a layer are injected and where their effect is measured."""
+    if not backbone.prompt_sees_itself:
+        return {"injected_at": "output", "measured_on": "text"}
+    return {"injected_at": "input" if layer == backbone.num_layers - 1 else "output", "measured_on": "answers"}
+
+
+def answer_positions(backbone, prompts, whole, prefix) -> torch.Tensor:
+    """[B, S] bool: the columns that predict the answers in `whole`, which holds these prompts with answers behind them."""
+    index_L = torch.arange(whole.input_ids.shape[1])
+    start_B1 = prompts.attention_mask.sum(1, keepdim=True).cpu()
+    predicts_BL = (index_L >= start_B1 - 1) & (index_L < whole.attention_mask.sum(1, keepdim=True).cpu() - 1)
+    return backbone.sequence_mask(prefix, predicts_BL)
 
 
 def measured_positions(mask_BS: torch.Tensor, valid_BS: torch.Tensor) -> torch.Tensor:
@@ -24,22 +45,29 @@ def measured_positions(mask_BS: torch.Tensor, valid_BS: torch.Tensor) -> torch.T
 @torch.no_grad()
 def sensitivities(backbone, batches: List[Tuple], layer: int, candidates_DK: torch.Tensor, step: float) -> torch.Tensor:
     """KL [K] per candidate direction. `batches` holds (prompt Batch, instruction mask [B, L]); `step` is epsilon in hidden units."""
-    device = backbone.device
+    device, answers = backbone.device, backbone.prompt_sees_itself
+    start = layer if measured(backbone, layer)["injected_at"] == "input" else layer + 1
     total_K = torch.zeros(candidates_DK.shape[1], dtype=torch.float64)
     positions = 0
 
     def log_probabilities(prefix, hidden_BSD, where_BS):
-        upper_BSD = backbone.run_layers(prefix.with_hidden(hidden_BSD), start=layer + 1)
+        upper_BSD = backbone.run_layers(prefix.with_hidden(hidden_BSD), start=start)
         return torch.log_softmax(backbone.logits(upper_BSD[where_BS]).float(), dim=-1)
 
     with tqdm(total=len(batches) * candidates_DK.shape[1], desc=f"sensitivity of layer {layer}", leave=False) as bar:
         for batch, mask_BL in batches:
-            prefix = backbone.embed(batch)
-            mask_BS = backbone.sequence_mask(prefix, mask_BL)
-            with captured_outputs(backbone.decoder_layers, [layer]) as outputs:
-                backbone.run_layers(prefix, stop=layer + 1)
-            hidden_BSD = outputs[layer]
-            where_BS = measured_positions(mask_BS, prefix.attention_mask_BS)
+            whole = with_own_answers(backbone, batch, backbone.answer_tokens) if answers else batch
+            prefix = backbone.embed(whole)
+            longer = whole.input_ids.shape[1] - mask_BL.shape[1]  # less than nothing where padding of the prompts went
+            mask_BS = backbone.sequence_mask(prefix, F.pad(mask_BL, (0, longer)))
+            if start > layer:
+                with captured_outputs(backbone.decoder_layers, [layer]) as outputs:
+                    backbone.run_layers(prefix, stop=layer + 1)
+                hidden_BSD = outputs[layer]
+            else:
+                hidden_BSD = backbone.run_layers(prefix, stop=layer)
+            where_BS = answer_positions(backbone, batch, whole, prefix) & mask_BS.any(1, keepdim=True) if answers else measured_positions(
+                mask_BS, prefix.attention_mask_BS)
             # Nothing is pushed in a batch of empty masks.
             if not where_BS.any():
                 bar.update(candidates_DK.shape[1])
