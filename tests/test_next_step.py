@@ -1,4 +1,4 @@
-"""What a message tells to run is run, or parsed by the real command line, as it is printed: in a root with spaces and Chinese characters."""
+"""What a message tells to run is run, or parsed by the real command line, in a root with spaces and Chinese characters."""
 
 import ast
 import re
