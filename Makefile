@@ -2,6 +2,7 @@
 # make test   all tests; TESTS=tests/test_storage.py runs one file, WORKERS=4 uses more processes
 # make test-openvla-env   the tests on the library versions of the official OpenVLA environment
 # make mutations   plants the faults of tests/mutations.txt one by one and sees that the tests catch them (an hour; FAULT=text takes some)
+# make fuzz   random files, texts and configurations, EXAMPLES for each property (hours)
 # make lint   ruff and mypy
 # make wheel  build sdist and wheel into dist/, and run what the wheel installs into an empty virtual environment
 # make libero the LIBERO simulator into .venv (about 2 GB), and a check that it renders
@@ -21,8 +22,9 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
 FAULT ?=
+EXAMPLES ?= 20000
 
-.PHONY: demo test test-openvla-env mutations lint wheel libero clean setup
+.PHONY: demo test test-openvla-env mutations fuzz lint wheel libero clean setup
 
 demo: setup
 	@$(VENV)/bin/vlakeep demo $(ARGS)
@@ -39,6 +41,10 @@ test-openvla-env:
 # In copies of the sources, WORKERS at a time: the checkout stays as it is.
 mutations: setup
 	@$(PY) tests/mutations.py --workers $(WORKERS) "$(FAULT)"
+
+# What it finds is kept in .hypothesis and tried first the next time.
+fuzz: setup
+	@VLAKEEP_FUZZ=$(EXAMPLES) OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) tests/test_fuzz.py
 
 lint: setup
 	@$(PY) -m ruff check vlakeep tests speed studies scripts setup.py

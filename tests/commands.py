@@ -26,7 +26,7 @@ def options(words: List[str]) -> Set[str]:
     path = REPO / (second if first.startswith("python") else first)
     if path.parent not in (REPO / "scripts", REPO / "speed", REPO / "studies") or not path.is_file():
         return set()
-    if path.suffix != ".sh":
+    if path.suffix not in (".sh", ".sbatch"):
         return {"help"} | parsed_options(path)
     # A run script hands all but --gpus to its stage.
     return {"gpus", "config", "help"}.union(*(cli.STAGES[name].names() for name in re.findall(r"^launch (\w+)", path.read_text(), re.M)))

@@ -269,7 +269,7 @@ def poison(path, content):
     ("model.safetensors", lambda b: b[:-100], ["8513900 bytes long, its header says 8514000", "truncated", "fetch"]),
     ("model.safetensors", lambda b: b[:3], ["truncated", "fetch"]),
     ("model.safetensors", lambda b: b[:12] + b"xxxx" + b[16:], ["not a readable safetensors file", "fetch"]),
-    ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n", ["git-lfs pointer", "git lfs pull"]),
+    ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n", ["git-lfs pointer", "`git -C ", " lfs pull`"]),
     ("config.json", b"[]", ["no OpenVLA configuration", "--backbone.checkpoint"]),
     ("config.json", b'{"model_type": "llava"}', ["'llava'", "--backbone.checkpoint"]),
     ("tokenizer.json", b"{", ["damaged", "copy it from the base model"]),

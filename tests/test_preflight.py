@@ -180,7 +180,7 @@ def test_each_stage_has_its_own_inputs(world):
         (lambda f: f.write_bytes(f.read_bytes() + b"x"), "too long"),
         (lambda f: f.write_bytes(b""), "truncated: 0 bytes"),
         (lambda f: f.write_bytes(f.read_bytes()[:9] + b"\xff" + f.read_bytes()[10:]), "damaged"),
-        (lambda f: f.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"), "git lfs pull"),
+        (lambda f: f.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"), "lfs pull"),
         (lambda f: f.unlink(), "missing"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What schedulers send, to real processes: the command line, two ranks, a launcher that is killed, a job that is put back into the queue."""
+"""What schedulers send, to real processes: the command line, two ranks, a launcher that is killed, a job that is put back in the queue."""
 
 import json
 import multiprocessing
@@ -216,8 +216,7 @@ def test_a_job_of_two_ranks_is_put_back_into_the_queue_and_goes_on(world, tmp_pa
         step = int(saved.name.split("_")[1])
         found = json.loads((folder / "provenance.json").read_text())
         assert found["status"] == "interrupted" and found["sessions"][0]["world"] == 2
-        config = make_config(BASELINE, "--name", "signals-two", "--train.steps", step + 1, "--train.save_every", 1000, "--train.log_every", 2,
-                             "--train.batch_size", 2, "--train.tensorboard", "false", "--lora.layers", "last:1", "--train.resume", "true")
+        config = make_config(BASELINE, *arguments[len(SMALL) + 2:], "--train.steps", step + 1, "--train.resume", "true")
         run_training(config, storage)
         again = json.loads((folder / "provenance.json").read_text())["sessions"]
         assert [session["resumed_from"] for session in again] == [None, saved.name] and again[1]["status"] == "finished"

@@ -29,7 +29,7 @@ def safetensors_problem(path: Path) -> Optional[str]:
     with open(path, "rb") as file:
         start = file.read(8)
         if start.startswith(b"version "):
-            return "a git-lfs pointer, not the weights: run `git lfs pull` there"
+            return f"a git-lfs pointer, not the weights: run `git -C {quoted(path.parent)} lfs pull`"
         if len(start) < 8:
             return f"truncated: {size} bytes"
         length = struct.unpack("<Q", start)[0]
@@ -233,7 +233,7 @@ def check_from_run(config: Config, storage: Storage) -> List[Line]:
     try:
         chain = chain_to(config.train.from_run, storage)
     except (ValueError, OSError) as error:
-        return [Line(RED, "--train.from_run", str(error), "--train.from_run of another run or checkpoint, or make it with vlakeep train")]
+        return [Line(RED, "--train.from_run", str(error), "--train.from_run of another run or checkpoint, or make it with `vlakeep train`")]
     return [Line(GREEN, "--train.from_run", ", then ".join(f"{link.run} ({link.checkpoint})" for link in chain.links))] if chain else []
 
 
@@ -305,7 +305,7 @@ def check_target(benchmark: Benchmark, model: dict) -> List[Line]:
                 raise CheckpointError(reason)
             own = read_action_statistics(folder)
         except (ValueError, OSError) as error:
-            return [Line(RED, "target", str(error), "--evaluate.target of another run or checkpoint, or make it with vlakeep train")]
+            return [Line(RED, "target", str(error), "--evaluate.target of another run or checkpoint, or make it with `vlakeep train`")]
         lines += check_target_base(config, storage, base, folder)
     return lines + check_action_key(benchmark, base, model, own)
 

@@ -11,6 +11,7 @@ import sys
 from typing import Dict, List
 
 from vlakeep.core.errors import Interrupted, explain, is_user_error
+from vlakeep.core.next_step import completed
 from vlakeep.core.options import Stage, help_text, stages
 from vlakeep.core.signals import end_on_signals, follow_parent
 
@@ -85,7 +86,7 @@ def main() -> int:
     except Exception as error:
         if debug or not is_user_error(error):
             raise
-        print(f"error: {explain(error)}", file=sys.stderr)
+        print(f"error: {completed(explain(error), sys.argv[1:])}", file=sys.stderr)
         return 2
 
 

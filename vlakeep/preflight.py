@@ -14,6 +14,7 @@ import importlib.util
 import os
 import re
 import sys
+from dataclasses import replace
 from typing import List, Optional, Tuple
 
 import torch
@@ -27,6 +28,7 @@ from vlakeep.core import schema
 from vlakeep.core.compat import NUMPY_1, numpy_trouble
 from vlakeep.core.config import Config, ConfigError, load_config
 from vlakeep.core.errors import human_bytes, quoted
+from vlakeep.core.next_step import completed_remedy
 from vlakeep.core.options import read, split
 from vlakeep.core.registry import benchmark_class, benchmark_names, method_class, method_names
 from vlakeep.core.stages import PREFLIGHT, STORAGE_CHECK
@@ -244,14 +246,19 @@ def main(argv: List[str]) -> int:
     where = f"correct it in {file} or on the command line" if file else "correct it on the command line"
     checked = functools.partial(run_checks, stage=args.stage, config_path=file or "", large_file_gb=args.large_file_gb, gpus=args.gpus)
     try:
-        return show(checked(load_config(file, pairs)), "preflight")
+        return show(_whole(checked(load_config(file, pairs)), argv), "preflight")
     except ConfigError as error:
         try:
             config = schema.parse(Config, file, pairs)
         except ConfigError:  # a type is wrong, or the file is
             return _show_mistakes(error, where, argv)
         # Values out of range: they do not hide a missing data set.
-        return show(_red(error, where) + checked(config)[len(config.problems()):], "preflight")
+        return show(_red(error, where) + _whole(checked(config)[len(config.problems()):], argv), "preflight")
+
+
+def _whole(lines: List[Line], argv: List[str]) -> List[Line]:
+    """With commands that run as they stand."""
+    return [replace(line, remedy=completed_remedy(line.remedy, ["preflight", *argv])) for line in lines]
 
 
 def _red(error: ConfigError, where: str) -> List[Line]:

@@ -366,7 +366,7 @@ def read_metrics(folder) -> List[dict]:
     path = Path(folder) / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"no {path}; `vlakeep train` writes it")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_bytes().splitlines()
     rows = []
     for number, line in enumerate(lines, 1):
         try:

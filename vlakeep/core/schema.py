@@ -207,6 +207,18 @@ def _refuse_fractions(cls, pairs: List[Tuple[str, str]], tree: dict, path: Optio
             raise ConfigError(f"wrong type: --{key} must be {in_words(kind)}, not {value!r} ({where})")
 
 
+def _unreadable(pairs: List[Tuple[str, str]]) -> List[str]:
+    """A line for each value that YAML, which words are read by, cannot read: brackets that stay open, control characters."""
+    lines = []
+    for key, value in pairs:
+        try:
+            yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            why = " ".join(str(error).split())
+            lines.append(f"--{key} {value!r} on the command line cannot be read ({why}); put quotes around a text, such as '\"[a\"'")
+    return lines
+
+
 def parse(cls, name: Optional[str], argv: List[str]):
     """An instance of `cls` from a YAML file, or a configuration that ships, and overrides. Raises ConfigError."""
     pairs = read_pairs(cls, argv)
@@ -222,6 +234,8 @@ def parse(cls, name: Optional[str], argv: List[str]):
         made = draccus.parse(cls, args=args)
     except draccus.utils.DecodingError as error:
         raise _wrong_type(cls, error, pairs, tree, path) from error
+    except yaml.YAMLError as error:
+        raise ConfigError("\n".join(_unreadable(pairs)) or f"the command line could not be read: {error}") from error
     except SystemExit as error:
         raise ConfigError(f"the command line could not be read: {' '.join(args)}") from error
     for key, text in loose:

@@ -20,7 +20,8 @@ def end_on_signals() -> None:
     """From now on each of NUMBERS raises SystemExit in the main thread, also where Python would drop the exception."""
     for number in NUMBERS:
         signal.signal(number, _terminate)
-    sys.unraisablehook = _once_more(sys.unraisablehook)
+    if not getattr(sys.unraisablehook, "sends_again", False):
+        sys.unraisablehook = _once_more(sys.unraisablehook)
 
 
 def _terminate(number, frame):
@@ -38,6 +39,7 @@ def _once_more(before: Callable[[Any], Any]) -> Callable[[Any], Any]:
         timer.daemon = True
         timer.start()
 
+    hook.sends_again = True  # type: ignore[attr-defined]
     return hook
 
 

@@ -104,11 +104,18 @@ def read_info(folder, camera: Optional[str] = None, state: Optional[Sequence[str
         if not action_keys:
             raise ValueError(f"{path}: no feature {' or '.join(_ACTIONS)} among {', '.join(features)}")
         key = _choose_camera(features, camera, str(path))
-        return Info(folder, version, fps, action_keys[0], list(features[action_keys[0]]["shape"]), key,
-                    features[key]["dtype"] == "video", info["data_path"], info.get("video_path") or "",
-                    int(info.get("chunks_size", 1000)), dict(info.get("splits") or {}),
-                    () if state is None else _choose_state(features, state, str(path)))
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        found = Info(folder, version, fps, action_keys[0], list(features[action_keys[0]]["shape"]), key,
+                     features[key]["dtype"] == "video", info["data_path"], info.get("video_path") or "",
+                     int(info.get("chunks_size", 1000)), dict(info.get("splits") or {}),
+                     () if state is None else _choose_state(features, state, str(path)))
+        if not 0 < fps < 1e6 or found.chunk_size < 1:
+            raise ValueError(f"fps is {fps} and chunks_size {found.chunk_size}")
+        for file in (found.data_file, found.video_file) if found.video else (found.data_file,):
+            file(0, 0)  # a path that cannot be filled in is no path
+        return found
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError) as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
         raise ValueError(f"{path} cannot be read ({error!r}); {_AGAIN}") from error
 
 
@@ -131,10 +138,10 @@ def _json_lines(path: Path) -> List[dict]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: the download or copy is incomplete; {_AGAIN}")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):  # a text may hold other Unicode line breaks
         try:
-            rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
+            rows += [dict(json.loads(line))] if line.strip() else []
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: {error}; {_AGAIN}") from error
     return rows
 
@@ -143,13 +150,27 @@ def read_tasks(info: Info) -> Dict[int, str]:
     """Instruction by task_index."""
     if not info.v3:
         path = info.folder / "meta/tasks.jsonl"
-        return {int(row["task_index"]): row["task"] for row in _json_lines(path)}
+        try:
+            return _texts([(row["task_index"], row["task"]) for row in _json_lines(path)])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: a line is no task_index and task ({error!r}); {_AGAIN}") from error
     table = _parquet(info.folder / "meta/tasks.parquet", None)
     # lerobot writes the texts as the index of a pandas table, whose column is called task or has a made-up name
     texts = [name for name in table.column_names if name in ("task", "__index_level_0__")]
     if not texts or "task_index" not in table.column_names:
         raise ValueError(f"{info.folder}/meta/tasks.parquet: no texts and task_index among {', '.join(table.column_names)}")
-    return dict(zip((int(i) for i in table["task_index"].to_pylist()), table[texts[0]].to_pylist()))
+    try:
+        return _texts(list(zip(table["task_index"].to_pylist(), table[texts[0]].to_pylist())))
+    except TypeError as error:
+        raise ValueError(f"{info.folder}/meta/tasks.parquet: a row is no task_index and text ({error}); {_AGAIN}") from error
+
+
+def _texts(rows: List[Tuple[Any, Any]]) -> Dict[int, str]:
+    """TypeError for a number or a text that is none."""
+    for number, text in rows:
+        if not isinstance(number, int) or not isinstance(text, (str, type(None))):
+            raise TypeError(f"{number!r} and {text!r}")
+    return {number: text or "" for number, text in rows}
 
 
 @dataclass(frozen=True)
@@ -184,6 +205,9 @@ def read_places(info: Info) -> List[_Place]:
                     there = (row[video + "chunk_index"], row[video + "file_index"]) if info.video else at
                     start = row[video + "from_timestamp"] if info.video else 0.0
                     places.append(_Place(row["episode_index"], row["length"], at, there, start))
+        wrong = [place for place in places if not all(isinstance(n, int) and n >= 0 for n in (place.episode, place.length, *place.data))]
+        if wrong:
+            raise TypeError(f"numbers such as those of {wrong[0]}")
     except (KeyError, TypeError) as error:
         raise ValueError(f"{info.folder}/meta: the list of episodes lacks {error}; {_AGAIN}") from error
     return sorted(places, key=lambda place: place.episode)
@@ -275,12 +299,15 @@ def build_index(info: Info, name: str) -> EpisodeIndex:
             if unknown:
                 raise ValueError(f"{where}: task_index {unknown[0]} is not among the {len(tasks)} tasks of meta; {_AGAIN}")
             seconds = np.asarray(part["timestamp"].to_numpy(), dtype=np.float64)
+            if not np.isfinite(seconds).all():
+                raise ValueError(f"{where}: a timestamp is no number; {_AGAIN}")
             if info.video:
                 _check_video(info, place, videos[info.video_file(*place.video)], seconds)
-            builder.add(actions, [tasks[n] or "" for n in numbers], where, np.concatenate(states, axis=1) if states else None)
-        except (ValueError, OSError) as error:
-            broken = str(error) if table is None and place.length else broken
-            builder.leave_out(str(error))
+            builder.add(actions, [tasks[n] for n in numbers], where, np.concatenate(states, axis=1) if states else None)
+        except (ValueError, OSError, TypeError, KeyError, NotImplementedError) as error:  # what pyarrow says of a damaged file too
+            told = str(error) if str(info.folder) in str(error) else f"{where} cannot be read ({error!r}); {_AGAIN}"
+            broken = told if table is None and place.length else broken
+            builder.leave_out(told)
             continue
         rows[-1] = int(at[0])
         times.append(seconds)

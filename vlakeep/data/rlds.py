@@ -46,17 +46,21 @@ def read_info(version: Path, skip_bad: bool = False) -> Tuple[str, Dict[str, Tup
     try:
         info = json.loads(path.read_text())
         name, splits = info["name"], {}
+        if not isinstance(name, str):
+            raise TypeError(f"the name is {name!r}")
         for split in info["splits"]:
             lengths = [int(n) for n in split["shardLengths"]]
+            if min(lengths, default=0) < 0:
+                raise ValueError(f"shardLengths are {lengths}")
             template = split.get("filepathTemplate", "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}")
             shards = [version / template.format(
                 DATASET=name, SPLIT=split["name"], FILEFORMAT=info.get("fileFormat", "tfrecord"),
                 SHARD_X_OF_Y=f"{i:05d}-of-{len(lengths):05d}", SHARD_INDEX=f"{i:05d}", NUM_SHARDS=f"{len(lengths):05d}",
             ) for i in range(len(lengths))]
             splits[split["name"]] = (shards, lengths)
-    except (KeyError, TypeError, ValueError) as error:
+        missing = [shard.name for shards, _ in splits.values() for shard in shards if not shard.is_file()]
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError) as error:
         raise ValueError(f"{path} cannot be read ({error!r}); download or make the data set again") from error
-    missing = [shard.name for shards, _ in splits.values() for shard in shards if not shard.is_file()]
     if missing and not skip_bad:
         some = ", ".join(missing[:SHOWN]) + (", ..." if missing[SHOWN:] else "")
         raise FileNotFoundError(f"{version} lacks {len(missing)} of its shards ({some}): the download or copy is incomplete; "

@@ -75,7 +75,7 @@ def tensor_table(file: Path) -> dict:
         with open(file, "rb") as f:
             start = f.read(8)
             if start == b"version ":
-                raise CheckpointError(f"{file} is a git-lfs pointer, not the weights: run `git lfs pull` in {file.parent}")
+                raise CheckpointError(f"{file} is a git-lfs pointer, not the weights: run `git -C {quoted(file.parent)} lfs pull`")
             if len(start) < 8:
                 raise ValueError("it is truncated")
             length = struct.unpack("<Q", start)[0]

@@ -153,8 +153,8 @@ class ProbeSet:
         path, items = self.folder / "items.jsonl", []
         if not path.is_file():
             raise ProbeError(f"{path} is missing; {_REMEDY}")
-        # split("\n"), not splitlines(): an instruction may hold other Unicode line breaks
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
+        # split, not splitlines(): an instruction may hold other Unicode line breaks
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
             try:
                 item = json.loads(line)
                 if not all(isinstance(item[key], kind) for key, kind in _FIELDS.items()):

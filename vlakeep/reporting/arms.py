@@ -253,7 +253,7 @@ def _read_jsonl(path: Path, notes: List[str]) -> List[dict]:
     if not path.is_file():
         notes.append(f"{path.name} is missing")
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_bytes().splitlines()
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
