@@ -5,7 +5,6 @@ import itertools
 
 import pytest
 import torch
-from conftest import GRADED, final_adapter
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -186,6 +185,17 @@ def test_all_open_is_plain_lora_to_the_bit_and_what_is_closed_changes_nothing(ba
     assert torch.allclose(logits(shut), before, atol=1e-3) and not torch.allclose(logits(plain), before, atol=1.0)
     protected = weights(wide)
     assert all(torch.equal(value, protected[name]) for name, value in weights(plain).items())
+
+
+def test_fused_optimizers_are_noticed(bases):
+    """They write the weights without raising their version: a stale A_eff would be trained."""
+    found = []
+    for fused in (False, True):
+        model = lora()
+        handle = protect(model, bases, opening=1e-2)
+        train(model, handle, 4, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2, fused=fused))
+        found.append(weights(model))
+    assert all(torch.allclose(value, found[1][name], atol=1e-4) for name, value in found[0].items())
 
 
 def test_checkpoints_in_training_are_plain_adapters_and_resume_is_to_the_bit(bases, tmp_path):

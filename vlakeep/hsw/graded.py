@@ -13,11 +13,13 @@ Axes: R rank, D input size, K stored directions, O output size.
 """
 
 import math
+import weakref
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from vlakeep.teacher.spectrum import gains
 
@@ -129,6 +131,7 @@ class Together:
         self._spaces, self._meter = [spaces[name] for name in linears], meter
         self._made: List[Optional[tuple]] = [None] * len(self._modules)
         self._held = False
+        self._steps = 0  # of any optimizer
         self._plain: List[Any] = [None] * len(self._modules)  # A_eff as values
         self._traced: List[Any] = [None] * len(self._modules)  # the same with the way back to A; None until a training pass asks
         groups: Dict[tuple, Dict[int, List[int]]] = {}
@@ -164,8 +167,13 @@ class Together:
         return [module.parametrizations.weight.original for module in self._modules]
 
     def _state(self, index: int, a_RD: torch.Tensor) -> tuple:
-        # The pointer changes when a checkpoint or a merge replaces the weight, the version when it is written to.
-        return a_RD._version, a_RD.data_ptr(), self._spaces[index].version
+        # The pointer changes when a checkpoint or a merge replaces the weight, the version when it is written to; but fused optimizers
+        # write without raising it (torch 2.13: AdamW(fused=True)), which is why their steps are counted.
+        return a_RD._version, a_RD.data_ptr(), self._spaces[index].version, self._steps
+
+    def stepped(self) -> None:
+        """An optimizer has made a step."""
+        self._steps += 1
 
     def hold(self) -> None:
         """Keep the A_eff of now, whatever becomes of A: the parametrisations are about to be taken off one after the other."""
@@ -286,6 +294,8 @@ class GradedSite:
             made = GradedA(self._spaces[name], self.meter, self._together, index)
             parametrize.register_parametrization(linear.lora_A[self._adapter], "weight", made)
         self.opening: Optional[float] = None
+        together = weakref.ref(self._together)  # a site that was dropped is not kept alive
+        self._counter = register_optimizer_step_post_hook(lambda *_: (own := together()) and own.stepped())
 
     def distinct(self) -> Dict[str, GradedInput]:
         """First linear's name -> space, each space once."""
@@ -342,6 +352,7 @@ class GradedSite:
 
     def detach(self) -> None:
         """Leave A_eff behind as the plain LoRA weight."""
+        self._counter.remove()
         self._together.hold()
         for linear in self._linears.values():
             parametrize.remove_parametrizations(linear.lora_A[self._adapter], "weight", leave_parametrized=True)
