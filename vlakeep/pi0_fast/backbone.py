@@ -16,12 +16,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vlakeep.data.sample import IGNORE_INDEX, Batch
+from vlakeep.data.sample import IGNORE_INDEX, Batch, SampleSpec
 from vlakeep.models.base import Backbone, LossOutput, Prefix, loss_output
 from vlakeep.models.load import DTYPES
 from vlakeep.pi0_fast import format as checkpoint_format
 from vlakeep.pi0_fast.model import DECODER, Cache, Pi0Fast
-from vlakeep.pi0_fast.processor import CODEC, TEXT, Pi0FastBatch, Processor
+from vlakeep.pi0_fast.processor import CODEC, TEXT, Pi0FastBatch, Processor, spec_of
 
 LOOK = 4  # tokens between two questions whether every row has ended, each of which waits for the device
 
@@ -73,6 +73,14 @@ class Pi0FastBackbone(Backbone):
         queries, keys = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
         return {"q_proj": (width, queries), "k_proj": (width, keys), "v_proj": (width, keys), "o_proj": (queries, width),
                 "gate_proj": (width, mlp), "up_proj": (width, mlp), "down_proj": (mlp, width)}
+
+    @classmethod
+    def whole_config(cls, folder: Path, config: dict, settings) -> dict:
+        return cls._read(settings, folder)
+
+    @classmethod
+    def read_spec(cls, config: dict) -> SampleSpec:
+        return spec_of(config)
 
     @classmethod
     def read_statistics(cls, folder: Path, config: dict) -> dict:

@@ -73,6 +73,12 @@ def load_tokenizer(folder: Path):
         raise CheckpointError(f"{file} is damaged ({error}): copy it from the base model") from error
 
 
+def spec_of(config: dict) -> SampleSpec:
+    """What the model takes of a sample, after config.json; cameras that lerobot calls empty are none."""
+    there = tuple(name for name in checkpoint_format.cameras(config) if not name.startswith("empty_camera_"))
+    return SampleSpec(there if len(there) > 1 else (), checkpoint_format.state_size(config), int(config["chunk_size"]))
+
+
 class Processor(BaseProcessor):
     """folder: where it was read from."""
 
@@ -84,10 +90,8 @@ class Processor(BaseProcessor):
         self._text_folder = text_folder or folder / TEXT
         self.words = prompts.Words(tokenizer, int(config["fast_skip_tokens"]))
         self.pad_token_id: int = self.words.pad
-        named = checkpoint_format.cameras(config)
-        self.named = tuple(named)  # of config.json, in the model's order
-        there = tuple(name for name in named if not name.startswith("empty_camera_"))
-        self.spec = SampleSpec(there if len(there) > 1 else (), checkpoint_format.state_size(config), int(config["chunk_size"]))
+        self.named = tuple(checkpoint_format.cameras(config))  # in the model's order
+        self.spec = spec_of(config)
         if self.words.first_code - codec.vocab_size + 1 < 0:
             raise CheckpointError(f"a codec of {codec.vocab_size} codes has no room in a vocabulary of {self.words.vocab_size} "
                                   "tokens, of which "
@@ -118,10 +122,10 @@ class Processor(BaseProcessor):
     # Samples to batches
 
     def _pictures(self, sample: Sample) -> List[Optional[np.ndarray]]:
-        """Per camera of the config its picture, or None; the sample's `image` stands for the first one that has no name in it."""
+        """Per camera of the config its picture, or None; of a sample with one picture without a name it is the first."""
         found = [sample.cameras.get(name) for name in self.named]
-        if sample.image is not None and found[0] is None:
-            found[0] = sample.image
+        if found[0] is None:
+            found[0] = self.spec.only(sample) if not self.spec.cameras else sample.image
         return found
 
     def _check(self, samples: Sequence[Sample]) -> None:
