@@ -136,7 +136,11 @@ class Pi0FastBackbone(Backbone):
 
     @staticmethod
     def _config(config: dict, processor: Processor) -> dict:
-        return dict(config, layout=processor.layout.name, text_tokenizer_name=TEXT, action_tokenizer_name=CODEC)
+        """With the record of the layout, and the names of tokenizers that are folders; names of the hub stay, for lerobot takes them from
+        there."""
+        names = {key: where if (processor.folder / config[key]).is_dir() else config[key]
+                 for key, where in (("text_tokenizer_name", TEXT), ("action_tokenizer_name", CODEC))}
+        return dict(config, layout=processor.layout.name, **names)
 
     # Identity
 

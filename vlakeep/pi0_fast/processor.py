@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vlakeep.core.compat import import_timm
 from vlakeep.core.errors import CheckpointError
-from vlakeep.core.storage import find_checkpoint, pick_root
+from vlakeep.core.storage import pick_root
 from vlakeep.data.processor import BaseProcessor
 from vlakeep.data.sample import IGNORE_INDEX, Batch, Sample, SampleSpec
 from vlakeep.pi0_fast import format as checkpoint_format
@@ -40,15 +40,16 @@ class Pi0FastBatch(Batch):
 
 
 def beside(folder: Path, name: str, default: str, what: str) -> Path:
-    """The folder of a tokenizer. FileNotFoundError with the remedy."""
-    for found in (folder / default, folder / name):
+    """The folder of a tokenizer: in the checkpoint's, or below the hub's cache. FileNotFoundError with the remedy."""
+    cache = Path(os.environ.get("HF_HOME") or Path(pick_root()) / "hf_cache")
+    hub = sorted((cache / "hub" / ("models--" + name.replace("/", "--")) / "snapshots").glob("*"), key=lambda path: path.stat().st_mtime)
+    looked = [folder / default, folder / name, cache / name, cache / Path(name).name, *reversed(hub)]
+    for found in looked:
         if (found / "tokenizer.json").is_file():
             return found
-    try:
-        return find_checkpoint(name, Path(os.environ.get("HF_HOME") or Path(pick_root()) / "hf_cache"))
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"no {what} for {folder}: put the files of {name} into {folder / default}, or fetch them into the "
-                                f"cache with `vlakeep fetch {name}`") from error
+    raise FileNotFoundError(f"no {what} for {folder} (looked in {', '.join(map(str, looked))}): put the files of {name} into "
+                            f"{folder / default}, for example with `huggingface-cli download {name} --include '*token*' '*processor*' "
+                            f"--local-dir {folder / default}`")
 
 
 def load_tokenizer(folder: Path):
