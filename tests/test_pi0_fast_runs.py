@@ -23,6 +23,7 @@ from vlakeep.pi0_fast.model import DECODER
 from vlakeep.pi0_fast.tiny import make_folder
 from vlakeep.preflight import main as preflight
 from vlakeep.probe.probe_set import write_probe
+from vlakeep.tabletop.pretrain_pi0_fast import main as pretrain
 from vlakeep.teacher.folder import ArtifactError
 from vlakeep.train import run_training
 
@@ -118,3 +119,17 @@ def test_preflight_and_audit_know_it(runs, capsys):
                "[image, wrist_image]", "--device", "cpu", "--lora.layers", "last:2"])
     said = capsys.readouterr().out
     assert "4 decoder layers, D = 32" in said
+
+
+def test_a_small_one_is_made_for_the_tabletop_and_plays_chunks(tmp_path):
+    assert pretrain(["--out", str(tmp_path / "pi0"), "--minutes", "0.001", "--episodes", "1", "--questions", "20", "--device", "cpu",
+                     "--batch", "4", "--hidden", "32", "--mlp", "32", "--layers", "4", "--heads", "2"]) == 0
+    provenance = json.loads((tmp_path / "pi0" / "PROVENANCE.json").read_text())
+    assert provenance["steps"] >= 1 and "model.safetensors" in provenance["sha256"]
+    config = load_config(BASELINE, ["--root", str(tmp_path), "--threads", "1", "--device", "cpu", "--backbone.checkpoint",
+                                    str(tmp_path / "pi0"), "--evaluate.target", "base", "--evaluate.skills", "[reach]", "--evaluate.episodes",
+                                    "1", "--evaluate.questions", "[color]", "--evaluate.questions_per_kind", "2"])
+    folder = run_evaluation(config, Storage.from_config(config))
+    rows, _ = read_evaluation(folder)
+    assert [row["ability"] for row in rows if row["kind"] == "skill"] == ["reach"] and not any(row["crash"] for row in rows)
+    assert json.loads((folder / "records.jsonl").read_text().splitlines()[0])["header"]["model"]["chunk"] == 4

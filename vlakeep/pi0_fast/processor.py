@@ -65,7 +65,8 @@ def load_tokenizer(folder: Path):
         plain = Tokenizer.from_file(str(file))
         bos = names.get("bos_token") or "<bos>"
         plain.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, plain.token_to_id(bos))])
-        plain.no_truncation(), plain.no_padding()
+        plain.no_truncation()
+        plain.no_padding()
         return PreTrainedTokenizerFast(
             tokenizer_object=plain, padding_side="right", clean_up_tokenization_spaces=False, bos_token=bos,
             eos_token=names.get("eos_token") or "<eos>", unk_token=names.get("unk_token") or "<unk>",
@@ -117,7 +118,7 @@ class Processor(BaseProcessor):
         return self.words.eos, self.words.bar
 
     @property
-    def action_limit(self) -> float:
+    def action_limit(self) -> float:  # type: ignore[override]
         return max(1.0, self.codec.limit(self.spec.chunk))
 
     # Samples to batches
