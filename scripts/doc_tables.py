@@ -33,6 +33,8 @@ ROOMS = {
                "对任何模型的要求：按种类加载、LoRA 适配器、合并、警报"),
     "openvla": ("OpenVLA in PyTorch; the official checkpoint format in and out",
                 "OpenVLA 的 PyTorch 实现；读写官方检查点格式"),
+    "pi0_fast": ("pi0-FAST in PyTorch: several cameras, state as text, chunks as FAST tokens; lerobot's format in and out",
+                 "pi0-FAST 的 PyTorch 实现：多相机、文本状态、FAST 动作块；读写 lerobot 格式"),
     "teacher": ("what is known of the frozen base: spectra, subspaces, answers, and the artefacts that hold them",
                 "对冻结基座的了解：谱、子空间、回答，以及保存它们的产物"),
     "hsw": ("gradient surgery: the transform, and the two places where it acts",

@@ -23,7 +23,8 @@ MAY_IMPORT_STAGES = {"cli": None, "demo": None, "preflight": {"checks"}, "export
 # A model by name: its own room, the comparison with its official code, and the stages that make a small one, with their options. All
 # others ask models/base.py.
 MODELS = ("openvla", "pi0_fast")
-MAY_NAME_A_MODEL = {*MODELS, "parity", *(f"{room}/{file}.py" for room in ("tabletop", "libero") for file in ("pretrain", "stages"))}
+MAY_NAME_A_MODEL = {*MODELS, "parity", *(f"{room}/{file}.py" for room in ("tabletop", "libero") for file in ("pretrain", "stages")),
+                    "tabletop/pretrain_pi0_fast.py"}
 OPTIONAL = {"timm", "torchvision", "wandb", "tensorboard", "tensorflow", "h5py", "pyarrow", "av"}
 DOCUMENTS = sorted([*REPO.glob("*.md"), *(REPO / "docs").glob("*.md")])
 

@@ -19,11 +19,13 @@ from vlakeep.data.sample import IGNORE_INDEX, Sample
 from vlakeep.models.adapters import add_lora, target_modules
 from vlakeep.models.files import weights_hash
 from vlakeep.models.load import DTYPES, make_backbone, model_kind
+from vlakeep.parity import verify_pi0_fast as verify_pi0_fast_stage
 from vlakeep.parity.golden_pi0_fast import golden_samples, verify_pi0_fast
 from vlakeep.pi0_fast import format as pi0_format
 from vlakeep.pi0_fast.backbone import Pi0FastBackbone
 from vlakeep.pi0_fast.codec import FastCodec, dct_matrix
 from vlakeep.pi0_fast.model import DECODER, EMBEDDING, HEAD, PALIGEMMA, Pi0Fast, Sizes, expected_shapes
+from vlakeep.pi0_fast.processor import Pi0FastBatch
 from vlakeep.pi0_fast.prompts import state_bins
 from vlakeep.pi0_fast.tiny import build_tokenizer, make_folder
 from vlakeep.probe.masks import audit, mask_from_prompt
@@ -429,3 +431,65 @@ def test_one_camera_takes_the_samples_only_picture(tmp_path):
     picture = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
     batches = [processor.encode_prompts([one]) for one in (Sample(picture, "go"), Sample(None, "go", cameras={"front": picture}))]
     assert torch.equal(batches[0].pixel_values, batches[1].pixel_values) and processor.spec.cameras == ()
+
+
+# ---- the command that looks at a folder ----
+
+
+class PaddedPolicy:
+    """Stands for lerobot's policy, which needs an environment of its own: the same network, with a gap between prompt and actions."""
+
+    def __init__(self, backbone):
+        self.backbone, self.state_dict = backbone, backbone.network.state_dict
+
+    def _prefix(self, batch, actions=True):
+        backbone, names = self.backbone, ("observation.language.", "action.")
+        ids = [batch[names[0] + "tokens"], *([batch[names[1] + "tokens"]] if actions else [])]
+        masks = [batch[names[0] + "attention_mask"], *([batch[names[1] + "token_mask"]] if actions else [])]
+        pictures = torch.stack([value * 2 - 1 for name, value in batch.items() if name.startswith("observation.images.")], 1)
+        row = Pi0FastBatch(torch.cat(ids, 1), torch.cat(masks, 1), torch.full_like(torch.cat(ids, 1), IGNORE_INDEX), pictures, [],
+                           prefix=torch.full((len(ids[0]),), ids[0].shape[1]), cameras=torch.ones(pictures.shape[:2], dtype=torch.bool))
+        return backbone.embed(row)
+
+    def forward(self, batch):
+        backbone = self.backbone
+        normed = backbone.run_layers(self._prefix(batch))[:, -batch["action.tokens"].shape[1]:]
+        each = torch.nn.functional.cross_entropy(backbone.logits(normed[:, :-1]).transpose(1, 2), batch["action.tokens"][:, 1:],
+                                                 reduction="none")
+        mask = batch["action.token_mask"][:, 1:]
+        return (each * mask).sum() / mask.sum(), {}
+
+    def predict_action_chunk(self, batch):
+        steps = self.backbone.processor.config["max_decoding_steps"]
+        batch = {**batch, "action.tokens": torch.full((len(batch["action.tokens"]), 1), self.backbone.processor.words.bos),
+                 "action.token_mask": torch.ones(len(batch["action.tokens"]), 1, dtype=torch.bool)}
+        chosen = []
+        for _ in range(steps):
+            prefix = self._prefix(batch)
+            # BOS belongs to the prefix here.
+            length = prefix.picture_BS.sum(1)[0] + batch["observation.language.tokens"].shape[1] + 1
+            prefix = replace(prefix, both_ways_BS=torch.arange(prefix.hidden_BSD.shape[1])[None] < length)
+            chosen.append(self.backbone.logits(self.backbone.run_layers(prefix)[:, -1]).argmax(-1))
+            batch["action.tokens"] = torch.cat([batch["action.tokens"], chosen[-1][:, None]], 1)
+            batch["action.token_mask"] = torch.ones_like(batch["action.tokens"], dtype=torch.bool)
+        return torch.from_numpy(self.backbone.processor.decode_actions(torch.stack(chosen, 1).numpy()))
+
+
+def test_a_folder_is_looked_at_and_lerobot_is_asked_for(capsys):
+    assert verify_pi0_fast_stage.main(["--checkpoint", str(GOLDEN), "--frames", "2", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "two vocabularies" in said and "loss in the layout lerobot" in said and "loss in the layout openpi" in said
+    assert verify_pi0_fast_stage.main(["--checkpoint", str(GOLDEN), "--lerobot", "--device", "cpu", "--frames", "1"]) == 2
+    assert "lerobot knows only the sizes of gemma_2b" in capsys.readouterr().err
+
+
+def test_lerobots_policy_is_compared_with_the_same_rows(golden, copy):
+    drawn = verify_pi0_fast_stage.random_samples(golden.processor, 3, 2)
+    rows = verify_pi0_fast_stage.judge_policy(golden, PaddedPolicy(golden), drawn, "float32")
+    assert [row.name for row in rows if not row.ok] == [] and len(rows) == 3
+
+    def change(state):
+        state[DECODER + "layers.2.mlp.up_proj.weight"] += 0.05
+    other = rewritten(copy, change)
+    rows = verify_pi0_fast_stage.judge_policy(golden, PaddedPolicy(other), drawn, "float32")
+    assert [row.ok for row in rows[:2]] == [False, False] and "up_proj" in rows[0].note

@@ -61,10 +61,15 @@ def check_checkpoint(config: Config, cache: Path, stage: str = "train") -> Tuple
     except ValueError as error:
         return [Line(RED, what, f"{folder / 'config.json'} is damaged: {error}", again)], {}
     lines, shards = [], []
-    if model.get("model_type") not in model_kinds():
+    said = model.get("model_type", model.get("type"))
+    if said not in model_kinds():
         named = " or ".join(repr(kind) for kind in model_kinds())
-        lines.append(Line(RED, what, f"{folder / 'config.json'} has model_type {model.get('model_type')!r}, not {named}",
+        lines.append(Line(RED, what, f"{folder / 'config.json'} has model_type {said!r}, not {named}",
                           "--backbone.checkpoint FOLDER of an OpenVLA model in Hugging Face format"))
+    try:
+        model = kind_of_model(model).whole_config(folder, model, config.backbone)
+    except ValueError as error:
+        return [Line(RED, what, str(error), again)], {}
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():  # alone, or beside the index of an earlier write
         try:

@@ -159,6 +159,12 @@ class Backbone(nn.Module, ABC):
         return stored
 
     @classmethod
+    def whole_config(cls, folder: Path, config: dict, settings) -> dict:
+        """A config.json with what else decides sizes and samples: other files of the folder, the backbone section. CheckpointError or
+        ValueError when these do not fit."""
+        return config
+
+    @classmethod
     def read_spec(cls, config: dict) -> Optional[SampleSpec]:
         """The spec of the processor, after a config.json; None where that does not tell."""
         return None

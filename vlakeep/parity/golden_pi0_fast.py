@@ -189,7 +189,9 @@ def _own_gradients(golden: _Golden, losses: List[Row]) -> List[Row]:
     network.paligemma.lm_head.weight.requires_grad_(True)
     kept: List[torch.Tensor] = []
     prefix = backbone.embed(golden.batch)
-    backbone.pi0.run_layers(prefix.hidden_BSD, allowed(prefix), positions(prefix), each=lambda h: (h.retain_grad(), kept.append(h)))
+    backbone.pi0.run_layers(prefix.hidden_BSD, allowed(prefix), positions(prefix), each=kept.append)
+    for hidden_BSD in kept:
+        hidden_BSD.retain_grad()
     last = kept[-1]
     labels = golden.batch.labels
     columns = backbone.text_columns(prefix, labels.shape[1])[:, 1:] - 1

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from vlakeep.core.options import Option, Stage
+from vlakeep.core.options import Option, Stage, whole
 
 GOLDEN = Stage("verify-golden", "vlakeep.parity.verify_golden", "compare with numbers recorded from the official OpenVLA code", own=(
     Option("folders", None, "Folders of golden data, or ones that hold several.", Path, required=True, many=True),
@@ -13,4 +13,14 @@ OPENVLA = Stage("verify-openvla", "vlakeep.parity.verify_openvla", "compare vlak
     Option("--tokenizer", None, "Folder with a Llama-2 tokenizer, for golden folders.", Path),
     Option("--dtype", "float32", "Data type of the weights.", choices=("bfloat16", "float32")),
     Option("--device", "auto", "cpu, cuda, or auto.")))
-STAGES = (GOLDEN, OPENVLA)
+PI0_FAST = Stage("verify-pi0-fast", "vlakeep.parity.verify_pi0_fast", "check a pi0-FAST folder, and compare with lerobot's classes", own=(
+    Option("--checkpoint", None, "A folder in lerobot's format, or a model of the cache.", required=True),
+    Option("--lerobot", False, "Compare with lerobot's policy, which must be installed.", bool),
+    Option("--data", None, "Folder of a data set whose frames are shown; null takes random ones."),
+    Option("--frames", 4, "How many frames.", whole()),
+    Option("--layout", None, "lerobot or openpi; null takes what the folder records.", choices=("lerobot", "openpi")),
+    Option("--cameras", None, "Names of the model's cameras, with commas between them; null takes those of config.json."),
+    Option("--state", None, "Numbers of the state; null takes those of config.json.", whole(0)),
+    Option("--dtype", "float32", "Data type of the weights.", choices=("bfloat16", "float32")),
+    Option("--device", "auto", "cpu, cuda, or auto.")))
+STAGES = (GOLDEN, OPENVLA, PI0_FAST)

@@ -9,19 +9,19 @@ Axes: B batch, L text tokens, S sequence, K keys, D hidden, V vocabulary, T gene
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple, cast
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vlakeep.data.sample import IGNORE_INDEX, Batch
+from vlakeep.data.sample import IGNORE_INDEX, Batch, SampleSpec
 from vlakeep.models.base import Backbone, LossOutput, Prefix, loss_output
 from vlakeep.models.load import DTYPES
 from vlakeep.pi0_fast import format as checkpoint_format
 from vlakeep.pi0_fast.model import DECODER, Cache, Pi0Fast
-from vlakeep.pi0_fast.processor import CODEC, TEXT, Pi0FastBatch, Processor
+from vlakeep.pi0_fast.processor import CODEC, TEXT, Pi0FastBatch, Processor, spec_of
 
 LOOK = 4  # tokens between two questions whether every row has ended, each of which waits for the device
 
@@ -73,6 +73,14 @@ class Pi0FastBackbone(Backbone):
         queries, keys = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
         return {"q_proj": (width, queries), "k_proj": (width, keys), "v_proj": (width, keys), "o_proj": (queries, width),
                 "gate_proj": (width, mlp), "up_proj": (width, mlp), "down_proj": (mlp, width)}
+
+    @classmethod
+    def whole_config(cls, folder: Path, config: dict, settings) -> dict:
+        return cls._read(settings, folder)
+
+    @classmethod
+    def read_spec(cls, config: dict) -> SampleSpec:
+        return spec_of(config)
 
     @classmethod
     def read_statistics(cls, folder: Path, config: dict) -> dict:
@@ -128,7 +136,11 @@ class Pi0FastBackbone(Backbone):
 
     @staticmethod
     def _config(config: dict, processor: Processor) -> dict:
-        return dict(config, layout=processor.layout.name, text_tokenizer_name=TEXT, action_tokenizer_name=CODEC)
+        """With the record of the layout, and the names of tokenizers that are folders; names of the hub stay, for lerobot takes them from
+        there."""
+        names = {key: where if (processor.folder / config[key]).is_dir() else config[key]
+                 for key, where in (("text_tokenizer_name", TEXT), ("action_tokenizer_name", CODEC))}
+        return dict(config, layout=processor.layout.name, **names)
 
     # Identity
 
@@ -171,8 +183,7 @@ class Pi0FastBackbone(Backbone):
     # Forward
 
     def embed(self, batch: Batch) -> Pi0FastPrefix:
-        assert isinstance(batch, Pi0FastBatch)
-        batch = batch.to(self.device)
+        batch = self._here(batch)
         text_BLD = self.pi0.embed_text(batch.input_ids)
         pictures_BPD = self.pi0.embed_pictures(batch.pixel_values)
         seen_BP = batch.cameras.repeat_interleave(pictures_BPD.shape[1] // batch.cameras.shape[1], dim=1)
@@ -182,6 +193,11 @@ class Pi0FastBackbone(Backbone):
             torch.cat([pictures_BPD, text_BLD], dim=1), torch.cat([seen_BP, text_BL], dim=1),
             F.pad(index_L < batch.prefix[:, None], (seen_BP.shape[1], 0), value=True),
             F.pad(torch.zeros_like(text_BL), (seen_BP.shape[1], 0), value=True))
+
+    def _here(self, batch: Batch) -> Pi0FastBatch:
+        moved = batch.to(self.device)
+        assert isinstance(moved, Pi0FastBatch)
+        return moved
 
     def run_layers(self, prefix: Prefix, start: int = 0, stop: Optional[int] = None) -> torch.Tensor:
         return self._run(prefix, start, stop)
@@ -211,9 +227,8 @@ class Pi0FastBackbone(Backbone):
 
         lm_head runs on as many columns of each row as the longest answer has, which the host knows since collation.
         """
-        assert isinstance(batch, Pi0FastBatch)
         answer = int((batch.labels != IGNORE_INDEX).sum(1).max()) if batch.labels.device.type == "cpu" else batch.input_ids.shape[1]
-        batch = batch.to(self.device)
+        batch = self._here(batch)
         prefix = self.embed(batch)
         last_BSD = self.run_layers(prefix, stop=self.num_layers)
         length = batch.input_ids.shape[1]
@@ -239,13 +254,12 @@ class Pi0FastBackbone(Backbone):
         bos_in_prefix: as lerobot generates (modeling_pi0_fast.py:595-737), whose action BOS is then part of the prefix, although it is
         causal in its training. For comparisons; the default is what was trained.
         """
-        assert isinstance(batch, Pi0FastBatch)
-        batch = batch.to(self.device)
+        batch = self._here(batch)
         if bos_in_prefix:
             batch = replace(batch, prefix=batch.attention_mask.sum(1))
         prefix = self.embed(batch)
         pad, ends = self.processor.pad_token_id, torch.tensor(self.processor.ends, device=self.device)
-        rows, cache = batch.size, [None] * self.num_layers
+        rows, cache = batch.size, cast(Cache, [None] * self.num_layers)
         hidden_BSD = self._run(prefix, stop=self.num_layers, cache=cache)
         valid_BK = prefix.attention_mask_BS
         length_B = valid_BK.sum(1)

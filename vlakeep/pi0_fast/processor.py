@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vlakeep.core.compat import import_timm
 from vlakeep.core.errors import CheckpointError
-from vlakeep.core.storage import find_checkpoint, pick_root
+from vlakeep.core.storage import pick_root
 from vlakeep.data.processor import BaseProcessor
 from vlakeep.data.sample import IGNORE_INDEX, Batch, Sample, SampleSpec
 from vlakeep.pi0_fast import format as checkpoint_format
@@ -40,15 +40,16 @@ class Pi0FastBatch(Batch):
 
 
 def beside(folder: Path, name: str, default: str, what: str) -> Path:
-    """The folder of a tokenizer. FileNotFoundError with the remedy."""
-    for found in (folder / default, folder / name):
+    """The folder of a tokenizer: in the checkpoint's, or below the hub's cache. FileNotFoundError with the remedy."""
+    cache = Path(os.environ.get("HF_HOME") or Path(pick_root()) / "hf_cache")
+    hub = sorted((cache / "hub" / ("models--" + name.replace("/", "--")) / "snapshots").glob("*"), key=lambda path: path.stat().st_mtime)
+    looked = [folder / default, folder / name, cache / name, cache / Path(name).name, *reversed(hub)]
+    for found in looked:
         if (found / "tokenizer.json").is_file():
             return found
-    try:
-        return find_checkpoint(name, Path(os.environ.get("HF_HOME") or Path(pick_root()) / "hf_cache"))
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"no {what} for {folder}: put the files of {name} into {folder / default}, or fetch them into the "
-                                f"cache with `vlakeep fetch {name}`") from error
+    raise FileNotFoundError(f"no {what} for {folder} (looked in {', '.join(map(str, looked))}): put the files of {name} into "
+                            f"{folder / default}, for example with `huggingface-cli download {name} --include '*token*' '*processor*' "
+                            f"--local-dir {folder / default}`")
 
 
 def load_tokenizer(folder: Path):
@@ -64,13 +65,20 @@ def load_tokenizer(folder: Path):
         plain = Tokenizer.from_file(str(file))
         bos = names.get("bos_token") or "<bos>"
         plain.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, plain.token_to_id(bos))])
-        plain.no_truncation(), plain.no_padding()
+        plain.no_truncation()
+        plain.no_padding()
         return PreTrainedTokenizerFast(
             tokenizer_object=plain, padding_side="right", clean_up_tokenization_spaces=False, bos_token=bos,
             eos_token=names.get("eos_token") or "<eos>", unk_token=names.get("unk_token") or "<unk>",
             pad_token=names.get("pad_token") or "<pad>")
     except Exception as error:  # the tokenizers library raises a bare Exception for a damaged file
         raise CheckpointError(f"{file} is damaged ({error}): copy it from the base model") from error
+
+
+def spec_of(config: dict) -> SampleSpec:
+    """What the model takes of a sample, after config.json; cameras that lerobot calls empty are none."""
+    there = tuple(name for name in checkpoint_format.cameras(config) if not name.startswith("empty_camera_"))
+    return SampleSpec(there if len(there) > 1 else (), checkpoint_format.state_size(config), int(config["chunk_size"]))
 
 
 class Processor(BaseProcessor):
@@ -84,10 +92,8 @@ class Processor(BaseProcessor):
         self._text_folder = text_folder or folder / TEXT
         self.words = prompts.Words(tokenizer, int(config["fast_skip_tokens"]))
         self.pad_token_id: int = self.words.pad
-        named = checkpoint_format.cameras(config)
-        self.named = tuple(named)  # of config.json, in the model's order
-        there = tuple(name for name in named if not name.startswith("empty_camera_"))
-        self.spec = SampleSpec(there if len(there) > 1 else (), checkpoint_format.state_size(config), int(config["chunk_size"]))
+        self.named = tuple(checkpoint_format.cameras(config))  # in the model's order
+        self.spec = spec_of(config)
         if self.words.first_code - codec.vocab_size + 1 < 0:
             raise CheckpointError(f"a codec of {codec.vocab_size} codes has no room in a vocabulary of {self.words.vocab_size} "
                                   "tokens, of which "
@@ -112,16 +118,16 @@ class Processor(BaseProcessor):
         return self.words.eos, self.words.bar
 
     @property
-    def action_limit(self) -> float:
+    def action_limit(self) -> float:  # type: ignore[override]
         return max(1.0, self.codec.limit(self.spec.chunk))
 
     # Samples to batches
 
     def _pictures(self, sample: Sample) -> List[Optional[np.ndarray]]:
-        """Per camera of the config its picture, or None; the sample's `image` stands for the first one that has no name in it."""
+        """Per camera of the config its picture, or None; of a sample with one picture without a name it is the first."""
         found = [sample.cameras.get(name) for name in self.named]
-        if sample.image is not None and found[0] is None:
-            found[0] = sample.image
+        if found[0] is None:
+            found[0] = self.spec.only(sample) if not self.spec.cameras else sample.image
         return found
 
     def _check(self, samples: Sequence[Sample]) -> None:

@@ -6,7 +6,7 @@ model that is trained on the tabletop.
 
 import json
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -38,7 +38,7 @@ def build_tokenizer(texts: Sequence[str], codes: int, skip: int = SKIP, pieces: 
         vocab.setdefault(piece, len(vocab))
     for i in range(codes + skip):
         vocab[f"<loc{i:04d}>" if i < codes else f"<seg{i - codes:03d}>"] = len(vocab)
-    merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in learnt["merges"]]
+    merges: Any = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in learnt["merges"]]
     made = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     made.normalizer = normalizers.Replace(" ", "▁")
     made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])

@@ -1,0 +1,135 @@
+"""pi0-FAST through the stages: two cameras, a state as text, chunks; offline, plain, graded and frozen-form training, resume, evaluation,
+export. The data are those of test_model_inputs.py."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import BASELINE, GRADED, METHOD, final_adapter, read_evaluation
+from test_model_inputs import NAME, STEPS, configured, episodes, probe_samples, written  # noqa: F401 (two of them are fixtures)
+
+from vlakeep.core.checkpoint import latest_intact
+from vlakeep.core.config import load_config
+from vlakeep.core.rundir import read_metrics
+from vlakeep.core.storage import Storage
+from vlakeep.data.formats import open_configured
+from vlakeep.evaluate import run_evaluation
+from vlakeep.export import run_export
+from vlakeep.models.load import make_backbone
+from vlakeep.offline import run_offline
+from vlakeep.openvla import audit
+from vlakeep.pi0_fast.model import DECODER
+from vlakeep.pi0_fast.tiny import make_folder
+from vlakeep.preflight import main as preflight
+from vlakeep.probe.probe_set import write_probe
+from vlakeep.tabletop.pretrain_pi0_fast import main as pretrain
+from vlakeep.teacher.folder import ArtifactError
+from vlakeep.train import run_training
+
+TEXTS = ["open the red door", "close the blue box", "open the box", "close the red box"]
+
+
+@pytest.fixture(scope="module")
+def runs(written, tmp_path_factory):  # noqa: F811
+    """(storage, make): data, probe, a pi0-FAST with random weights and both artefacts; `make(file, *overrides)` gives a small run."""
+    root = tmp_path_factory.mktemp("pi0")
+    samples = probe_samples(written, root) * 2
+    shutil.copytree(written / "rlds", root / "datasets")
+    write_probe(root / "probe" / "pairs", samples, ["skill"] * len(samples))
+    rng = np.random.default_rng(0)
+    # A state of other size and other cameras than the data have: both are chosen below, as for the published base.
+    make_folder(root / "pi0", TEXTS, [rng.uniform(-1, 1, (2, 3)) for _ in range(200)], {}, ("base_0_rgb", "left_wrist_0_rgb", "right"),
+                state=32)
+
+    def make(file, *overrides):
+        return load_config(file, [
+            "--root", str(root), "--threads", "1", "--device", "cpu", "--backbone.checkpoint", str(root / "pi0"), "--backbone.state", "2",
+            "--backbone.cameras", "[left, right]", "--probe.name", "pairs", "--probe.size", "24", "--lora.rank", "4", "--lora.alpha", "8",
+            "--lora.layers", "last:2", "--train.steps", "3", "--train.batch_size", "4", "--train.warmup", "0", "--train.save_every", "2",
+            "--thermostat.every", "1", "--thermostat.batch_size", "4", "--data.datasets", f"[{NAME}]", "--data.gripper", "standard",
+            "--data.cameras", "[image, wrist_image]", "--data.train_fraction", "0.5", *map(str, overrides)])
+
+    storage = Storage.from_config(make(BASELINE))
+    run_offline(make(GRADED), storage)
+    run_offline(make(METHOD, "--icsm.rank", 12, "--icsm.sensitivity_items", 4), storage)
+    return storage, make
+
+
+def test_the_artefacts_tell_layout_and_how_directions_were_measured(runs):
+    storage, make = runs
+    meta = json.loads((storage.artifact_folder("icms_pi0") / "meta.json").read_text())
+    assert (meta["layout"], meta["cameras"], meta["state"]) == ("lerobot", ["left", "right"], 2)
+    assert {layer: (one["injected_at"], one["measured_on"]) for layer, one in meta["per_layer"].items()} == {
+        "1": ("output", "answers"), "3": ("input", "answers")}
+    assert all(max(one["kl"]) > 0 for one in meta["per_layer"].values())
+    with pytest.raises(ArtifactError, match="was made with --backbone.layout lerobot, this run has openpi"):
+        run_training(make(GRADED, "--backbone.layout", "openpi", "--name", "other"), storage)
+
+
+@pytest.mark.parametrize("site", ["graded", "residual"])
+def test_a_run_learns_and_resumes_to_the_bit(runs, site):
+    storage, make = runs
+    arm = [GRADED] if site == "graded" else [
+        METHOD, "--hsw.site", site, "--icsm.rank", 12, "--icsm.sensitivity_items", 4, "--thermostat.calibration", 1,
+        "--thermostat.batch_size", 12]
+    arm += ["--train.schedule", "constant"]
+    whole = run_training(make(*arm, "--name", f"{site}-whole"), storage)
+    losses = [row["loss"] for row in read_metrics(whole) if "loss" in row]
+    assert len(losses) == 3 and np.isfinite(losses).all()
+    run_training(make(*arm, "--name", f"{site}-part", "--train.steps", 2), storage)
+    part = run_training(make(*arm, "--name", f"{site}-part", "--train.resume", True), storage)
+    assert final_adapter(part) == final_adapter(whole)
+
+
+def test_held_out_episodes_are_judged_and_an_export_is_lerobots(runs, tmp_path, capsys):
+    storage, make = runs
+    run_training(make(BASELINE, "--name", "plain", "--train.lr", 0.01), storage)
+    folder = run_evaluation(make(BASELINE, "--evaluate.benchmark", "dataset", "--evaluate.target", "plain", "--evaluate.episodes", 2,
+                                 "--evaluate.retention_frames", 4), storage)
+    rows, summary = read_evaluation(folder)
+    assert summary["open_loop"][NAME]["error"]["n"] == 2 and [row["steps"] for row in rows] == list(STEPS[2:])
+    assert all(0 <= row["accuracy"] <= 1 and row["kl"] >= 0 for row in rows) and summary["open_loop"][NAME]["early"] > 0
+    out = run_export(make(BASELINE, "--export.target", "plain"), storage)
+    record = json.loads((out / "vlakeep_export.json").read_text())
+    assert record["parity"]["frames_identical"] == record["parity"]["frames"] > 0 and record["merged_modules"] == 14
+    config = json.loads((out / "config.json").read_text())
+    assert [name for name in config["input_features"]] == ["observation.images.left", "observation.images.right", "observation.state"]
+    assert config["input_features"]["observation.state"]["shape"] == [2] and config["output_features"]["action"]["shape"] == [3]
+    assert config["normalization_mapping"]["ACTION"] == "QUANTILES" and "layout" not in config
+    assert set(json.loads((out / "dataset_stats.json").read_text())) == {"action", "observation.state"}
+    merged = make_backbone(out)
+    data, = open_configured(configured("rlds"), storage.data, tmp_path, merged.processor.spec)
+    chunks, _ = merged.attempt_chunks(merged.processor.encode_prompts([data.frame(0, 0)]))
+    assert chunks.shape == (1, 2, 3)
+    adapter = latest_intact(storage.run_folder("plain")) / "adapter"
+    targets = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
+    assert all(name.startswith(DECODER + "layers.") for name in targets) and len(targets) == 14
+
+
+def test_preflight_and_audit_know_it(runs, capsys):
+    storage, make = runs
+    options = ["--root", str(storage.root), "--backbone.checkpoint", str(storage.root / "pi0"), "--backbone.state", "2",
+               "--backbone.cameras",
+               "[left, right]", "--probe.name", "pairs", "--probe.size", "24"]
+    assert audit.main(options) == 0
+    out = capsys.readouterr().out
+    assert "state text" in out and "special token" in out and "empty masks: 0" in out
+    preflight(["--stage", "train", *options, "--data.datasets", f"[{NAME}]", "--data.gripper", "standard", "--data.cameras",
+               "[image, wrist_image]", "--device", "cpu", "--lora.layers", "last:2"])
+    said = capsys.readouterr().out
+    assert "4 decoder layers, D = 32" in said
+
+
+def test_a_small_one_is_made_for_the_tabletop_and_plays_chunks(tmp_path):
+    assert pretrain(["--out", str(tmp_path / "pi0"), "--minutes", "0.001", "--episodes", "1", "--questions", "20", "--device", "cpu",
+                     "--batch", "4", "--hidden", "32", "--mlp", "32", "--layers", "4", "--heads", "2"]) == 0
+    provenance = json.loads((tmp_path / "pi0" / "PROVENANCE.json").read_text())
+    assert provenance["steps"] >= 1 and "model.safetensors" in provenance["sha256"]
+    config = load_config(BASELINE, ["--root", str(tmp_path), "--threads", "1", "--device", "cpu", "--backbone.checkpoint",
+                                    str(tmp_path / "pi0"), "--evaluate.target", "base", "--evaluate.skills", "[reach]", "--evaluate.episodes",
+                                    "1", "--evaluate.questions", "[color]", "--evaluate.questions_per_kind", "2"])
+    folder = run_evaluation(config, Storage.from_config(config))
+    rows, _ = read_evaluation(folder)
+    assert [row["ability"] for row in rows if row["kind"] == "skill"] == ["reach"] and not any(row["crash"] for row in rows)
+    assert json.loads((folder / "records.jsonl").read_text().splitlines()[0])["header"]["model"]["chunk"] == 4
