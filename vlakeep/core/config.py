@@ -13,7 +13,7 @@ import yaml
 
 from vlakeep.core import schema
 from vlakeep.core.names import is_run_name
-from vlakeep.core.ranges import above, choice, from_zero, inside, layer_numbers, least, limited, problems
+from vlakeep.core.ranges import above, choice, from_zero, inside, is_gripper, layer_numbers, least, limited, problems
 from vlakeep.core.schema import ConfigError
 
 
@@ -71,14 +71,20 @@ class DataConfig:
     image_aug: bool = False
     # Name of the camera in the data sets; None takes image (RLDS), agentview_rgb (HDF5), the only or a usual one (LeRobot).
     camera: Optional[str] = None
-    # What the last action value means: libero (-1 open to +1 close) or standard (1 open, 0 close); None goes by the name.
-    gripper: Optional[str] = limited(None, lambda value: value in (None, "libero", "standard"), "libero, standard or null")
+    # What the last action value means: libero (-1 open to +1 close), standard (1 open, 0 close), or OPEN/CLOSED, its values when it is open
+    # and when it is closed, such as 100/0; None goes by the name. For data sets whose data card does not say it.
+    gripper: Optional[str] = limited(None, is_gripper, "libero, standard, OPEN/CLOSED such as 100/0, or null")
     # Turn the pictures by 180 degrees. None does what the format usually needs: HDF5 holds them upside down, the others upright.
     # Some converters of LIBERO differ, which the files do not say: look at a picture.
     rotate: Optional[bool] = None
     # Key of the base's action statistics by which the actions are normalised; None takes the quantiles of the data set itself, as the
     # official code does. For data of the robot that the base knows: an action then has the same tokens in old skills and new ones.
     statistics: Optional[str] = None
+    # What a gripper that never moves, q01 = q99 or a range of noise become: demonstrated (what was done), or official (docs/formats.md).
+    degenerate: str = choice("demonstrated", "official")
+    # Data cards by the names in `datasets`, {NAME: {...}} or {NAME: FILE}; a set without one takes data_card.yaml beside its data, if there
+    # is one (docs/bring-your-own-data.md).
+    cards: Dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -5,10 +5,12 @@
     data_root_dir/<name>/meta/info.json                   LeRobot v2.0, v2.1 or v3.0
 """
 
+import difflib
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Type, Union
+from typing import Any, Dict, Iterator, List, Optional, Type, Union
 
+from vlakeep.data.conventions import find_card
 from vlakeep.data.dataset import USUAL, Conventions, DemoDataset
 from vlakeep.data.hdf5 import Hdf5Dataset, demo_files
 from vlakeep.data.lerobot import INFO, LeRobotDataset
@@ -39,20 +41,27 @@ def find_format(folder) -> str:
     return kinds[0]
 
 
-def open_dataset(folder, fraction: float = 1.0, cache_dir=None, conventions: Conventions = USUAL) -> DemoDataset:
-    """The training split of the data set in `folder`, whatever its format."""
-    return FORMATS[find_format(folder)](folder, "train", fraction, cache_dir, conventions)
+def open_dataset(folder, fraction: float = 1.0, cache_dir=None, conventions: Conventions = USUAL, name: str = "",
+                 cards: Optional[Dict[str, Any]] = None) -> DemoDataset:
+    """The training split of the data set in `folder`, whatever its format, as its data card says: that of `cards` under the set's name,
+    or the file beside the data."""
+    kind = find_format(folder)
+    told = conventions.with_card(find_card(Path(folder), name or Path(folder).name, cards)) if conventions.card is None else conventions
+    return FORMATS[kind](folder, "train", fraction, cache_dir, told)
 
 
 def open_datasets(root, names: List[str], fraction: float = 1.0, cache_dir: Union[str, Path, None] = None,
-                  conventions: Conventions = USUAL) -> List[DemoDataset]:
+                  conventions: Conventions = USUAL, cards: Optional[Dict[str, Any]] = None) -> List[DemoDataset]:
     """The data sets `names` below `root`, in that order. Whoever opens them closes them; when one cannot be opened, none stays open."""
+    for stray in sorted(set(cards or {}) - set(names)):  # a configuration may have cards of more sets than are opened; but no mistyped one
+        if close := difflib.get_close_matches(stray, set(names) - set(cards or {}), n=1):
+            raise ValueError(f"data.cards has a card of {stray}, which is none of --data.datasets; did you mean {close[0]}?")
     if not names:
         raise ValueError("no data set is named; give --data.datasets, e.g. '[tabletop_corner]' after `vlakeep tabletop-data`")
     opened: List[DemoDataset] = []
     with ExitStack() as on_error:
         for name in names:
-            opened.append(on_error.enter_context(open_dataset(Path(root) / name, fraction, cache_dir, conventions)))
+            opened.append(on_error.enter_context(open_dataset(Path(root) / name, fraction, cache_dir, conventions, name, cards)))
             for other in opened[:-1]:
                 if other.name == opened[-1].name and other.statistics != opened[-1].statistics:
                     raise ValueError(f"{other.folder} and {opened[-1].folder} are different data sets of one name, {other.name!r}, "
@@ -63,8 +72,9 @@ def open_datasets(root, names: List[str], fraction: float = 1.0, cache_dir: Unio
 
 def open_configured(settings, root, cache_dir) -> List[DemoDataset]:
     """The data sets of the configuration section `data` (DataConfig), below `root`; see open_datasets."""
-    return open_datasets(root, settings.datasets, settings.train_fraction, cache_dir,
-                         Conventions(settings.camera, settings.gripper, settings.rotate))
+    told = Conventions(settings.camera, settings.gripper, settings.rotate,
+                       degenerate=None if settings.degenerate == "demonstrated" else settings.degenerate)
+    return open_datasets(root, settings.datasets, settings.train_fraction, cache_dir, told, settings.cards)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import numpy as np
 from tqdm import tqdm
 
+from vlakeep.data.conventions import FILE, DataCard
 from vlakeep.data.dataset import USUAL, Conventions, DemoDataset, EpisodeIndex, IndexBuilder, cached_index, optional
 from vlakeep.data.images import decode_image
 from vlakeep.data.video import VideoReader, video_frames
@@ -40,14 +41,16 @@ class Info:
     folder: Path
     version: str
     fps: float
-    action_key: str
-    action_shape: List[int]
+    actions: Dict[str, List[int]]  # the features that make an action, joined in this order, with their shapes
     camera: str
     video: bool
     data_path: str
     video_path: str
     chunk_size: int
     splits: Dict[str, str]
+    names: Tuple[str, ...] = ()  # of the values of an action
+    robot: str = ""
+    text: Optional[str] = None  # a column that holds the text, instead of the task
 
     @property
     def v3(self) -> bool:
@@ -77,7 +80,14 @@ def _choose_camera(features: dict, wanted: Optional[str], where: str) -> str:
     return found[0]
 
 
-def read_info(folder, camera: Optional[str] = None) -> Info:
+def _names(feature: dict) -> Tuple[str, ...]:
+    """The names of a feature's values: a list, or a list in a dictionary such as {"motors": [...]}."""
+    names = feature.get("names")
+    names = next(iter(names.values()), None) if isinstance(names, dict) else names
+    return tuple(map(str, names)) if isinstance(names, list) and all(isinstance(one, str) for one in names) else ()
+
+
+def read_info(folder, camera: Optional[str] = None, card: Optional[DataCard] = None) -> Info:
     """ValueError for another version, or when action or camera cannot be told from info.json."""
     folder = Path(folder)
     path = folder / INFO
@@ -87,13 +97,19 @@ def read_info(folder, camera: Optional[str] = None) -> Info:
         if version not in VERSIONS:
             raise ValueError(f"{path}: the format is {version!r}; known are {', '.join(VERSIONS)}. lerobot's own converters "
                              "(lerobot/datasets) bring older sets to v2.1 and newer")
-        action_keys = [key for key in _ACTIONS if key in features]
-        if not action_keys:
-            raise ValueError(f"{path}: no feature {' or '.join(_ACTIONS)} among {', '.join(features)}")
+        usual = [key for key in _ACTIONS if key in features][:1]
+        action_keys = list(card.actions) if card and card.actions else usual
+        lacking = [key for key in action_keys if key not in features]
+        if lacking or not action_keys:
+            like = [key for key in features if "action" in key.lower()] or ["KEY", "..."]
+            raise ValueError(f"{path}: no feature {' or '.join(lacking or _ACTIONS)} among {', '.join(features)}; say which they are in "
+                             f"{folder}/{FILE}, after you have checked their order:\nactions: [{', '.join(like)}]")
         key = _choose_camera(features, camera, str(path))
-        return Info(folder, version, fps, action_keys[0], list(features[action_keys[0]]["shape"]), key,
+        names = tuple(name for one in action_keys for name in _names(features[one]))
+        return Info(folder, version, fps, {one: list(features[one]["shape"]) for one in action_keys}, key,
                     features[key]["dtype"] == "video", info["data_path"], info.get("video_path") or "",
-                    int(info.get("chunks_size", 1000)), dict(info.get("splits") or {}))
+                    int(info.get("chunks_size", 1000)), dict(info.get("splits") or {}), names, str(info.get("robot_type") or ""),
+                    card.text if card else None)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read ({error!r}); {_AGAIN}") from error
 
@@ -179,6 +195,8 @@ def _actions(column, shape: List[int], where: str) -> np.ndarray:
     """float32 [rows, A] of a list column. ValueError names the first row of another width than info.json says."""
     pa, pc = (optional(module, "lerobot", f"reading {where}") for module in ("pyarrow", "pyarrow.compute"))
     values = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+    if int(np.prod(shape)) == 1 and (pa.types.is_floating(values.type) or pa.types.is_integer(values.type)):
+        return np.asarray(values.to_numpy(zero_copy_only=False), dtype=np.float32)[:, None]
     if not (pa.types.is_list(values.type) or pa.types.is_fixed_size_list(values.type) or pa.types.is_large_list(values.type)):
         raise ValueError(f"{where}: actions are {values.type} and not lists of numbers")
     widths = np.array([-1 if n is None else n for n in pc.list_value_length(values).to_pylist()])
@@ -212,7 +230,7 @@ def build_index(info: Info, name: str) -> EpisodeIndex:
         _check_videos(info, places)
     builder, rows = IndexBuilder(name), []
     times: List[np.ndarray] = []
-    columns = [info.action_key, "episode_index", "frame_index", "timestamp", "task_index"]
+    columns = [*info.actions, "episode_index", "frame_index", "timestamp", "task_index", *([info.text] if info.text else [])]
     unread = [] if info.video else [info.camera]
     table, opened = None, None
     for place in tqdm(places, desc=f"index {name}", unit="episode", disable=len(places) < _BAR_FROM_FILES):
@@ -220,7 +238,7 @@ def build_index(info: Info, name: str) -> EpisodeIndex:
         if path != opened:
             table, opened = _parquet(path, columns, unread), path
             episodes = table["episode_index"].to_numpy()
-            actions = _actions(table[info.action_key], info.action_shape, str(path))
+            actions = np.concatenate([_actions(table[key], shape, str(path)) for key, shape in info.actions.items()], axis=1)
         at = np.flatnonzero(episodes == place.episode)
         where = f"{path}: episode {place.episode}"
         if len(at) != place.length or not len(at) or at[-1] - at[0] + 1 != len(at):
@@ -232,7 +250,10 @@ def build_index(info: Info, name: str) -> EpisodeIndex:
         unknown = sorted({n for n in numbers if n not in tasks}, key=str)
         if unknown:
             raise ValueError(f"{where}: task_index {unknown[0]} is not among the {len(tasks)} tasks of meta; {_AGAIN}")
-        builder.add(actions[at], [tasks[n] or "" for n in numbers], where)
+        texts = [text or "" for text in part[info.text].to_pylist()] if info.text else [tasks[n] or "" for n in numbers]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{where}: the column {info.text} holds no texts; correct `text:` in the data card")
+        builder.add(actions[at], texts, where)
         rows.append(int(at[0]))
         times.append(np.asarray(part["timestamp"].to_numpy(), dtype=np.float64))
     return builder.index({
@@ -300,9 +321,12 @@ class LeRobotDataset(DemoDataset):
         if not (folder / INFO).is_file():
             raise FileNotFoundError(f"{folder} holds no {INFO}")
         self.check_extra(folder)
-        self._info, name = read_info(folder, conventions.camera), folder.absolute().name
+        card = conventions.card
+        self._info, name = read_info(folder, conventions.camera, card), folder.absolute().name
+        self.action_names, self.fps, self.robot = self._info.names, self._info.fps, self._info.robot
         files = [path for top in ("meta", "data", "videos") for path in sorted((folder / top).rglob("*")) if path.is_file()]
-        index = cached_index("lerobot", name, [str(folder.resolve()), self._info.camera], files, cache_dir,
+        identity = [str(folder.resolve()), self._info.camera, *(card.reads() if card else [])]
+        index = cached_index("lerobot", name, identity, files, cache_dir,
                              lambda: build_index(self._info, name))
         self._videos, self._pictures = VideoReader(self._info.fps), _ParquetPictures(self._info.camera)
         super().__init__(folder, name, index, self._split(split, len(index.start_E) - 1), fraction, conventions)
@@ -318,6 +342,12 @@ class LeRobotDataset(DemoDataset):
         if not 0 <= start < end <= count:
             raise ValueError(f"{self._info.folder}/{INFO}: split {split!r} is {start}:{end} of {count} episodes; {_AGAIN}")
         return start, end - start
+
+    def last_of_files(self) -> List[int]:
+        if not self._info.video:
+            return []
+        files = [tuple(place) for place in self.index.places["video_E2"][self._numbers]]
+        return sorted({place: episode for episode, place in enumerate(files)}.values())
 
     def _picture(self, number: int, row: int, frame: int, where: str) -> np.ndarray:
         places = self.index.places

@@ -1,6 +1,6 @@
 """What a model is: everything that stages, teacher, methods and benchmarks ask of one. A kind of model is a subclass of Backbone.
 
-    before the weights   read_config, sizes, linear_shapes, read_statistics, leaf_names: what preflight asks of a folder
+    before the weights   read_config, sizes, linear_shapes, read_statistics, read_processor, leaf_names: what preflight asks of a folder
     identity             name, weights_sha256, merged, network, decoder_layers, num_layers, hidden_size, device, dtype
     adapters             adapted_linears, linear_names, input_key
     layout               embed -> Prefix, text_columns, sequence_mask
@@ -148,6 +148,11 @@ class Backbone(nn.Module, ABC):
     def read_statistics(cls, folder: Path, config: dict) -> dict:
         """norm_stats of a folder."""
         return files.read_statistics(folder, config)
+
+    @classmethod
+    def read_processor(cls, folder: Path) -> Optional[BaseProcessor]:
+        """The processor of a folder, by which the texts of data sets are counted before weights are read; None leaves that out."""
+        return None
 
     @classmethod
     def leaf_names(cls, modules: List[str]) -> List[str]:

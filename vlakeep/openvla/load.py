@@ -6,10 +6,15 @@ from vlakeep.models.base import Backbone
 from vlakeep.models.load import model_name
 from vlakeep.openvla.backbone import OpenVLABackbone
 from vlakeep.openvla.official import make_official_backbone
+from vlakeep.openvla.processor import Processor
 
 
 class OpenVLAKind(OpenVLABackbone):
     """What there is to know of a folder before it is loaded, and the choice of the code that runs it."""
+
+    @classmethod
+    def read_processor(cls, folder: Path) -> Processor:
+        return Processor.from_folder(folder)
 
     @classmethod
     def load(cls, settings, folder: Path, device) -> Backbone:
