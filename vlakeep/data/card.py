@@ -31,7 +31,7 @@ _FORMAT = 1
 BINS = 255  # of an action value, as the official tokenizer has them
 _EPISODES, _FILES = 8, 64  # episodes whose pictures are looked at, and video files whose end is
 _CLIPPED, _MOST_CLIPPED = 0.025, 0.2  # own quantiles clip at most 0.02; statistics that clip a fifth are not of this robot
-_TAIL = 20.0  # times q01 to q99 that the whole range may be before it is told
+_TAIL = 10.0  # times q01 to q99 that the whole range may be before it is told
 _FRAMES = 300_000  # of the round trip
 _THUMB = 96  # pixels high
 

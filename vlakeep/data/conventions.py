@@ -232,7 +232,7 @@ def to_open(values_N: np.ndarray, one: Gripper, start_E: np.ndarray) -> np.ndarr
     """float32 [N] from 0 (closed) to 1 (open)."""
     if not one.relative:
         scaled = (values_N.astype(np.float64) - one.closed) / (one.open - one.closed)
-        return np.clip(scaled, 0.0, 1.0).astype(np.float32)
+        return (np.clip(scaled, 0.0, 1.0) + 0.0).astype(np.float32)  # + 0.0: no -0.0, so that data of two conventions are equal to the bit
     # As the official rel2abs_gripper_actions (openvla prismatic/vla/datasets/rlds/utils/data_utils.py): a command holds until the next;
     # before the first one the gripper is where that does not send it, and open without any.
     middle, half = (one.open + one.closed) / 2, (one.open - one.closed) / 2
