@@ -343,7 +343,7 @@ def test_what_is_done_to_the_data_is_said(command, small, world):
     status, out, _ = command(*small("train", BASELINE, "--data.datasets", "[tabletop_bad_wide]", "--name", "bad-wide"))
     assert status == 0
     has(out, "data tabletop_bad_wide (rlds): 2 episodes", "1 episodes without an instruction are left out",
-        "1 of ", "action values lie outside the statistics (q01 to q99) and are clipped",
+        "50]  q01        -1  q99     22.56  clipped 1.8 %",
         "pictures of 128 x 192 are resized to the model's 64 x 64, which changes their shape")
 
 

@@ -327,7 +327,9 @@ def test_a_gripper_that_is_standard_already_is_not_turned_round(tmp_path, episod
         open_dataset(folder)
     told = open_dataset(folder, conventions=Conventions(gripper="standard"))
     assert np.array_equal(told.actions_NA[:, -1], np.concatenate([e.actions[:, -1] for e in standard]))
-    assert open_dataset(folder, conventions=Conventions(gripper="libero")).actions_NA[0, -1] == 0
+    assert open_dataset(folder, conventions=Conventions(gripper="0/1")).actions_NA[0, -1] == 0
+    with pytest.raises(ValueError, match="never come near -1.*--data.gripper standard if 1 is open or --data.gripper 0/1 if 0 is open"):
+        open_dataset(folder, conventions=Conventions(gripper="libero"))
     other = Path(shutil.copytree(folder, tmp_path / "mine"))
     with pytest.raises(ValueError, match="no standardisation.*--data.gripper"):
         open_dataset(other)

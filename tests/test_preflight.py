@@ -15,7 +15,8 @@ from vlakeep.checks import RED, SPARE_BYTES, adapter_parameters, checkpoint_byte
 from vlakeep.core import compat
 from vlakeep.core import storage as storage_module
 from vlakeep.core.config import Config, to_dict
-from vlakeep.data.sample import Sample
+from vlakeep.data.sample import Episode, Sample
+from vlakeep.data.writer import write_rlds
 from vlakeep.preflight import version_tuple
 from vlakeep.probe.probe_set import write_probe
 from vlakeep.teacher import icsm_artifact as artifact
@@ -42,15 +43,15 @@ def world(tmp_path, monkeypatch):
     for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
         (model / name).write_text("{}")
     (model / "dataset_statistics.json").write_text(json.dumps({"pushes": {}}))
-    data = root / "datasets" / "pushes" / "1.0.0"
-    data.mkdir(parents=True)
-    (data / "pushes-train.tfrecord-00000-of-00001").write_bytes(b"x")
-    (data / "dataset_info.json").write_text("{}")
+    random = np.random.default_rng(0)
+    pictures = random.integers(0, 255, (9, 8, 8, 3), dtype=np.uint8)
+    write_rlds(root / "datasets", "pushes", [Episode(pictures, random.random((9, 7)).round(), "push")])
     samples = [Sample(np.full((4, 4, 3), i, np.uint8), f"do {i}") for i in range(100)]
     probe = write_probe(root / "probe" / "p", samples, ["skill"] * 100)
 
     config = Config(name="r", method="icsm_hsw_thermostat", root=str(root), device="cpu")
     config.backbone.checkpoint, config.data.datasets, config.probe.name = "tiny", ["pushes"], "p"
+    config.data.gripper = "standard"
     config.probe.size, config.icsm.rank = 100, 8
     layers = artifact.default_layers(DEPTH)
     tensors = {

@@ -6,6 +6,7 @@ Each check returns lines and raises nothing for what a user can cause, so that a
 import json
 import math
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import List, Optional, Tuple
 
@@ -18,6 +19,7 @@ from vlakeep.core.registry import method_class
 from vlakeep.core.rundir import RunDir
 from vlakeep.core.storage import Storage, find_checkpoint, free_bytes
 from vlakeep.core.target import read_action_statistics, run_config, target_checkpoint
+from vlakeep.data.conventions import FILE
 
 SPARE_BYTES = 50_000_000  # logs, boards and states beside the tensors of a run's checkpoints
 HASHED_AT_MOST = 1_000_000_000  # bytes of base weights; preflight hashes no more, which takes seconds
@@ -156,7 +158,31 @@ def check_layers(config: Config, model: dict) -> List[Line]:
 
 
 def check_data(config: Config, storage: Storage) -> List[Line]:
-    return [_check_data_set(storage.data / name, name, storage) for name in config.data.datasets]
+    """The files of every data set; and where these are whole, what `train` finds when it opens them (data/card.py)."""
+    from vlakeep.models.look import look
+
+    lines = []
+    for name in config.data.datasets:
+        lines.append(_check_data_set(storage.data / name, name, storage))
+        if lines[-1].status == RED:
+            continue
+        one = replace(config, data=replace(config.data, datasets=[name]))
+        try:
+            lines += [line for report in look(one, storage) for line in _data_card(report)]
+        except (ValueError, OSError) as error:
+            remedy = f"mend the data set, or say what it holds in {storage.data / name}/{FILE}"
+            lines.append(Line(RED, f"content of {name}", str(error), remedy))
+    return lines
+
+
+def _data_card(report: dict) -> List[Line]:
+    from vlakeep.data.card import lines
+
+    what, said = f"content of {report['name']}", "\n".join(lines({**report, "notes": []}))
+    found = [Line(RED, what, problem, f"mend the data set, or correct {report['card'] or FILE}") for problem in report["problems"]]
+    found += [Line(YELLOW, what, note) for note in report["notes"]]
+    looked = f"{said}\nlooked at in {report['seconds']:.1f} s, {report['per_thousand']:.1f} s per thousand episodes"
+    return [Line(GREEN, what, looked), *found]
 
 
 def _check_data_set(folder: Path, name: str, storage: Storage) -> Line:

@@ -35,12 +35,14 @@ from vlakeep.core.signals import NUMBERS, StopVote
 from vlakeep.core.stages import TRAIN
 from vlakeep.core.storage import Storage, need_free
 from vlakeep.data import bad
+from vlakeep.data.card import keep, lines, refuse
 from vlakeep.data.loader import make_stream
 from vlakeep.data.statistics import save_statistics
 from vlakeep.models.adapters import add_lora, load_trainable, save_adapter, trainable_state
 from vlakeep.models.alarms import check_vision
 from vlakeep.models.chain import chain_of_run, keep_chain, merge_chain
 from vlakeep.models.load import make_backbone
+from vlakeep.models.look import look
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -151,6 +153,10 @@ def run_training(config: Config, storage: Storage) -> Path:
     """
     with Distributed(config.device) as dist, process_settings(config.threads, config.seed, dist.device):
         refuse_early(config, storage, dist)
+        reports = look(config, storage)
+        for line in [line for report in reports for line in lines(report)]:
+            say(dist, line)
+        refuse(reports)
         resumes = config.train.resume and bool(ckpt.list_checkpoints(storage.run_folder(config.name)))
         chain = chain_of_run(config, storage, resumes)
         backbone = make_backbone(config.backbone, dist.device, storage.cache)
@@ -173,6 +179,7 @@ def run_training(config: Config, storage: Storage) -> Path:
                 if dist.is_main:
                     keep_chain(chain, run.folder)
                     bad.record({one.name: one.left_out for one in getattr(stream, "datasets", ())}, run.folder)
+                    keep(reports, run.folder)
                 _loop(config, dist, run, backbone, method, stream)
                 method.detach()
         return run.folder

@@ -32,7 +32,7 @@ def crop_alarm(config: Config, storage: Storage, settings) -> List[str]:
 
 
 def check_conventions(config: Config, storage: Storage) -> None:
-    """ValueError when a data set is read in another way here (camera, gripper, rotate) than in the training of the run."""
+    """ValueError when a data set is read in another way here (camera, gripper, rotate, its card) than in the training of the run."""
     trained = trained_data(config, storage)
     shared = [name for name in config.data.datasets if name in (trained.get("datasets") or [])]
     for key in ("camera", "gripper", "rotate", "cameras", "state") if shared else ():
@@ -40,6 +40,11 @@ def check_conventions(config: Config, storage: Storage) -> None:
         if there not in (None, []) and here not in (None, []) and there != here:
             fits = str(there).lower() if isinstance(there, bool) else quoted(f"[{','.join(there)}]" if isinstance(there, list) else there)
             raise ValueError(f"--data.{key} {here}: the run was trained on {shared[0]} with {there}; --data.{key} {fits} fits it")
+    for name in shared:
+        there, here = (trained.get("cards") or {}).get(name), config.data.cards.get(name)
+        if there is not None and there != here:
+            raise ValueError(f"data.cards.{name} is {here}: the run was trained with {there}; take `cards` below `data` of the run's "
+                             "config.yaml into the configuration of the evaluation")
 
 
 def open_as_configured(config: Config, storage: Storage, fraction: float = 1.0, spec: Optional[SampleSpec] = None) -> List[DemoDataset]:

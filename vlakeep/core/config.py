@@ -13,7 +13,7 @@ import yaml
 
 from vlakeep.core import schema
 from vlakeep.core.names import is_run_name
-from vlakeep.core.ranges import above, choice, from_zero, inside, layer_numbers, least, limited, problems
+from vlakeep.core.ranges import above, choice, from_zero, inside, is_gripper, layer_numbers, least, limited, problems
 from vlakeep.core.schema import ConfigError
 
 
@@ -84,8 +84,9 @@ class DataConfig:
     # For a model that takes the robot's state: the features whose numbers, one after the other, are the state; empty takes state or
     # proprio (RLDS), ee_states and gripper_states (HDF5), observation.state or state (LeRobot).
     state: List[str] = field(default_factory=list)
-    # What the last action value means: libero (-1 open to +1 close) or standard (1 open, 0 close); None goes by the name.
-    gripper: Optional[str] = limited(None, lambda value: value in (None, "libero", "standard"), "libero, standard or null")
+    # What the last action value means: libero (-1 open to +1 close), standard (1 open, 0 close), or OPEN/CLOSED, its values when it is open
+    # and when it is closed, such as 100/0; None goes by the name. For data sets whose data card does not say it.
+    gripper: Optional[str] = limited(None, is_gripper, "libero, standard, OPEN/CLOSED such as 100/0, or null")
     # Turn the pictures by 180 degrees. None does what the format usually needs: HDF5 holds them upside down, the others upright.
     # Some converters of LIBERO differ, which the files do not say: look at a picture.
     rotate: Optional[bool] = None
@@ -95,6 +96,11 @@ class DataConfig:
     # Leave out episodes and files that cannot be read (damaged, empty, cut) instead of refusing the data set; the run's left_out.json says
     # which. Those that are left keep their place in the split.
     skip_bad: bool = False
+    # What a gripper that never moves, q01 = q99 or a range of noise become: demonstrated (what was done), or official (docs/formats.md).
+    degenerate: str = choice("demonstrated", "official")
+    # Data cards by the names in `datasets`, {NAME: {...}} or {NAME: FILE}; a set without one takes data_card.yaml beside its data, if there
+    # is one (docs/bring-your-own-data.md).
+    cards: Dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -4,6 +4,7 @@ What is wrong is collected, not raised.
 """
 
 import math
+import re
 from dataclasses import field, fields
 from operator import attrgetter
 from typing import Any, Callable, Dict, List
@@ -45,6 +46,14 @@ def inside(default, interval: str, note: str = "") -> Any:
         return (low <= value if interval[0] == "[" else low < value) and (value <= high if interval[-1] == "]" else value < high)
 
     return limited(default, ok, f"in {interval}{note}")
+
+
+def is_gripper(value) -> bool:
+    """libero, standard, two different numbers such as 100/0, or None."""
+    if value in (None, "libero", "standard"):
+        return True
+    found = re.fullmatch(r"(-?\d+(?:\.\d+)?)/(-?\d+(?:\.\d+)?)", str(value))
+    return found is not None and float(found[1]) != float(found[2])
 
 
 def layer_numbers(off: str = "") -> Any:

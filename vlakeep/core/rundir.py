@@ -4,6 +4,7 @@ run_root_dir/<name>/
   config.yaml       the configuration, below a line with the run's id
   provenance.json   id, commit, uncommitted changes, versions, hardware, arguments, hashes, start, end, status; an entry per session
   dirty.diff        the uncommitted changes, when there are any
+  data/             the card of each data set as it was opened, and thumbnails of its pictures (data/card.py)
   metrics.jsonl     one JSON object per logged step; a non-finite number is null and its key is listed under "nonfinite"
   tensorboard/      the same numbers (train.tensorboard)
   checkpoints/      checkpoint.py

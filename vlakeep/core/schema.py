@@ -54,9 +54,16 @@ def type_of(cls, key: str):
 
 
 def open_section(cls, key: str) -> Optional[str]:
-    """The section without fixed keys that `key` belongs to: a field that is a dictionary, such as `options` of options.strength."""
+    """The section without fixed keys that `key` belongs to: a field that is a dictionary, such as `options` of options.strength.
+
+    One inside another section, data.cards, holds trees; their keys are its own business.
+    """
     section, dot, rest = key.partition(".")
-    return section if dot and rest and "." not in rest and get_origin(type_hints(cls).get(section)) is dict else None
+    kind = type_hints(cls).get(section)
+    if is_dataclass(kind) and rest:
+        inner, _, below = rest.partition(".")
+        return f"{section}.{inner}" if below and get_origin(type_hints(kind).get(inner)) is dict else None
+    return section if dot and rest and "." not in rest and get_origin(kind) is dict else None
 
 
 def in_words(kind, plural: bool = False) -> str:
@@ -239,8 +246,8 @@ def parse(cls, name: Optional[str], argv: List[str]):
     except SystemExit as error:
         raise ConfigError(f"the command line could not be read: {' '.join(args)}") from error
     for key, text in loose:
-        section, _, name = key.partition(".")
-        getattr(made, section)[name] = plain_value(text)
+        section = open_section(cls, key)
+        attrgetter(section)(made)[key[len(section) + 1:]] = plain_value(text)
     return made
 
 

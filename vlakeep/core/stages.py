@@ -7,7 +7,8 @@ FOLDERS = " ".join(["root", *KEYS])
 STATE = "seed device threads"  # how a model is made and run
 # Offline, the closing pass and the graded arm look at the same spectrum.
 SPECTRUM = "gains.name gains.columns gains.holdout gains.balance"
-SOURCES = "data.datasets data.train_fraction data.camera data.cameras data.state data.gripper data.rotate data.skip_bad"
+SOURCES = ("data.datasets data.train_fraction data.camera data.cameras data.state data.gripper data.rotate data.degenerate data.cards "
+           "data.skip_bad")
 LARGE = Option("--large_file_gb", 1.0, "Files of this size and more in a source tree are red.", number(above=True))
 
 AUDIT = Stage("audit-probe", "vlakeep.openvla.audit", "print token by token what of a probe prompt counts as instruction",

@@ -8,7 +8,7 @@ Axes: E episodes, N frames, A action dimensions, Q numbers of a robot's state.
 import hashlib
 import importlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Callable, Dict, List, Optional, Tuple, cast
@@ -16,7 +16,10 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, cast
 import numpy as np
 
 from vlakeep.core.storage import atomic_write
+from vlakeep.data import suggest
 from vlakeep.data.bad import in_words, nothing_left
+from vlakeep.data.conventions import USUAL_WIDTH, DataCard, Gripper, as_declared, check_values, to_open, usual_gripper
+from vlakeep.data.degenerate import demonstrated, kinds
 from vlakeep.data.sample import ONE_PICTURE, Episode, Sample, SampleSpec
 from vlakeep.data.statistics import action_statistics, normalise, normalise_state, standardise, state_statistics
 
@@ -46,6 +49,7 @@ class EpisodeIndex:
     texts: List[str]
     places: Dict[str, np.ndarray]  # where the pictures are; the keys are the format's own
     bad: Dict[str, int] = field(default_factory=dict)  # why episodes cannot be used -> how many; they are there with no frame (bad.py)
+    key: str = ""  # of the files it was made from; empty where it is not kept
 
     def save(self, path: Path) -> None:
         with atomic_write(path) as file:  # a text list goes in as JSON: arrays of objects would need pickle
@@ -119,20 +123,24 @@ class IndexBuilder:
 
 
 def cached_index(kind: str, name: str, identity, files: List[Path], cache_dir, build: Callable[[], EpisodeIndex]) -> EpisodeIndex:
-    """The index kept in cache_dir for exactly these files (name, size, time) and `identity`; built when there is none."""
+    """The index kept in cache_dir for exactly these files (name, size, times) and `identity`; built when there is none."""
     if cache_dir is None:
         return build()
-    marks = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    # The change time too: a tool that mends a file in place may keep its size and put its old time back.
+    marks = [(path.name, path.stat().st_size, path.stat().st_mtime_ns, path.stat().st_ctime_ns) for path in files]
     key = hashlib.sha256(json.dumps([_INDEX_FORMAT, kind, identity, marks]).encode()).hexdigest()[:16]
     path = Path(cache_dir) / f"{kind}_index_{name}_{key}.npz"
     if path.is_file():
         try:
-            return EpisodeIndex.load(path)
+            index = EpisodeIndex.load(path)
+            index.key = key
+            return index
         except Exception:  # a damaged cache is a cache miss, whatever way NumPy finds to say so
             pass
     index = build()
     path.parent.mkdir(parents=True, exist_ok=True)
     index.save(path)
+    index.key = key
     return index
 
 
@@ -143,6 +151,8 @@ class Conventions:
     camera: Optional[str] = None
     gripper: Optional[str] = None
     rotate: Optional[bool] = None
+    card: Optional[DataCard] = None  # what the data set's own card says; it goes before the others
+    degenerate: Optional[str] = None  # `official`, or None for what was demonstrated (degenerate.py)
     cameras: Optional[Tuple[str, ...]] = None  # for models of several cameras: what these are called here, in the model's order
     state: Optional[Tuple[str, ...]] = None  # for models that take it: the features whose numbers, one after the other, are the state
 
@@ -150,12 +160,21 @@ class Conventions:
         """The features of the state; () for the format's usual ones, None where no state is wanted."""
         return (self.state or ()) if wanted else None
 
-    def told(self) -> Dict[str, Any]:
-        """For fingerprints, which are of fields that were there when runs were saved, and of later ones only where they are given."""
-        return {name: value for name, value in vars(self).items() if name in ("camera", "gripper", "rotate") or value is not None}
-
     def __bool__(self) -> bool:
         return any(value is not None for value in vars(self).values())
+
+    def told(self) -> Dict[str, Any]:
+        """For a hash: without what is not said, but for the three that were always there."""
+        said = {"card": self.card.identity() if self.card else None, "degenerate": self.degenerate, "cameras": self.cameras,
+                "state": self.state}
+        return {"camera": self.camera, "gripper": self.gripper, "rotate": self.rotate,
+                **{name: value for name, value in said.items() if value is not None}}
+
+    def with_card(self, card: Optional[DataCard]) -> "Conventions":
+        """With what a card says in the place of what it does not leave open."""
+        if card is None:
+            return self
+        return replace(self, card=card, camera=card.camera or self.camera, rotate=self.rotate if card.rotate is None else card.rotate)
 
 
 USUAL = Conventions()
@@ -174,10 +193,16 @@ class DemoDataset:
     needs: Tuple[str, ...] = ()  # packages of the extra that is called like the format
     rotated = False  # whether the format's pictures stand on their heads, so that they have to be turned
     spec = ONE_PICTURE  # of the model that the samples are for
+    # What the files say of themselves, for the data card; a subclass sets them before it calls the constructor.
+    action_names: Tuple[str, ...] = ()
+    fps: Optional[float] = None
+    robot: str = ""
 
     def __init__(self, folder: Path, name: str, index: EpisodeIndex, split_range: Tuple[int, int], fraction: float,
                  conventions: Conventions):
-        self.folder, self.name, self.index, self.conventions = folder, name, index, conventions
+        self.folder, self.name, self.conventions = folder, name, conventions
+        self.stored_width = index.actions_NA.shape[1]
+        self.index = index = self._declared(index)
         before, count = split_range
         self.split_episodes = int(round(round(fraction * 100, 9) * count / 100))
         first = index.start_E[before:before + self.split_episodes]
@@ -195,13 +220,43 @@ class DemoDataset:
         self.unlabelled = int((~labelled & (last > first)).sum())
         self.left_out = list(map(in_words, index.bad.items()))
 
-        self._standard_NA = standardise(index.actions_NA, name, conventions.gripper)
-        self._own = action_statistics(self._standard_NA, int((np.diff(index.start_E) > 0).sum()))
+        self._standard_NA, self.grippers = self._standard(index)
+        episodes = int((np.diff(index.start_E) > 0).sum())
+        self._own = action_statistics(self._standard_NA, episodes, [one.dimension for one in self.grippers])
+        if conventions.degenerate == "official":
+            self.degenerate = kinds(self._standard_NA, self._own)
+        else:
+            self._standard_NA, self._own, self.degenerate = demonstrated(self._standard_NA, self._own)
         self._views: Dict[str, DemoDataset] = {}
         self._state_NQ = index.places.get(STATES)
         if self._state_NQ is not None:
             self._own["proprio"] = state_statistics(self._state_NQ)
         self.scale(self._own)
+
+    def _declared(self, index: EpisodeIndex) -> EpisodeIndex:
+        """The index as the data card says; without one an action must be one arm's seven values. ValueError with a card to confirm."""
+        card, width = self.conventions.card, index.actions_NA.shape[1]
+        if width != USUAL_WIDTH and (card is None or card.grippers is None):
+            raise ValueError(suggest.refusal(self, index))
+        index = as_declared(index, card)
+        if card is not None:
+            check_values(index.actions_NA, card)
+        return index
+
+    def _standard(self, index: EpisodeIndex) -> Tuple[np.ndarray, Tuple[Gripper, ...]]:
+        """Actions with every gripper at 1 = open, 0 = close, and the grippers as stored."""
+        card, gripper = self.conventions.card, self.conventions.gripper
+        if card is None or card.grippers is None:
+            try:
+                standard_NA = standardise(index.actions_NA, self.name, gripper)
+            except ValueError as error:
+                raise ValueError(f"{error}\n{suggest.offer(self, index)}") from error
+            words = gripper or ("libero" if self.name.startswith("libero") else "standard")
+            return standard_NA, (usual_gripper(words, index.actions_NA.shape[1]),)
+        standard_NA = np.array(index.actions_NA, dtype=np.float32)
+        for one in card.grippers:
+            standard_NA[:, one.dimension] = to_open(index.actions_NA[:, one.dimension], one, index.start_E)
+        return standard_NA, card.grippers
 
     def scale(self, statistics: Dict) -> None:
         """Normalise the actions with these statistics (an entry of dataset_statistics.json) instead of the data set's own."""
@@ -210,7 +265,8 @@ class DemoDataset:
             raise ValueError(f"{self.folder} has actions of {expected} values, the statistics are of {width} (--data.statistics)")
         self.statistics = statistics
         self.scale_state(statistics)
-        self.actions_NA, _ = normalise(self._standard_NA, statistics)
+        official = self.conventions.degenerate == "official"
+        self.actions_NA, _ = normalise(self._standard_NA, statistics, official)
         used = np.concatenate([np.arange(a, a + n) for a, n in zip(self._first, self.lengths)])
         self.clipped = normalise(self._standard_NA[used], statistics)[1]  # action values of usable frames outside the statistics
 
@@ -285,6 +341,25 @@ class DemoDataset:
         """The episode's number in its files."""
         return int(self._numbers[episode])
 
+    @property
+    def standard_NA(self) -> np.ndarray:
+        """float32 [N, A] of all frames of the files: as standard_actions."""
+        return self._standard_NA
+
+    @property
+    def starts(self) -> np.ndarray:
+        """int64: first row of each usable episode."""
+        return self._first
+
+    @property
+    def own_statistics(self) -> bool:
+        """Whether the labels are scaled by this set's statistics, not by those that `scale` was given."""
+        return self.statistics is self._own
+
+    def last_of_files(self) -> List[int]:
+        """The usable episode that ends last in each file whose end is only found by reading, such as a video."""
+        return []
+
     def instruction(self, episode: int, frame: int) -> str:
         return self.index.texts[self.index.text_N[self._row(episode, frame)]]
 
@@ -328,6 +403,10 @@ class DemoDataset:
         """
         own: List[Any] = [] if self.kind == "rlds" and not self.conventions else [[self.kind, self.conventions.told()]]
         own += [] if self.spec == ONE_PICTURE else [[vars(self.spec), [view.conventions.camera for view in self._views.values()]]]
+        # Labels that were others before these dimensions were taught as demonstrated.
+        one = self.statistics["action"]
+        changed = [d for d, kind in self.degenerate.items() if kind != "constant" or not (one["mask"][d] or one["min"][d] == 0)]
+        own += [["demonstrated", changed]] if changed and self.conventions.degenerate is None else []
         digest = hashlib.sha256(json.dumps([self.name, self.lengths.tolist(), self.languages, *own]).encode())
         digest.update(np.ascontiguousarray(self.index.actions_NA).tobytes())
         if self.statistics is not self._own:

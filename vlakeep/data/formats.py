@@ -5,11 +5,13 @@
     data_root_dir/<name>/meta/info.json                   LeRobot v2.0, v2.1 or v3.0
 """
 
+import difflib
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Type, Union
 
+from vlakeep.data.conventions import find_card
 from vlakeep.data.dataset import USUAL, Conventions, DemoDataset
 from vlakeep.data.hdf5 import Hdf5Dataset, demo_files
 from vlakeep.data.lerobot import INFO, LeRobotDataset
@@ -42,12 +44,16 @@ def find_format(folder) -> str:
 
 
 def open_dataset(folder, fraction: float = 1.0, cache_dir=None, conventions: Conventions = USUAL,
-                 spec: Optional[SampleSpec] = None, skip_bad: bool = False) -> DemoDataset:
-    """The training split of the data set in `folder`, whatever its format, with samples as a model of this spec takes them. None: no model
-    is at hand, and whoever asks looks through one camera. skip_bad: see bad.py.
+                 spec: Optional[SampleSpec] = None, skip_bad: bool = False, name: str = "",
+                 cards: Optional[Dict[str, Any]] = None) -> DemoDataset:
+    """The training split of the data set in `folder`, whatever its format, as its data card says (that of `cards` under the set's name,
+    or the file beside the data), with samples as a model of this spec takes them. None: no model is at hand, and whoever asks looks
+    through one camera. skip_bad: see bad.py.
 
     Every camera is a reader of its own with an index of its own; they are compared, and share the rest.
     """
+    if conventions.card is None:
+        conventions = conventions.with_card(find_card(Path(folder), name or Path(folder).name, cards))
     names: List[Optional[str]] = list(conventions.cameras or [conventions.camera])
     if spec is None:
         names, spec = names[:1], ONE_PICTURE
@@ -60,8 +66,8 @@ def open_dataset(folder, fraction: float = 1.0, cache_dir=None, conventions: Con
                          "called in the data with --data.cameras")
     kind, views = FORMATS[find_format(folder)], []
     with ExitStack() as on_error:
-        for name in names:
-            one = kind(folder, "train", fraction, cache_dir, replace(conventions, camera=name), spec.state > 0 and not views, skip_bad)
+        for camera in names:
+            one = kind(folder, "train", fraction, cache_dir, replace(conventions, camera=camera), spec.state > 0 and not views, skip_bad)
             views.append(on_error.enter_context(one))
         if spec != ONE_PICTURE:
             views[0].take(spec, dict(zip(spec.cameras, views)) if len(views) > 1 else {})
@@ -71,17 +77,21 @@ def open_dataset(folder, fraction: float = 1.0, cache_dir=None, conventions: Con
 
 def open_datasets(root, names: List[str], fraction: float = 1.0, cache_dir: Union[str, Path, None] = None,
                   conventions: Conventions = USUAL, spec: Optional[SampleSpec] = None,
-                  skip_bad: bool = False) -> List[DemoDataset]:
+                  skip_bad: bool = False, cards: Optional[Dict[str, Any]] = None) -> List[DemoDataset]:
     """The data sets `names` below `root`, in that order; spec: see open_dataset.
 
     Whoever opens them closes them; when one cannot be opened, none stays open.
     """
+    for stray in sorted(set(cards or {}) - set(names)):  # a configuration may have cards of more sets than are opened; but no mistyped one
+        if close := difflib.get_close_matches(stray, set(names) - set(cards or {}), n=1):
+            raise ValueError(f"data.cards has a card of {stray}, which is none of --data.datasets; did you mean {close[0]}?")
     if not names:
         raise ValueError("no data set is named; give --data.datasets, e.g. '[tabletop_corner]' after `vlakeep tabletop-data`")
     opened: List[DemoDataset] = []
     with ExitStack() as on_error:
         for name in names:
-            opened.append(on_error.enter_context(open_dataset(Path(root) / name, fraction, cache_dir, conventions, spec, skip_bad)))
+            one = open_dataset(Path(root) / name, fraction, cache_dir, conventions, spec, skip_bad, name, cards)
+            opened.append(on_error.enter_context(one))
             for other in opened[:-1]:
                 if other.name == opened[-1].name and other.statistics != opened[-1].statistics:
                     raise ValueError(f"{other.folder} and {opened[-1].folder} are different data sets of one name, {other.name!r}, "
@@ -92,9 +102,10 @@ def open_datasets(root, names: List[str], fraction: float = 1.0, cache_dir: Unio
 
 def open_configured(settings, root, cache_dir, spec: Optional[SampleSpec] = None) -> List[DemoDataset]:
     """The data sets of the configuration section `data` (DataConfig), below `root`; see open_datasets."""
-    conventions = Conventions(settings.camera, settings.gripper, settings.rotate, tuple(settings.cameras) or None,
-                              tuple(settings.state) or None)
-    return open_datasets(root, settings.datasets, settings.train_fraction, cache_dir, conventions, spec, settings.skip_bad)
+    told = Conventions(settings.camera, settings.gripper, settings.rotate, cameras=tuple(settings.cameras) or None,
+                       state=tuple(settings.state) or None,
+                       degenerate=None if settings.degenerate == "demonstrated" else settings.degenerate)
+    return open_datasets(root, settings.datasets, settings.train_fraction, cache_dir, told, spec, settings.skip_bad, settings.cards)
 
 
 @contextmanager

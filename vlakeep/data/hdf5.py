@@ -23,8 +23,10 @@ import numpy as np
 from tqdm import tqdm
 
 from vlakeep.data.bad import refuse
+from vlakeep.data.conventions import FILE, DataCard
 from vlakeep.data.dataset import USUAL, Conventions, DemoDataset, EpisodeIndex, IndexBuilder, cached_index, optional
 from vlakeep.data.images import decode_image, encode_jpeg
+from vlakeep.data.suggest import missing_keys
 
 FILES = ("*.hdf5", "*.h5")
 _CAMERA = "agentview_rgb"
@@ -79,17 +81,52 @@ def _read_state(demo, names: Sequence[str], where: str) -> np.ndarray:
     return np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
 
 
-def _read_demo(demo, camera: str, where: str) -> np.ndarray:
+def _what(demo) -> Dict[str, str]:
+    """Key -> picture or number, of the arrays of a demonstration."""
+    found: Dict[str, str] = {}
+
+    def note(key, one):
+        if hasattr(one, "dtype"):
+            found[key] = "picture" if one.dtype == np.uint8 and one.ndim == 4 else "number" if one.dtype.kind in "fiu" else "text"
+
+    demo.visititems(note)
+    return found
+
+
+def _read_demo(demo, camera: str, where: str, card: Optional[DataCard] = None) -> np.ndarray:
     """actions [T, A] of a demonstration whose pictures fit them."""
-    actions = _member(demo, "actions", where)
-    images = _member(_member(demo, "obs", where), camera, f"{where}/obs", "choose a camera, they end in _rgb, with --data.camera")
+    keys = list(card.actions) if card and card.actions else ["actions"]
+    missing = [key for key in keys if key not in demo]
+    if missing:
+        raise ValueError(missing_keys(where, missing, _what(demo), where.rpartition("/")[0]))
+    obs = _member(demo, "obs", where, "a low-dimensional file holds no pictures: take the file that has them")
+    images = _member(obs, camera, f"{where}/obs", "choose a camera with --data.camera, or `camera:` in the data card")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(f"{where}/obs/{camera}: {images.dtype} {list(images.shape)} are no pictures (uint8 [T, H, W, 3])")
+        raise ValueError(f"{where}/obs/{camera}: {images.dtype} {list(images.shape)} are no pictures (uint8 [T, H, W, 3]); choose another "
+                         "camera with --data.camera, or store three channels of 8 bits: several cameras are several keys")
+    parts = [demo[key][()] for key in keys]
+    if card is not None:
+        parts = [part.reshape(len(part), -1) for part in parts]
     told = int(demo.attrs.get("num_samples", len(images)))
-    if not len(actions) == len(images) == told:
-        raise ValueError(f"{where}: {len(actions)} actions, {len(images)} pictures and num_samples {told} do not make one "
+    if not {len(part) for part in parts} == {len(images)} == {told}:
+        raise ValueError(f"{where}: {len(parts[0])} actions, {len(images)} pictures and num_samples {told} do not make one "
                          f"episode; {_AGAIN}")
-    return actions[()]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+
+def _text_of(demo, data, told: str, where: str) -> str:
+    """The text that a card's `text` names: an attribute or an array of the demonstration, or of the file; NAME.FIELD one inside JSON."""
+    name, _, field = told.partition(".")
+    found = next((place[name] for place in (demo.attrs, demo, data.attrs) if name in place), None)
+    if found is None:
+        raise ValueError(f"{where}: text: {told} names no attribute and no array here; there are {', '.join(sorted(demo.attrs)) or 'none'} "
+                         f"and {', '.join(sorted(demo))}; correct `text:` in the data card, or give `instruction: WORDS` for all")
+    value = found[()] if hasattr(found, "shape") and hasattr(found, "file") else found
+    text = value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
+    try:
+        return str(json.loads(text)[field]) if field else text
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{where}: {name} holds no {field!r} ({error!r}); correct `text:` in the data card") from error
 
 
 def _told(error: Exception, where: str) -> str:
@@ -97,7 +134,8 @@ def _told(error: Exception, where: str) -> str:
     return str(error) if isinstance(error, ValueError) and where in str(error) else f"{where} cannot be read ({error}); {_AGAIN}"
 
 
-def _read_file(path: Path, number: int, camera: str, state: Optional[Sequence[str]], read: Dict[Tuple[int, int], Any]) -> None:
+def _read_file(path: Path, number: int, camera: str, state: Optional[Sequence[str]], card: Optional[DataCard],
+               read: Dict[Tuple[int, int], Any]) -> None:
     """Fill `read` with (actions, text, where, upside down, states) of every demonstration; actions are the reason where there are none."""
     with _open(path) as file:
         data = _member(file, "data", str(path))
@@ -109,20 +147,22 @@ def _read_file(path: Path, number: int, camera: str, state: Optional[Sequence[st
         for demo in numbers:
             where, states = f"{path}: demo_{demo}", None
             try:
-                actions = _read_demo(data[f"demo_{demo}"], camera, where)
+                actions = _read_demo(data[f"demo_{demo}"], camera, where, card)
+                text = _text_of(data[f"demo_{demo}"], data, card.text, where) if card and card.text else text
                 states = None if state is None else _read_state(data[f"demo_{demo}"], state, where)
             except (ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError) as error:
                 actions = _told(error, where)
             read[demo, number] = (actions, text, where, upside_down, states)
 
 
-def build_index(files: List[Path], camera: str, name: str, state: Optional[Sequence[str]] = None) -> EpisodeIndex:
+def build_index(files: List[Path], camera: str, name: str, state: Optional[Sequence[str]] = None,
+                card: Optional[DataCard] = None) -> EpisodeIndex:
     """Read the actions and check every demonstration. state: None reads none, () the usual one."""
     read: Dict[Tuple[int, int], Any] = {}  # by (number of the demonstration, number of the file)
     builder = IndexBuilder(name)
     for number, path in enumerate(tqdm(files, desc=f"index {name}", unit="file", disable=len(files) < _BAR_FROM_FILES)):
         try:
-            _read_file(path, number, camera, state, read)
+            _read_file(path, number, camera, state, card, read)
         except (ValueError, OSError, RuntimeError, TypeError, AttributeError, KeyError) as error:  # what h5py says of a damaged file
             builder.leave_out(_told(error, str(path)), 0)  # how many it held nobody knows
     demos = sorted(read)
@@ -163,10 +203,15 @@ class Hdf5Dataset(DemoDataset):
             raise ValueError(f"{folder}: HDF5 sets have one split, 'train', not {split!r}")
         self.check_extra(folder)
         self._camera, name = conventions.camera or _CAMERA, folder.absolute().name
-        state = conventions.state_names(with_state)
-        identity = [str(folder.resolve()), self._camera, *([] if state is None else [state])]
-        index = cached_index("hdf5", name, identity, self._paths, cache_dir, lambda: build_index(self._paths, self._camera, name, state))
+        card, state = conventions.card, conventions.state_names(with_state)
+        identity = [str(folder.resolve()), self._camera, *([] if state is None else [state]), *(card.reads() if card else [])]
+        index = cached_index("hdf5", name, identity, self._paths, cache_dir,
+                             lambda: build_index(self._paths, self._camera, name, state, card))
         refuse(folder, index.bad, skip_bad)
+        if not any(index.texts) and not (card and card.instruction):
+            raise ValueError(f"{folder}: no demonstration has an instruction: the files are not called <words>_demo.hdf5 and have no "
+                             f"problem_info. Write `instruction: WORDS`, or `text: ATTRIBUTE` of each demonstration, to {folder}/{FILE}, "
+                             "or call each file <words_of_its_instruction>_demo.hdf5")
         super().__init__(folder, name, index, (0, len(index.start_E) - 1), fraction, conventions)
 
     def _picture(self, number: int, row: int, frame: int, where: str) -> np.ndarray:

@@ -18,6 +18,10 @@ from PIL import Image
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG"
 
 
+class _TooDeep(ValueError):
+    """A picture that is whole and none that a model sees."""
+
+
 def decode_image(data: bytes, where: str = "image") -> np.ndarray:
     """uint8 [H, W, 3] of JPEG (as tf.image.decode_jpeg) or PNG bytes. ValueError names `where` for what cannot be read."""
     try:
@@ -26,9 +30,15 @@ def decode_image(data: bytes, where: str = "image") -> np.ndarray:
             return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=True, fastupsample=False)
         if data[:4] == _PNG:
             with Image.open(io.BytesIO(data)) as image:
-                return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+                deep = image.mode if image.mode.startswith(("I", "F")) else ""  # which convert() would cut to white
+                if not deep:
+                    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+            raise _TooDeep(f"{where}: a PNG of more than 8 bits (mode {deep}), such as depth in millimetres, is no colour picture: choose "
+                           "another with --data.camera or `camera:` in the data card, or store it as 8-bit colour")
+    except _TooDeep:
+        raise
     except (ValueError, OSError, SyntaxError) as error:  # PIL raises SyntaxError for a damaged PNG
-        raise ValueError(f"{where}: {len(data)} bytes of a damaged picture ({error})") from error
+        raise ValueError(f"{where}: {len(data)} bytes of a damaged picture ({error}); copy or make the file again") from error
     raise ValueError(f"{where}: {len(data)} bytes that are neither JPEG nor PNG (they start with {data[:4]!r})")
 
 

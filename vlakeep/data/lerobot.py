@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vlakeep.data.bad import OPTION, refuse
+from vlakeep.data.conventions import FILE, DataCard
 from vlakeep.data.dataset import USUAL, Conventions, DemoDataset, EpisodeIndex, IndexBuilder, cached_index, optional
 from vlakeep.data.images import decode_image
 from vlakeep.data.video import VideoReader, missing_frame, video_times
@@ -42,14 +43,16 @@ class Info:
     folder: Path
     version: str
     fps: float
-    action_key: str
-    action_shape: List[int]
+    actions: Dict[str, List[int]]  # the features that make an action, joined in this order, with their shapes
     camera: str
     video: bool
     data_path: str
     video_path: str
     chunk_size: int
     splits: Dict[str, str]
+    names: Tuple[str, ...] = ()  # of the values of an action
+    robot: str = ""
+    text: Optional[str] = None  # a column that holds the text, instead of the task
     states: Tuple[Tuple[str, Tuple[int, ...]], ...] = ()  # (feature, shape) of the parts of the robot's state, where it is read
 
     @property
@@ -80,6 +83,13 @@ def _choose_camera(features: dict, wanted: Optional[str], where: str) -> str:
     return found[0]
 
 
+def _names(feature: dict) -> Tuple[str, ...]:
+    """The names of a feature's values: a list, or a list in a dictionary such as {"motors": [...]}."""
+    names = feature.get("names")
+    names = next(iter(names.values()), None) if isinstance(names, dict) else names
+    return tuple(map(str, names)) if isinstance(names, list) and all(isinstance(one, str) for one in names) else ()
+
+
 def _choose_state(features: dict, names: Sequence[str], where: str) -> Tuple[Tuple[str, Tuple[int, ...]], ...]:
     names = names or [name for name in _STATES if name in features][:1]
     missing = [name for name in names if name not in features]
@@ -89,7 +99,8 @@ def _choose_state(features: dict, names: Sequence[str], where: str) -> Tuple[Tup
     return tuple((name, tuple(features[name]["shape"])) for name in names)
 
 
-def read_info(folder, camera: Optional[str] = None, state: Optional[Sequence[str]] = None) -> Info:
+def read_info(folder, camera: Optional[str] = None, state: Optional[Sequence[str]] = None,
+              card: Optional[DataCard] = None) -> Info:
     """state: None reads none, () the usual one. ValueError for another version, or when action, camera or state cannot be told from
     info.json."""
     folder = Path(folder)
@@ -100,14 +111,19 @@ def read_info(folder, camera: Optional[str] = None, state: Optional[Sequence[str
         if version not in VERSIONS:
             raise ValueError(f"{path}: the format is {version!r}; known are {', '.join(VERSIONS)}. lerobot's own converters "
                              "(lerobot/datasets) bring older sets to v2.1 and newer")
-        action_keys = [key for key in _ACTIONS if key in features]
-        if not action_keys:
-            raise ValueError(f"{path}: no feature {' or '.join(_ACTIONS)} among {', '.join(features)}")
+        usual = [key for key in _ACTIONS if key in features][:1]
+        action_keys = list(card.actions) if card and card.actions else usual
+        lacking = [key for key in action_keys if key not in features]
+        if lacking or not action_keys:
+            like = [key for key in features if "action" in key.lower()] or ["KEY", "..."]
+            raise ValueError(f"{path}: no feature {' or '.join(lacking or _ACTIONS)} among {', '.join(features)}; say which they are in "
+                             f"{folder}/{FILE}, after you have checked their order:\nactions: [{', '.join(like)}]")
         key = _choose_camera(features, camera, str(path))
-        found = Info(folder, version, fps, action_keys[0], list(features[action_keys[0]]["shape"]), key,
+        names = tuple(name for one in action_keys for name in _names(features[one]))
+        found = Info(folder, version, fps, {one: list(features[one]["shape"]) for one in action_keys}, key,
                      features[key]["dtype"] == "video", info["data_path"], info.get("video_path") or "",
-                     int(info.get("chunks_size", 1000)), dict(info.get("splits") or {}),
-                     () if state is None else _choose_state(features, state, str(path)))
+                     int(info.get("chunks_size", 1000)), dict(info.get("splits") or {}), names, str(info.get("robot_type") or ""),
+                     card.text if card else None, () if state is None else _choose_state(features, state, str(path)))
         if not 0 < fps < 1e6 or found.chunk_size < 1:
             raise ValueError(f"fps is {fps} and chunks_size {found.chunk_size}")
         for file in (found.data_file, found.video_file) if found.video else (found.data_file,):
@@ -217,6 +233,8 @@ def _actions(column, shape: Sequence[int], where: str, what: str = "action") -> 
     """float32 [rows, A] of a list column. ValueError names the first row of another width than info.json says."""
     pa, pc = (optional(module, "lerobot", f"reading {where}") for module in ("pyarrow", "pyarrow.compute"))
     values = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+    if int(np.prod(shape)) == 1 and (pa.types.is_floating(values.type) or pa.types.is_integer(values.type)):
+        return np.asarray(values.to_numpy(zero_copy_only=False), dtype=np.float32)[:, None]
     if not (pa.types.is_list(values.type) or pa.types.is_fixed_size_list(values.type) or pa.types.is_large_list(values.type)):
         raise ValueError(f"{where}: {what}s are {values.type} and not lists of numbers")
     widths = np.array([-1 if n is None else n for n in pc.list_value_length(values).to_pylist()])
@@ -270,7 +288,8 @@ def build_index(info: Info, name: str) -> EpisodeIndex:
     videos = _look_at_videos(info, places) if info.video else {}
     builder, rows = IndexBuilder(name), []
     times: List[np.ndarray] = []
-    columns = [info.action_key, "episode_index", "frame_index", "timestamp", "task_index", *(name for name, _ in info.states)]
+    columns = [*info.actions, "episode_index", "frame_index", "timestamp", "task_index", *(name for name, _ in info.states),
+               *([info.text] if info.text else [])]
     unread = [] if info.video else [info.camera]
     table, opened = None, None
     for place in tqdm(places, desc=f"index {name}", unit="episode", disable=len(places) < _BAR_FROM_FILES):
@@ -290,7 +309,7 @@ def build_index(info: Info, name: str) -> EpisodeIndex:
             if len(at) != place.length or not len(at) or at[-1] - at[0] + 1 != len(at):
                 raise ValueError(f"{where} has {len(at)} rows and meta says {place.length}, one after the other; {_AGAIN}")
             part = table.slice(int(at[0]), len(at))
-            actions = _actions(part[info.action_key], info.action_shape, where)
+            actions = np.concatenate([_actions(part[key], shape, where) for key, shape in info.actions.items()], axis=1)
             states = [_actions(part[name], shape, where, "state") for name, shape in info.states]
             if not np.array_equal(part["frame_index"].to_numpy(), np.arange(len(at))):
                 raise ValueError(f"{where}: frame_index does not count from 0 to {len(at) - 1}; {_AGAIN}")
@@ -303,7 +322,10 @@ def build_index(info: Info, name: str) -> EpisodeIndex:
                 raise ValueError(f"{where}: a timestamp is no number; {_AGAIN}")
             if info.video:
                 _check_video(info, place, videos[info.video_file(*place.video)], seconds)
-            builder.add(actions, [tasks[n] for n in numbers], where, np.concatenate(states, axis=1) if states else None)
+            texts = [text or "" for text in part[info.text].to_pylist()] if info.text else [tasks[n] or "" for n in numbers]
+            if not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"{where}: the column {info.text} holds no texts; correct `text:` in the data card")
+            builder.add(actions, texts, where, np.concatenate(states, axis=1) if states else None)
         except (ValueError, OSError, TypeError, KeyError, NotImplementedError) as error:  # what pyarrow says of a damaged file too
             told = str(error) if str(info.folder) in str(error) else f"{where} cannot be read ({error!r}); {_AGAIN}"
             broken = told if table is None and place.length else broken
@@ -377,11 +399,13 @@ class LeRobotDataset(DemoDataset):
         if not (folder / INFO).is_file():
             raise FileNotFoundError(f"{folder} holds no {INFO}")
         self.check_extra(folder)
-        state = conventions.state_names(with_state)
-        self._info, name = read_info(folder, conventions.camera, state), folder.absolute().name
+        card, state = conventions.card, conventions.state_names(with_state)
+        self._info, name = read_info(folder, conventions.camera, state, card), folder.absolute().name
+        self.action_names, self.fps, self.robot = self._info.names, self._info.fps, self._info.robot
         files = [path for top in ("meta", "data", "videos") for path in sorted((folder / top).rglob("*"))
                  if path.is_file() and not path.name.startswith(".")]
-        identity = [str(folder.resolve()), self._info.camera, *([] if state is None else [self._info.states])]
+        identity = [str(folder.resolve()), self._info.camera, *([] if state is None else [self._info.states]),
+                    *(card.reads() if card else [])]
         index = cached_index("lerobot", name, identity, files, cache_dir, lambda: build_index(self._info, name))
         self._videos, self._pictures = VideoReader(self._info.fps), _ParquetPictures(self._info.camera)
         refuse(folder, index.bad, skip_bad)
@@ -405,6 +429,12 @@ class LeRobotDataset(DemoDataset):
             index.bad[told] = end - count
             end = count
         return start, end - start
+
+    def last_of_files(self) -> List[int]:
+        if not self._info.video:
+            return []
+        files = [tuple(place) for place in self.index.places["video_E2"][self._numbers]]
+        return sorted({place: episode for episode, place in enumerate(files)}.values())
 
     def _picture(self, number: int, row: int, frame: int, where: str) -> np.ndarray:
         places = self.index.places

@@ -69,7 +69,7 @@ class BatchStream:
         return sample
 
     def describe(self) -> List[str]:
-        """A line per data set: what it holds, and what of it is changed or left out."""
+        """A line per data set: what it holds, and what of it is changed or left out. What is clipped, card.py says by dimension."""
         lines = []
         for d in self.datasets:
             line = f"data {d.name} ({d.kind}): {len(d)} episodes, {d.num_frames} frames"
@@ -77,9 +77,6 @@ class BatchStream:
                 line += f"; {d.unlabelled} episodes without an instruction are left out"
             if d.left_out:
                 line += f"; {len(d.left_out)} bad parts are left out ({FILE})"
-            if d.clipped:
-                values = d.num_frames * d.actions_NA.shape[1]
-                line += f"; {d.clipped} of {values} action values lie outside the statistics (q01 to q99) and are clipped"
             size = d.image(0, 0).shape[:2]
             if size != self._size:
                 shape = ", which changes their shape" if size[0] * self._size[1] != size[1] * self._size[0] else ""

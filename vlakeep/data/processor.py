@@ -19,6 +19,7 @@ class BaseProcessor(ABC):
     tokenizer: Any
     pad_token_id: int
     spec = SampleSpec()
+    max_tokens = 0  # of a prompt and its answer; 0 where there is no such limit
     action_limit = 1.0  # largest magnitude of a decoded normalised value
     variable_answers = False  # whether answers to action prompts differ in length
 

@@ -12,14 +12,16 @@ import json
 import os
 import threading
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from tqdm import tqdm
 
 from vlakeep.data.bad import OPTION, SHOWN, refuse
+from vlakeep.data.conventions import DataCard
 from vlakeep.data.dataset import USUAL, Conventions, DemoDataset, EpisodeIndex, IndexBuilder, cached_index
 from vlakeep.data.images import decode_image
+from vlakeep.data.suggest import missing_keys
 from vlakeep.data.tfrecord import RecordError, parse_example, scan_records
 
 _BAR_FROM_BYTES = 64 << 20  # a smaller data set is indexed within a second
@@ -61,6 +63,9 @@ def read_info(version: Path, skip_bad: bool = False) -> Tuple[str, Dict[str, Tup
         missing = [shard.name for shards, _ in splits.values() for shard in shards if not shard.is_file()]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError) as error:
         raise ValueError(f"{path} cannot be read ({error!r}); download or make the data set again") from error
+    if info.get("fileFormat", "tfrecord") != "tfrecord":
+        raise ValueError(f"{path} says fileFormat {info['fileFormat']!r}, which is not read; only tfrecord is. Write the set again with "
+                         f"`tfds build --file_format=tfrecord`, or tfds.core.DatasetBuilder with file_format='tfrecord', into {version}")
     if missing and not skip_bad:
         some = ", ".join(missing[:SHOWN]) + (", ..." if missing[SHOWN:] else "")
         raise FileNotFoundError(f"{version} lacks {len(missing)} of its shards ({some}): the download or copy is incomplete; "
@@ -83,23 +88,55 @@ def _read_state(features, names: Sequence[str], steps: int) -> np.ndarray:
     return np.concatenate([part.reshape(steps, -1) for part in parts], axis=1)
 
 
-def _read_episode(payload: bytes, image_key: str, state: Optional[Sequence[str]] = None):
+class Keys(NamedTuple):
+    """What the features of an episode are called."""
+
+    image: str
+    actions: Tuple[str, ...] = (_ACTION,)
+    text: Optional[str] = _LANGUAGE  # None: no text is stored
+
+    @classmethod
+    def of(cls, camera: Optional[str], card: Optional[DataCard]) -> "Keys":
+        """By the camera and the data card; keys without `steps/` or `episode_metadata/` lie below steps."""
+        def whole(key: str) -> str:
+            return key if key.startswith(("steps/", "episode_metadata/")) else "steps/" + key
+
+        image = camera or "image"
+        image = whole(image) if image.startswith(("steps/", "observation/")) else _IMAGES + image
+        if card is None:
+            return cls(image)
+        text = whole(card.text) if card.text else None if card.instruction else _LANGUAGE
+        return cls(image, tuple(map(whole, card.actions)) or (_ACTION,), text)
+
+
+def _kind(feature) -> str:
+    if feature.kind != "bytes" or not feature.ranges:
+        return "number" if feature.kind in ("float", "int64") else "text"
+    a, b = feature.ranges[0]
+    return "picture" if feature.payload[a:a + 2] == b"\xff\xd8" or feature.payload[a:a + 4] == b"\x89PNG" else "text"
+
+
+def _read_episode(payload: bytes, keys: Keys, folder="", state: Optional[Sequence[str]] = None):
     """(actions [T, A], instructions, byte ranges of the pictures, state [T, Q] or None) of an episode."""
     features = parse_example(payload)
-    for name in (_ACTION, _LANGUAGE, _IMAGES + image_key):
-        if name not in features:
-            raise ValueError(f"no feature {name!r}; the episode has {', '.join(sorted(features))}")
-    pictures, actions = features[_IMAGES + image_key].ranges, features[_ACTION].floats()
-    texts = [text.decode("utf-8", errors="replace") for text in features[_LANGUAGE].bytes()]
-    steps = len(pictures)
-    if steps == 0 or len(texts) != steps or len(actions) % steps or not len(actions):
-        raise ValueError(f"{steps} pictures, {len(texts)} instructions and {len(actions)} action values do not make equal steps")
-    return actions.reshape(steps, -1), texts, pictures, None if state is None else _read_state(features, state, steps)
+    missing = [name for name in (*keys.actions, *([keys.text] if keys.text else []), keys.image) if name not in features]
+    if missing:
+        raise ValueError(missing_keys("the episode", missing, {name: _kind(one) for name, one in features.items()}, folder))
+    pictures = features[keys.image].ranges
+    steps, parts = len(pictures), [features[key] for key in keys.actions]
+    values = [one.ints().astype(np.float32) if one.kind == "int64" else one.floats() for one in parts]
+    texts = [text.decode("utf-8", errors="replace") for text in features[keys.text].bytes()] if keys.text else [""] * steps
+    texts = texts * steps if keys.text and keys.text.startswith("episode_metadata/") and len(texts) == 1 else texts
+    sizes = [len(one) for one in values]
+    if steps == 0 or len(texts) != steps or any(size % steps or not size for size in sizes):
+        told = sizes[0] if len(sizes) == 1 else sizes
+        raise ValueError(f"{steps} pictures, {len(texts)} instructions and {told} action values do not make equal steps")
+    states = None if state is None else _read_state(features, state, steps)
+    return np.concatenate([one.reshape(steps, -1) for one in values], axis=1), texts, pictures, states
 
 
-def build_index(shards: List[Path], episodes: List[int], image_key: str, name: str, state: Optional[Sequence[str]] = None) -> EpisodeIndex:
-    """Read and check every shard. state: None reads none, () the usual one. Errors name file, record and byte offset (RecordError,
-    ValueError)."""
+def build_index(shards: List[Path], episodes: List[int], keys: Keys, name: str, state: Optional[Sequence[str]] = None) -> EpisodeIndex:
+    """Read and check every shard. state: None reads none, () the usual one. RecordError and ValueError name file, record and byte."""
     builder, shard_E = IndexBuilder(name), []
     offsets: List[np.ndarray] = []
     sizes: List[np.ndarray] = []
@@ -116,7 +153,7 @@ def build_index(shards: List[Path], episodes: List[int], image_key: str, name: s
                     if problem:
                         raise RecordError(problem)
                     try:
-                        actions, texts, pictures, states = _read_episode(payload, image_key, state)
+                        actions, texts, pictures, states = _read_episode(payload, keys, shard.parent, state)
                     except ValueError as error:
                         raise ValueError(f"{shard}: record {record} at byte {start}: {error}") from error
                     builder.add(actions, texts, f"{shard}: record {record}", states)
@@ -157,10 +194,10 @@ class RldsDataset(DemoDataset):
         self._lock = threading.Lock()
         self._shards = [shard for shards, _ in splits.values() for shard in shards]
         episodes = [count for _, lengths in splits.values() for count in lengths]
-        camera, state = conventions.camera or "image", conventions.state_names(with_state)
-        identity = [str(version.resolve()), camera, episodes, *([] if state is None else [state])]
+        camera, card, state = conventions.camera or "image", conventions.card, conventions.state_names(with_state)
+        identity = [str(version.resolve()), camera, episodes, *([] if state is None else [state]), *(card.reads() if card else [])]
         index = cached_index("rlds", name, identity, [s for s in self._shards if s.is_file()], cache_dir,
-                             lambda: build_index(self._shards, episodes, camera, name, state))
+                             lambda: build_index(self._shards, episodes, Keys.of(camera, card), name, state))
         refuse(version, index.bad, skip_bad)
         before = sum(sum(lengths) for _, lengths in list(splits.values())[:list(splits).index(split)])
         super().__init__(version, name, index, (before, sum(splits[split][1])), fraction, conventions)

@@ -6,11 +6,12 @@ Axes: N frames of a data set, A action dimensions (the last is the gripper).
 """
 
 import json
-from typing import Callable, Dict, Optional, Tuple
+from typing import Callable, Dict, Optional, Sequence, Tuple
 
 import numpy as np
 
 from vlakeep.core.storage import atomic_write
+from vlakeep.data.conventions import choices, gripper_problem, to_open, usual_gripper
 
 LEAST_SPAN = 1e-6  # between the quantiles of a number of the state: below, it does not move
 
@@ -37,9 +38,9 @@ def transform_for(name: str) -> Callable[[np.ndarray], np.ndarray]:
         if name.startswith(prefix):
             return transform
     raise ValueError(f"no standardisation is known for data set {name!r}: what its gripper values mean must be said, not "
-                     f"guessed. Known are names that start with {', '.join(sorted(TRANSFORMS))}; say it with --data.gripper "
-                     "(libero: -1 open to +1 close; standard: 1 open, 0 close), or add yours to TRANSFORMS in "
-                     "vlakeep/data/statistics.py")
+                     f"guessed. Known are names that start with {', '.join(sorted(TRANSFORMS))}; say it in a data card "
+                     "(docs/bring-your-own-data.md), or with --data.gripper (libero: -1 open to +1 close; standard: 1 open, 0 close; "
+                     "or OPEN/CLOSED such as 100/0)")
 
 
 def standardise(actions_NA: np.ndarray, name: str, gripper: Optional[str] = None) -> np.ndarray:
@@ -48,27 +49,38 @@ def standardise(actions_NA: np.ndarray, name: str, gripper: Optional[str] = None
     LIBERO data that someone has converted may have a standard gripper already (converters to LeRobot differ in that); a second
     conversion would turn every grasp into a release, so values that contradict the convention are a ValueError.
     """
-    low, high = float(actions_NA[:, -1].min()), float(actions_NA[:, -1].max())
-    transform = GRIPPERS[gripper] if gripper else transform_for(name)
-    if gripper is None and transform is libero_transform and low >= 0:
-        raise ValueError(f"data set {name!r}: the gripper values lie in [{low:g}, {high:g}], while LIBERO's go from -1 (open) "
-                         "to +1 (close). If 1 is open and 0 is close here, as some converters write, give --data.gripper "
-                         "standard; if they are LIBERO's after all, --data.gripper libero")
-    if gripper == "standard" and (low < -0.05 or high > 1.05):
-        raise ValueError(f"data set {name!r}: the gripper values lie in [{low:g}, {high:g}] and not in [0, 1] as --data.gripper "
-                         "standard says; leave it out, or give --data.gripper libero for -1 (open) to +1 (close)")
-    return transform(actions_NA)
+    values_N, width = actions_NA[:, -1], actions_NA.shape[1]
+    if gripper is None:
+        try:
+            transform = transform_for(name)
+        except ValueError as error:
+            raise ValueError(f"{error}. Its values lie in [{values_N.min():g}, {values_N.max():g}]: {choices(values_N)}") from error
+        if transform is libero_transform and values_N.min() > -0.5:  # also 0 and 1 with rounding noise
+            raise ValueError(f"data set {name!r}: the gripper values lie in [{values_N.min():g}, {values_N.max():g}], while LIBERO's go "
+                             f"from -1 (open) to +1 (close); say what they mean: {choices(values_N)}")
+        return transform(actions_NA)
+    one = usual_gripper(gripper, width)
+    problem = gripper_problem(values_N, one)
+    if problem:
+        raise ValueError(f"data set {name!r}: of the gripper {problem} (--data.gripper {gripper}); say what they mean: {choices(values_N)}")
+    if gripper in GRIPPERS:
+        return GRIPPERS[gripper](actions_NA)
+    opened_N1 = to_open(values_N, one, np.array([0, len(values_N)]))[:, None]
+    return np.concatenate([actions_NA[:, :-1], opened_N1], axis=1).astype(np.float32)
 
 
-def action_statistics(actions_NA: np.ndarray, num_trajectories: int) -> Dict:
-    """The entry that dataset_statistics.json holds for one data set, from its standardised float32 actions."""
+def action_statistics(actions_NA: np.ndarray, num_trajectories: int, grippers: Optional[Sequence[int]] = None) -> Dict:
+    """The entry that dataset_statistics.json holds for one data set, from its standardised float32 actions.
+
+    grippers: the dimensions that are not scaled; None is the last one.
+    """
     if not len(actions_NA):
         raise ValueError("statistics of a data set without frames")
     width = actions_NA.shape[1]
     zeros = [0.0] * width  # the LIBERO configuration reads no proprioception; the official code then writes zeros of action width
     quantile = np.array([0.01, 0.99])  # an array, so that NumPy 2 keeps the interpolation in float64 as NumPy 1 did
     q01, q99 = np.quantile(actions_NA, quantile, axis=0)
-    return {
+    found = {
         "action": {
             "mean": actions_NA.mean(0).tolist(), "std": actions_NA.std(0).tolist(),
             "max": actions_NA.max(0).tolist(), "min": actions_NA.min(0).tolist(),
@@ -78,6 +90,9 @@ def action_statistics(actions_NA: np.ndarray, num_trajectories: int) -> Dict:
         "num_transitions": int(len(actions_NA)),
         "num_trajectories": int(num_trajectories),
     }
+    if grippers is not None:
+        found["action"]["mask"] = [dimension not in grippers for dimension in range(width)]
+    return found
 
 
 def state_statistics(state_NQ: np.ndarray) -> Dict:
@@ -101,8 +116,11 @@ def normalise_state(state: np.ndarray, statistics: Dict) -> np.ndarray:
     return np.where(moving, scaled, 0).astype(np.float32)
 
 
-def normalise(actions_NA: np.ndarray, statistics: Dict) -> Tuple[np.ndarray, int]:
-    """(float32 [N, A], number of values clipped): masked dimensions map [q01, q99] to [-1, 1], constant ones become 0."""
+def normalise(actions_NA: np.ndarray, statistics: Dict, official: bool = False) -> Tuple[np.ndarray, int]:
+    """(float32 [N, A], number of values clipped): masked dimensions map [q01, q99] to [-1, 1], constant ones become 0.
+
+    official: an unmasked one that is constant becomes 0 too, which un-normalises to 0: a gripper that is open all the time is closed.
+    """
     stats = statistics["action"]
     low, high = np.array(stats["q01"]), np.array(stats["q99"])
     mask = np.array(stats.get("mask", [True] * len(low)), dtype=bool)
@@ -110,7 +128,7 @@ def normalise(actions_NA: np.ndarray, statistics: Dict) -> Tuple[np.ndarray, int
     constant = np.array(stats["min"]) == np.array(stats["max"])
     clipped = int((np.abs(scaled)[..., mask & ~constant] > 1).sum())
     result = np.where(mask, np.clip(scaled, -1, 1), actions_NA)
-    return np.where(constant, np.float32(0), result).astype(np.float32), clipped
+    return np.where(constant & (mask | official), np.float32(0), result).astype(np.float32), clipped
 
 
 def unnormalise(actions: np.ndarray, statistics: Dict) -> np.ndarray:

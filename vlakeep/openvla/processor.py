@@ -147,6 +147,8 @@ def _content(token) -> Optional[str]:
 class Processor(BaseProcessor):
     """tokenizer, image_processor and action_tokenizer; `folder` is where they were read from, or None."""
 
+    max_tokens = prompts.MAX_LENGTH
+
     def __init__(self, tokenizer, image_processor: ImageProcessor, folder: Optional[Path] = None):
         self.tokenizer, self.image_processor, self.folder = tokenizer, image_processor, folder
         self.action_tokenizer = ActionTokenizer(tokenizer.vocab_size)

@@ -7,6 +7,7 @@ from typing import List, Optional
 from vlakeep.reporting import tables, words
 from vlakeep.reporting.arms import Arm
 from vlakeep.reporting.compare import Comparison
+from vlakeep.reporting.data_cards import data_html
 from vlakeep.reporting.figures import Figure, css_name, inline_svg
 from vlakeep.reporting.page_style import style_sheet
 from vlakeep.reporting.provenance import changes_html, command_lines, provenance_html, reproduce, show_path
@@ -27,6 +28,7 @@ def page(comparison: Comparison, figures: List[Figure], title: str, seconds: Opt
         ("figures", "Success and forgetting", _figures(comparison, two, "two")),
         ("findings", "What helped and what hurt", _findings(comparison)),
         ("training", "Training", _figures(comparison, three, "three")),
+        ("data", "Data", data_html(comparison)),
         ("provenance", "Provenance", _provenance(comparison)),
         ("reproduce", "Reproduce", _reproduce(comparison, figures, root)),
     ]
