@@ -231,7 +231,7 @@ def test_the_loss_is_the_mean_over_labelled_tokens(case, backbone):
         prompts = backbone.processor.encode_prompts(samples)
         log_p = backbone.log_probabilities_of_continuation(prompts, torch.stack(targets))
         wanted = -log_p.gather(-1, torch.stack(targets)[..., None]).mean()
-        out, plain = backbone(batch), Backbone.forward(backbone, batch)
+        out, plain = backbone(batch), Backbone.loss(backbone, batch)
         assert out.num_labelled == sum(len(row) for row in targets) and torch.equal(out.correct, plain.correct)
         assert same(out.loss, wanted) and same(plain.loss, wanted) and same(out.last_hidden_norm, plain.last_hidden_norm)
         if not question:
