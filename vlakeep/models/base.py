@@ -230,7 +230,11 @@ class Backbone(Entrance, ABC):
         return next(self.decoder_layers.parameters()).dtype
 
     def parallelised(self, distributed) -> nn.Module:
-        """What the training loop calls in place of this: in DistributedDataParallel, or itself in a single process."""
+        """What the training loop calls in place of this: in DistributedDataParallel, or itself in a single process.
+
+        A model that shards its own weights does so here, in place, and returns itself: all others come through its call (entrance.py),
+        and core/sharded.py makes its state whole.
+        """
         return distributed.wrap(self)
 
     # Adapters
