@@ -85,7 +85,7 @@ def tensor_table(file: Path) -> dict:
         end = 8 + length + max([entry["data_offsets"][1] for name, entry in table.items() if name != "__metadata__"], default=0)
     except CheckpointError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(
             f"{file} ({human_bytes(size)}) is not a readable safetensors file: {error}; fetch or write it again"
         ) from error
