@@ -32,7 +32,7 @@ REPO = Path(__file__).resolve().parents[1]
 SIGNALS = (signal.SIGTERM, signal.SIGKILL, signal.SIGUSR1)
 SMALL = ["--threads", "1", "--device", "cpu"]
 TRAIN = [*SMALL, "--lora.layers", "last:1", "--lora.rank", "4", "--train.batch_size", "2", "--train.schedule", "constant",
-         "--train.warmup", "0", "--train.save_every", "10", "--train.tensorboard", "false"]
+         "--train.warmup", "0", "--train.save_every", "25", "--train.tensorboard", "false"]
 EVALUATE = [*SMALL, "--probe.size", "48", "--evaluate.skills", "[reach, pick]", "--evaluate.episodes", "12", "--evaluate.parallel", "3",
             "--evaluate.questions", "[color]", "--evaluate.questions_per_kind", "12", "--evaluate.retention_frames", "6"]
 OFFLINE = [*SMALL, "--method", "graded", "--probe.size", "48"]
@@ -160,7 +160,7 @@ def study(kind: str, root: Path, moments: int, rng: random.Random) -> dict:
 def line(kind: str) -> list:
     """What is started."""
     script = ["bash", "scripts/run_baseline_lora.sh", "--gpus", "2" if kind == "torchrun" else "1", *TRAIN, "--name", kind]
-    steps = ["--train.steps", "60", "--train.resume", "true"]
+    steps = ["--train.steps", "240", "--train.resume", "true"]
     return {
         "script": [*script, *steps], "torchrun": [*script, *steps],
         "evaluate": ["vlakeep", "evaluate", "--config", "configs/baseline_lora.yaml", *EVALUATE, "--evaluate.target", "base"],
