@@ -320,6 +320,10 @@ def build_index(info: Info, name: str) -> EpisodeIndex:
             seconds = np.asarray(part["timestamp"].to_numpy(), dtype=np.float64)
             if not np.isfinite(seconds).all():
                 raise ValueError(f"{where}: a timestamp is no number; {_AGAIN}")
+            slow = np.flatnonzero(np.diff(seconds) < 0.5 / info.fps)
+            if info.video and len(slow):  # two rows would show one frame
+                raise ValueError(f"{where}: frame {slow[0] + 1} is at {seconds[slow[0] + 1]:.3f} s by its timestamp and the one before at "
+                                 f"{seconds[slow[0]]:.3f} s, with {info.fps:g} frames a second; {_AGAIN}")
             if info.video:
                 _check_video(info, place, videos[info.video_file(*place.video)], seconds)
             texts = [text or "" for text in part[info.text].to_pylist()] if info.text else [tasks[n] or "" for n in numbers]
