@@ -126,9 +126,10 @@ def test_a_small_one_is_made_for_the_tabletop_and_plays_chunks(tmp_path):
                      "--batch", "4", "--hidden", "32", "--mlp", "32", "--layers", "4", "--heads", "2"]) == 0
     provenance = json.loads((tmp_path / "pi0" / "PROVENANCE.json").read_text())
     assert provenance["steps"] >= 1 and "model.safetensors" in provenance["sha256"]
-    config = load_config(BASELINE, ["--root", str(tmp_path), "--threads", "1", "--device", "cpu", "--backbone.checkpoint",
-                                    str(tmp_path / "pi0"), "--evaluate.target", "base", "--evaluate.skills", "[reach]", "--evaluate.episodes",
-                                    "1", "--evaluate.questions", "[color]", "--evaluate.questions_per_kind", "2"])
+    config = load_config(BASELINE, [
+        "--root", str(tmp_path), "--threads", "1", "--device", "cpu", "--backbone.checkpoint", str(tmp_path / "pi0"), "--evaluate.target",
+        "base", "--evaluate.skills", "[reach]", "--evaluate.episodes", "1", "--evaluate.questions", "[color]",
+        "--evaluate.questions_per_kind", "2"])
     folder = run_evaluation(config, Storage.from_config(config))
     rows, _ = read_evaluation(folder)
     assert [row["ability"] for row in rows if row["kind"] == "skill"] == ["reach"] and not any(row["crash"] for row in rows)

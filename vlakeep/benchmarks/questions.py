@@ -37,9 +37,11 @@ def action_token_kl(backbone, samples, batch_size: int = KL_BATCH) -> np.ndarray
                 tokens_BT = tokens_BT[:, (tokens_BT != pad).any(0)]
             teacher = backbone.log_probabilities_of_continuation(batch, tokens_BT)
         student = backbone.log_probabilities_of_continuation(batch, tokens_BT)
-        kl_BT = (teacher.exp() * (teacher - student)).sum(-1)
         said_BT = tokens_BT != pad
-        kl_B = (kl_BT * said_BT).sum(1) / said_BT.sum(1) if varied else kl_BT.mean(1)
+        if varied:  # what stands behind an answer is nobody's, and counts as no difference
+            student = torch.where(said_BT[..., None], student, teacher)
+        kl_B = (teacher.exp() * (teacher - student)).sum(-1).mean(1)
+        kl_B = kl_B * said_BT.shape[1] / said_BT.sum(1) if varied else kl_B
         assert not (kl_B < -ROUNDING).any(), f"a KL of {float(kl_B.min()):.3g} nats: teacher and student are not both distributions"
         values.append(kl_B.clamp(min=0).cpu().numpy())
     return np.concatenate(values) if values else np.zeros(0)

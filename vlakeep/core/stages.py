@@ -12,7 +12,7 @@ SOURCES = ("data.datasets data.train_fraction data.camera data.cameras data.stat
 LARGE = Option("--large_file_gb", 1.0, "Files of this size and more in a source tree are red.", number(above=True))
 
 AUDIT = Stage("audit-probe", "vlakeep.openvla.audit", "print token by token what of a probe prompt counts as instruction",
-              f"{FOLDERS} backbone.checkpoint backbone.layout backbone.cameras backbone.state probe")
+              f"{FOLDERS} backbone probe")
 OFFLINE = Stage(
     "offline", "vlakeep.offline", "the frozen teacher's ICSM subspaces and Thermostat statistics, once per base model",
     f"{FOLDERS} method options {STATE} backbone lora.layers lora.modules {SOURCES} probe icsm {SPECTRUM} gains.keep gains.steepness "

@@ -227,14 +227,13 @@ class Pi0FastBackbone(Backbone):
 
         lm_head runs on as many columns of each row as the longest answer has, which the host knows since collation.
         """
-        answer = int((batch.labels != IGNORE_INDEX).sum(1).max()) if batch.labels.device.type == "cpu" else batch.input_ids.shape[1]
         batch = self._here(batch)
         prefix = self.embed(batch)
         last_BSD = self.run_layers(prefix, stop=self.num_layers)
         length = batch.input_ids.shape[1]
         # The answer of each row begins where its labels do; rows with longer prompts have them further right.
         first_B1 = (batch.labels != IGNORE_INDEX).int().argmax(1, keepdim=True).clamp(min=1)
-        place_BT = first_B1 + torch.arange(max(1, answer), device=self.device)
+        place_BT = first_B1 + torch.arange(batch.longest, device=self.device)
         inside_BT = place_BT < length
         place_BT = place_BT.clamp(max=length - 1)
         labels_BT = torch.where(inside_BT, batch.labels.gather(1, place_BT), IGNORE_INDEX)

@@ -276,7 +276,9 @@ def read_statistics(folder, config: dict) -> dict:
                               f"{mode} needs: {_REMEDY}")
     width = action_size(config)
     for name, fill in (("q01", -1.0), ("q99", 1.0)):  # what the rest of vlakeep asks for; MEAN_STD files need not have them
-        action.setdefault(name, action.get({"q01": "min", "q99": "max"}[name], [fill] * width))
+        other = {"q01": "min", "q99": "max"}[name]
+        action.setdefault(name, action.get(other, [fill] * width))
+        action.setdefault(other, action[name])
     action["mask"] = [True] * width
     if mode != "QUANTILES":
         action["normalisation"] = mode

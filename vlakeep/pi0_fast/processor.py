@@ -37,6 +37,11 @@ class Pi0FastBatch(Batch):
 
     prefix: Optional[torch.Tensor] = None  # int64 [B]: text tokens of the prefix, which see one another
     cameras: Optional[torch.Tensor] = None  # bool [B, C]: which pictures are attended to
+    longest: int = 0  # labels of the row that has most, at least 1; found here, on the host, so that the loss needs no synchronisation
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.longest = self.longest or max(1, int((self.labels != IGNORE_INDEX).sum(1).max()))
 
 
 def beside(folder: Path, name: str, default: str, what: str) -> Path:

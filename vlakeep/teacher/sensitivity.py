@@ -46,12 +46,12 @@ def measured_positions(mask_BS: torch.Tensor, valid_BS: torch.Tensor) -> torch.T
 def sensitivities(backbone, batches: List[Tuple], layer: int, candidates_DK: torch.Tensor, step: float) -> torch.Tensor:
     """KL [K] per candidate direction. `batches` holds (prompt Batch, instruction mask [B, L]); `step` is epsilon in hidden units."""
     device, answers = backbone.device, backbone.prompt_sees_itself
-    start = layer if measured(backbone, layer)["injected_at"] == "input" else layer + 1
+    layer -= measured(backbone, layer)["injected_at"] == "input"  # whose output is that layer's input
     total_K = torch.zeros(candidates_DK.shape[1], dtype=torch.float64)
     positions = 0
 
     def log_probabilities(prefix, hidden_BSD, where_BS):
-        upper_BSD = backbone.run_layers(prefix.with_hidden(hidden_BSD), start=start)
+        upper_BSD = backbone.run_layers(prefix.with_hidden(hidden_BSD), start=layer + 1)
         return torch.log_softmax(backbone.logits(upper_BSD[where_BS]).float(), dim=-1)
 
     with tqdm(total=len(batches) * candidates_DK.shape[1], desc=f"sensitivity of layer {layer}", leave=False) as bar:
@@ -60,12 +60,9 @@ def sensitivities(backbone, batches: List[Tuple], layer: int, candidates_DK: tor
             prefix = backbone.embed(whole)
             longer = whole.input_ids.shape[1] - mask_BL.shape[1]  # less than nothing where padding of the prompts went
             mask_BS = backbone.sequence_mask(prefix, F.pad(mask_BL, (0, longer)))
-            if start > layer:
-                with captured_outputs(backbone.decoder_layers, [layer]) as outputs:
-                    backbone.run_layers(prefix, stop=layer + 1)
-                hidden_BSD = outputs[layer]
-            else:
-                hidden_BSD = backbone.run_layers(prefix, stop=layer)
+            with captured_outputs(backbone.decoder_layers, [layer]) as outputs:
+                backbone.run_layers(prefix, stop=layer + 1)
+            hidden_BSD = outputs[layer]
             where_BS = answer_positions(backbone, batch, whole, prefix) & mask_BS.any(1, keepdim=True) if answers else measured_positions(
                 mask_BS, prefix.attention_mask_BS)
             # Nothing is pushed in a batch of empty masks.
