@@ -291,7 +291,9 @@ def test_all_missing_keys_come_in_one_message_with_the_card_that_names_them(tmp_
     with pytest.raises(ValueError, match="no 'steps/action' and no 'steps/language_instruction' among.*data_card.yaml") as caught:
         open_dataset(tmp_path / "mine")
     said = str(caught.value).partition("every line:\n")[2].replace("OPEN_VALUE", "0").replace("CLOSED_VALUE", "1")
-    (tmp_path / "mine" / con.FILE).write_text(said)
+    place = Path(re.search(r"say in (\S+data_card.yaml) what", str(caught.value))[1])
+    assert place == tmp_path / "mine" / con.FILE
+    place.write_text(said)
     with open_dataset(tmp_path / "mine") as data:
         assert np.array_equal(data.index.actions_NA, a) and data.languages == ["go"]
         close(data, 6, a[:, 6] == 0)
@@ -360,6 +362,7 @@ def test_the_page_is_run_as_it_stands(tmp_path, monkeypatch, capsys):
     robots = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(robots)
     monkeypatch.setenv("VLAKEEP_ROOT", str(tmp_path))
+    monkeypatch.setattr("vlakeep.core.storage.prepare_environment", lambda *args, **kwargs: None)
     for write in (robots.write_kitchen, robots.write_towel, robots.write_can):
         write(tmp_path / "datasets")
     cards, commands = page()
@@ -371,10 +374,26 @@ def test_the_page_is_run_as_it_stands(tmp_path, monkeypatch, capsys):
     for command in commands:
         words = shlex.split(command)[1:]
         device = ["--device", "cpu", "--threads", "1"]
-        assert cli.main([*words, *device, *small[words[0]]]) == 0, capsys.readouterr()
+        assert cli.run([*words, *device, *small[words[0]]]) == 0, capsys.readouterr()
     for run, width in (("kitchen", 7), ("towel", 14), ("can", 7)):
         report, = look.read_kept(tmp_path / "runs" / run)
         assert len(report["dimensions"]) == width and report["problems"] == []
         summary = json.loads(next(tmp_path.glob(f"eval/*/dataset/{run}/summary.json")).read_text())
         loop, = summary["open_loop"].values()
         assert len(loop["per_dimension"]) == width and loop["frames"] == robots.STEPS
+
+
+def test_the_report_shows_what_a_run_saw(tmp_path):
+    from types import SimpleNamespace
+
+    from vlakeep.reporting.arms import Arm
+    from vlakeep.reporting.data_cards import data_html
+
+    report = look.look_at(made(gripper="standard"))
+    for run in ("one", "two"):
+        look.keep([report], tmp_path / run)
+    arms = {name: Arm(name, None, folders={"run": place}) for name, place in
+            (("base", None), ("one", tmp_path / "one"), ("two", tmp_path / "two"))}
+    html = data_html(SimpleNamespace(arms=arms))
+    assert html.count("<img") == 1 and report["thumbnails"] in html and "data mine (rlds): 4 of 4 episodes" in html
+    assert all(arms[name].label in html.partition("Seen by")[2] for name in ("one", "two"))

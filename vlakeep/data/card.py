@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from vlakeep.core.storage import atomic_write
-from vlakeep.data.conventions import FILE
+from vlakeep.data.conventions import card_place
 from vlakeep.data.dataset import DemoDataset
 from vlakeep.data.degenerate import CONSTANT, NOISE, RARE
 from vlakeep.data.formats import closing_all, open_configured
@@ -177,7 +177,7 @@ def _called(one: Dict[str, Any]) -> str:
 
 
 def _problems(report: Dict[str, Any], dataset: DemoDataset) -> List[str]:
-    found, where = [], report["card"] or f"{report['folder']}/{FILE}"
+    found, where = [], report["card"] or str(card_place(report["folder"]))
     for one in report["dimensions"]:
         if one["lost"] and not (report["degenerate"] == "official" and one["kind"]):
             found.append(f"{_called(one)}: {100 * one['lost']:.1f} % of the demonstrated values do not come back from their tokens (off by "

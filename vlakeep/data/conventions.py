@@ -180,8 +180,15 @@ def find_card(folder: Path, name: str, given: Optional[Dict[str, Any]] = None) -
         return read_card(Path(one).expanduser(), f"{one} (data.cards.{name})")
     if one is not None:
         return make_card(one, f"data.cards.{name}")
-    places = [Path(folder) / FILE] + ([Path(folder).parent / FILE] if (Path(folder) / "dataset_info.json").is_file() else [])
-    return next((read_card(path) for path in places if path.is_file()), None)
+    versions = [path.parent for path in Path(folder).glob("*/dataset_info.json")]
+    places = [*(versions if len(versions) == 1 else []), Path(folder), card_place(folder).parent]
+    return next((read_card(place / FILE) for place in places if (place / FILE).is_file()), None)
+
+
+def card_place(folder) -> Path:
+    """Where the card of the data set in a folder is to be written: of RLDS, above the version's folder."""
+    folder = Path(folder)
+    return (folder.parent if (folder / "dataset_info.json").is_file() and re.fullmatch(r"[\d.]+", folder.name) else folder) / FILE
 
 
 def usual_gripper(words: str, width: int) -> Gripper:

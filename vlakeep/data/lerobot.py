@@ -198,12 +198,12 @@ def _actions(column, shape: List[int], where: str) -> np.ndarray:
     if int(np.prod(shape)) == 1 and (pa.types.is_floating(values.type) or pa.types.is_integer(values.type)):
         return np.asarray(values.to_numpy(zero_copy_only=False), dtype=np.float32)[:, None]
     if not (pa.types.is_list(values.type) or pa.types.is_fixed_size_list(values.type) or pa.types.is_large_list(values.type)):
-        raise ValueError(f"{where}: actions are {values.type} and not lists of numbers")
+        raise ValueError(f"{where}: actions are {values.type} and not lists of numbers; name those that are with `actions:` in {FILE}")
     widths = np.array([-1 if n is None else n for n in pc.list_value_length(values).to_pylist()])
     wrong = np.flatnonzero(widths != int(np.prod(shape)))
     if len(wrong):
         raise ValueError(f"{where}, row {wrong[0]}: {max(widths[wrong[0]], 0)} action values, and info.json says shape {shape} "
-                         f"({len(wrong)} of {len(widths)} rows)")
+                         f"({len(wrong)} of {len(widths)} rows); correct the shape there, or {_AGAIN}")
     return np.asarray(values.flatten().to_numpy(zero_copy_only=False), dtype=np.float32).reshape(len(widths), -1)
 
 
@@ -338,7 +338,8 @@ class LeRobotDataset(DemoDataset):
         try:
             start, end = (int(n) for n in splits[split].split(":"))
         except (ValueError, AttributeError) as error:
-            raise ValueError(f"{self._info.folder}/{INFO}: split {split!r} is {splits[split]!r} and not 'first:end'") from error
+            raise ValueError(f"{self._info.folder}/{INFO}: split {split!r} is {splits[split]!r} and not 'first:end'; "
+                             f"correct it there, such as '0:{count}'") from error
         if not 0 <= start < end <= count:
             raise ValueError(f"{self._info.folder}/{INFO}: split {split!r} is {start}:{end} of {count} episodes; {_AGAIN}")
         return start, end - start

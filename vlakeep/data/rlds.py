@@ -108,7 +108,8 @@ def _read_episode(payload: bytes, keys: Keys, folder="") -> Tuple[np.ndarray, Li
     sizes = [len(one) for one in values]
     if steps == 0 or len(texts) != steps or any(size % steps or not size for size in sizes):
         told = sizes[0] if len(sizes) == 1 else sizes
-        raise ValueError(f"{steps} pictures, {len(texts)} instructions and {told} action values do not make equal steps")
+        raise ValueError(f"{steps} pictures, {len(texts)} instructions and {told} action values do not make equal steps; mend or leave out "
+                         "this episode when the set is made, or name other keys in its data card (docs/bring-your-own-data.md)")
     return np.concatenate([one.reshape(steps, -1) for one in values], axis=1), texts, pictures
 
 
