@@ -34,7 +34,7 @@ def check_conventions(config: Config, storage: Storage) -> None:
     """ValueError when a data set is read in another way here (camera, gripper, rotate, its card) than in the training of the run."""
     trained = trained_data(config, storage)
     shared = [name for name in config.data.datasets if name in (trained.get("datasets") or [])]
-    for key in ("camera", "gripper", "rotate") if shared else ():
+    for key in ("camera", "gripper", "rotate", "degenerate") if shared else ():
         there, here = trained.get(key), getattr(config.data, key)
         if None not in (there, here) and there != here:
             fits = str(there).lower() if isinstance(there, bool) else quoted(there)

@@ -166,7 +166,6 @@ class DemoDataset:
     def __init__(self, folder: Path, name: str, index: EpisodeIndex, split_range: Tuple[int, int], fraction: float,
                  conventions: Conventions):
         self.folder, self.name, self.conventions = folder, name, conventions
-        self.stored_width = index.actions_NA.shape[1]
         self.index = index = self._declared(index)
         before, count = split_range
         self.split_episodes = int(round(round(fraction * 100, 9) * count / 100))
