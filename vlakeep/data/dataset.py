@@ -326,7 +326,7 @@ class DemoDataset:
 
         RLDS with its usual conventions adds nothing of its own, so that runs saved before there were other formats resume.
         """
-        own = [] if self.kind == "rlds" and not self.conventions else [[self.kind, self.conventions.told()]]
+        own: List[Any] = [] if self.kind == "rlds" and not self.conventions else [[self.kind, self.conventions.told()]]
         # Labels that were others before these dimensions were taught as demonstrated.
         one = self.statistics["action"]
         changed = [d for d, kind in self.degenerate.items() if kind != "constant" or not (one["mask"][d] or one["min"][d] == 0)]
