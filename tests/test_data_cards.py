@@ -303,13 +303,38 @@ def test_all_missing_keys_come_in_one_message_with_the_card_that_names_them(tmp_
         open_dataset(tmp_path / "mine")
 
 
+def test_texts_of_robocasa_and_pictures_of_several_cameras_in_one(tmp_path):
+    """robocasa issue 41: the text is a field of the attribute ep_meta. MIKASA-Robo issue 3: two pictures in six channels."""
+    h5py = pytest.importorskip("h5py")
+    (tmp_path / "kitchen").mkdir()
+    with h5py.File(tmp_path / "kitchen" / "demo_im128.hdf5", "w") as file:
+        demo = file.create_group("data/demo_1")
+        demo.attrs["ep_meta"] = json.dumps({"lang": "open the drawer"})
+        demo["action_dict/pos"], demo["action_dict/grip"] = reach(0)[:, :6], reach(0, 7, (-1.0, 1.0))[:, 6]
+        demo["obs/left_image"] = np.random.default_rng(0).integers(0, 255, (STEPS, 8, 8, 3), dtype=np.uint8)
+        demo["obs/both"] = np.zeros((STEPS, 8, 8, 6), np.uint8)
+    with pytest.raises(ValueError, match="no 'actions' among .*kitchen/data_card.yaml.*\n?actions:"):
+        open_dataset(tmp_path / "kitchen")
+    card = {"actions": ["action_dict/pos", "action_dict/grip"], "text": "ep_meta.lang", "camera": "left_image", "rotate": False,
+            "grippers": [{"dimension": 6, "open": -1, "closed": 1}]}
+    with open_dataset(tmp_path / "kitchen", cards={"kitchen": card}) as data:
+        assert data.languages == ["open the drawer"] and data.actions_NA.shape == (STEPS, 7)
+        close(data, 6, np.arange(STEPS) < STEPS // 2)
+    for change, words in (({"camera": "both"}, "several cameras are several keys"), ({"text": "ep_meta.words"}, "holds no 'words'"),
+                          ({"text": "lang"}, "names no attribute")):
+        with pytest.raises(ValueError, match=words):
+            open_dataset(tmp_path / "kitchen", cards={"kitchen": {**card, **change}})
+
+
 def test_a_mixture_has_a_card_for_each_and_is_seen_alike(tmp_path):
     pictures = np.random.default_rng(0).integers(0, 255, (STEPS, 8, 8, 3), dtype=np.uint8)
     for name, ends in (("first", (1.0, -1.0)), ("second", (0.0, 100.0)), ("libero_third", (-1.0, 1.0))):
         write_rlds(tmp_path, name, [Episode(pictures, reach(0, 7, ends), "push")])
-    cards = {"first": {"grippers": [{"dimension": 6, "open": 1, "closed": -1}]}, "second": str(tmp_path / "second.yaml")}
+    first = {"grippers": [{"dimension": 6, "open": 1, "closed": -1}], "instruction": "of frames without a text only"}
+    cards = {"first": first, "second": str(tmp_path / "second.yaml")}
     (tmp_path / "second.yaml").write_text("grippers: [{dimension: 6, open: 0, closed: 100}]")
     opened = open_datasets(tmp_path, ["first", "second", "libero_third"], cards=cards)
+    assert [data.languages for data in opened] == [["push"]] * 3
     assert len({data.actions_NA.tobytes() for data in opened}) == 1 and len({data.fingerprint() for data in opened}) == 3
     for data in opened:
         data.close()

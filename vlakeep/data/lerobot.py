@@ -76,7 +76,8 @@ def _choose_camera(features: dict, wanted: Optional[str], where: str) -> str:
         found = next((hits for hits in ([key for key in cameras if names[key] == usual] for usual in _CAMERAS) if hits), [])
     if len(found) != 1:
         told = f"--data.camera {wanted} names none or several" if wanted else "which one to use is not clear"
-        raise ValueError(f"{where}: of the cameras {', '.join(cameras) or '(none)'}, {told}; choose with --data.camera")
+        raise ValueError(f"{where}: of the cameras {', '.join(cameras) or '(none)'}, {told}; choose with --data.camera, or "
+                         f"`camera:` in the set's {FILE}")
     return found[0]
 
 
@@ -123,7 +124,8 @@ def _parquet(path: Path, columns=None, unread=()):
         file = pq.ParquetFile(path)
         missing = [name for name in [*(columns or ()), *unread] if name not in file.schema_arrow.names]
         if missing:
-            raise ValueError(f"{path}: no column {', '.join(missing)} among {', '.join(file.schema_arrow.names)}")
+            raise ValueError(f"{path}: no column {', '.join(missing)} among {', '.join(file.schema_arrow.names)}; "
+                             f"name the columns that are there with `actions:` or `text:` in the set's {FILE}, or {_AGAIN}")
         return file.read(columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} cannot be read as parquet ({error}); {_AGAIN}") from error
@@ -150,7 +152,8 @@ def read_tasks(info: Info) -> Dict[int, str]:
     # lerobot writes the texts as the index of a pandas table, whose column is called task or has a made-up name
     texts = [name for name in table.column_names if name in ("task", "__index_level_0__")]
     if not texts or "task_index" not in table.column_names:
-        raise ValueError(f"{info.folder}/meta/tasks.parquet: no texts and task_index among {', '.join(table.column_names)}")
+        raise ValueError(f"{info.folder}/meta/tasks.parquet: no texts and task_index among {', '.join(table.column_names)}; "
+                         f"call the column of the texts `task`, or {_AGAIN}")
     return dict(zip((int(i) for i in table["task_index"].to_pylist()), table[texts[0]].to_pylist()))
 
 
