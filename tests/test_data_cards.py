@@ -291,7 +291,9 @@ def test_all_missing_keys_come_in_one_message_with_the_card_that_names_them(tmp_
     with pytest.raises(ValueError, match="no 'steps/action' and no 'steps/language_instruction' among.*data_card.yaml") as caught:
         open_dataset(tmp_path / "mine")
     said = str(caught.value).partition("every line:\n")[2].replace("OPEN_VALUE", "0").replace("CLOSED_VALUE", "1")
-    (tmp_path / "mine" / con.FILE).write_text(said)
+    place = Path(re.search(r"say in (\S+data_card.yaml) what", str(caught.value))[1])
+    assert place == tmp_path / "mine" / con.FILE
+    place.write_text(said)
     with open_dataset(tmp_path / "mine") as data:
         assert np.array_equal(data.index.actions_NA, a) and data.languages == ["go"]
         close(data, 6, a[:, 6] == 0)
@@ -301,13 +303,38 @@ def test_all_missing_keys_come_in_one_message_with_the_card_that_names_them(tmp_
         open_dataset(tmp_path / "mine")
 
 
+def test_texts_of_robocasa_and_pictures_of_several_cameras_in_one(tmp_path):
+    """robocasa issue 41: the text is a field of the attribute ep_meta. MIKASA-Robo issue 3: two pictures in six channels."""
+    h5py = pytest.importorskip("h5py")
+    (tmp_path / "kitchen").mkdir()
+    with h5py.File(tmp_path / "kitchen" / "demo_im128.hdf5", "w") as file:
+        demo = file.create_group("data/demo_1")
+        demo.attrs["ep_meta"] = json.dumps({"lang": "open the drawer"})
+        demo["action_dict/pos"], demo["action_dict/grip"] = reach(0)[:, :6], reach(0, 7, (-1.0, 1.0))[:, 6]
+        demo["obs/left_image"] = np.random.default_rng(0).integers(0, 255, (STEPS, 8, 8, 3), dtype=np.uint8)
+        demo["obs/both"] = np.zeros((STEPS, 8, 8, 6), np.uint8)
+    with pytest.raises(ValueError, match="no 'actions' among .*kitchen/data_card.yaml.*\n?actions:"):
+        open_dataset(tmp_path / "kitchen")
+    card = {"actions": ["action_dict/pos", "action_dict/grip"], "text": "ep_meta.lang", "camera": "left_image", "rotate": False,
+            "grippers": [{"dimension": 6, "open": -1, "closed": 1}]}
+    with open_dataset(tmp_path / "kitchen", cards={"kitchen": card}) as data:
+        assert data.languages == ["open the drawer"] and data.actions_NA.shape == (STEPS, 7)
+        close(data, 6, np.arange(STEPS) < STEPS // 2)
+    for change, words in (({"camera": "both"}, "several cameras are several keys"), ({"text": "ep_meta.words"}, "holds no 'words'"),
+                          ({"text": "lang"}, "names no attribute")):
+        with pytest.raises(ValueError, match=words):
+            open_dataset(tmp_path / "kitchen", cards={"kitchen": {**card, **change}})
+
+
 def test_a_mixture_has_a_card_for_each_and_is_seen_alike(tmp_path):
     pictures = np.random.default_rng(0).integers(0, 255, (STEPS, 8, 8, 3), dtype=np.uint8)
     for name, ends in (("first", (1.0, -1.0)), ("second", (0.0, 100.0)), ("libero_third", (-1.0, 1.0))):
         write_rlds(tmp_path, name, [Episode(pictures, reach(0, 7, ends), "push")])
-    cards = {"first": {"grippers": [{"dimension": 6, "open": 1, "closed": -1}]}, "second": str(tmp_path / "second.yaml")}
+    first = {"grippers": [{"dimension": 6, "open": 1, "closed": -1}], "instruction": "of frames without a text only"}
+    cards = {"first": first, "second": str(tmp_path / "second.yaml")}
     (tmp_path / "second.yaml").write_text("grippers: [{dimension: 6, open: 0, closed: 100}]")
     opened = open_datasets(tmp_path, ["first", "second", "libero_third"], cards=cards)
+    assert [data.languages for data in opened] == [["push"]] * 3
     assert len({data.actions_NA.tobytes() for data in opened}) == 1 and len({data.fingerprint() for data in opened}) == 3
     for data in opened:
         data.close()
@@ -360,6 +387,7 @@ def test_the_page_is_run_as_it_stands(tmp_path, monkeypatch, capsys):
     robots = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(robots)
     monkeypatch.setenv("VLAKEEP_ROOT", str(tmp_path))
+    monkeypatch.setattr("vlakeep.core.storage.prepare_environment", lambda *args, **kwargs: None)
     for write in (robots.write_kitchen, robots.write_towel, robots.write_can):
         write(tmp_path / "datasets")
     cards, commands = page()
@@ -371,10 +399,26 @@ def test_the_page_is_run_as_it_stands(tmp_path, monkeypatch, capsys):
     for command in commands:
         words = shlex.split(command)[1:]
         device = ["--device", "cpu", "--threads", "1"]
-        assert cli.main([*words, *device, *small[words[0]]]) == 0, capsys.readouterr()
+        assert cli.run([*words, *device, *small[words[0]]]) == 0, capsys.readouterr()
     for run, width in (("kitchen", 7), ("towel", 14), ("can", 7)):
         report, = look.read_kept(tmp_path / "runs" / run)
         assert len(report["dimensions"]) == width and report["problems"] == []
         summary = json.loads(next(tmp_path.glob(f"eval/*/dataset/{run}/summary.json")).read_text())
         loop, = summary["open_loop"].values()
         assert len(loop["per_dimension"]) == width and loop["frames"] == robots.STEPS
+
+
+def test_the_report_shows_what_a_run_saw(tmp_path):
+    from types import SimpleNamespace
+
+    from vlakeep.reporting.arms import Arm
+    from vlakeep.reporting.data_cards import data_html
+
+    report = look.look_at(made(gripper="standard"))
+    for run in ("one", "two"):
+        look.keep([report], tmp_path / run)
+    arms = {name: Arm(name, None, folders={"run": place}) for name, place in
+            (("base", None), ("one", tmp_path / "one"), ("two", tmp_path / "two"))}
+    html = data_html(SimpleNamespace(arms=arms))
+    assert html.count("<img") == 1 and report["thumbnails"] in html and "data mine (rlds): 4 of 4 episodes" in html
+    assert all(arms[name].label in html.partition("Seen by")[2] for name in ("one", "two"))

@@ -35,7 +35,7 @@ def check_conventions(config: Config, storage: Storage) -> None:
     """ValueError when a data set is read in another way here (camera, gripper, rotate, its card) than in the training of the run."""
     trained = trained_data(config, storage)
     shared = [name for name in config.data.datasets if name in (trained.get("datasets") or [])]
-    for key in ("camera", "gripper", "rotate", "cameras", "state") if shared else ():
+    for key in ("camera", "gripper", "rotate", "cameras", "state", "degenerate") if shared else ():
         there, here = trained.get(key), getattr(config.data, key)
         if there not in (None, []) and here not in (None, []) and there != here:
             fits = str(there).lower() if isinstance(there, bool) else quoted(f"[{','.join(there)}]" if isinstance(there, list) else there)

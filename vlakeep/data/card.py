@@ -12,6 +12,7 @@ import base64
 import hashlib
 import io
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
@@ -20,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from vlakeep.core.storage import atomic_write
-from vlakeep.data.conventions import FILE
+from vlakeep.data.conventions import card_place
 from vlakeep.data.dataset import DemoDataset
 from vlakeep.data.degenerate import CONSTANT, NOISE, RARE
 from vlakeep.data.formats import closing_all, open_configured
@@ -34,6 +35,7 @@ _CLIPPED, _MOST_CLIPPED = 0.025, 0.2  # own quantiles clip at most 0.02; statist
 _TAIL = 10.0  # times q01 to q99 that the whole range may be before it is told
 _FRAMES = 300_000  # of the round trip
 _THUMB = 96  # pixels high
+_JOINT_NAME = re.compile(r"joint|wrist|elbow|shoulder|roll|pitch|yaw", re.I)
 
 
 class Prompt(NamedTuple):
@@ -177,7 +179,7 @@ def _called(one: Dict[str, Any]) -> str:
 
 
 def _problems(report: Dict[str, Any], dataset: DemoDataset) -> List[str]:
-    found, where = [], report["card"] or f"{report['folder']}/{FILE}"
+    found, where = [], report["card"] or str(card_place(report["folder"]))
     for one in report["dimensions"]:
         if one["lost"] and not (report["degenerate"] == "official" and one["kind"]):
             found.append(f"{_called(one)}: {100 * one['lost']:.1f} % of the demonstrated values do not come back from their tokens (off by "
@@ -199,7 +201,7 @@ def _problems(report: Dict[str, Any], dataset: DemoDataset) -> List[str]:
     names = [one["name"] for one in report["dimensions"]]
     by_name = [d for d, name in enumerate(names) if _GRIPPER_NAME.search(name)]
     declared = dataset.conventions.card is not None and dataset.conventions.card.grippers is not None
-    if all(names) and not declared and by_name != [len(names) - 1]:
+    if all(names) and not declared and by_name != [len(names) - 1] and (by_name or _JOINT_NAME.search(names[-1])):
         told = f"those called like one are {', '.join(names[d] for d in by_name)}" if by_name else "none is called like one"
         found.append(f"the last of the values {', '.join(names)} is read as the gripper, and {told}: declare `grippers:` in {where}")
     return found
@@ -225,6 +227,8 @@ def _notes(report: Dict[str, Any]) -> List[str]:
                          f"{one['q99']:.4g}]")
         if one["clipped"] > _CLIPPED and not one["kind"] and not report["own_statistics"]:  # own quantiles cut a hundredth at each end
             found.append(f"{_called(one)}: {100 * one['clipped']:.1f} % of the values lie outside the statistics and are clipped")
+        if one["gripper"] and 0 < one["clipped"] <= _MOST_CLIPPED:
+            found.append(f"{_called(one)}: {100 * one['clipped']:.2g} % of the values go past its ends and are cut there")
     for one in report["grippers"]:
         name, ends = f"the gripper, dimension {one['dimension']},", f"{one['open']:g} open and {one['closed']:g} closed"
         if one["moves"] and one["begin_open"] < 0.1 and one["end_open"] > 0.9:

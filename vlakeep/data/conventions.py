@@ -37,7 +37,7 @@ import yaml
 FILE = "data_card.yaml"
 USUAL_WIDTH = 7  # one arm: six values of a pose change and a gripper, as LIBERO and OpenVLA have it
 UNITS = ("m", "mm", "rad", "deg", "percent", "normalised", "other")
-_SLACK = 0.1  # of the way from closed to open, that a gripper may go past its ends
+_SLACK = 0.05  # of the way from closed to open, that a gripper may go past its ends
 _NEAR = 0.05  # of the way: values this near an end count as that end
 
 
@@ -121,7 +121,9 @@ def make_card(tree: Any, place: str) -> DataCard:
     """A card from the tree of its YAML. CardError lists everything that is wrong with it."""
     if not isinstance(tree, dict):
         raise CardError(f"{place}: a data card must hold `key: value` lines such as `width: 7`, not {tree!r}")
-    known, problems, made = [f.name for f in fields(DataCard)][1:], [], {}
+    made: Dict[str, Any] = {}
+    known: List[str] = [f.name for f in fields(DataCard)][1:]
+    problems: List[str] = []
     for key, value in tree.items():
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
@@ -180,8 +182,15 @@ def find_card(folder: Path, name: str, given: Optional[Dict[str, Any]] = None) -
         return read_card(Path(one).expanduser(), f"{one} (data.cards.{name})")
     if one is not None:
         return make_card(one, f"data.cards.{name}")
-    places = [Path(folder) / FILE] + ([Path(folder).parent / FILE] if (Path(folder) / "dataset_info.json").is_file() else [])
-    return next((read_card(path) for path in places if path.is_file()), None)
+    versions = [path.parent for path in Path(folder).glob("*/dataset_info.json")]
+    places = [*(versions if len(versions) == 1 else []), Path(folder), card_place(folder).parent]
+    return next((read_card(place / FILE) for place in places if (place / FILE).is_file()), None)
+
+
+def card_place(folder) -> Path:
+    """Where the card of the data set in a folder is to be written: of RLDS, above the version's folder."""
+    folder = Path(folder)
+    return (folder.parent if (folder / "dataset_info.json").is_file() and re.fullmatch(r"[\d.]+", folder.name) else folder) / FILE
 
 
 def usual_gripper(words: str, width: int) -> Gripper:

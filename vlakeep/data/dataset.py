@@ -18,7 +18,7 @@ import numpy as np
 from vlakeep.core.storage import atomic_write
 from vlakeep.data import suggest
 from vlakeep.data.bad import in_words, nothing_left
-from vlakeep.data.conventions import USUAL_WIDTH, DataCard, Gripper, as_declared, check_values, to_open, usual_gripper
+from vlakeep.data.conventions import FILE, USUAL_WIDTH, DataCard, Gripper, as_declared, card_place, check_values, to_open, usual_gripper
 from vlakeep.data.degenerate import demonstrated, kinds
 from vlakeep.data.sample import ONE_PICTURE, Episode, Sample, SampleSpec
 from vlakeep.data.statistics import action_statistics, normalise, normalise_state, standardise, state_statistics
@@ -82,10 +82,12 @@ class IndexBuilder:
         actions = np.asarray(actions)
         if actions.ndim != 2 or not actions.size or len(texts) != len(actions) or actions.dtype.kind not in "fiu":
             raise ValueError(f"{where}: actions {actions.dtype} {list(actions.shape)} and {len(texts)} instructions are not "
-                             "numbers [T, A] with one instruction per frame")
+                             "numbers [T, A] with one instruction per frame; name the right keys with `actions:` and `text:` in the "
+                             f"data set's {FILE}")
         actions = actions.astype(np.float32)
         if self._actions and actions.shape[1] != self._actions[0].shape[1]:
-            raise ValueError(f"{where}: {actions.shape[1]} action dimensions, the first episode has {self._actions[0].shape[1]}")
+            raise ValueError(f"{where}: {actions.shape[1]} action dimensions, the first episode has {self._actions[0].shape[1]}; episodes "
+                             "of several robots go into a data set each")
         bad = np.flatnonzero(~np.isfinite(actions).all(axis=1))
         if len(bad):
             raise ValueError(f"{where} (episode {len(self.lengths)} of {self.name}), frame {bad[0]}: action "
@@ -201,7 +203,6 @@ class DemoDataset:
     def __init__(self, folder: Path, name: str, index: EpisodeIndex, split_range: Tuple[int, int], fraction: float,
                  conventions: Conventions):
         self.folder, self.name, self.conventions = folder, name, conventions
-        self.stored_width = index.actions_NA.shape[1]
         self.index = index = self._declared(index)
         before, count = split_range
         self.split_episodes = int(round(round(fraction * 100, 9) * count / 100))
@@ -211,8 +212,8 @@ class DemoDataset:
         labelled = np.array([(index.text_N[a:b] != empty).any() for a, b in zip(first, last)], dtype=bool)
         if not labelled.any():
             raise ValueError(f"{folder}: none of the {count} episodes of the split is left with fraction {fraction} and a "
-                             "language instruction; raise --data.train_fraction, or make a tabletop set again with "
-                             "`vlakeep tabletop-data`")
+                             f"language instruction; raise --data.train_fraction, or write `instruction: WORDS` to {card_place(folder)} "
+                             "for episodes without a text")
         self._before = before
         self._first = first[labelled]
         self._numbers = before + np.flatnonzero(labelled)

@@ -141,7 +141,7 @@ def _read_file(path: Path, number: int, camera: str, state: Optional[Sequence[st
         data = _member(file, "data", str(path))
         numbers = [int(found[1]) for found in (re.fullmatch(r"demo_(\d+)", key) for key in data) if found]
         if not numbers:
-            raise ValueError(f"{path}: data holds no demo_0, demo_1, ...; it holds {', '.join(data) or 'nothing'}")
+            raise ValueError(f"{path}: data holds no demo_0, demo_1, ...; it holds {', '.join(data) or 'nothing'}; call its groups so")
         text = language_of(path, data.attrs.get("problem_info"))
         upside_down = data.attrs.get("macros_image_convention", "opengl") != "opencv"  # robosuite's default
         for demo in numbers:

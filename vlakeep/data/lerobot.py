@@ -79,7 +79,8 @@ def _choose_camera(features: dict, wanted: Optional[str], where: str) -> str:
         found = next((hits for hits in ([key for key in cameras if names[key] == usual] for usual in _CAMERAS) if hits), [])
     if len(found) != 1:
         told = f"--data.camera {wanted} names none or several" if wanted else "which one to use is not clear"
-        raise ValueError(f"{where}: of the cameras {', '.join(cameras) or '(none)'}, {told}; choose with --data.camera")
+        raise ValueError(f"{where}: of the cameras {', '.join(cameras) or '(none)'}, {told}; choose with --data.camera, or "
+                         f"`camera:` in the set's {FILE}")
     return found[0]
 
 
@@ -144,7 +145,8 @@ def _parquet(path: Path, columns=None, unread=()):
         file = pq.ParquetFile(path)
         missing = [name for name in [*(columns or ()), *unread] if name not in file.schema_arrow.names]
         if missing:
-            raise ValueError(f"{path}: no column {', '.join(missing)} among {', '.join(file.schema_arrow.names)}")
+            raise ValueError(f"{path}: no column {', '.join(missing)} among {', '.join(file.schema_arrow.names)}; "
+                             f"name the columns that are there with `actions:` or `text:` in the set's {FILE}, or {_AGAIN}")
         return file.read(columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} cannot be read as parquet ({error}); {_AGAIN}") from error
@@ -174,7 +176,8 @@ def read_tasks(info: Info) -> Dict[int, str]:
     # lerobot writes the texts as the index of a pandas table, whose column is called task or has a made-up name
     texts = [name for name in table.column_names if name in ("task", "__index_level_0__")]
     if not texts or "task_index" not in table.column_names:
-        raise ValueError(f"{info.folder}/meta/tasks.parquet: no texts and task_index among {', '.join(table.column_names)}")
+        raise ValueError(f"{info.folder}/meta/tasks.parquet: no texts and task_index among {', '.join(table.column_names)}; "
+                         f"call the column of the texts `task`, or {_AGAIN}")
     try:
         return _texts(list(zip(table["task_index"].to_pylist(), table[texts[0]].to_pylist())))
     except TypeError as error:
@@ -236,12 +239,12 @@ def _actions(column, shape: Sequence[int], where: str, what: str = "action") -> 
     if int(np.prod(shape)) == 1 and (pa.types.is_floating(values.type) or pa.types.is_integer(values.type)):
         return np.asarray(values.to_numpy(zero_copy_only=False), dtype=np.float32)[:, None]
     if not (pa.types.is_list(values.type) or pa.types.is_fixed_size_list(values.type) or pa.types.is_large_list(values.type)):
-        raise ValueError(f"{where}: {what}s are {values.type} and not lists of numbers")
+        raise ValueError(f"{where}: {what}s are {values.type} and not lists of numbers; name those that are with `actions:` in {FILE}")
     widths = np.array([-1 if n is None else n for n in pc.list_value_length(values).to_pylist()])
     wrong = np.flatnonzero(widths != int(np.prod(shape)))
     if len(wrong):
         raise ValueError(f"{where}, row {wrong[0]}: {max(widths[wrong[0]], 0)} {what} values, and info.json says shape {list(shape)} "
-                         f"({len(wrong)} of {len(widths)} rows)")
+                         f"({len(wrong)} of {len(widths)} rows); correct the shape there, or {_AGAIN}")
     return np.asarray(values.flatten().to_numpy(zero_copy_only=False), dtype=np.float32).reshape(len(widths), -1)
 
 
@@ -423,7 +426,8 @@ class LeRobotDataset(DemoDataset):
         try:
             start, end = (int(n) for n in splits[split].split(":"))
         except (ValueError, AttributeError) as error:
-            raise ValueError(f"{self._info.folder}/{INFO}: split {split!r} is {splits[split]!r} and not 'first:end'") from error
+            raise ValueError(f"{self._info.folder}/{INFO}: split {split!r} is {splits[split]!r} and not 'first:end'; "
+                             f"correct it there, such as '0:{count}'") from error
         told = f"{self._info.folder}/{INFO}: split {split!r} is {start}:{end} of {count} episodes"
         if not 0 <= start < min(end, count):
             raise ValueError(f"{told}; {_AGAIN}")

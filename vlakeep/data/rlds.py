@@ -93,7 +93,8 @@ class Keys(NamedTuple):
 
     image: str
     actions: Tuple[str, ...] = (_ACTION,)
-    text: Optional[str] = _LANGUAGE  # None: no text is stored
+    text: str = _LANGUAGE
+    text_needed: bool = True  # False: the data card has words for episodes without
 
     @classmethod
     def of(cls, camera: Optional[str], card: Optional[DataCard]) -> "Keys":
@@ -105,8 +106,8 @@ class Keys(NamedTuple):
         image = whole(image) if image.startswith(("steps/", "observation/")) else _IMAGES + image
         if card is None:
             return cls(image)
-        text = whole(card.text) if card.text else None if card.instruction else _LANGUAGE
-        return cls(image, tuple(map(whole, card.actions)) or (_ACTION,), text)
+        text = whole(card.text) if card.text else _LANGUAGE
+        return cls(image, tuple(map(whole, card.actions)) or (_ACTION,), text, not card.instruction)
 
 
 def _kind(feature) -> str:
@@ -119,18 +120,20 @@ def _kind(feature) -> str:
 def _read_episode(payload: bytes, keys: Keys, folder="", state: Optional[Sequence[str]] = None):
     """(actions [T, A], instructions, byte ranges of the pictures, state [T, Q] or None) of an episode."""
     features = parse_example(payload)
-    missing = [name for name in (*keys.actions, *([keys.text] if keys.text else []), keys.image) if name not in features]
+    has_text = keys.text in features or keys.text_needed
+    missing = [name for name in (*keys.actions, *([keys.text] if has_text else []), keys.image) if name not in features]
     if missing:
         raise ValueError(missing_keys("the episode", missing, {name: _kind(one) for name, one in features.items()}, folder))
     pictures = features[keys.image].ranges
     steps, parts = len(pictures), [features[key] for key in keys.actions]
     values = [one.ints().astype(np.float32) if one.kind == "int64" else one.floats() for one in parts]
-    texts = [text.decode("utf-8", errors="replace") for text in features[keys.text].bytes()] if keys.text else [""] * steps
-    texts = texts * steps if keys.text and keys.text.startswith("episode_metadata/") and len(texts) == 1 else texts
+    texts = [text.decode("utf-8", errors="replace") for text in features[keys.text].bytes()] if has_text else [""] * steps
+    texts = texts * steps if keys.text.startswith("episode_metadata/") and len(texts) == 1 else texts
     sizes = [len(one) for one in values]
     if steps == 0 or len(texts) != steps or any(size % steps or not size for size in sizes):
         told = sizes[0] if len(sizes) == 1 else sizes
-        raise ValueError(f"{steps} pictures, {len(texts)} instructions and {told} action values do not make equal steps")
+        raise ValueError(f"{steps} pictures, {len(texts)} instructions and {told} action values do not make equal steps; mend or leave out "
+                         "this episode when the set is made, or name other keys in its data card (docs/bring-your-own-data.md)")
     states = None if state is None else _read_state(features, state, steps)
     return np.concatenate([one.reshape(steps, -1) for one in values], axis=1), texts, pictures, states
 
@@ -211,7 +214,7 @@ class RldsDataset(DemoDataset):
         data = os.pread(self._files[shard], wanted, offset)
         if len(data) != wanted:
             raise ValueError(f"{self._shards[shard]}: {len(data)} of {wanted} bytes at byte {offset} ({where}); the file has "
-                             "changed since it was indexed")
+                             "changed since it was indexed; start again, and it is indexed anew")
         return data
 
     def _picture(self, number: int, row: int, frame: int, where: str) -> np.ndarray:

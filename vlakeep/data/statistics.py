@@ -6,7 +6,7 @@ Axes: N frames of a data set, A action dimensions (the last is the gripper).
 """
 
 import json
-from typing import Callable, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -80,7 +80,7 @@ def action_statistics(actions_NA: np.ndarray, num_trajectories: int, grippers: O
     zeros = [0.0] * width  # the LIBERO configuration reads no proprioception; the official code then writes zeros of action width
     quantile = np.array([0.01, 0.99])  # an array, so that NumPy 2 keeps the interpolation in float64 as NumPy 1 did
     q01, q99 = np.quantile(actions_NA, quantile, axis=0)
-    found = {
+    found: Dict[str, Any] = {
         "action": {
             "mean": actions_NA.mean(0).tolist(), "std": actions_NA.std(0).tolist(),
             "max": actions_NA.max(0).tolist(), "min": actions_NA.min(0).tolist(),

@@ -8,7 +8,7 @@ from typing import Dict, Iterable, List, Sequence, Tuple
 
 import numpy as np
 
-from vlakeep.data.conventions import FILE, USUAL_WIDTH, chunk_share
+from vlakeep.data.conventions import USUAL_WIDTH, card_place, chunk_share
 
 _GRIPPER_NAME = re.compile(r"grip|grasp|claw|jaw|finger", re.I)
 _TEXT_NAME = re.compile(r"instruction|language|task|annotation|prompt|goal", re.I)
@@ -78,14 +78,10 @@ def ready_card(actions_NA: np.ndarray, start_E: np.ndarray, names: Sequence[str]
     return "\n".join(lines)
 
 
-def place_of(dataset) -> str:
-    return str(dataset.folder / FILE)
-
-
 def offer(dataset, index, begin: str = "Or declare it") -> str:
     """What may be written where instead, for the end of a message."""
     card = ready_card(index.actions_NA, index.start_E, dataset.action_names)
-    return f"{begin} in {place_of(dataset)}, after you have checked every line (--data.cards takes a card elsewhere):\n{card}"
+    return f"{begin} in {card_place(dataset.folder)}, after you have checked every line (--data.cards takes a card elsewhere):\n{card}"
 
 
 def refusal(dataset, index) -> str:
@@ -114,5 +110,5 @@ def missing_keys(where: str, lacking: List[str], there: Dict[str, str], folder) 
                  + ("   # relative: true if they are commands, as in RT-1" if grip and "closedness" in grip else ""))
     card = "\n".join(lines)
     return (f"{where}: no {' and no '.join(repr(key) for key in lacking)} among {', '.join(sorted(there)) or 'nothing'}; say in "
-            f"{folder}/{FILE} what the set calls them, after you have checked every line:\n{card}")
+            f"{card_place(folder)} what the set calls them, after you have checked every line:\n{card}")
 
