@@ -6,6 +6,7 @@
 # make lint   ruff and mypy
 # make wheel  build sdist and wheel into dist/, and run what the wheel installs into an empty virtual environment
 # make libero the LIBERO simulator into .venv (about 2 GB), and a check that it renders
+# make docs   the pages of vlakeep.protect into build/site, warnings are errors; an environment of 170 MB of its own, without torch
 # make clean  remove the virtual environments
 #
 # All of them make their own virtual environment in .venv on first use, and again when pyproject.toml or constraints.txt change.
@@ -24,7 +25,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint $(C
 FAULT ?=
 EXAMPLES ?= 20000
 
-.PHONY: demo test test-openvla-env mutations fuzz lint wheel libero clean setup
+.PHONY: demo test test-openvla-env mutations fuzz lint wheel libero docs clean setup
 
 demo: setup
 	@$(VENV)/bin/vlakeep demo $(ARGS)
@@ -47,7 +48,7 @@ fuzz: setup
 	@VLAKEEP_FUZZ=$(EXAMPLES) OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) tests/test_fuzz.py
 
 lint: setup
-	@$(PY) -m ruff check vlakeep tests speed studies scripts setup.py
+	@$(PY) -m ruff check vlakeep tests speed studies examples scripts setup.py
 	@$(PY) -m mypy
 
 wheel: setup
@@ -58,8 +59,17 @@ libero: setup
 	@$(PIP) --editable '.[libero]' 2> >(grep -v '^WARNING: Location' >&2)
 	@$(VENV)/bin/vlakeep libero-check $(ARGS)
 
+# What CI runs too. It is set up again when its pins change.
+docs:
+	@set -e; want=$$(cksum < constraints-docs.txt); \
+	if [ "$$(cat .venv-docs/.ready 2>/dev/null)" != "$$want" ]; then \
+	  rm -rf .venv-docs; $(or $(PYTHON),$(firstword $(wildcard $(PY)) python3)) -m venv .venv-docs; \
+	  .venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r constraints-docs.txt 2> >(grep -v '^WARNING: Location' >&2); \
+	  echo "$$want" > .venv-docs/.ready; fi
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --quiet
+
 clean:
-	rm -rf .venv .venv-openvla .mypy_cache build dist vlakeep.egg-info
+	rm -rf .venv .venv-docs .venv-openvla .mypy_cache build dist vlakeep.egg-info
 
 # Makes the environment in $(VENV), unless it stands already for these very files.
 setup:

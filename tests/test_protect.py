@@ -209,6 +209,8 @@ def test_checkpoints_in_training_are_plain_adapters_and_resume_is_to_the_bit(bas
         assert row["settled_kl"] <= 1e-3
         whole.save_pretrained(tmp_path / "settled")
         used = logits(whole)
+        with pytest.raises(ValueError, match="call unsettle"):
+            handle.step()
     whole.save_pretrained(tmp_path / "adapter")
     saved, draw, seen = handle.save(tmp_path / "handle.safetensors"), torch.get_rng_state(), logits(whole)
     moments = copy.deepcopy(optimizer.state_dict())

@@ -96,6 +96,7 @@ class Handle:
         self._loaded: Dict[str, torch.Tensor] = {}  # effective weights that the model was loaded with, until the handle's state comes
         self._last: Dict[str, float] = {}  # of the last step: what it measured
         self._merged = False
+        self._before: Optional[float] = None  # the loop's opening, while the gains are settled
 
     def _begin(self, start, opening, open_factor, close_factor, freeze: Dict[str, nn.Parameter], left: Dict[str, nn.Parameter]) -> None:
         settings, probe = self._settings, self._probe
@@ -145,21 +146,32 @@ class Handle:
         if self._merged:
             raise ValueError("merge() has ended the protection: the gains are gone, and training on would be plain LoRA; protect a fresh "
                              "adapter")
+        if self._before is not None:
+            raise ValueError("the gains are settled for a checkpoint: call unsettle() before training goes on")
         if self._loaded:
             raise ValueError(f"the weights of {len(self._loaded)} protected linears were loaded, and the handle's state was not: call "
                              "load_state_dict (or load) of the handle with what was saved beside them")
 
+    def settle(self) -> Dict[str, float]:
+        """Set the gains to where the weights of now keep to the target, for a checkpoint that is to be used, until `unsettle`. Returns the
+        row of the search, which measures up to eight times; {} without a loop. All processes have to call it."""
+        self._check()
+        self._before = self._site.opening
+        return self._loop.settle(self._last) if self._loop else {}
+
+    def unsettle(self) -> None:
+        """The gains of the loop again, with which training goes on as if it had not been interrupted."""
+        if self._before is not None and not self._merged:
+            self._site.set_opening(self._before)
+        self._before = None
+
     @contextmanager
     def settled(self) -> Iterator[Dict[str, float]]:
-        """Within the context the gains are where the weights of now keep to the target, for a checkpoint that is to be used; after it they
-        are those of the loop again. Gives the row of the search; measures up to eight times. Without a loop nothing changes."""
-        self._check()
-        opening = self._site.opening
+        """settle, and unsettle at the end of the block."""
         try:
-            yield self._loop.settle(self._last) if self._loop else {}
+            yield self.settle()
         finally:
-            if not self._merged:
-                self._site.set_opening(opening)
+            self.unsettle()
 
     def merge(self, settle: bool = True) -> Dict[str, float]:
         """End: settle the gains for the final weights (unless told not to) and leave A_eff behind as the plain LoRA weight, so that the
