@@ -61,8 +61,8 @@ ARMS = {
              "基座（训练前）"),
     "baseline": ("plain LoRA",
                  "普通 LoRA"),
-    "method": ("frozen form (residual)",
-               "原始形式（残差流）"),
+    "method": ("authors' form (residual)",
+               "作者的形式（残差流）"),
     "graded": ("**graded gains, set-point .002**",
                "**逐方向增益，设定点 .002**"),
 }

@@ -9,15 +9,22 @@ from pathlib import Path
 
 import pytest
 from commands import all_options, wrong_options
+from PIL import Image
 from test_layout import DOCUMENTS, LAYERS, PACKAGE, REPO, SOURCES
 
 from vlakeep import cli
 from vlakeep.benchmarks.records import wilson
-from vlakeep.core.config import EvaluateConfig
+from vlakeep.core.config import EvaluateConfig, load_config
+from vlakeep.core.registry import method_class
+from vlakeep.core.storage import Storage, find_checkpoint
+from vlakeep.data.formats import closing_all, open_datasets
+from vlakeep.methods import graded_offline
+from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.tabletop.questions import QUESTION_KINDS
 
 # Options of other programs in the examples, and the pattern of ours.
-OTHER = {"section.key", "standalone", "nproc-per-node", "signals-to-handle", "local-dir"}
+OTHER = {"section.key", "standalone", "nproc-per-node", "signals-to-handle", "local-dir",
+         "model_family", "task_suite_name", "pretrained_checkpoint", "center_crop"}  # the last four: run_libero_eval.py
 TEXTS = [*DOCUMENTS, *sorted((PACKAGE / "configs").rglob("*.yaml")), *sorted(p for p in (REPO / "scripts").iterdir() if p.is_file())]
 PAIRS = [("README.md", "README.zh-CN.md"), ("docs/RESEARCH_PIPELINE.md", "docs/RESEARCH_PIPELINE.zh-CN.md"),
          ("docs/getting-started.md", "docs/getting-started.zh-CN.md"), ("docs/reading-a-run.md", "docs/reading-a-run.zh-CN.md"),
@@ -322,3 +329,49 @@ def test_the_worked_example_is_the_one_that_is_tested(page, file):
     text = next(ast.literal_eval(node.value) for node in body
                 if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "TOY")
     assert f"```python\n{textwrap.dedent(text).strip()}\n```" in read(page)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A storage root in which the golden LIBERO-like set is a link, named as the pages name theirs; the folder above is the current one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VLAKEEP_ROOT", str(tmp_path / "root"))
+    storage = Storage.from_config(load_config())
+    (storage.data / "libero_object_no_noops").symlink_to(REPO / "tests" / "golden" / "rlds" / "tfds" / "libero_goal_no_noops")
+    return storage
+
+
+def test_the_probes_of_the_page_about_data_are_written_by_its_code(elsewhere, capsys):
+    first, second = re.findall(r"^```python\n(.*?)^```$", read("docs/bring-your-own-data.md").split("## The probe")[1], re.M | re.S)
+    exec(first.replace("500", "40"), {})
+    probe = ProbeSet(elsewhere.probe_folder("keep"))
+    assert len(probe) == 40 and len(set(probe.kinds(range(40)))) > 1 and probe.samples([0])[0].image.shape == (224, 224, 3)
+    Path("my_probe").mkdir()
+    Image.new("RGB", (320, 240), "red").save("my_probe/cup_01.png")
+    Path("my_probe/list.csv").write_text("cup_01.png,cup,pick up the cup\ncup_01.png,color,what color is the cup?\n")
+    exec(second, {})
+    probe = ProbeSet(elsewhere.probe_folder("keep"))
+    assert [sample.question for sample in probe.samples([0, 1])] == [False, True] and probe.kinds([0, 1]) == ["cup", "color"]
+    assert "2 items: " + probe.sha256 in capsys.readouterr().out
+
+
+def test_what_may_lie_outside_of_the_root_is_read_there(elsewhere, tmp_path):
+    link = elsewhere.data / "libero_object_no_noops"
+    for name in (link.name, str(link.resolve())):
+        with closing_all(open_datasets(elsewhere.data, [name], cache_dir=elsewhere.cache)) as found:
+            assert found[0].name == "libero_goal_no_noops" and len(found[0])
+    model = PACKAGE / "assets" / "tabletop-base"
+    (elsewhere.cache / "openvla-7b").symlink_to(model)
+    assert find_checkpoint("openvla/openvla-7b", elsewhere.cache).samefile(model) and find_checkpoint(str(model), elsewhere.cache) == model
+    assert elsewhere.probe_folder(str(tmp_path / "mine")) == tmp_path / "mine"
+    (tmp_path / "link").symlink_to(elsewhere.root)
+    assert Storage(tmp_path / "link").guard_write(tmp_path / "link" / "runs" / "a")
+
+
+def test_distillation_at_7b_differs_from_graded_in_the_method_alone():
+    """docs/your-model.md trains both on one artefact."""
+    one, two = (load_config(f"openvla_libero_{name}") for name in ("graded", "distillation"))
+    same = ("backbone", "lora", "data", "probe", "train", "icsm", "thermostat", "seed")
+    assert [key for key in same if getattr(one, key) != getattr(two, key)] == []
+    assert graded_offline.deciding(one) == graded_offline.deciding(two) and method_class(two.method).problems(two) == []
+    assert (two.options["loop"], two.gains.enabled, two.method) == (False, False, "distillation")
