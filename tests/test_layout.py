@@ -144,7 +144,7 @@ def test_configs_are_found():
 def test_every_config_loads_and_is_headed_by_its_launch_line(path):
     load_config(str(path))
     head = path.read_text().split("\n\n")[0]
-    assert head.startswith("#") and f"--config configs/{path.name}" in path.read_text()
+    assert head.startswith("#") and f"--config configs/{path.relative_to(PACKAGE / 'configs')}" in path.read_text()
 
 
 def commands():
@@ -180,7 +180,7 @@ def test_documented_commands_exist():
                 wrong.append(where)
             wrong += [f"{where} ({command})" for command in wrong_options(line)]
         for word in words:
-            file = re.fullmatch(r"(bash )?(\./)?(configs|scripts)/[\w.-]+\.(yaml|sh)", word)
+            file = re.fullmatch(r"(bash )?(\./)?(configs|scripts)/[\w./-]+\.(yaml|sh)", word)
             if file and not ((PACKAGE if file[3] == "configs" else REPO) / word).is_file():
                 wrong.append(f"{where} ({word} is missing)")
     assert wrong == []

@@ -148,7 +148,8 @@ def test_a_method_in_one_file_trains_resumes_and_takes_its_options(world, baseli
     assert not [line for line in lines if line.status == checks.RED and "rtefact" in line.what]
 
 
-RIVALS = [("sc_lora", ["--options.frames", 4, "--lora.layers", "last:1"]), ("replay", ["--options.datasets", "tabletop_corner", "--options.items", 2])]
+RIVALS = [("sc_lora", ["--options.frames", 4, "--lora.layers", "last:1"]),
+          ("replay", ["--options.datasets", "tabletop_corner", "--options.items", 2])]
 
 
 @pytest.mark.parametrize("name, options", RIVALS, ids=[name for name, _ in RIVALS])

@@ -1,14 +1,20 @@
 """Rival methods: each formula against an independent reference, a published property, or the library that it comes from; on small cases."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from toy_model import Toy, make_folder
 
+from vlakeep import interpolate
+from vlakeep.core.checkpoint import latest_intact, load_checkpoint, save_checkpoint
 from vlakeep.core.compat import import_timm
-from vlakeep.core.config import load_config
-from vlakeep.core.registry import method_class
+from vlakeep.core.config import load_config, to_dict
+from vlakeep.core.registry import method_class, method_names
+from vlakeep.core.schema import SHIPPED
+from vlakeep.core.storage import Storage
 from vlakeep.data.sample import IGNORE_INDEX
 from vlakeep.hsw import rules
 from vlakeep.hsw.placed import FixedGains, PlacedSite
@@ -16,7 +22,7 @@ from vlakeep.hsw.rules import Start
 from vlakeep.methods import consft, subspace
 from vlakeep.methods.l2_sp import distance
 from vlakeep.methods.maps import MAPS
-from vlakeep.methods.measured import factors
+from vlakeep.methods.measured import Measured, factors
 from vlakeep.methods.self_replay import hard
 from vlakeep.models.adapters import attach_lora, merged_state
 from vlakeep.teacher import fisher
@@ -490,6 +496,63 @@ def begins_and_moves(toy, batch):
     moved = merged_state(toy)
     assert any(not torch.allclose(moved[key], start[key], atol=1e-6) for key in moved)
     return moved
+
+
+def test_interpolation_makes_a_run_of_every_strength(tmp_path):
+    """WiSE-FT: base + alpha dW to the bit of a float product, a range of it from one run; and RETAIN's choice of modules."""
+    config = load_config(None, ["--root", str(tmp_path), "--export.target", "group/one"])
+    storage = Storage.from_config(config)
+    run = storage.run_folder("group/one")
+    generator = torch.Generator().manual_seed(0)
+    state = {f"base_model.model.layers.0.{leaf}.lora_{part}.weight": torch.randn(3, 3, generator=generator)
+             for leaf in ("q_proj", "up_proj") for part in "AB"}
+
+    def adapter(folder):
+        (folder / "adapter").mkdir()
+        save_file(state, str(folder / "adapter" / interpolate.WEIGHTS))
+        (folder / "adapter" / "adapter_config.json").write_text("{}")
+
+    save_checkpoint(run, 7, {}, {"step": 7, "base_weights": "abc"}, adapter)
+    (run / "config.yaml").write_text("method: baseline\n")
+    found = interpolate.run_interpolation(config, storage, [0.25, 1.0])
+    assert [folder.relative_to(storage.runs).as_posix() for folder in found] == ["group/one-alpha-0.25", "group/one-alpha-1"]
+    for alpha, folder in zip((0.25, 1.0), found):
+        checkpoint = latest_intact(folder)
+        mine = load_file(str(checkpoint / "adapter" / interpolate.WEIGHTS))
+        assert checkpoint.name == "step_000007" and load_checkpoint(checkpoint)[1] == {"step": 7, "base_weights": "abc"}
+        assert all(torch.equal(mine[name], one * (alpha if "lora_B" in name else 1)) for name, one in state.items())
+        assert json.loads((folder / "interpolation.json").read_text())["alpha"] == alpha and (folder / "config.yaml").is_file()
+        assert (checkpoint / "adapter" / "adapter_config.json").is_file()
+    part = interpolate.weakened(state, 0.5, ["q_proj"])
+    changed = [name for name in state if not torch.equal(part[name], state[name])]
+    assert changed == ["base_model.model.layers.0.q_proj.lora_B.weight"]
+    with pytest.raises(ValueError, match="--modules k_proj: the adapter is on q_proj, up_proj"):
+        interpolate.weakened(state, 0.5, ["k_proj"])
+    with pytest.raises(FileExistsError, match="--export.overwrite true"):
+        interpolate.run_interpolation(config, storage, [0.25])
+    (storage.run_folder("group/one-alpha-0.5")).mkdir()
+    with pytest.raises(FileExistsError, match="is no interpolation"):
+        interpolate.run_interpolation(config, storage, [0.5])
+
+
+def test_configurations_of_rivals_differ_from_plain_lora_in_what_they_are():
+    """The same budget: every key but those that make the arm is the baseline's."""
+    plain = to_dict(load_config("configs/baseline_lora.yaml"))
+    files = sorted((SHIPPED / "rivals").glob("*.yaml"))
+    own = {"low_lr": {"train.lr"}, "early_stopping": {"train.save_every", "train.keep_last", "train.schedule"},
+           "weight_decay": {"train.weight_decay"}, **dict.fromkeys(["attention_only", "gate_up", "mlp_only"], {"lora.modules"}),
+           **dict.fromkeys(["sc_lora", "corda"], {"lora.rank", "lora.alpha"}), "self_replay": {"gains.enabled"}}
+    measured = {"thermostat.every", "thermostat.batch_size"}
+    for file in files:
+        config = to_dict(load_config(f"configs/rivals/{file.name}"))
+        changed = {f"{section}.{key}" for section, keys in config.items() if isinstance(keys, dict) and section != "options"
+                   for key, value in keys.items() if value != plain[section][key]}
+        method = config["method"] != "baseline"
+        assert changed == own.get(file.stem, set()) | (measured if method else set()), file.name
+        assert config["name"] == file.stem and (not method or config["method"] == file.stem)
+        assert config["lora"]["rank"] == config["lora"]["alpha"]
+    methods = {name for name in method_names() if issubclass(method_class(name), Measured)} | {"self_replay"}
+    assert methods <= {file.stem for file in files}
 
 
 def test_options_and_versions_are_told(monkeypatch):
