@@ -18,8 +18,8 @@ LAYERS = [["core"], ["data"], ["probe"], ["models"], ["openvla"], ["teacher"], [
           ["tabletop", "libero"], ["parity"], ["reporting"]]
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 # Stages stand above all rooms and do not import one another, but for the dispatcher, the demo, which runs them in order, `checks`,
-# which is preflight's, and `closing_pass`, which is export's.
-MAY_IMPORT_STAGES = {"cli": None, "demo": None, "preflight": {"checks"}, "export": {"closing_pass"}}
+# which is preflight's, `closing_pass`, which is export's, and the study, which calls the dispatcher.
+MAY_IMPORT_STAGES = {"cli": None, "demo": None, "preflight": {"checks"}, "export": {"closing_pass"}, "study": {"checks", "cli"}}
 # A model by name: its own room, the comparison with its official code, and the stages that make a small one, with their options. All
 # others ask models/base.py.
 MAY_NAME_A_MODEL = {"openvla", "parity", *(f"{room}/{file}.py" for room in ("tabletop", "libero") for file in ("pretrain", "stages"))}

@@ -36,10 +36,17 @@ INTERPOLATE = Stage("interpolate", "vlakeep.interpolate", "a run's adapter at se
                     f"{FOLDERS} name export.target export.overwrite", own=(
     Option("--alphas", [0.2, 0.4, 0.6, 0.8], "Strengths, with commas between them: 0 is the base, 1 the run.", numbers),
     Option("--modules", [], "Linears that are weakened, by the last part of their names, such as q_proj; the others keep theirs.", names)))
+STUDY = Stage("study", "vlakeep.study", "arms x tasks x rates x seeds, trained and evaluated; goes on where it was stopped", FOLDERS,
+              file=False, own=(
+    Option("study", None, "The study file (core/study.py says what it holds), such as studies/rivals_small.yaml.", required=True),
+    Option("--workers", 1, "Cells that run at a time.", whole()),
+    Option("--dry-run", False, "Show the cells, what each has still to do, what it costs and what is missing; do nothing.", bool),
+    Option("--table", False, "Write the tables of what is done; run nothing.", bool),
+    Option("--cell", None, "Run this cell alone, in this process.")))
 FETCH = Stage("fetch", "vlakeep.core.fetch", "bring a base model from the hub below the storage root, with retries", FOLDERS, file=False,
               own=(Option("model", None, "A model of the hub, such as openvla/openvla-7b.", required=True),))
 STORAGE_CHECK = Stage("storage-check", "vlakeep.preflight", "check that all big files lie below the storage root; free space",
                       FOLDERS, (LARGE,), "storage_check")
 DEMO = Stage("demo", "vlakeep.demo", "the whole pipeline on the small model that ships with vlakeep, in minutes on a CPU",
              together(OFFLINE, TRAIN, EVALUATE) + " -name -train.save_every -train.keep_last -evaluate.target", file=False)
-STAGES = (DEMO, PREFLIGHT, STORAGE_CHECK, FETCH, AUDIT, OFFLINE, TRAIN, EVALUATE, REPORT, EXPORT, INTERPOLATE)
+STAGES = (DEMO, PREFLIGHT, STORAGE_CHECK, FETCH, AUDIT, OFFLINE, TRAIN, EVALUATE, REPORT, EXPORT, INTERPOLATE, STUDY)
