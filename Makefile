@@ -1,4 +1,5 @@
 # make demo   the whole pipeline on the small model that ships with vlakeep (set VLAKEEP_ROOT to choose where files go)
+# make study  a small study: three arms, two seeds, trained and evaluated, minutes on a CPU (docs/study.md)
 # make test   all tests; TESTS=tests/test_storage.py runs one file, WORKERS=4 uses more processes
 # make test-openvla-env   the tests on the library versions of the official OpenVLA environment
 # make mutations   plants the faults of tests/mutations.txt one by one and sees that the tests catch them (an hour; FAULT=text takes some)
@@ -25,10 +26,14 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint $(C
 FAULT ?=
 EXAMPLES ?= 20000
 
-.PHONY: demo test test-openvla-env mutations fuzz lint wheel libero docs clean setup
+.PHONY: demo study test test-openvla-env mutations fuzz lint wheel libero docs clean setup
 
 demo: setup
 	@$(VENV)/bin/vlakeep demo $(ARGS)
+
+study: setup
+	@$(VENV)/bin/vlakeep tabletop-data --config configs/method_graded.yaml --probe.name small --probe.size 60
+	@$(VENV)/bin/vlakeep study studies/rivals_small.yaml --workers $(WORKERS)
 
 # One thread per process: the tests are small, and two processes on two cores finish sooner than two threads in one. A file stays on one
 # process, which makes what its tests share once.

@@ -49,6 +49,7 @@ def wrong_options(text: str) -> List[str]:
         for start in range(len(words)):
             if known := options(words[start:]):
                 given = [word[2:].split("=")[0].rstrip(".,:") for word in words[start + 1:] if re.match(r"--\w", word)]
-                wrong += [f"{' '.join(words[start:start + 2])}: --{name}" for name in given if name not in known]
+                wrong += [f"{' '.join(words[start:start + 2])}: --{name}" for name in given
+                          if name not in known and not (name.startswith("options.") and "method" in known)]  # a method's own
                 break
     return wrong

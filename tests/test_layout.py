@@ -18,8 +18,8 @@ LAYERS = [["core"], ["data"], ["probe"], ["models"], ["openvla", "pi0_fast"], ["
           ["methods"], ["benchmarks"], ["tabletop", "libero"], ["parity"], ["reporting"]]
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 # Stages stand above all rooms and do not import one another, but for the dispatcher, the demo, which runs them in order, `checks`,
-# which is preflight's, and `closing_pass`, which is export's.
-MAY_IMPORT_STAGES = {"cli": None, "demo": None, "preflight": {"checks"}, "export": {"closing_pass"}}
+# which is preflight's, `closing_pass`, which is export's, and the study, which calls the dispatcher.
+MAY_IMPORT_STAGES = {"cli": None, "demo": None, "preflight": {"checks"}, "export": {"closing_pass"}, "study": {"checks", "cli"}}
 # A model by name: its own room, the comparison with its official code, and the stages that make a small one, with their options. All
 # others ask models/base.py.
 MODELS = ("openvla", "pi0_fast")
@@ -146,7 +146,7 @@ def test_configs_are_found():
 def test_every_config_loads_and_is_headed_by_its_launch_line(path):
     load_config(str(path))
     head = path.read_text().split("\n\n")[0]
-    assert head.startswith("#") and f"--config configs/{path.name}" in path.read_text()
+    assert head.startswith("#") and f"--config configs/{path.relative_to(PACKAGE / 'configs')}" in path.read_text()
 
 
 def commands():
@@ -182,7 +182,7 @@ def test_documented_commands_exist():
                 wrong.append(where)
             wrong += [f"{where} ({command})" for command in wrong_options(line)]
         for word in words:
-            file = re.fullmatch(r"(bash )?(\./)?(configs|scripts)/[\w.-]+\.(yaml|sh)", word)
+            file = re.fullmatch(r"(bash )?(\./)?(configs|scripts)/[\w./-]+\.(yaml|sh)", word)
             if file and not ((PACKAGE if file[3] == "configs" else REPO) / word).is_file():
                 wrong.append(f"{where} ({word} is missing)")
     assert wrong == []

@@ -4,6 +4,7 @@ import textwrap
 
 import pytest
 from conftest import BASELINE, GRADED, METHOD, final_adapter
+from test_graded import artefact  # noqa: F401 (a fixture)
 
 import vlakeep.methods
 from vlakeep import checks, preflight
@@ -25,7 +26,14 @@ METHODS = {
     "distillation": ("configs/method_distillation.yaml", ["--gains.enabled", False, "--thermostat.enabled", False,
                               "--options.weight", 0.0]),
     "toy": (BASELINE, ["--method", "toy"]),
+    **{name: (BASELINE, ["--method", name, "--thermostat.enabled", False, *off]) for name, off in {
+        "gpm": ["--options.enabled", False], "l2_sp": ["--options.strength", 0.0], "ewc": ["--options.strength", 0.0],
+        "consft": ["--options.sharpness", 0.0], "replay": ["--options.weight", 0.0]}.items()},
 }
+# Method -> the one whose laws hold for it, because it overrides nothing that the loop asks. test_rivals.py has what they change.
+LIKE = {**dict.fromkeys(["sgp", "adam_nscl", "owm", "inflora", "keeplora", "lora_null", "sc_lora", "corda", "eva"], "gpm"),
+        "maps": "l2_sp", "kfac": "ewc", "self_replay": "distillation"}
+ASKED = ("prepare", "before_training", "before_step", "penalty", "after_step", "logs", "state_dict", "load_state_dict", "detach")
 TOY = '''
     """Method `toy`: pulls the LoRA weights to zero, as weight decay in the loss does."""
 
@@ -70,6 +78,12 @@ def toy(tmp_path_factory):
         yield
 
 
+def member(name, asked):
+    """What answers for a method, whatever it is bound to."""
+    found = getattr(method_class(name), asked)
+    return getattr(found, "__func__", found)
+
+
 @pytest.fixture(scope="module")
 def baseline(world):
     storage, make_config = world
@@ -77,10 +91,12 @@ def baseline(world):
 
 
 def test_every_method_of_the_registry_is_under_the_laws():
-    assert set(method_names()) == set(METHODS)
-    for name in METHODS:
+    assert set(method_names()) == {*METHODS, *LIKE}
+    for name in method_names():
         assert issubclass(method_class(name), Method) and method_class(name).label
-    with pytest.raises(ValueError, match="--method 'none': must be one of baseline, distillation, graded, icsm_hsw_thermostat, toy"):
+    for name, like in LIKE.items():
+        assert [one for one in ASKED if member(name, one) is not member(like, one)] == [], f"{name} is no longer like {like}"
+    with pytest.raises(ValueError, match="--method 'none': must be one of adam_nscl, baseline, .*icsm_hsw_thermostat, .*toy"):
         method_class("none")
 
 
@@ -97,8 +113,10 @@ def test_switched_off_every_method_is_the_baseline_bitwise(world, baseline, name
 def test_a_method_leaves_the_model_as_it_was(world, graded_folder, name):
     """No hook and no parametrisation is left behind; state goes through state_dict."""
     storage, make_config = world
-    file, _ = METHODS[name]
-    config = make_config(file, *(["--method", "toy"] if name == "toy" else []))
+    file, off = METHODS[name]
+    # What a rival adds is on, if it needs nothing more.
+    on = {"replay": ["--options.weight", 0.0], "ewc": ["--options.items", 2]}.get(name, [])
+    config = make_config(file, *(["--method", name] if file == BASELINE else []), *on)
     backbone = make_backbone(config.backbone, "cpu", storage.cache)
     add_lora(backbone, config.lora, config.seed)
 
@@ -128,6 +146,23 @@ def test_a_method_in_one_file_trains_resumes_and_takes_its_options(world, baseli
         run_offline(make_config(*arm), storage)
     lines = preflight.run_checks(make_config(*arm, "--name", "toy-new"))
     assert not [line for line in lines if line.status == checks.RED and "rtefact" in line.what]
+
+
+RIVALS = [("sc_lora", ["--options.frames", 4, "--lora.layers", "last:1"]),
+          ("replay", ["--options.datasets", "tabletop_corner", "--options.items", 2])]
+
+
+@pytest.mark.parametrize("name, options", RIVALS, ids=[name for name, _ in RIVALS])
+def test_rivals_train_and_resume_bitwise(world, artefact, baseline, name, options):  # noqa: F811
+    """One that keeps in its state what is not trained, and one that draws old data."""
+    storage, make_config = world
+    arm = [BASELINE, "--method", name, "--thermostat.enabled", False, "--train.schedule", "constant", "--train.save_every", 2, *options]
+    whole = run_training(make_config(*arm, "--name", f"{name}-whole", "--train.steps", 4), storage)
+    run_training(make_config(*arm, "--name", f"{name}-part", "--train.steps", 2), storage)
+    part = run_training(make_config(*arm, "--name", f"{name}-part", "--train.steps", 4, "--train.resume", True), storage)
+    assert final_adapter(part) == final_adapter(whole) != final_adapter(baseline)
+    assert [row["loss"] for row in read_metrics(part)] == [row["loss"] for row in read_metrics(whole)]
+    assert ("penalty" in read_metrics(whole)[-1]) == (name == "replay")
 
 
 @pytest.mark.parametrize("given, words", [

@@ -35,6 +35,11 @@ def closed_name(run: str, budget: float) -> str:
     return f"{run}-closed-{budget:g}"
 
 
+def interpolated_name(run: str, alpha: float) -> str:
+    """Name of the run whose adapter is that of another times alpha (interpolate.py)."""
+    return f"{run}-alpha-{alpha:g}"
+
+
 def target_folder(target: str, storage: Storage) -> Path:
     """Where the name of a run or a path leads. `group/cell` is a run where there is such a run, or nothing else of this path."""
     if "/" not in target or (is_run_name(target) and ((storage.runs / target).is_dir() or not Path(target).exists())):

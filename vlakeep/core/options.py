@@ -100,6 +100,11 @@ def names(text: str) -> List[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
+def numbers(text: str) -> List[float]:
+    """Finite numbers, 0 or above, with commas between them."""
+    return [number()(word) for word in names(text)]
+
+
 # Finding stages
 
 

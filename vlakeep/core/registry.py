@@ -1,7 +1,7 @@
-"""The arms and the benchmarks by name: a file vlakeep/methods/NAME.py is the method NAME, and its `METHOD` the class (methods/base.py).
+"""The arms and the benchmarks by name: a file vlakeep/methods/NAME.py that ends in `METHOD = Class` is the method NAME (methods/base.py).
 
-NAME_offline.py beside it may hold its offline step. A package of one's own adds methods through the entry point group `vlakeep.methods`,
-whose values name such a class. Nothing is imported before it is asked for.
+Files without such a line hold what several of them share, or as NAME_offline.py an offline step. A package of one's own adds methods
+through the entry point group `vlakeep.methods`, whose values name such a class. Nothing is imported before it is asked for.
 
 A benchmark is a room with a file evaluation.py, or a file in vlakeep/benchmarks/, that ends in `BENCHMARK = Class` (benchmarks/base.py);
 the class says which names it serves, and such a file imports nothing heavy. From outside: the entry point group `vlakeep.benchmarks`.
@@ -12,7 +12,6 @@ from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from pkgutil import iter_modules
 from typing import Dict, List
 
 GROUP = "vlakeep.methods"
@@ -24,10 +23,14 @@ def _outside(group: str = GROUP) -> dict:
     return {entry.name: entry for entry in entry_points(group=group)}
 
 
+@lru_cache(maxsize=None)
+def _holds(file: Path, word: str) -> bool:
+    return re.search(rf"^{word} = ", file.read_text(encoding="utf-8"), flags=re.M) is not None
+
+
 def _own() -> List[str]:
-    folders = import_module(GROUP).__path__
-    names = sorted(module.name for module in iter_modules(folders))
-    return [name for name in names if name != "base" and not name.endswith("_offline")]
+    files = [file for folder in import_module(GROUP).__path__ for file in Path(folder).glob("*.py")]
+    return sorted({file.stem for file in files if _holds(file, "METHOD")})
 
 
 def method_names() -> List[str]:
@@ -46,18 +49,13 @@ def method_class(name: str):
     return outside[name].load()
 
 
-@lru_cache(maxsize=None)
-def _holds_a_benchmark(file: Path) -> bool:
-    return re.search(r"^BENCHMARK = ", file.read_text(encoding="utf-8"), flags=re.M) is not None
-
-
 def _own_benchmarks() -> Dict[str, type]:
     """Name -> class."""
     files = [(f"{BENCHMARKS}.{file.stem}", file) for folder in import_module(BENCHMARKS).__path__
              for file in sorted(Path(folder).glob("*.py"))]
     files += [(f"vlakeep.{file.parent.name}.evaluation", file) for folder in import_module("vlakeep").__path__
               for file in sorted(Path(folder).glob("*/evaluation.py"))]
-    classes = [import_module(module).BENCHMARK for module, file in files if _holds_a_benchmark(file)]
+    classes = [import_module(module).BENCHMARK for module, file in files if _holds(file, "BENCHMARK")]
     return {name: found for found in classes for name in found.names}
 
 

@@ -118,7 +118,8 @@ def _refuse_section(cls, key: str, where: str) -> None:
 
 
 def find_config(name) -> Path:
-    """The file that `--config` names: a path that exists, else a configuration that ships, as `configs/x.yaml`, `x.yaml` or `x`.
+    """The file that `--config` names: a path that exists, else a configuration that ships, as `configs/x.yaml`, `x.yaml` or `x`; one in
+    a folder as `configs/rivals/x.yaml`, `rivals/x`.
 
     Raises ConfigError listing those that ship.
     """
@@ -126,11 +127,12 @@ def find_config(name) -> Path:
     if given.is_file():
         return given
     short = given.parts[1:] if given.parts[:1] == ("configs",) else given.parts
-    shipped = sorted(SHIPPED.glob("*.yaml"))
-    for path in shipped:
-        if short in ((path.name,), (path.stem,)):
+    shipped = {path: path.relative_to(SHIPPED) for path in sorted(SHIPPED.rglob("*.yaml"))}
+    for path, own in shipped.items():
+        if short in (own.parts, own.with_suffix("").parts):
             return path
-    raise ConfigError(f"no configuration file at {name}; those that ship are {', '.join(path.stem for path in shipped)}")
+    known = sorted((own.with_suffix("").as_posix() for own in shipped.values()), key=lambda own: ("/" in own, own))
+    raise ConfigError(f"no configuration file at {name}; those that ship are {', '.join(known)}")
 
 
 def read_yaml(cls, path: Path) -> dict:

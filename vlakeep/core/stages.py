@@ -1,6 +1,6 @@
 """The stages of no single benchmark: what each reads (options.py says how it is written down)."""
 
-from vlakeep.core.options import Option, Stage, number, together, whole
+from vlakeep.core.options import Option, Stage, names, number, numbers, together, whole
 from vlakeep.core.storage import KEYS
 
 FOLDERS = " ".join(["root", *KEYS])
@@ -33,10 +33,21 @@ REPORT = Stage("report", "vlakeep.report", "tables, figures and an HTML page tha
     Option("--seconds", None, "Time of the whole experiment; null adds up training and evaluation.", number())))
 EXPORT = Stage("export", "vlakeep.export", "merge a run's adapter into the base weights, in the official directory format",
                f"{FOLDERS} name {STATE} backbone {SOURCES} probe icsm.batch_size {SPECTRUM} export")
+INTERPOLATE = Stage("interpolate", "vlakeep.interpolate", "a run's adapter at several strengths between the base and itself, each a run",
+                    f"{FOLDERS} name export.target export.overwrite", own=(
+    Option("--alphas", [0.2, 0.4, 0.6, 0.8], "Strengths, with commas between them: 0 is the base, 1 the run.", numbers),
+    Option("--modules", [], "Linears that are weakened, by the last part of their names, such as q_proj; the others keep theirs.", names)))
+STUDY = Stage("study", "vlakeep.study", "arms x tasks x rates x seeds, trained and evaluated; goes on where it was stopped", FOLDERS,
+              file=False, own=(
+    Option("study", None, "The study file (core/study.py says what it holds), such as studies/rivals_small.yaml.", required=True),
+    Option("--workers", 1, "Cells that run at a time.", whole()),
+    Option("--dry-run", False, "Show the cells, what each has still to do, what it costs and what is missing; do nothing.", bool),
+    Option("--table", False, "Write the tables of what is done; run nothing.", bool),
+    Option("--cell", None, "Run this cell alone, in this process.")))
 FETCH = Stage("fetch", "vlakeep.core.fetch", "bring a base model from the hub below the storage root, with retries", FOLDERS, file=False,
               own=(Option("model", None, "A model of the hub, such as openvla/openvla-7b.", required=True),))
 STORAGE_CHECK = Stage("storage-check", "vlakeep.preflight", "check that all big files lie below the storage root; free space",
                       FOLDERS, (LARGE,), "storage_check")
 DEMO = Stage("demo", "vlakeep.demo", "the whole pipeline on the small model that ships with vlakeep, in minutes on a CPU",
              together(OFFLINE, TRAIN, EVALUATE) + " -name -train.save_every -train.keep_last -evaluate.target", file=False)
-STAGES = (DEMO, PREFLIGHT, STORAGE_CHECK, FETCH, AUDIT, OFFLINE, TRAIN, EVALUATE, REPORT, EXPORT)
+STAGES = (DEMO, PREFLIGHT, STORAGE_CHECK, FETCH, AUDIT, OFFLINE, TRAIN, EVALUATE, REPORT, EXPORT, INTERPOLATE, STUDY)

@@ -25,7 +25,7 @@ from vlakeep.methods import graded_offline
 from vlakeep.methods.graded import Graded
 from vlakeep.models.adapters import adapters_disabled
 from vlakeep.probe.probe_set import ProbeSet
-from vlakeep.teacher.answers import run_below, teacher_answers
+from vlakeep.teacher.answers import Answered, run_below, teacher_answers
 from vlakeep.thermostat.kl_sensor import KLSensor, batched
 from vlakeep.thermostat.setpoint import SetPoint
 
@@ -79,7 +79,7 @@ class Distillation(Graded):
             with adapters_disabled(backbone):
                 first = backbone.first_adapted_layer()
                 parts = run_below(backbone, graded_offline.answered_samples(backbone, samples, size), first)
-                answered = teacher_answers(backbone, parts, first)
+                answered = method.targets(teacher_answers(backbone, parts, first))
             return KLSensor(backbone, answered, batched(samples, backbone.processor, size), size,
                             graded_offline.item_weights(config, probe.kinds(items)))
 
@@ -93,6 +93,10 @@ class Distillation(Graded):
         self._make_practice: Optional[Callable] = None
         self._practice: Optional[KLSensor] = None
         self._step, self._micro_batch = 0, 0
+
+    def targets(self, answered: Answered) -> Answered:
+        """What the practised items are to answer."""
+        return answered
 
     def attach(self, backbone) -> None:
         super().attach(backbone)

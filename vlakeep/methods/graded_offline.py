@@ -22,7 +22,7 @@ from vlakeep.data.sample import Batch, Sample, SampleSpec
 from vlakeep.models.adapters import select_linears
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.teacher import artifact, coverage
-from vlakeep.teacher.answers import Part, answer_columns, logits_at, run_below, teacher_answers
+from vlakeep.teacher.answers import Part, answer_log_probability, run_below, teacher_answers
 from vlakeep.teacher.collect import passes, with_own_answers
 from vlakeep.teacher.folder import numerics, of_weights
 from vlakeep.teacher.spectrum import Spectrum, spectrum, to_tensors
@@ -197,19 +197,11 @@ def output_sensitivity(backbone, parts: List[Part], first: int, linears) -> Dict
             tokens += int(mask_BS.sum())
             lifted = part.prefix.with_hidden(part.prefix.hidden_BSD.detach().requires_grad_(True))
             last_BSD = backbone.run_layers(lifted, start=first, stop=backbone.num_layers)
-            _answer_log_probability(backbone, last_BSD, part).backward()
+            answer_log_probability(backbone, last_BSD, part).backward()
     finally:
         for handle in handles:
             handle.remove()
     return {name: float(sums[name]) / max(tokens, 1) for name in linears}
-
-
-def _answer_log_probability(backbone, last_BSD: torch.Tensor, part: Part) -> torch.Tensor:
-    steps, length = int(part.count_B.max()), part.text_BL.shape[1]
-    log_p_BTV = torch.log_softmax(logits_at(backbone, part.prefix.with_hidden(last_BSD), length, part.start_B, steps).float(), -1)
-    said_BT = part.text_BL.gather(1, (answer_columns(part.start_B, steps) + 1).clamp(max=length - 1))
-    chosen_BT = log_p_BTV.gather(-1, said_BT[..., None])[..., 0]
-    return (chosen_BT * (torch.arange(steps, device=last_BSD.device) < part.count_B[:, None])).sum()
 
 
 def show(found: Dict[str, dict], lines: List[str]) -> None:

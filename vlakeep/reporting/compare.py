@@ -14,6 +14,7 @@ from vlakeep.reporting.intervals import mean_of, newcombe, paired_mean
 ARM_KEYS = (
     "name",
     "method",
+    "options",
     "hsw",
     "thermostat",
     "icsm",

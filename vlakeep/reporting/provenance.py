@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Dict, List, Optional
 
 from vlakeep.core.errors import quoted
-from vlakeep.core.names import closed_name
+from vlakeep.core.names import closed_name, interpolated_name
 from vlakeep.reporting.arms import Arm
 from vlakeep.reporting.compare import Comparison, config_changes
 from vlakeep.reporting.tables import chip, escape, facts_html
@@ -113,14 +113,25 @@ def command_lines(comparison: Comparison) -> List[str]:
 
 def closing_of(arm: Arm) -> Optional[dict]:
     """The record of the closing pass that made the arm's adapter out of another run's; None for a run that was trained."""
+    return _record(arm, "closing.json")
+
+
+def interpolation_of(arm: Arm) -> Optional[dict]:
+    """The record of the interpolation that the arm's adapter is; None for a run that was trained."""
+    return _record(arm, "interpolation.json")
+
+
+def _record(arm: Arm, name: str) -> Optional[dict]:
     folder = arm.folders.get("run")
-    path = folder / "closing.json" if folder is not None else None
+    path = folder / name if folder is not None else None
     return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else None
 
 
 def again_name(arm: Arm) -> str:
     """What the arm's run is called when it is made again."""
-    closing = closing_of(arm)
+    closing, part = closing_of(arm), interpolation_of(arm)
+    if part:
+        return interpolated_name(f"{part['run']}_again", part["alpha"])
     return closed_name(f"{closing['run']}_again", closing["budget"]) if closing else f"{arm.run}_again"
 
 
@@ -137,15 +148,18 @@ def reproduce(comparison: Comparison, root: Optional[Path]) -> List[str]:
         if arm.config.get("method") != "baseline" and not offline:
             lines.append(f"vlakeep offline --config {config}")
             offline = True
-        closing = closing_of(arm)
-        again = f"{closing['run'] if closing else arm.run}_again"
-        if again not in made:  # a run and its closed adapter are trained once
+        closing, part = closing_of(arm), interpolation_of(arm)
+        again = f"{(closing or part or {'run': arm.run})['run']}_again"
+        if again not in made:  # a run and what is made of its adapter are trained once
             lines.append(f"vlakeep train --config {config} --name {quoted(again)}")
         made.add(again)
         if closing:
             if arm.config.get("method") != "graded":
                 lines.append(f"vlakeep offline --config {config} --method graded")
             lines.append(f"vlakeep export --config {config} --export.target {quoted(again)} --export.close_to {closing['budget']:g}")
+        if part:
+            modules = f" --modules {','.join(part['modules'])}" if part["modules"] else ""
+            lines.append(f"vlakeep interpolate --config {config} --export.target {quoted(again)} --alphas {part['alpha']:g}{modules}")
         lines.append(f"vlakeep evaluate --config {config} --evaluate.target {quoted(again_name(arm))}")
     if "base" in comparison.arms:
         lines.append(f"vlakeep evaluate --config {config} --evaluate.target base")

@@ -14,7 +14,7 @@ from typing import Dict, List, Optional, Tuple
 from vlakeep.reporting.arms import Arm
 from vlakeep.reporting.compare import ARM_KEYS, Comparison, Difference, Measure, Value, flatten
 from vlakeep.reporting.intervals import t_interval
-from vlakeep.reporting.provenance import closing_of
+from vlakeep.reporting.provenance import closing_of, interpolation_of
 from vlakeep.reporting.tables import BADGES, escape, facts_html, to_csv, unit_of
 from vlakeep.reporting.words import difference_text, value_text
 
@@ -35,7 +35,9 @@ def _settings(arm: Arm) -> str:
     kept = {key: value for key, value in flatten(arm.config).items() if key not in APART and key.split(".")[0] not in APART}
     before = kept.get("train.from_run")  # each seed goes on from the earlier run of its own seed
     kept.update({"train.from_run": re.sub(r"-s\d+$", "", before) if isinstance(before, str) else None,
-                 "closed to": (closing_of(arm) or {}).get("budget")})  # a closed run has the configuration of the run that was closed
+                 # What is made of a run's adapter has the configuration of that run.
+                 "closed to": (closing_of(arm) or {}).get("budget"), **{
+                     f"interpolated {key}": (interpolation_of(arm) or {}).get(key) for key in ("alpha", "modules")}})
     return json.dumps(kept, sort_keys=True, default=str)
 
 

@@ -124,6 +124,15 @@ def logits_at(backbone, last: Prefix, length: int, start_N: torch.Tensor, steps:
     return backbone.logits(backbone.norm(hidden_BSD[rows_N1, positions_NT]))
 
 
+def answer_log_probability(backbone, last_BSD: torch.Tensor, part: Part) -> torch.Tensor:
+    """Sum over the items of log p(the teacher's answer), a differentiable scalar; `last_BSD` is the last layer's raw output."""
+    steps, length = int(part.count_B.max()), part.text_BL.shape[1]
+    log_p_BTV = torch.log_softmax(logits_at(backbone, part.prefix.with_hidden(last_BSD), length, part.start_B, steps).float(), -1)
+    said_BT = part.text_BL.gather(1, (answer_columns(part.start_B, steps) + 1).clamp(max=length - 1))
+    chosen_BT = log_p_BTV.gather(-1, said_BT[..., None])[..., 0]
+    return (chosen_BT * (torch.arange(steps, device=last_BSD.device) < part.count_B[:, None])).sum()
+
+
 if __name__ == "__main__":  # sanity check: python -m vlakeep.teacher.answers
     torch.manual_seed(0)
     logits_NTV, other_NTV = torch.randn(3, 4, 50) * 3, torch.randn(3, 4, 50) * 3

@@ -1,0 +1,167 @@
+"""Studies: the cells of a file, what is read from a cell's own files, failures beside the rest, and a resumed study against a whole one."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import SMALL
+from test_layout import REPO
+
+from vlakeep import cli, study
+from vlakeep.core.config import ConfigError, load_config
+from vlakeep.core.schema import find_config
+from vlakeep.core.stages import EVALUATE, TRAIN
+from vlakeep.core.study import BEGUN, DONE, OPEN, OTHER, TRAINED, read_study, said
+
+TINY = {"lora.layers": "last:1", "train.steps": 2, "train.save_every": 1, "train.batch_size": 2, "evaluate.skills": ["reach", "corner"],
+        "evaluate.episodes": 1, "evaluate.questions": ["color"], "evaluate.questions_per_kind": 2, "evaluate.retention_frames": 2,
+        "train.warmup": 1, "train.schedule": "constant", "train.tensorboard": False}
+
+
+def write(path, **changed):
+    tree = {"name": "small", "settings": {}, "seeds": [1, 2], "rates": [1e-3, 2e-3],
+            "tasks": {"corner": {"data.datasets": ["tabletop_corner"], "evaluate.new_skill": "corner"}},
+            "arms": {"plain": {"config": "configs/baseline_lora.yaml"},
+                     "gpm": {"config": "configs/rivals/gpm.yaml", "options.energy": 0.99, "rates": [5e-4]}}, **changed}
+    path.write_text(yaml.safe_dump({key: value for key, value in tree.items() if value is not None}, sort_keys=False))
+    return str(path)
+
+
+def call(words):
+    """A stage as the command line comes to it, in this process."""
+    stage = cli.STAGES[words[0]]
+    return getattr(importlib.import_module(stage.module), stage.function)(words[1:]) or 0
+
+
+def test_cells_are_every_combination_with_the_later_key_on_top(tmp_path):
+    cells = read_study(write(tmp_path / "one.yaml", settings={"train.steps": 7, "train.lr": 9.0}))
+    assert [cell.cell for cell in cells] == [f"plain-corner-lr{rate}-s{seed}" for rate in ("0.001", "0.002") for seed in (1, 2)] + [
+        "gpm-corner-lr0.0005-s1", "gpm-corner-lr0.0005-s2"]
+    config = cells[-1].config()
+    assert (config.name, config.method, config.seed, config.train.lr) == ("small/gpm-corner-lr0.0005-s2", "gpm", 2, 5e-4)
+    assert config.train.steps == 7 and config.options == {"energy": 0.99} and config.evaluate.target == config.name
+    assert config.data.datasets == ["tabletop_corner"]
+    alone = read_study(write(tmp_path / "two.yaml", rates=None, arms={"plain": {"config": "configs/baseline_lora.yaml"}}))
+    assert [cell.rate for cell in alone] == [2e-3, 2e-3], "the rate of the configuration"
+    # Each command takes the keys that its stage reads, and together they say the cell's configuration.
+    train, evaluate = cells[-1].commands(OPEN)
+    assert (train[0], evaluate[0]) == ("train", "evaluate")
+    assert "--evaluate.new_skill" not in train and "--train.lr" not in evaluate and "--options.energy" in train
+    for words, stage in ((train, TRAIN), (evaluate, EVALUATE)):
+        study.split(stage, words[1:])
+    assert "--train.resume" in cells[0].commands(BEGUN)[0] and [one[0] for one in cells[0].commands(TRAINED)] == ["evaluate"]
+    assert cells[0].commands(DONE) == cells[0].commands(OTHER) == []
+    assert [said(value) for value in (None, True, 5e-4, ["a", "b"], "x", 3)] == ["null", "true", "0.0005", "[a, b]", "x", "3"]
+
+
+@pytest.mark.parametrize("changed, words", [
+    ({"seeds": None}, "`seeds` is missing"), ({"arm": {}}, "unknown key `arm`"), ({"seeds": ["a"]}, "`seeds`: 'a' is no whole number"),
+    ({"arms": {"a b": {}}}, "`arms.a b`: a name is of letters"), ({"rates": 3}, "`rates` must be a list"),
+    ({"seeds": [1, 1]}, "two cells have the name small/plain-corner-lr0.001-s1"),
+])
+def test_mistakes_of_a_study_are_told(tmp_path, changed, words):
+    with pytest.raises(ConfigError) as caught:
+        read_study(write(tmp_path / "wrong.yaml", **changed))
+    assert words in str(caught.value)
+
+
+def test_mistakes_of_the_cells_configurations_are_told_once_each(tmp_path):
+    with pytest.raises(ConfigError, match="cell plain-corner-lr0.001-s1: .*train.steps") as caught:
+        study.open_study(write(tmp_path / "wrong.yaml", settings={"train.steps": 0}), ["--root", str(tmp_path)])
+    assert str(caught.value).count("train.steps") == 1
+
+
+@pytest.mark.parametrize("file", sorted((REPO / "studies").glob("*.yaml")), ids=lambda file: file.name)
+def test_shipped_studies_are_sound_and_headed_by_their_launch_line(file):
+    cells = read_study(file)
+    assert f"vlakeep study studies/{file.name}" in file.read_text() and cells[0].group == file.stem
+    arms = yaml.safe_load(file.read_text())["arms"]
+    for name, own in arms.items():  # configurations that ship are tested by themselves: what an arm adds, and once what the study adds
+        assert find_config(own["config"])
+        if set(own) - {"config", "rates"} or name == "plain":
+            assert next(cell for cell in cells if cell.arm == name).config()
+
+
+def test_a_failed_cell_is_told_and_the_rest_goes_on(tmp_path, capsys):
+    made = study.open_study(write(tmp_path / "one.yaml", arms={"plain": {"config": "configs/baseline_lora.yaml"}}),
+                            ["--root", str(tmp_path / "root")])
+    called = []
+
+    def launch(words, log_file):
+        called.append(words[words.index("--cell") + 1])
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        log_file.write_text("loading\nerror: no such thing: make it\n")
+        return 2 if called[-1].endswith("s1") else 0
+
+    failed = study.run_study(made, 1, launch)
+    assert called == [cell.cell for cell in made.cells]
+    assert "exit status 2" in failed["plain-corner-lr0.001-s1"] and "error: no such thing" in failed["plain-corner-lr0.001-s1"]
+    # One that ends well and left nothing has failed too.
+    assert set(failed) == {cell.cell for cell in made.cells}
+    assert (made.folder() / "cells.csv").read_text().splitlines()[1] == "plain,corner,0.001,1,open"
+    assert "[4/4]" in capsys.readouterr().err
+
+
+def test_a_process_of_the_launcher_leaves_its_log_and_status(tmp_path):
+    launcher = study.Launcher(1)
+    assert launcher(["--version"], tmp_path / "logs" / "one.log") == 0 and "vlakeep" in (tmp_path / "logs" / "one.log").read_text()
+    launcher.stop()
+    assert launcher(["--version"], tmp_path / "two.log") == 143, "none is started after the end"
+
+
+def test_intervals_are_over_seeds_and_not_over_cells():
+    assert study.spread([(1, 0.2), (1, 0.4), (2, 0.5)]) == "0.4 ±1.3", "two means, .3 and .5: t of one degree of freedom, 12.7"
+    assert study.spread([(1, 0.25)]) == "0.25" and study.spread([]) == ""
+
+
+def small(world, path, name):
+    storage, _ = world
+    settings = {**dict(zip([word[2:] for word in SMALL[::2]], [yaml.safe_load(word) for word in SMALL[1::2]])), **TINY}
+    file = write(path / f"{name}.yaml", name=name, settings=settings, seeds=[1], rates=[2e-3], arms={
+        "plain": {"config": "configs/baseline_lora.yaml"}, "decay": {"config": "configs/rivals/weight_decay.yaml"}})
+    return study.open_study(file, ["--root", str(storage.root)])
+
+
+def test_a_study_that_was_killed_gives_the_table_of_one_that_was_not(world, tmp_path, capsys):
+    """One cell is killed after its first step, one between training and evaluation; and what is done is not done again."""
+    whole, killed = small(world, tmp_path, "whole"), small(world, tmp_path, "killed")
+    study.show_plan(whole)
+    assert "2 of 2 cells to do, 4 steps of training" in capsys.readouterr().out
+
+    def launch(made):
+        by_name = {cell.cell: cell for cell in made.cells}
+        return lambda words, log_file: study.run_cell(made, by_name[words[words.index("--cell") + 1]], call)
+
+    assert study.run_study(whole, 1, launch(whole)) == {}
+    first, second = killed.cells
+    train = first.commands(OPEN)[0]
+    assert call([*train, *killed.folders, "--train.steps", "1"]) == 0
+    assert call([*second.commands(OPEN)[0], *killed.folders]) == 0
+    assert [state.kind for state in killed.states().values()] == [BEGUN, TRAINED]
+    assert study.run_study(killed, 1, launch(killed)) == {}
+    table = (killed.folder() / "cells.csv").read_bytes()
+    assert table == (whole.folder() / "cells.csv").read_bytes() and b"done" in table and b"skill:reach" in table
+    assert (killed.folder() / "arms.md").read_bytes() == (whole.folder() / "arms.md").read_bytes()
+    assert study.run_study(killed, 1, lambda words, log_file: pytest.fail("done is done")) == {}
+    # Another evaluation is asked for: only that is done again. Another training: the cell is told, and nothing is overwritten.
+    config = killed.configs[first]
+    config.evaluate.episodes = 2
+    assert study.look(first, config, killed.storage).kind == TRAINED
+    config.evaluate.episodes = 1
+    config.train.weight_decay = 0.5
+    state = study.look(first, config, killed.storage)
+    assert state.kind == OTHER and "train.weight_decay: 0.01 -> 0.5" in state.why
+    with pytest.raises(ConfigError, match="was made with another configuration"):
+        study.run_cell(killed, first, call)
+    assert study.seconds(second, killed.storage, killed.states()[second]) > 0
+
+
+def test_what_is_missing_is_told_with_its_remedy(tmp_path):
+    made = study.open_study(write(tmp_path / "one.yaml"), ["--root", str(tmp_path / "root")])
+    lines = "\n".join(study.missing(made, made.cells))
+    assert "tabletop_corner" in lines and "vlakeep tabletop-data" in lines
+    folder = next(iter(study.artefacts(made)))
+    assert folder.name == "graded_tabletop-base" and [cell.arm for cell in study.artefacts(made)[folder]] == ["gpm", "gpm"]
+    assert json.dumps(load_config(None).train.lr) and Path(folder).parent == made.storage.artifacts

@@ -1,0 +1,230 @@
+"""A study: arms x tasks x learning rates x seeds, each of them a cell, which is a run with its evaluation.
+
+    name: small                       # the group of the runs: GROUP/ARM-TASK-lrRATE-sSEED
+    settings: {train.steps: 300}      # keys of every cell
+    seeds: [11, 12]
+    rates: [1.0e-3, 2.0e-3]           # train.lr of every arm that has no `rates` of its own
+    tasks:
+      corner: {data.datasets: [tabletop_corner], evaluate.new_skill: corner}
+    arms:
+      plain: {config: configs/baseline_lora.yaml}
+      gpm: {config: configs/rivals/gpm.yaml, options.energy: 0.99, rates: [2.0e-3]}
+
+A later key overrides an earlier one: the arm's configuration, settings, task, arm, rate and seed. What is done is read from the files of
+the cell alone (`look`), so that a study may be stopped anywhere, run in parts, and by several machines that share the storage root.
+"""
+
+import copy
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import yaml
+
+from vlakeep.core.checkpoint import latest_intact, list_checkpoints
+from vlakeep.core.config import Config, ConfigError, load_config, to_dict
+from vlakeep.core.names import find_evaluation
+from vlakeep.core.options import Stage
+from vlakeep.core.rundir import config_differences, read_metrics
+from vlakeep.core.stages import EVALUATE, OFFLINE, TRAIN
+from vlakeep.core.storage import Storage
+
+KEYS = {"name": str, "settings": dict, "seeds": list, "rates": list, "tasks": dict, "arms": dict}
+OPEN, BEGUN, TRAINED, DONE, OTHER = "open", "begun", "trained", "done", "other configuration"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run and its evaluation. `pairs`: what its configuration has beyond the file, (key, value)."""
+
+    group: str
+    arm: str
+    task: str
+    rate: float
+    seed: int
+    file: Optional[str]
+    pairs: Tuple[Tuple[str, Any], ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.group}/{self.cell}"
+
+    @property
+    def cell(self) -> str:
+        return f"{self.arm}-{self.task}-lr{self.rate:g}-s{self.seed}"
+
+    def arguments(self, stage: Optional[Stage] = None, more: Sequence[Tuple[str, Any]] = ()) -> List[str]:
+        """The command line of a stage after its name, or all keys. A stage refuses keys that it does not read."""
+        reads = None if stage is None else set(stage.reads())
+        words = ["--config", self.file] if self.file else []
+        for key, value in {**dict(self.pairs), "name": self.name, **dict(more)}.items():
+            if reads is None or key in reads or (key.startswith("options.") and "options" in reads):
+                words += [f"--{key}", said(value)]
+        return words
+
+    def config(self, more: Sequence[str] = ()) -> Config:
+        """Raises ConfigError. Reading YAML and words takes long against thousands of cells: those of an arm and a task share it."""
+        shared = {key: value for key, value in self.pairs if key not in ("seed", "train.lr")}
+        found = copy.deepcopy(_parsed(self.file, tuple((key, said(value)) for key, value in shared.items()), tuple(more)))
+        found.name = found.evaluate.target = self.name
+        found.seed, found.train.lr = self.seed, self.rate
+        return found
+
+    def commands(self, state: str) -> List[List[str]]:
+        """Command lines of `vlakeep` that are left to do, stage first."""
+        train = ["train", *self.arguments(TRAIN, [("train.resume", True)] if state == BEGUN else [])]
+        evaluate = ["evaluate", *self.arguments(EVALUATE, [("evaluate.target", self.name)])]
+        return {OPEN: [train, evaluate], BEGUN: [train, evaluate], TRAINED: [evaluate]}.get(state, [])
+
+    def offline(self) -> List[str]:
+        return ["offline", *self.arguments(OFFLINE)]
+
+
+class State(NamedTuple):
+    """kind: OPEN nothing is there, BEGUN training has, TRAINED only the evaluation is left, DONE, OTHER the run in the cell's folder is of
+    another configuration (`why`)."""
+
+    kind: str
+    why: str = ""
+    evaluation: Optional[Path] = None
+
+
+@lru_cache(maxsize=None)
+def _parsed(file: Optional[str], pairs: Tuple[Tuple[str, str], ...], more: Tuple[str, ...]) -> Config:
+    return load_config(file, [*(word for key, value in pairs for word in (f"--{key}", value)), *more])
+
+
+def said(value: Any) -> str:
+    """A value as the command line takes it."""
+    if value is None or isinstance(value, (bool, list, dict)):
+        return yaml.safe_dump(value, default_flow_style=True, width=10_000).strip().removesuffix("\n...").strip()
+    return f"{value!r}" if isinstance(value, float) else str(value)
+
+
+def read_study(path) -> List[Cell]:
+    """The cells of a study file, in the order arms, tasks, rates, seeds. ConfigError with every mistake that is seen."""
+    file = Path(path)
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"the study {file} cannot be read: {error}") from error
+    wrong = _mistakes(tree)
+    if wrong:
+        raise ConfigError("\n".join(f"{file}: {line}" for line in wrong))
+    cells = []
+    for arm, own in tree["arms"].items():
+        own = dict(own or {})
+        config, rates = own.pop("config", None), own.pop("rates", tree.get("rates") or [None])
+        for task, keys in tree["tasks"].items():
+            for rate in rates:
+                for seed in tree["seeds"]:
+                    pairs = {**(tree.get("settings") or {}), **(keys or {}), **own, "seed": seed}
+                    pairs.update({} if rate is None else {"train.lr": float(rate)})
+                    rate_of = float(rate) if rate is not None else _rate(config, pairs)
+                    cells.append(Cell(tree["name"], arm, task, rate_of, int(seed), config, tuple(pairs.items())))
+    twice = sorted(name for name, count in Counter(cell.name for cell in cells).items() if count > 1)
+    if twice:
+        raise ConfigError(f"{file}: two cells have the name {twice[0]}")
+    return cells
+
+
+def _rate(config: Optional[str], pairs: Dict[str, Any]) -> float:
+    return float(pairs.get("train.lr") or _parsed(config, (), ()).train.lr)
+
+
+def _mistakes(tree) -> List[str]:
+    if not isinstance(tree, dict):
+        return ["must hold the keys " + ", ".join(KEYS)]
+    wrong = [f"unknown key `{key}`; there are {', '.join(KEYS)}" for key in tree if key not in KEYS]
+    wrong += [f"`{key}` is missing" for key in ("name", "seeds", "tasks", "arms") if not tree.get(key)]
+    wrong += [f"`{key}` must be a {kind.__name__}" for key, kind in KEYS.items()
+              if tree.get(key) is not None and not isinstance(tree[key], kind)]
+    if wrong:
+        return wrong
+    for what in ("tasks", "arms"):
+        wrong += [f"`{what}.{name}`: a name is of letters, digits, dots and underscores, as it becomes part of the name of a run"
+                  for name in tree[what] if not re.fullmatch(r"[A-Za-z0-9_.]*[A-Za-z0-9_]", str(name))]
+        wrong += [f"`{what}.{name}` must hold keys" for name, own in tree[what].items() if own is not None and not isinstance(own, dict)]
+    wrong += [f"`seeds`: {seed!r} is no whole number, 0 or above" for seed in tree["seeds"] if type(seed) is not int or seed < 0]
+    rates = [rate for own in [tree, *(own for own in tree["arms"].values() if isinstance(own, dict))] for rate in own.get("rates") or []]
+    wrong += [f"`rates`: {rate!r} is no number above 0 (YAML reads 1e-3 as a word: write 1.0e-3)" for rate in rates
+              if isinstance(rate, bool) or not isinstance(rate, (int, float)) or rate <= 0]
+    return wrong
+
+
+def look(cell: Cell, config: Config, storage: Storage) -> State:
+    """How far a cell is, from its own files."""
+    run = storage.run_folder(cell.name)
+    if not (run / "config.yaml").is_file() or not (list_checkpoints(run) or read_rows(run)):
+        return State(OPEN)
+    changed = config_differences(dict(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))), to_dict(config))
+    if changed:
+        return State(OTHER, "; ".join(changed))
+    checkpoint = latest_intact(run) if list_checkpoints(run) else None
+    if checkpoint is None or int(checkpoint.name.rpartition("_")[2]) < config.train.steps or _status(run) != "finished":
+        return State(BEGUN if list_checkpoints(run) or read_rows(run) else OPEN)
+    weights = json.loads((checkpoint / "manifest.json").read_text())["files"]["adapter/adapter_model.safetensors"]["sha256"]
+    folder = find_evaluation(storage, config.evaluate.benchmark, cell.name)
+    return State(DONE, "", folder) if _evaluated(folder, weights, config) else State(TRAINED)
+
+
+def read_rows(run: Path) -> List[dict]:
+    return read_metrics(run) if (run / "metrics.jsonl").is_file() else []
+
+
+def _status(run: Path) -> str:
+    try:
+        return json.loads((run / "provenance.json").read_text())["status"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _evaluated(folder: Path, weights: str, config: Config) -> bool:
+    """Whether the folder holds the finished evaluation of these weights, as the configuration asks for it."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        with open(folder / "records.jsonl", encoding="utf-8") as file:
+            made = json.loads(file.readline())["header"]["evaluate"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    asked = to_dict(config.evaluate)
+    # What is left open here is filled in by the benchmark.
+    return summary.get("weights") == weights and all(asked[key] == value for key, value in made.items() if asked.get(key) not in (None, []))
+
+
+def row(cell: Cell, config: Config, storage: Storage, state: State) -> Dict[str, Any]:
+    """What a table says of a cell; no times, so that a study that was killed and resumed gives the same table to the byte. Rates in [0, 1],
+    divergences in nats."""
+    found: Dict[str, Any] = {"arm": cell.arm, "task": cell.task, "rate": cell.rate, "seed": cell.seed, "state": state.kind}
+    if state.kind != DONE or state.evaluation is None:
+        return found
+    summary = json.loads((state.evaluation / "summary.json").read_text(encoding="utf-8"))
+    groups: Dict[str, List[float]] = {}
+    for name, value in summary["abilities"].items():
+        groups.setdefault(value["group"], []).append(value["mean"])
+        found[f"{value['group']}:{name}"] = value["mean"]
+    found.update(new=(summary["new_skill"] or {}).get("mean"), old=_mean(groups.get("skill")),
+                 worst=min(groups["skill"]) if groups.get("skill") else None, questions=_mean(groups.get("question")),
+                 action_kl=summary["retention_kl"]["mean"])
+    kl = [one.get("settled_kl", one.get("kl")) for one in read_rows(storage.run_folder(cell.name)) if "kl" in one]
+    found["probe_kl"] = kl[-1] if kl else None
+    return found
+
+
+def seconds(cell: Cell, storage: Storage, state: State) -> Optional[float]:
+    """What a cell that is done took, training and evaluation."""
+    rows = read_rows(storage.run_folder(cell.name))
+    if state.evaluation is None or not rows:
+        return None
+    # A resumed run counts from zero again: each stretch ends where the next row has less.
+    times = [one["seconds"] for one in rows if "seconds" in one]
+    spent = sum(a for a, b in zip(times, [*times[1:], -1.0]) if b < a)
+    return spent + float(json.loads((state.evaluation / "summary.json").read_text(encoding="utf-8")).get("seconds", 0.0))
+
+
+def _mean(values: Optional[List[float]]) -> Optional[float]:
+    return sum(values) / len(values) if values else None
