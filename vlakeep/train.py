@@ -23,10 +23,10 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from vlakeep.core import checkpoint as ckpt
-from vlakeep.core.compat import grad_scaler
 from vlakeep.core.config import Config, to_dict
 from vlakeep.core.errors import CheckpointError, Interrupted, TrainingStopped
 from vlakeep.core.log import log
+from vlakeep.core.loss_scale import LossScaler
 from vlakeep.core.options import read
 from vlakeep.core.parallel import Distributed, process_settings
 from vlakeep.core.registry import method_class
@@ -67,8 +67,7 @@ def train_step(model, method, optimizer, scaler, batches, config, step: int, obs
     params = [p for group in optimizer.param_groups for p in group["params"]]
     # A clip of 0 clips nothing, and the norm is wanted all the same.
     norm = torch.nn.utils.clip_grad_norm_(params, config.clip if config.clip > 0 else math.inf)
-    # Asking for it waits for the device, so it is asked on logged steps only.
-    loss_scale = scaler.get_scale() if scaler.is_enabled() and observe else 1.0
+    loss_scale = scaler.get_scale()  # that of this step's gradients; update may change it
     scaler.step(optimizer)
     scaler.update()
     metrics = method.after_step(step, loss_scale)
@@ -197,7 +196,8 @@ def _loop(config: Config, dist: Distributed, run: RunDir, backbone, method, stre
     settings = config.train
     params = [p for p in backbone.parameters() if p.requires_grad]
     optimizer = make_optimizer(params, settings)
-    scaler = grad_scaler(dist.device, enabled=settings.autocast == "float16")
+    # Also without autocast: gradients through float16 weights are float16.
+    scaler = LossScaler(enabled="float16" in (settings.autocast, config.backbone.dtype))
     guard = Guard(settings.blowup_factor, config)
     first = 1
     parts = {"scaler": scaler, "method": method, "guard": guard, "stream": stream}
@@ -229,7 +229,7 @@ def _loop(config: Config, dist: Distributed, run: RunDir, backbone, method, stre
             if observe or method.logs(step):
                 row = dist.mean_metrics(metrics)
                 row["grad_norm_clipped"] = min(row["grad_norm"], settings.clip) if settings.clip > 0 else row["grad_norm"]
-                row.update(lr=optimizer.param_groups[0]["lr"], seconds=(time.perf_counter() - seconds))
+                row.update(lr=optimizer.param_groups[0]["lr"], seconds=(time.perf_counter() - seconds), **scaler.log())
                 run.log(step, row)
                 kept = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint had been saved yet"
                 guard.check(step, row, scaler, kept)

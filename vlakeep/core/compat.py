@@ -50,10 +50,3 @@ def require_numpy() -> None:
     """ValueError with the remedy when torch cannot read NumPy's arrays."""
     if trouble := numpy_trouble():
         raise ValueError(f"{trouble}: {NUMPY_1}")
-
-
-def grad_scaler(device: torch.device, enabled: bool):
-    """Loss scaling for float16; torch 2.2 has it for CUDA only, and as another class."""
-    if hasattr(torch.amp, "GradScaler"):
-        return torch.amp.GradScaler(device.type, enabled=enabled)
-    return torch.cuda.amp.GradScaler(enabled=enabled)
