@@ -15,7 +15,7 @@ PACKAGE = REPO / "vlakeep"
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if "assets" not in p.parts)
 # Rooms in order: each imports only from rooms that stand before it, and from itself. Those of one line do not know of each other.
 LAYERS = [["core"], ["data"], ["probe"], ["models"], ["openvla"], ["teacher"], ["hsw"], ["thermostat"], ["methods"], ["benchmarks"],
-          ["tabletop", "libero"], ["parity"], ["reporting"]]
+          ["planning"], ["tabletop", "libero"], ["parity"], ["reporting"]]
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 # Stages stand above all rooms and do not import one another, but for the dispatcher, the demo, which runs them in order, `checks`,
 # which is preflight's, and `closing_pass`, which is export's.
@@ -23,7 +23,7 @@ MAY_IMPORT_STAGES = {"cli": None, "demo": None, "preflight": {"checks"}, "export
 # A model by name: its own room, the comparison with its official code, and the stages that make a small one, with their options. All
 # others ask models/base.py.
 MAY_NAME_A_MODEL = {"openvla", "parity", *(f"{room}/{file}.py" for room in ("tabletop", "libero") for file in ("pretrain", "stages"))}
-OPTIONAL = {"timm", "torchvision", "wandb", "tensorboard", "tensorflow", "h5py", "pyarrow", "av"}
+OPTIONAL = {"timm", "torchvision", "wandb", "tensorboard", "tensorflow", "h5py", "pyarrow", "av", "bitsandbytes"}
 DOCUMENTS = sorted([*REPO.glob("*.md"), *(REPO / "docs").glob("*.md")])
 
 

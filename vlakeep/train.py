@@ -23,6 +23,7 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from vlakeep.core import checkpoint as ckpt
+from vlakeep.core.compat import import_bitsandbytes
 from vlakeep.core.config import Config, to_dict
 from vlakeep.core.errors import CheckpointError, Interrupted, TrainingStopped
 from vlakeep.core.log import log
@@ -40,6 +41,7 @@ from vlakeep.models.alarms import check_vision
 from vlakeep.models.chain import chain_of_run, keep_chain, merge_chain
 from vlakeep.models.load import make_backbone
 
+EIGHT_BIT = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}  # classes of bitsandbytes.optim
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -103,6 +105,9 @@ def schedule_note(old: dict, new: dict) -> str:
 def make_optimizer(params, config):
     if config.optimizer == "sgd":
         return torch.optim.SGD(params, lr=config.lr, weight_decay=config.weight_decay)
+    if config.optimizer in EIGHT_BIT:
+        bitsandbytes = import_bitsandbytes(f"--train.optimizer {config.optimizer}", "--train.optimizer adamw")
+        return getattr(bitsandbytes.optim, EIGHT_BIT[config.optimizer])(params, lr=config.lr, weight_decay=config.weight_decay)
     return torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay)
 
 
@@ -178,6 +183,10 @@ def refuse_early(config: Config, storage: Storage, dist: Distributed) -> None:
     """Raise for what can be seen to be wrong without the model, before time goes into loading it."""
     if config.train.autocast == "float16" and dist.device.type == "cpu":
         raise ValueError("--train.autocast float16: not on a CPU; use --train.autocast none, or a GPU with --device cuda")
+    if config.train.optimizer in EIGHT_BIT:
+        if dist.device.type == "cpu":
+            raise ValueError(f"--train.optimizer {config.train.optimizer}: not on a CPU; use --train.optimizer adamw")
+        import_bitsandbytes(f"--train.optimizer {config.train.optimizer}", "--train.optimizer adamw")
     run = RunDir(storage.run_folder(config.name), dist.is_main)
     run.refuse_as_cell_of_a_run(storage)
     if dist.is_main and run.folder.is_dir():

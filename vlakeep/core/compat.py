@@ -50,3 +50,12 @@ def require_numpy() -> None:
     """ValueError with the remedy when torch cannot read NumPy's arrays."""
     if trouble := numpy_trouble():
         raise ValueError(f"{trouble}: {NUMPY_1}")
+
+
+def import_bitsandbytes(key: str, instead: str):
+    """Import and return bitsandbytes. ValueError with the remedy where it is missing; `key` is the option that asks for it."""
+    try:
+        return importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise ValueError(f"{key}: the package bitsandbytes cannot be loaded ({error}): pip install 'vlakeep[bitsandbytes]', or "
+                         f"{instead}") from error
