@@ -47,6 +47,8 @@ ROOMS = {
                 "各实验臂，每个一个文件"),
     "benchmarks": ("trial records with intervals, and what all benchmarks share",
                    "带区间的试验记录，以及各基准共用的部分"),
+    "planning": ("memory and time of every stage before it runs, and how to make it fit a card",
+                 "在运行之前预测各阶段的显存与时间，以及如何放进一张卡"),
     "tabletop": ("the simulated table: world, camera, expert, questions, and its stages",
                  "仿真桌面：世界、相机、专家、问题，以及它的各阶段"),
     "libero": ("LIBERO: simulator, expert, questions, and its stages",

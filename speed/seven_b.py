@@ -25,7 +25,7 @@ from vlakeep.models.files import INDEX, write_json
 from vlakeep.offline import run_offline
 from vlakeep.openvla.format import complete_config, write_sidecars
 from vlakeep.openvla.model import OpenVLA, parameters_on_meta
-from vlakeep.parity.verify_openvla import SEVEN_B
+from vlakeep.openvla.workload import SEVEN_B
 from vlakeep.tabletop.data import write_tabletop_data
 from vlakeep.train import run_training
 

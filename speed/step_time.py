@@ -16,8 +16,8 @@ import time
 
 import torch
 
-from vlakeep.core.compat import grad_scaler
 from vlakeep.core.config import load_config
+from vlakeep.core.loss_scale import LossScaler
 from vlakeep.core.parallel import pick_device, set_threads
 from vlakeep.core.registry import method_class
 from vlakeep.core.storage import Storage
@@ -54,7 +54,7 @@ def build(overrides, device):
     for site in getattr(method, "_sites", []):
         site.set_gains(method._fixed)  # gains of 1 would skip the surgery that is to be timed
     optimizer = make_optimizer([p for p in backbone.parameters() if p.requires_grad], config.train)
-    scaler = grad_scaler(device, enabled=False)
+    scaler = LossScaler(False)
     stream = make_stream(config.data, storage.data, backbone.processor, config.train.batch_size, config.seed, 0, 1, storage.cache)
     batch = next(stream).to(device)
 

@@ -44,6 +44,7 @@ def test_help_lists_every_stage_and_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
     assert done.returncode == 0, "--help imported torch"
     for name in (
+        "plan",
         "preflight",
         "storage-check",
         "tabletop-data",
@@ -93,8 +94,8 @@ def test_a_stage_declares_what_it_reads_and_nothing_else(calls, name):
     stage = cli.STAGES[name]
     declared, found = set(stage.reads()), calls.keys(stage)
     assert {"root", *KEYS} <= declared
-    if name == "preflight":
-        expected = {key for one in ("offline", "train", "evaluate") for key in cli.STAGES[one].reads()}
+    if name in ("preflight", "plan"):
+        expected = {key for one in ("offline", "train", "evaluate", *["export"] * (name == "plan")) for key in cli.STAGES[one].reads()}
         assert declared == expected and found <= declared
         return
     found -= {"demo": SET, "pretrain-libero": {key for key in leaves() if key.startswith("backbone.")}}.get(name, set())

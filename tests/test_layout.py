@@ -15,7 +15,7 @@ PACKAGE = REPO / "vlakeep"
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if "assets" not in p.parts)
 # Rooms in order: each imports only from rooms that stand before it, and from itself. Those of one line do not know of each other.
 LAYERS = [["core"], ["data"], ["probe"], ["models"], ["openvla", "pi0_fast"], ["teacher"], ["hsw"], ["thermostat"], ["protection"],
-          ["methods"], ["benchmarks"], ["tabletop", "libero"], ["parity"], ["reporting"]]
+          ["methods"], ["benchmarks"], ["planning"], ["tabletop", "libero"], ["parity"], ["reporting"]]
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 # Stages stand above all rooms and do not import one another, but for the dispatcher, the demo, which runs them in order, `checks`,
 # which is preflight's, `closing_pass`, which is export's, and the study, which calls the dispatcher.
@@ -25,7 +25,7 @@ MAY_IMPORT_STAGES = {"cli": None, "demo": None, "preflight": {"checks"}, "export
 MODELS = ("openvla", "pi0_fast")
 MAY_NAME_A_MODEL = {*MODELS, "parity", *(f"{room}/{file}.py" for room in ("tabletop", "libero") for file in ("pretrain", "stages")),
                     "tabletop/pretrain_pi0_fast.py"}
-OPTIONAL = {"timm", "torchvision", "wandb", "tensorboard", "tensorflow", "h5py", "pyarrow", "av"}
+OPTIONAL = {"timm", "torchvision", "wandb", "tensorboard", "tensorflow", "h5py", "pyarrow", "av", "bitsandbytes"}
 DOCUMENTS = sorted([*REPO.glob("*.md"), *(REPO / "docs").glob("*.md")])
 
 

@@ -4,7 +4,6 @@ import textwrap
 
 import pytest
 from conftest import BASELINE, GRADED, METHOD, final_adapter
-from test_graded import artefact  # noqa: F401 (a fixture)
 
 import vlakeep.methods
 from vlakeep import checks, preflight
@@ -153,7 +152,7 @@ RIVALS = [("sc_lora", ["--options.frames", 4, "--lora.layers", "last:1"]),
 
 
 @pytest.mark.parametrize("name, options", RIVALS, ids=[name for name, _ in RIVALS])
-def test_rivals_train_and_resume_bitwise(world, artefact, baseline, name, options):  # noqa: F811
+def test_rivals_train_and_resume_bitwise(world, graded_folder, baseline, name, options):
     """One that keeps in its state what is not trained, and one that draws old data."""
     storage, make_config = world
     arm = [BASELINE, "--method", name, "--thermostat.enabled", False, "--train.schedule", "constant", "--train.save_every", 2, *options]

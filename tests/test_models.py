@@ -16,6 +16,7 @@ from toy_model import Toy, make_folder
 from vlakeep.core.checkpoint import check_base
 from vlakeep.core.config import load_config
 from vlakeep.core.errors import CheckpointError
+from vlakeep.core.loss_scale import LossScaler
 from vlakeep.data.sample import IGNORE_INDEX, Sample, SampleSpec
 from vlakeep.methods.baseline import Baseline
 from vlakeep.methods.graded import Graded
@@ -310,7 +311,7 @@ def trained(case, method_of, config, steps=2):
     method.attach(backbone)
     method.before_training()
     optimizer = make_optimizer([p for p in backbone.parameters() if p.requires_grad], config.train)
-    scaler = torch.amp.GradScaler("cpu", enabled=False) if hasattr(torch.amp, "GradScaler") else torch.cuda.amp.GradScaler(enabled=False)
+    scaler = LossScaler(False)
     batch = backbone.processor.encode_batch(case.samples(backbone))
     rows = [train_step(backbone, method, optimizer, scaler, [batch], config.train, step, True) for step in range(1, steps + 1)]
     assert before == backbone.weights_sha256

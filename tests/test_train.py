@@ -15,8 +15,8 @@ import torch
 from conftest import BASELINE, METHOD, SMALL
 
 from vlakeep import train
-from vlakeep.core.compat import grad_scaler
 from vlakeep.core.errors import Interrupted, TrainingStopped
+from vlakeep.core.loss_scale import LossScaler
 from vlakeep.core.rundir import read_metrics
 from vlakeep.data.sample import Sample
 from vlakeep.methods.baseline import Baseline
@@ -215,7 +215,7 @@ def test_a_batch_without_labels_has_no_accuracy_of_nan(world):
     add_lora(backbone, config.lora, 0)
     optimizer = torch.optim.SGD([p for p in backbone.parameters() if p.requires_grad], lr=0.0)
     prompt = encode_prompts([Sample(torch.zeros(64, 64, 3, dtype=torch.uint8).numpy(), "reach the corner")], backbone.processor)
-    metrics = train_step(backbone, Baseline(), optimizer, grad_scaler(torch.device("cpu"), False), [prompt], config.train, 1, True)
+    metrics = train_step(backbone, Baseline(), optimizer, LossScaler(False), [prompt], config.train, 1, True)
     assert float(metrics["accuracy"]) == 0.0 and not torch.isfinite(metrics["loss"])
 
 
@@ -230,7 +230,7 @@ def test_the_remedy_for_a_blow_up_is_that_of_the_arm(world, arm, words, other):
     storage, make_config = world
     guard = train.Guard(20.0, make_config(*arm))
     row = {"loss": 1.0, "grad_norm": 1.0, "hidden_norm": 10.0}
-    scaler = grad_scaler(torch.device("cpu"), False)
+    scaler = LossScaler(False)
     guard.check(1, row, scaler, "nothing is kept")
     with pytest.raises(TrainingStopped, match="hidden states blew up") as error:
         guard.check(2, dict(row, hidden_norm=300.0), scaler, "nothing is kept")

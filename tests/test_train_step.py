@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from vlakeep.core.compat import grad_scaler
 from vlakeep.core.config import TrainConfig
+from vlakeep.core.loss_scale import LossScaler
 from vlakeep.methods.baseline import Baseline
 from vlakeep.openvla.backbone import LossOutput
 from vlakeep.train import learning_rate, train_step
@@ -42,7 +42,7 @@ def moved(*batches, clip=0.0, method=None, steps=1):
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     batches = [SimpleNamespace(input_ids=torch.tensor(batch)) for batch in batches]
     for step in range(1, steps + 1):
-        metrics = train_step(model, method(model) if method else Baseline(), optimizer, grad_scaler(torch.device("cpu"), False), batches,
+        metrics = train_step(model, method(model) if method else Baseline(), optimizer, LossScaler(False), batches,
                              TrainConfig(clip=clip), step, True)
     return model.w_D.detach(), metrics
 

@@ -23,10 +23,11 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from vlakeep.core import checkpoint as ckpt
-from vlakeep.core.compat import grad_scaler
+from vlakeep.core.compat import import_bitsandbytes
 from vlakeep.core.config import Config, to_dict
 from vlakeep.core.errors import CheckpointError, Interrupted, TrainingStopped
 from vlakeep.core.log import log
+from vlakeep.core.loss_scale import LossScaler
 from vlakeep.core.options import read
 from vlakeep.core.parallel import Distributed, process_settings
 from vlakeep.core.registry import method_class
@@ -45,6 +46,7 @@ from vlakeep.models.chain import chain_of_run, keep_chain, merge_chain
 from vlakeep.models.load import make_backbone
 from vlakeep.models.look import look
 
+EIGHT_BIT = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}  # classes of bitsandbytes.optim
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -72,8 +74,7 @@ def train_step(model, method, optimizer, scaler, batches, config, step: int, obs
     params = [p for group in optimizer.param_groups for p in group["params"]]
     # A clip of 0 clips nothing, and the norm is wanted all the same.
     norm = torch.nn.utils.clip_grad_norm_(params, config.clip if config.clip > 0 else math.inf)
-    # Asking for it waits for the device, so it is asked on logged steps only.
-    loss_scale = scaler.get_scale() if scaler.is_enabled() and observe else 1.0
+    loss_scale = scaler.get_scale()  # that of this step's gradients; update may change it
     scaler.step(optimizer)
     scaler.update()
     metrics = method.after_step(step, loss_scale)
@@ -109,6 +110,9 @@ def schedule_note(old: dict, new: dict) -> str:
 def make_optimizer(params, config):
     if config.optimizer == "sgd":
         return torch.optim.SGD(params, lr=config.lr, weight_decay=config.weight_decay)
+    if config.optimizer in EIGHT_BIT:
+        bitsandbytes = import_bitsandbytes(f"--train.optimizer {config.optimizer}", "--train.optimizer adamw")
+        return getattr(bitsandbytes.optim, EIGHT_BIT[config.optimizer])(params, lr=config.lr, weight_decay=config.weight_decay)
     return torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay)
 
 
@@ -190,6 +194,10 @@ def refuse_early(config: Config, storage: Storage, dist: Distributed) -> None:
     """Raise for what can be seen to be wrong without the model, before time goes into loading it."""
     if config.train.autocast == "float16" and dist.device.type == "cpu":
         raise ValueError("--train.autocast float16: not on a CPU; use --train.autocast none, or a GPU with --device cuda")
+    if config.train.optimizer in EIGHT_BIT:
+        if dist.device.type == "cpu":
+            raise ValueError(f"--train.optimizer {config.train.optimizer}: not on a CPU; use --train.optimizer adamw")
+        import_bitsandbytes(f"--train.optimizer {config.train.optimizer}", "--train.optimizer adamw")
     run = RunDir(storage.run_folder(config.name), dist.is_main)
     run.refuse_as_cell_of_a_run(storage)
     if dist.is_main and run.folder.is_dir():
@@ -208,7 +216,8 @@ def _loop(config: Config, dist: Distributed, run: RunDir, backbone, method, stre
     settings = config.train
     params = [p for p in backbone.parameters() if p.requires_grad]
     optimizer = make_optimizer(params, settings)
-    scaler = grad_scaler(dist.device, enabled=settings.autocast == "float16")
+    # Also without autocast: gradients through float16 weights are float16.
+    scaler = LossScaler(enabled="float16" in (settings.autocast, config.backbone.dtype))
     guard = Guard(settings.blowup_factor, config)
     first = 1
     parts = {"scaler": scaler, "method": method, "guard": guard, "stream": stream}
@@ -241,7 +250,7 @@ def _loop(config: Config, dist: Distributed, run: RunDir, backbone, method, stre
             if observe or method.logs(step):
                 row = dist.mean_metrics(metrics)
                 row["grad_norm_clipped"] = min(row["grad_norm"], settings.clip) if settings.clip > 0 else row["grad_norm"]
-                row.update(lr=optimizer.param_groups[0]["lr"], seconds=(time.perf_counter() - seconds))
+                row.update(lr=optimizer.param_groups[0]["lr"], seconds=(time.perf_counter() - seconds), **scaler.log())
                 run.log(step, row)
                 kept = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint had been saved yet"
                 guard.check(step, row, scaler, kept)

@@ -52,8 +52,10 @@ def require_numpy() -> None:
         raise ValueError(f"{trouble}: {NUMPY_1}")
 
 
-def grad_scaler(device: torch.device, enabled: bool):
-    """Loss scaling for float16; torch 2.2 has it for CUDA only, and as another class."""
-    if hasattr(torch.amp, "GradScaler"):
-        return torch.amp.GradScaler(device.type, enabled=enabled)
-    return torch.cuda.amp.GradScaler(enabled=enabled)
+def import_bitsandbytes(key: str, instead: str):
+    """Import and return bitsandbytes. ValueError with the remedy where it is missing; `key` is the option that asks for it."""
+    try:
+        return importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise ValueError(f"{key}: the package bitsandbytes cannot be loaded ({error}): pip install 'vlakeep[bitsandbytes]', or "
+                         f"{instead}") from error

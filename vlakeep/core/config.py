@@ -247,8 +247,9 @@ class TrainConfig:
     batch_size: int = least(16)
     # Micro-batches per optimizer step.
     accumulation: int = least(1)
-    # adamw, or sgd (ablation).
-    optimizer: str = choice("adamw", "sgd")
+    # adamw; adamw8bit keeps its two moments in 8 bits, paged_adamw8bit also in pages that may leave the GPU (both need a GPU and the
+    # package bitsandbytes); sgd (ablation).
+    optimizer: str = choice("adamw", "adamw8bit", "paged_adamw8bit", "sgd")
     # Learning rate after warm-up.
     lr: float = above(5e-4)
     # Of the adapters, decoupled from the gradient with adamw.

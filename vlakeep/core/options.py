@@ -16,6 +16,9 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 
 from vlakeep.core import schema
 from vlakeep.core.config import Config, ConfigError, load_config
+from vlakeep.core.hardware import hardware, types
+from vlakeep.core.log import log
+from vlakeep.core.storage import Storage
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -162,13 +165,31 @@ def split(stage: Stage, argv: List[str]) -> Tuple[argparse.Namespace, Optional[s
         raise ConfigError("--config needs a file, or the name of a configuration that ships, such as baseline_lora")
     for option in stage.own:
         setattr(args, option.dest, _value(stage, option, getattr(args, option.dest)))
+    if getattr(args, "hardware", None):  # before what the command line says, which beats it; a stage is told what it reads
+        chosen = [one for one in types(hardware(args.hardware)) if one.key in stage.reads()]
+        given = _keys(pairs)
+        for key, value, reason in chosen:
+            log.info(f"{args.hardware}: --{key} {value} ({reason})" if key not in given else f"{args.hardware}: --{key} as you say")
+        pairs = [f"--{key}={value}" for key, value, _ in chosen] + pairs
     return args, config, pairs
+
+
+def _keys(pairs: List[str]) -> List[str]:
+    return [pair[2:].partition("=")[0] for pair in pairs]
 
 
 def read(stage: Stage, argv: List[str]) -> Tuple[argparse.Namespace, Config]:
     """(the stage's own options, the configuration). Raises ConfigError."""
     args, file, pairs = split(stage, argv)
-    return args, load_config(file, pairs)
+    config = load_config(file, pairs)
+    if getattr(args, "hardware", None) and "train.batch_size" in stage.reads():
+        card = hardware(args.hardware)
+        card = card._replace(memory=getattr(args, "gib", None) or card.memory)
+        fit = import_module("vlakeep.planning.fit")  # of a room above this one, by name as the rooms' stages are
+        given = _keys(pairs[len(types(card)):])
+        for key, value, reason in fit.fitted(config, card, Storage.from_config(config, create=False).cache, given):
+            log.info(f"{args.hardware}: --{key} {value} ({reason})")
+    return args, config
 
 
 def _value(stage: Stage, option: Option, given):

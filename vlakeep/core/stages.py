@@ -1,5 +1,6 @@
 """The stages of no single benchmark: what each reads (options.py says how it is written down)."""
 
+from vlakeep.core.hardware import NAMES
 from vlakeep.core.options import Option, Stage, names, number, numbers, together, whole
 from vlakeep.core.storage import KEYS
 
@@ -10,21 +11,25 @@ SPECTRUM = "gains.name gains.columns gains.holdout gains.balance"
 SOURCES = ("data.datasets data.train_fraction data.camera data.cameras data.state data.gripper data.rotate data.degenerate data.cards "
            "data.skip_bad")
 LARGE = Option("--large_file_gb", 1.0, "Files of this size and more in a source tree are red.", number(above=True))
+HARDWARE = Option("--hardware", None, "The card: data type, attention, micro-batch and checkpointing are chosen for it and printed with the "
+                  "reason. What else the command line says beats it, and it beats the file; null leaves all as it is.", choices=NAMES)
 
 AUDIT = Stage("audit-probe", "vlakeep.openvla.audit", "print token by token what of a probe prompt counts as instruction",
               f"{FOLDERS} backbone probe")
 OFFLINE = Stage(
     "offline", "vlakeep.offline", "the frozen teacher's ICSM subspaces and Thermostat statistics, once per base model",
     f"{FOLDERS} method options {STATE} backbone lora.layers lora.modules {SOURCES} probe icsm {SPECTRUM} gains.keep gains.steepness "
-    "train.from_run")
+    "train.from_run", own=(HARDWARE,))
 TRAIN = Stage("train", "vlakeep.train", "fine-tune LoRA adapters, plain (baseline) or with the method",
-              f"{FOLDERS} name method options {STATE} backbone lora data probe icsm hsw gains -gains.keep thermostat train")
+              f"{FOLDERS} name method options {STATE} backbone lora data probe icsm hsw gains -gains.keep thermostat train",
+              own=(HARDWARE,))
 EVALUATE = Stage("evaluate", "vlakeep.evaluate", "new skill, old abilities and drift of a run, one record per trial",
-                 f"{FOLDERS} device threads backbone {SOURCES} data.image_aug probe icsm.layers icsm.batch_size evaluate")
+                 f"{FOLDERS} device threads backbone {SOURCES} data.image_aug probe icsm.layers icsm.batch_size evaluate",
+                 own=(HARDWARE,))
 PREFLIGHT = Stage("preflight", "vlakeep.preflight", "check everything a stage needs, and say how to mend what is missing",
                   together(OFFLINE, TRAIN, EVALUATE), own=(
     Option("--stage", "train", "The stage whose inputs are checked.", choices=("offline", "train", "evaluate")),
-    Option("--gpus", 1, "GPUs that the stage will run on.", whole()), LARGE))
+    Option("--gpus", 1, "GPUs that the stage will run on.", whole()), HARDWARE, LARGE))
 REPORT = Stage("report", "vlakeep.report", "tables, figures and an HTML page that compare evaluated runs",
                f"{FOLDERS} backbone.checkpoint evaluate.benchmark", own=(
     Option("--runs", "base,baseline,method", "Names of the arms, with commas between them; arm=run takes a run of another name."),
@@ -32,7 +37,7 @@ REPORT = Stage("report", "vlakeep.report", "tables, figures and an HTML page tha
     Option("--title", "vlakeep report", "Title of the page."),
     Option("--seconds", None, "Time of the whole experiment; null adds up training and evaluation.", number())))
 EXPORT = Stage("export", "vlakeep.export", "merge a run's adapter into the base weights, in the official directory format",
-               f"{FOLDERS} name {STATE} backbone {SOURCES} probe icsm.batch_size {SPECTRUM} export")
+               f"{FOLDERS} name {STATE} backbone {SOURCES} probe icsm.batch_size {SPECTRUM} export", own=(HARDWARE,))
 INTERPOLATE = Stage("interpolate", "vlakeep.interpolate", "a run's adapter at several strengths between the base and itself, each a run",
                     f"{FOLDERS} name export.target export.overwrite", own=(
     Option("--alphas", [0.2, 0.4, 0.6, 0.8], "Strengths, with commas between them: 0 is the base, 1 the run.", numbers),
@@ -44,10 +49,14 @@ STUDY = Stage("study", "vlakeep.study", "arms x tasks x rates x seeds, trained a
     Option("--dry-run", False, "Show the cells, what each has still to do, what it costs and what is missing; do nothing.", bool),
     Option("--table", False, "Write the tables of what is done; run nothing.", bool),
     Option("--cell", None, "Run this cell alone, in this process.")))
+PLAN = Stage("plan", "vlakeep.plan", "peak memory and time of every stage on a card, and what to change when it does not fit",
+             together(OFFLINE, TRAIN, EVALUATE, EXPORT), own=(
+    HARDWARE, Option("--gpus", 1, "GPUs that train side by side, each with the whole frozen model.", whole()),
+    Option("--gib", None, "Memory of a card that may be reserved; null takes the profile's.", number(above=True))))
 FETCH = Stage("fetch", "vlakeep.core.fetch", "bring a base model from the hub below the storage root, with retries", FOLDERS, file=False,
               own=(Option("model", None, "A model of the hub, such as openvla/openvla-7b.", required=True),))
 STORAGE_CHECK = Stage("storage-check", "vlakeep.preflight", "check that all big files lie below the storage root; free space",
                       FOLDERS, (LARGE,), "storage_check")
 DEMO = Stage("demo", "vlakeep.demo", "the whole pipeline on the small model that ships with vlakeep, in minutes on a CPU",
              together(OFFLINE, TRAIN, EVALUATE) + " -name -train.save_every -train.keep_last -evaluate.target", file=False)
-STAGES = (DEMO, PREFLIGHT, STORAGE_CHECK, FETCH, AUDIT, OFFLINE, TRAIN, EVALUATE, REPORT, EXPORT, INTERPOLATE, STUDY)
+STAGES = (DEMO, PLAN, PREFLIGHT, STORAGE_CHECK, FETCH, AUDIT, OFFLINE, TRAIN, EVALUATE, REPORT, EXPORT, INTERPOLATE, STUDY)

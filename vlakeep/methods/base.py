@@ -2,7 +2,7 @@
 
     configuration   Options, problems        its own options, and what is wrong with them
     offline         needs_offline, offline   what it needs of the frozen teacher, made once by `vlakeep offline`
-    preflight       check_model, check_artifact
+    preflight       check_model, check_artifact; costs for `vlakeep plan`
     training        prepare -> attach, before_training, then for every step before_step, penalty, after_step; detach
     checkpoints     state_dict, load_state_dict
     report          label, label_zh
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional, Tuple
 
 from vlakeep.core.config import Config
+from vlakeep.methods.costs import Costs
+from vlakeep.models.workload import Adapters, Numbers, Workload
 
 if TYPE_CHECKING:  # configurations are checked without it
     import torch
@@ -102,6 +104,11 @@ class Method:
     def calmer(cls, config: Config) -> str:
         """What to change when training blows up."""
         return CALMER
+
+    @classmethod
+    def costs(cls, config: Config, work: Workload, adapters: Adapters, numbers: Numbers) -> Costs:
+        """What the method adds to memory and time, for `vlakeep plan`."""
+        return Costs()
 
     # Training
 

@@ -21,7 +21,7 @@ import torch
 from vlakeep.core.config import Config
 from vlakeep.core.parallel import Distributed
 from vlakeep.core.storage import Storage
-from vlakeep.methods import graded_offline
+from vlakeep.methods import costs, graded_offline
 from vlakeep.methods.graded import Graded
 from vlakeep.models.adapters import adapters_disabled
 from vlakeep.probe.probe_set import ProbeSet
@@ -54,6 +54,10 @@ class Distillation(Graded):
     @classmethod
     def needs_offline(cls, config: Config) -> bool:
         return super().needs_offline(config) or cls.options(config).weight > 0
+
+    @classmethod
+    def costs(cls, config: Config, work, adapters, numbers):
+        return costs.practice(config, work, adapters, numbers, cls.options(config).items)
 
     @classmethod
     def problems(cls, config: Config):

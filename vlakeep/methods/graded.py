@@ -11,7 +11,7 @@ import torch
 from vlakeep.core.config import Config
 from vlakeep.core.storage import Storage
 from vlakeep.hsw.graded import GradedSite, make_site
-from vlakeep.methods import graded_offline
+from vlakeep.methods import costs, graded_offline
 from vlakeep.methods.base import Method, Problem, never_measured
 from vlakeep.models.adapters import adapters_disabled
 from vlakeep.probe.probe_set import ProbeSet
@@ -39,6 +39,10 @@ class Graded(Method):
     @classmethod
     def offline(cls, config: Config, storage: Storage, backbone) -> Path:
         return graded_offline.build(config, storage, backbone)
+
+    @classmethod
+    def costs(cls, config: Config, work, adapters, numbers):
+        return costs.graded(config, work, adapters, numbers)
 
     @classmethod
     def check_model(cls, config: Config, depth: int, width: int) -> List[Problem]:

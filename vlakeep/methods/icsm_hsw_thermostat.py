@@ -15,7 +15,7 @@ from vlakeep.core.storage import Storage
 from vlakeep.hsw.lora_input import LoraInputSite
 from vlakeep.hsw.residual import ResidualSite
 from vlakeep.hsw.transform import Gains, random_basis
-from vlakeep.methods import icsm_hsw_thermostat_offline
+from vlakeep.methods import costs, icsm_hsw_thermostat_offline
 from vlakeep.methods.base import CALMER, Method, Problem, never_measured
 from vlakeep.probe.batches import prompt_batches
 from vlakeep.probe.probe_set import ProbeSet
@@ -54,6 +54,10 @@ class IcsmHswThermostat(Method):
     @classmethod
     def offline(cls, config: Config, storage: Storage, backbone) -> Path:
         return icsm_hsw_thermostat_offline.build(config, storage, backbone)
+
+    @classmethod
+    def costs(cls, config: Config, work, adapters, numbers):
+        return costs.frozen_form(config, work, adapters, numbers)
 
     @classmethod
     def calmer(cls, config: Config) -> str:

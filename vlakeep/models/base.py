@@ -1,6 +1,7 @@
 """What a model is: everything that stages, teacher, methods and benchmarks ask of one. A kind of model is a subclass of Backbone.
 
-    before the weights   read_config, sizes, linear_shapes, read_statistics, read_spec, leaf_names: what preflight asks of a folder
+    before the weights   read_config, sizes, linear_shapes, read_statistics, read_spec, leaf_names, published, workload: what preflight and
+                         plan ask of a folder
     identity             name, weights_sha256, merged, network, decoder_layers, num_layers, hidden_size, device, dtype
     adapters             adapted_linears, linear_names, input_key
     layout               embed -> Prefix, text_columns, sequence_mask
@@ -34,6 +35,7 @@ from vlakeep.data.statistics import unnormalise
 from vlakeep.models import files
 from vlakeep.models.entrance import Entrance
 from vlakeep.models.load import model_name
+from vlakeep.models.workload import Workload
 
 
 class LossOutput(NamedTuple):
@@ -151,6 +153,16 @@ class Backbone(Entrance, ABC):
     @abstractmethod
     def linear_shapes(cls, config: dict) -> Dict[str, Tuple[int, int]]:
         """(inputs, outputs) of every one of `linears`, after a config.json."""
+
+    @classmethod
+    def published(cls, name: str) -> Optional[dict]:
+        """config.json of a well-known checkpoint that may not be there yet; None when this kind has none of that name."""
+        return None
+
+    @classmethod
+    def workload(cls, config: dict, shapes: Optional[Dict[str, Tuple[int, ...]]] = None) -> Workload:
+        """What `vlakeep plan` reckons with, from config.json and the tensors' shapes (None: of a checkpoint that is not there)."""
+        raise ValueError(f"`vlakeep plan` does not know the shapes of {cls.__name__}: the model's class has no `workload`")
 
     @classmethod
     def read_statistics(cls, folder: Path, config: dict) -> dict:

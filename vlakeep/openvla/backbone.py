@@ -17,9 +17,11 @@ from vlakeep.core.errors import CheckpointError
 from vlakeep.data.sample import Batch, SampleSpec
 from vlakeep.models.base import Backbone, LossOutput, Prefix, loss_output
 from vlakeep.models.load import DTYPES
+from vlakeep.models.workload import Workload
 from vlakeep.openvla import format as checkpoint_format
 from vlakeep.openvla.model import OpenVLA
 from vlakeep.openvla.processor import Processor
+from vlakeep.openvla.workload import PUBLISHED, workload
 
 
 class OpenVLABackbone(Backbone):
@@ -58,6 +60,14 @@ class OpenVLABackbone(Backbone):
         queries, keys = heads * head, int(text.get("num_key_value_heads") or heads) * head
         return {"q_proj": (width, queries), "k_proj": (width, keys), "v_proj": (width, keys), "o_proj": (queries, width),
                 "gate_proj": (width, mlp), "up_proj": (width, mlp), "down_proj": (mlp, width)}
+
+    @classmethod
+    def published(cls, name: str) -> Optional[dict]:
+        return PUBLISHED.get(name)
+
+    @classmethod
+    def workload(cls, config: dict, shapes=None) -> Workload:
+        return workload(cls, config, shapes)
 
     # Folders
 

@@ -30,17 +30,12 @@ from vlakeep.openvla.model import OpenVLA, parameters_on_meta
 from vlakeep.openvla.official import official_model
 from vlakeep.openvla.processor import PREPROCESSOR_FILE, ImageProcessor, Processor, load_tokenizer
 from vlakeep.openvla.prompts import action_prompt, encode, encode_batch, encode_prompts, prompt_ids
+from vlakeep.openvla.workload import SEVEN_B
 from vlakeep.parity.golden import UNCHECKED, difference, unchecked
 from vlakeep.parity.golden_weights import EMPTY_TOKEN, golden_backbone
 from vlakeep.parity.stages import OPENVLA
 
 INSTRUCTIONS = ["pick up the red block", "Put the bowl ON the plate", "open the top drawer and put the bowl inside"]
-# Shapes of the released OpenVLA-7B.
-SEVEN_B = {
-    "model_type": "openvla", "use_fused_vision_backbone": True, "image_sizes": [224, 224],
-    "timm_model_ids": ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"], "timm_override_act_layers": [None, None],
-    "pad_to_multiple_of": 64, "pad_token_id": 32000, "text_config": {"model_type": "llama", "vocab_size": 32064, "pad_token_id": 32000},
-}
 # float32 sums in another order; bfloat16 carries eight bits, and a deviation grows through the layers.
 TOLERANCES = {"float32": {"features": 1e-5, "hidden": 5e-5, "logits": 2e-4, "loss": 1e-4, "gradient": 1e-3, "weights": 1e-2},
               "bfloat16": {"features": 0.1, "hidden": 0.25, "logits": 0.5, "loss": 2e-2, "gradient": 0.1, "weights": 0.5}}

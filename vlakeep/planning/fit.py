@@ -1,0 +1,142 @@
+"""Fitting a configuration to a card: what a profile of `--hardware` chooses, and what to change when a stage does not fit.
+
+    types           data type, autocast, attention, device: from the card alone (core/hardware.py)
+    micro-batch     the largest divisor of the samples of a step that fits, so that the step stays what it was
+    checkpointing   only where no micro-batch fits without
+
+A key on the command line beats the profile, which beats the file.
+"""
+
+from copy import deepcopy
+from operator import attrgetter
+from pathlib import Path
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+from vlakeep.core.config import Config
+from vlakeep.core.hardware import GIB, Choice, Hardware
+from vlakeep.planning.predict import Model, Planner, StagePlan
+
+
+class Remedy(NamedTuple):
+    """Options that make a stage fit, and what it takes then."""
+
+    options: Tuple[Tuple[str, str], ...]
+    plan: StagePlan
+
+    def line(self) -> str:
+        given = " ".join(f"--{key} {value}" for key, value in self.options)
+        slower = f", {self.plan.each:.3f} s a step" if self.plan.stage == "train" else ""
+        return f"{given}: {self.plan.reserved / GIB:.1f} GiB{slower}"
+
+
+def _set(config: Config, key: str, value) -> None:
+    section, _, name = key.rpartition(".")
+    setattr(attrgetter(section)(config) if section else config, name, value)
+
+
+def _halved(key: str, least: int = 1) -> Callable[[Config], Optional[Dict[str, object]]]:
+    def change(config: Config):
+        value = attrgetter(key)(config)
+        return {key: max(least, value // 2)} if value > least else None
+    return change
+
+
+def _smaller_batch(config: Config):
+    """Half of a micro-batch, as many samples a step."""
+    train = config.train
+    return {"train.batch_size": train.batch_size // 2, "train.accumulation": train.accumulation * 2} if train.batch_size % 2 == 0 else None
+
+
+def _fewer_layers(config: Config):
+    text = str(config.lora.layers)
+    count = int(text.partition(":")[2]) if text.startswith("last:") else 32 if text == "all" else 0
+    return {"lora.layers": f"last:{count // 2}"} if count > 1 and "all-linear" not in config.lora.modules else None
+
+
+def _fewer_moments(config: Config):
+    gib = config.icsm.moments_gib
+    return {"icsm.moments_gib": gib / 2} if gib > 0.5 else None
+
+
+# Stage -> what may be changed, in the order of how little it costs.
+CHANGES: Dict[str, Sequence[Callable[[Config], Optional[Dict[str, object]]]]] = {
+    "offline": (_halved("icsm.batch_size"), _fewer_moments, _halved("gains.columns", 64)),
+    "train": (_smaller_batch, _halved("thermostat.batch_size", 4),
+              lambda config: None if config.backbone.gradient_checkpointing else {"backbone.gradient_checkpointing": True},
+              lambda config: {"train.optimizer": "paged_adamw8bit"} if config.train.optimizer == "adamw" else None, _fewer_layers),
+    "evaluate": (_halved("evaluate.batch"), _halved("evaluate.parallel")),
+    "export": (lambda config: {"export.parity_frames": 0} if config.export.parity_frames else None,),
+}
+
+
+def remedies(config: Config, model: Model, card: Hardware, gpus: int, stage: str) -> Tuple[List[Remedy], StagePlan]:
+    """(single changes that make the stage fit, or else all of them together if those do; the least that it can be made to take)."""
+    found, least, together = [], Planner(config, model, card, gpus).plan(stage), deepcopy(config)
+    changed: Dict[str, object] = {}
+
+    def look(one: Config) -> StagePlan:
+        return Planner(one, model, card, gpus).plan(stage)
+
+    for change in CHANGES[stage]:
+        alone, own, fits = deepcopy(config), {}, False
+        while not fits and (new := change(alone)):
+            before = look(alone).reserved
+            for key, value in new.items():
+                _set(alone, key, value)
+            plan = look(alone)
+            if plan.reserved > before - 0.01 * GIB:
+                break  # it changes nothing here
+            own.update(new)
+            fits = plan.reserved <= card.memory * GIB
+            least = min(least, plan, key=lambda plan: plan.reserved)
+        if fits:
+            found.append(Remedy(_options(own), plan))
+        for key, value in own.items():
+            _set(together, key, value)
+        changed.update(own)
+    if not found and changed:
+        plan = look(together)
+        least = min(least, plan, key=lambda plan: plan.reserved)
+        if plan.reserved <= card.memory * GIB:
+            found.append(Remedy(_options(changed), plan))
+    return found, least
+
+
+def _options(changed: Dict[str, object]) -> Tuple[Tuple[str, str], ...]:
+    return tuple((key, str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value))
+                 for key, value in changed.items())
+
+
+def batch_choices(config: Config, model: Model, card: Hardware, gpus: int = 1, fixed: Sequence[str] = ()) -> List[Choice]:
+    """Micro-batch and checkpointing for this card, the samples of a step as they are; nothing where the user has fixed the micro-batch or
+    nothing fits. `fixed`: keys that the command line gives."""
+    train = config.train
+    if {"train.batch_size", "train.accumulation"} & set(fixed):
+        return []
+    samples = train.batch_size * train.accumulation
+    checkpointing = [config.backbone.gradient_checkpointing] if "backbone.gradient_checkpointing" in fixed else [False, True]
+    for recompute in checkpointing:
+        for rows in (rows for rows in range(samples, 0, -1) if samples % rows == 0):
+            one = deepcopy(config)
+            one.train.batch_size, one.train.accumulation, one.backbone.gradient_checkpointing = rows, samples // rows, recompute
+            plan = Planner(one, model, card, gpus).plan("train")
+            if plan.reserved <= card.memory * GIB:
+                takes = f"{plan.reserved / GIB:.1f} of {card.memory:g} GiB"
+                found = [Choice("train.batch_size", str(rows), f"the largest share of the {samples} samples of a step that fits: {takes}"),
+                         Choice("train.accumulation", str(samples // rows), f"the step keeps its {samples} samples")]
+                why = "no micro-batch fits without" if recompute else "not needed: slower, and it fits without"
+                return [*found, Choice("backbone.gradient_checkpointing", str(recompute).lower(), why)] if len(checkpointing) > 1 else found
+    return []
+
+
+def fitted(config: Config, card: Hardware, cache: Path, fixed: Sequence[str] = ()) -> List[Choice]:
+    """Sets micro-batch and checkpointing in `config`; returns what was chosen. A model that nobody can reckon with is left as it is."""
+    from vlakeep.planning.predict import find_model
+
+    try:
+        found = batch_choices(config, find_model(config, cache), card, fixed=fixed)
+    except (ValueError, OSError, KeyError):  # the stage itself says what is wrong with the model
+        return []
+    for key, value, _ in found:
+        _set(config, key, value == "true" if value in ("true", "false") else int(value))
+    return found
