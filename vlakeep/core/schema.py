@@ -60,7 +60,7 @@ def open_section(cls, key: str) -> Optional[str]:
     """
     section, dot, rest = key.partition(".")
     kind = type_hints(cls).get(section)
-    if is_dataclass(kind) and rest:
+    if isinstance(kind, type) and is_dataclass(kind) and rest:
         inner, _, below = rest.partition(".")
         return f"{section}.{inner}" if below and get_origin(type_hints(kind).get(inner)) is dict else None
     return section if dot and rest and "." not in rest and get_origin(kind) is dict else None

@@ -295,7 +295,12 @@ class GradedSite:
             parametrize.register_parametrization(linear.lora_A[self._adapter], "weight", made)
         self.opening: Optional[float] = None
         together = weakref.ref(self._together)  # a site that was dropped is not kept alive
-        self._counter = register_optimizer_step_post_hook(lambda *_: (own := together()) and own.stepped())
+
+        def stepped(*_) -> None:
+            if (own := together()) is not None:
+                own.stepped()
+
+        self._counter = register_optimizer_step_post_hook(stepped)
 
     def distinct(self) -> Dict[str, GradedInput]:
         """First linear's name -> space, each space once."""
