@@ -63,7 +63,8 @@ class StopVote:
     """
 
     def __init__(self, world: int):
-        self._world, self._group, self._asked = world, None, None
+        self._world, self._group = world, None
+        self._asked: Any = None  # (tensor, work) of the question that is out
         if world > 1:
             import torch.distributed
 

@@ -98,6 +98,7 @@ def _read_file(path: Path, number: int, camera: str, read: Dict[Tuple[int, int],
         upside_down = data.attrs.get("macros_image_convention", "opengl") != "opencv"  # robosuite's default
         for demo in numbers:
             where = f"{path}: demo_{demo}"
+            actions: Any = None
             try:
                 actions = _read_demo(data[f"demo_{demo}"], camera, where)
             except (ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError) as error:
