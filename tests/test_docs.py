@@ -23,7 +23,7 @@ from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.tabletop.questions import QUESTION_KINDS
 
 # Options of other programs in the examples, and the pattern of ours.
-OTHER = {"section.key", "standalone", "nproc-per-node", "signals-to-handle", "local-dir",
+OTHER = {"section.key", "requeue", "signal", "open-mode", "standalone", "nproc-per-node", "signals-to-handle", "local-dir",
          "model_family", "task_suite_name", "pretrained_checkpoint", "center_crop"}  # the last four: run_libero_eval.py
 TEXTS = [*DOCUMENTS, *sorted((PACKAGE / "configs").rglob("*.yaml")), *sorted(p for p in (REPO / "scripts").iterdir() if p.is_file())]
 PAIRS = [("README.md", "README.zh-CN.md"), ("docs/RESEARCH_PIPELINE.md", "docs/RESEARCH_PIPELINE.zh-CN.md"),

@@ -146,8 +146,9 @@ def _read_file(path: Path, number: int, camera: str, state: Optional[Sequence[st
         upside_down = data.attrs.get("macros_image_convention", "opengl") != "opencv"  # robosuite's default
         for demo in numbers:
             where, states = f"{path}: demo_{demo}", None
+            actions: Any = None
             try:
-                actions: Any = _read_demo(data[f"demo_{demo}"], camera, where, card)
+                actions = _read_demo(data[f"demo_{demo}"], camera, where, card)
                 text = _text_of(data[f"demo_{demo}"], data, card.text, where) if card and card.text else text
                 states = None if state is None else _read_state(data[f"demo_{demo}"], state, where)
             except (ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError) as error:

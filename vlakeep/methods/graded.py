@@ -4,7 +4,7 @@ reads: artifact_dir/graded_<backbone>/ (teacher/artifact.py), which `vlakeep off
 """
 
 from pathlib import Path
-from typing import Callable, Dict, List, Optional
+from typing import Callable, Dict, List, Optional, Tuple
 
 import torch
 
@@ -30,7 +30,7 @@ class Graded(Method):
     label, label_zh = "Graded gains, set-point", "逐方向增益（设定点）"
     decoder_only = True
     artifact_name = "artefact of the graded method"
-    reads = ("probe", "icsm.batch_size", "gains", "thermostat")
+    reads: Tuple[str, ...] = ("probe", "icsm.batch_size", "gains", "thermostat")
 
     @classmethod
     def needs_offline(cls, config: Config) -> bool:
