@@ -244,7 +244,7 @@ def test_ranges_of_layers_are_the_whole_to_the_bit(golden, samples):
 @torch.no_grad()
 def test_batch_mates_padding_and_absent_cameras_change_no_row(golden, samples):
     processor = golden.processor
-    first = [replace(one, cameras={"left_wrist_0_rgb": one.cameras["left_wrist_0_rgb"]}) if i == 1 else one for i,
+    first = [replace(one, cameras={"base_0_rgb": one.cameras["base_0_rgb"]}) if i == 1 else one for i,
              one in enumerate(samples)]
     together = golden(processor.encode_batch(first))
     each = [golden(processor.encode_batch([one])) for one in first]
