@@ -14,6 +14,7 @@ from test_storage import file_size_limit, names
 
 from vlakeep.core import checkpoint as ckpt
 from vlakeep.core.errors import CheckpointError, DiskFull
+from vlakeep.core.parallel import process_settings
 
 
 def trees_equal(a, b):
@@ -94,7 +95,7 @@ def test_training_from_a_checkpoint_is_bitwise_the_uninterrupted_one(tmp_path, m
     model, optimizer = start()
     ckpt.set_rng_state(rng)
     steps(model, optimizer, 3)
-    tensors, state = ckpt.split_optimizer(optimizer)
+    tensors, state = ckpt.split_optimizer(optimizer.state_dict())
     folder = ckpt.save_checkpoint(
         tmp_path,
         3,
@@ -115,7 +116,7 @@ def test_training_from_a_checkpoint_is_bitwise_the_uninterrupted_one(tmp_path, m
 def test_optimizer_of_another_model_is_refused():
     one, two = torch.optim.SGD([torch.zeros(1)], 0.1), torch.optim.SGD([torch.zeros(1), torch.zeros(1)], 0.1)
     with pytest.raises(CheckpointError, match="does not fit"):
-        ckpt.join_optimizer(two, *ckpt.split_optimizer(one))
+        ckpt.join_optimizer(two, *ckpt.split_optimizer(one.state_dict()))
 
 
 def test_save_load_keep_last_and_adapter(tmp_path):
@@ -212,3 +213,16 @@ def test_kill_9_while_saving_leaves_the_last_good_one(tmp_path):
             ckpt.shutil.rmtree(old)
     save(tmp_path, 1)  # the next save clears what the killed ones left
     assert [name for name in names(tmp_path / "checkpoints") if ".tmp-" in name] == []
+
+
+def test_equal_runs_begin_with_equal_random_states():
+    """Whatever was drawn in the process before, of all three generators; and what was there before is there again."""
+    found = {}
+    for before in (1, 2):
+        for seed in (7, 8):
+            random.seed(before), np.random.seed(before), torch.manual_seed(before)
+            outside = ckpt.to_bytes(ckpt.rng_state())
+            with process_settings(None, seed):
+                found[before, seed] = [ckpt.to_bytes(value) for value in ckpt.rng_state().values()]
+            assert ckpt.to_bytes(ckpt.rng_state()) == outside
+    assert found[1, 7] == found[2, 7] and not any(a == b for a, b in zip(found[1, 7], found[1, 8]))

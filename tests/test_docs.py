@@ -204,6 +204,23 @@ def test_quoted_messages_are_in_the_code():
     assert missing == []
 
 
+def test_modules_that_documents_name_exist():
+    """`vlakeep.room.file`, with or without a name inside it, and `vlakeep/room/file.py`; the log and the changelog tell of earlier ones."""
+    named, gone = 0, []
+    for path in DOCUMENTS:
+        if path.name in ("log.md", "CHANGELOG.md"):
+            continue
+        for word in re.findall(r"\bvlakeep(?:[./][A-Za-z_]\w*)+(?:\.py\b)?", path.read_text(encoding="utf-8")):
+            parts = word.removesuffix(".py").replace("/", ".").split(".")
+            if any(part.isupper() or "NAME" in part for part in parts):
+                continue  # a placeholder
+            named += 1
+            places = [REPO.joinpath(*parts[:count]) for count in (len(parts), len(parts) - 1) if count > 1]
+            if not any(place.with_suffix(".py").is_file() or place.is_dir() for place in places):
+                gone.append(f"{path.name}: {word}")
+    assert named > 50 and gone == []
+
+
 @pytest.mark.parametrize("english,chinese", PAIRS)
 def test_chinese_documents_have_the_structure_of_the_english_ones(english, chinese):
     one, two = read(english), read(chinese)

@@ -15,6 +15,7 @@ import torch
 from conftest import BASELINE, METHOD, SMALL, final_adapter
 
 from vlakeep import train
+from vlakeep.core.checkpoint import latest_intact
 from vlakeep.core.rundir import read_metrics
 from vlakeep.train import TrainingStopped, run_training
 
@@ -95,6 +96,8 @@ def test_resume_is_the_uninterrupted_run_bitwise(world, site):
     run_training(make_config(*arm, "--name", f"law-part-{site}", "--train.steps", 3), storage)
     part = run_training(make_config(*arm, "--name", f"law-part-{site}", "--train.resume", True), storage)
     assert final_adapter(part) == final_adapter(whole)
+    states = [(latest_intact(folder) / "state.safetensors").read_bytes() for folder in (part, whole)]
+    assert states[0] == states[1], "random states of NumPy and Python too, whatever was drawn in this process before"
 
     def numbers(folder):
         return [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(folder)]  # the calibration rows too
@@ -224,14 +227,14 @@ def test_sigterm_saves_and_the_run_goes_on_bitwise(world):
 def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_good_checkpoint(world, monkeypatch):
     from vlakeep.openvla.backbone import OpenVLABackbone
     storage, make_config = world
-    original, calls = OpenVLABackbone.forward, []
+    original, calls = OpenVLABackbone.loss, []
 
     def broken(self, batch):
         calls.append(1)
         out = original(self, batch)
         return out._replace(loss=out.loss * float("nan")) if len(calls) > 4 else out
 
-    monkeypatch.setattr(OpenVLABackbone, "forward", broken)
+    monkeypatch.setattr(OpenVLABackbone, "loss", broken)
     with pytest.raises(TrainingStopped, match="step 5; the checkpoint of step 3 is kept"):
         run_training(make_config(BASELINE, "--name", "law-nan"), storage)
     folder = storage.run_folder("law-nan")

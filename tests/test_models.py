@@ -246,7 +246,7 @@ def test_the_loss_is_the_mean_over_labelled_tokens(case, backbone):
         prompts, whole = backbone.processor.encode_prompts(samples), pad_sequence(targets, True, backbone.processor.pad_token_id)
         log_p = backbone.log_probabilities_of_continuation(prompts, whole).gather(-1, whole[..., None])[..., 0]
         wanted = -torch.cat([row[:len(target)] for row, target in zip(log_p, targets)]).mean()
-        out, plain = backbone(batch), Backbone.forward(backbone, batch)
+        out, plain = backbone(batch), Backbone.loss(backbone, batch)
         assert out.num_labelled == sum(len(row) for row in targets) and torch.equal(out.correct, plain.correct)
         assert same(out.loss, wanted) and same(plain.loss, wanted) and same(out.last_hidden_norm, plain.last_hidden_norm)
         if not question:

@@ -175,11 +175,11 @@ def test_each_stage_has_its_own_inputs(world):
 @pytest.mark.parametrize(
     "damage, words",
     [
-        (lambda f: f.write_bytes(f.read_bytes()[:-1]), "truncated: "),
-        (lambda f: f.write_bytes(f.read_bytes()[:20]), "truncated: its header"),
-        (lambda f: f.write_bytes(f.read_bytes() + b"x"), "too long"),
-        (lambda f: f.write_bytes(b""), "truncated: 0 bytes"),
-        (lambda f: f.write_bytes(f.read_bytes()[:9] + b"\xff" + f.read_bytes()[10:]), "damaged"),
+        (lambda f: f.write_bytes(f.read_bytes()[:-1]), "it is truncated"),
+        (lambda f: f.write_bytes(f.read_bytes()[:20]), "its header would be"),
+        (lambda f: f.write_bytes(f.read_bytes() + b"x"), "it is corrupt"),
+        (lambda f: f.write_bytes(b""), "(0 B) is not a readable safetensors file: it is truncated"),
+        (lambda f: f.write_bytes(f.read_bytes()[:9] + b"\xff" + f.read_bytes()[10:]), "is not a readable safetensors file"),
         (lambda f: f.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"), "git lfs pull"),
         (lambda f: f.unlink(), "missing"),
     ],

@@ -34,7 +34,7 @@ from vlakeep.evaluate import load_target, run_evaluation
 from vlakeep.export import run_export
 from vlakeep.methods.baseline import Baseline
 from vlakeep.models.adapters import merged_state
-from vlakeep.models.chain import Chain, Link, chain_hash, merge_chain, read_chain
+from vlakeep.models.chain import Chain, Link, chain_hash, merge_chain, read_chain, spoken
 from vlakeep.models.files import weights_hash
 from vlakeep.models.load import make_backbone
 from vlakeep.models.merge import merge_checkpoint
@@ -464,6 +464,17 @@ def test_merged_weights_are_those_of_the_export_whatever_is_stored_and_loaded(wo
             merge_chain(found, chain)
             assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), wanted.state_dict().values()))
             assert found.weights_sha256 == wanted.weights_sha256 and found.name == f"{base.name}+first+a.b"
+
+
+def test_the_artefact_that_a_closing_pass_lacks_is_made_for_the_run_that_came_before(world, second):
+    storage, make_config = world
+    closing = ("--name", "tasks/second", "--export.close_to", 0.5, "--export.parity_frames", 0, "--gains.name", "nowhere")
+    with pytest.raises(ValueError, match="no artefact of the graded") as error:
+        run_export(make_config(BASELINE, *closing), storage, "vlakeep offline --method graded")
+    assert str(error.value).endswith("\n  vlakeep offline --method graded --train.from_run tasks/first")
+    chain = read_chain(second)
+    older = chain._replace(links=[chain.links[0]._replace(checkpoint="step_000001")])
+    assert spoken(older, storage) == str(storage.run_folder("tasks/first") / "checkpoints" / "step_000001")
 
 
 def test_a_run_from_a_run_is_evaluated_and_exported_as_a_whole(world, first, second, tmp_path):

@@ -1,12 +1,16 @@
 """Thermostat: the law is monotone, bounded, calibrated, replayable; the drift estimators against closed forms."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import METHOD
 
+from vlakeep.core.config import load_config
+from vlakeep.core.errors import TrainingStopped
+from vlakeep.methods.icsm_hsw_thermostat import IcsmHswThermostat, control_law
 from vlakeep.thermostat.controller import Controller, Law, replay
 from vlakeep.thermostat.drift import covariance, covariance_drift, paired_drift
 from vlakeep.thermostat.thermometer import Thermometer
@@ -76,6 +80,18 @@ def test_state_round_trip_continues_the_same_trajectory():
     second = Controller(law(ema=0.5, rate_limit=0.2))
     second.load_state_dict(first.state_dict())
     assert [second.update(d) for d in drifts[4:]] == whole[4:]
+
+
+@pytest.mark.parametrize("drift", [float("nan"), float("inf"), -1.0])
+def test_a_drift_that_is_no_number_stops_the_calibration(drift):
+    config = load_config(METHOD)
+    method, drifts = IcsmHswThermostat(config), iter([1.0, drift] * 10 ** 4)
+    method._controller, method._thermometer = Controller(control_law(config)), SimpleNamespace(measure=lambda number: drift)
+    with pytest.raises(TrainingStopped, match=f"{config.thermostat.calibration + 1} of .* measurements of the drift"):
+        method.before_training()
+    method._controller, method._thermometer = Controller(control_law(config)), SimpleNamespace(measure=lambda number: next(drifts))
+    rows = method.before_training()
+    assert sum(row["d"] == 1.0 for row in rows) == config.thermostat.calibration, "one that is not finite now and then is left out"
 
 
 @pytest.mark.parametrize("changes", [{"gamma_min": -0.1}, {"gamma_max": 1.5}, {"beta_min": 0.0}, {"calibration": 1}, {"ema": 0.0},

@@ -5,7 +5,6 @@ Each check returns lines and raises nothing for what a user can cause, so that a
 
 import json
 import math
-import struct
 from pathlib import Path
 from typing import List, Optional, Tuple
 
@@ -25,23 +24,13 @@ HASHED_AT_MOST = 1_000_000_000  # bytes of base weights; preflight hashes no mor
 
 def safetensors_problem(path: Path) -> Optional[str]:
     """Why a safetensors file cannot be whole, from its header and size alone; None when they agree."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(8)
-        if start.startswith(b"version "):
-            return "a git-lfs pointer, not the weights: run `git lfs pull` there"
-        if len(start) < 8:
-            return f"truncated: {size} bytes"
-        length = struct.unpack("<Q", start)[0]
-        if length > size - 8:
-            return f"truncated: its header wants {length} bytes, the file has {size}"
-        try:
-            header = json.loads(file.read(length))
-            end = max([entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"], default=0)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-            return "damaged: its header is not valid"
-    wanted = 8 + length + end
-    return None if size == wanted else f"{'truncated' if size < wanted else 'too long'}: {size} of {wanted} bytes"
+    from vlakeep.models.files import tensor_table
+
+    try:
+        tensor_table(path)
+    except CheckpointError as error:
+        return str(error).removeprefix(f"{path} ").partition("; fetch")[0]
+    return None
 
 
 def check_checkpoint(config: Config, cache: Path, stage: str = "train") -> Tuple[List[Line], dict]:
@@ -201,6 +190,7 @@ def check_artifact(config: Config, storage: Storage, model: dict, probe_sha256: 
     """What the method's offline step leaves: there, whole, made for this probe, depth and options; `train` compares the weights too."""
     from vlakeep.models.chain import chain_to
     from vlakeep.models.load import model_name
+    from vlakeep.teacher.folder import attention_note
 
     method, remedy = method_class(config.method), "vlakeep offline" + (f" --config {quoted(config_path)}" if config_path else "")
     remedy += f" --train.from_run {quoted(config.train.from_run)}" if config.train.from_run else ""
@@ -220,8 +210,10 @@ def check_artifact(config: Config, storage: Storage, model: dict, probe_sha256: 
         problems = method.artifact_problems(config, folder, None, probe_sha256, depth_and_width(model)[0] if model else None)
     except (ValueError, KeyError, OSError) as error:
         problems = [str(error)]
-    return [Line(RED, method.artifact_name, problem, remedy) for problem in problems] or [
-        Line(GREEN, method.artifact_name, str(folder))]
+    if problems:
+        return [Line(RED, method.artifact_name, problem, remedy) for problem in problems]
+    note = attention_note(folder, json.loads((folder / "meta.json").read_text()), config.backbone)
+    return [Line(YELLOW, method.artifact_name, note, remedy)] if note else [Line(GREEN, method.artifact_name, str(folder))]
 
 
 def check_from_run(config: Config, storage: Storage) -> List[Line]:

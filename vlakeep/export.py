@@ -35,7 +35,7 @@ from vlakeep.data.images import resize_uint8
 from vlakeep.data.sample import Sample
 from vlakeep.models.adapters import load_adapter
 from vlakeep.models.base import Backbone
-from vlakeep.models.chain import chain_hash, merge_chain, read_chain
+from vlakeep.models.chain import chain_hash, merge_chain, read_chain, spoken
 from vlakeep.models.files import weight_files, weights_hash
 from vlakeep.models.load import DTYPES, make_backbone, model_class
 from vlakeep.models.merge import RECORD, merge_checkpoint
@@ -126,6 +126,7 @@ def run_export(config: Config, storage: Storage, command: str = "vlakeep offline
     adapter_sha256 = manifest["files"]["adapter/adapter_model.safetensors"]["sha256"]
     refuse_second_merge(base, adapter_sha256)
     chain = read_chain(checkpoint.absolute().parents[1])
+    command += f" --train.from_run {quoted(spoken(chain, storage))}" if chain else ""
     base_sha256 = chain_hash(base, chain) if chain else weights_hash(base)
     load_manifest(checkpoint, base_sha256)  # raises for a damaged checkpoint, and for other base weights
     run, budget = checkpoint.parents[1], config.export.close_to

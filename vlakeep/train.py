@@ -31,11 +31,12 @@ from vlakeep.core.options import read
 from vlakeep.core.parallel import Distributed, process_settings
 from vlakeep.core.registry import method_class
 from vlakeep.core.rundir import RunDir, RunLock
+from vlakeep.core.sharded import whole_tree
 from vlakeep.core.stages import TRAIN
 from vlakeep.core.storage import Storage, need_free
 from vlakeep.data.loader import make_stream
 from vlakeep.data.statistics import save_statistics
-from vlakeep.models.adapters import add_lora, load_trainable, save_adapter, trainable_state
+from vlakeep.models.adapters import adapter_state, add_lora, load_trainable, save_adapter, trainable_state
 from vlakeep.models.alarms import check_vision
 from vlakeep.models.chain import chain_of_run, keep_chain, merge_chain
 from vlakeep.models.load import make_backbone
@@ -249,20 +250,21 @@ def _loop(config: Config, dist: Distributed, run: RunDir, backbone, method, stre
 
 
 def _save(run: RunDir, step: int, keep_last: int, dist: Distributed, backbone, optimizer, parts) -> None:
-    # Every process has to come here, also those that write nothing.
+    # Every process has to come here, also those that write nothing: of sharded weights each has a piece (core/sharded.py).
     ranks = dist.gather({"rng": ckpt.rng_state(dist.device), "stream": parts["stream"].state_dict()})
+    trainable, adapter, moments = trainable_state(backbone), adapter_state(backbone), whole_tree(optimizer.state_dict())
+    state = {name: part.state_dict() for name, part in parts.items() if name != "stream"}
     if dist.is_main:
-        state = {name: part.state_dict() for name, part in parts.items() if name != "stream"}
-        tensors, optimizer_state = ckpt.split_optimizer(optimizer)
+        tensors, optimizer_state = ckpt.split_optimizer(moments)
         state.update(step=step, optimizer=optimizer_state, ranks=ranks, base_weights=backbone.weights_sha256)
-        ckpt.save_checkpoint(run.folder, step, {"trainable": trainable_state(backbone), "optimizer": tensors}, state,
-                             lambda folder: _write_adapter(backbone, folder / "adapter", parts["stream"].statistics), keep_last)
+        ckpt.save_checkpoint(run.folder, step, {"trainable": trainable, "optimizer": tensors}, state,
+                             lambda folder: _write_adapter(backbone, folder / "adapter", adapter, parts["stream"].statistics), keep_last)
     dist.barrier()
 
 
-def _write_adapter(backbone, folder: Path, statistics: dict) -> None:
+def _write_adapter(backbone, folder: Path, adapter: dict, statistics: dict) -> None:
     """The adapter in PEFT format, and the action statistics without which its actions mean nothing."""
-    save_adapter(backbone, folder)
+    save_adapter(backbone, folder, adapter)
     save_statistics(folder / "dataset_statistics.json", statistics)
 
 

@@ -70,8 +70,9 @@ class ActionPolicy:
         if episodes is None:
             return self.chunks(images, instructions, count, states, 1)[:, 0]
 
-        def ask(rows: List[int]) -> np.ndarray:
-            return self.chunks(_picked(images, rows), [instructions[row] for row in rows], None, None if states is None else states[rows])
+        def ask(rows: List[int]) -> List[np.ndarray]:
+            return list(self.chunks(_picked(images, rows), [instructions[row] for row in rows], None,
+                                    None if states is None else states[rows]))
         return np.stack(self._queue(episodes, ask))
 
     def chunks(self, images: Pictures, instructions: Sequence[str], count: Optional[int] = None, states: Optional[np.ndarray] = None,
@@ -86,17 +87,21 @@ class ActionPolicy:
     def _samples(self, images: Pictures, instructions: Sequence[str], states: Optional[np.ndarray]) -> List[Sample]:
         if self._backbone.processor.spec.state and states is not None:
             states = normalise_state(states, self._backbone.norm_stats[self._backbone.action_key(self._key)])
-        named = isinstance(images, Mapping)
-        rows = range(len(instructions))
-        return [Sample(None if named else images[row], instructions[row], cameras=_picked(images, row) if named else {},
-                       state=None if states is None else states[row]) for row in rows]
+        found = []
+        for row, text in enumerate(instructions):
+            state = None if states is None else states[row]
+            if isinstance(images, Mapping):
+                found.append(Sample(None, text, cameras={name: own[row] for name, own in images.items()}, state=state))
+            else:
+                found.append(Sample(images[row], text, state=state))
+        return found
 
 
-def _picked(images: Pictures, rows):
-    """Those of some rows (a list), or of one."""
+def _picked(images: Pictures, rows: List[int]) -> Pictures:
+    """Those of some rows."""
     if isinstance(images, Mapping):
-        return {name: _picked(own, rows) for name, own in images.items()}
-    return [images[row] for row in rows] if isinstance(rows, list) else images[rows]
+        return {name: [own[row] for row in rows] for name, own in images.items()}
+    return [images[row] for row in rows]
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """What a model is asked beside the episodes: questions with known answers, and how far its action tokens are from its teacher's."""
 
-from typing import List
+from typing import Any, Callable, Iterator, List, Tuple
 
 import numpy as np
 import torch
@@ -47,19 +47,27 @@ def action_token_kl(backbone, samples, batch_size: int = KL_BATCH) -> np.ndarray
     return np.concatenate(values) if values else np.zeros(0)
 
 
+def answers_lacking(records: Records, kind: str, ability: str, count: int, size: int, ask: Callable) -> Iterator[Tuple[int, Any]]:
+    """(trial, answer) of the trials that `records` lacks; ask(trials) gives the answers of a batch, in its order."""
+    for trials, lacking in records.missing(kind, ability, count, size):
+        yield from ((trial, answer) for trial, answer in zip(trials, ask(trials)) if trial in lacking)
+
+
 def ask_questions(backbone, asked: Questions, records: Records) -> None:
     """The trials of one question kind that `records` lacks."""
-    for trials, lacking in records.missing("question", asked.kind, len(asked.answers), QUESTION_BATCH):
-        for trial, said in zip(trials, answer_questions(backbone, asked.samples(trials))):
-            if trial in lacking:
-                records.add(kind="question", ability=asked.kind, trial=trial, seed=asked.seeds[trial], success=said == asked.answers[trial],
-                            value=None, crash=None, steps=0, answer=said, expected=asked.answers[trial])
+    def ask(trials):
+        return answer_questions(backbone, asked.samples(trials))
+
+    for trial, said in answers_lacking(records, "question", asked.kind, len(asked.answers), QUESTION_BATCH, ask):
+        records.add(kind="question", ability=asked.kind, trial=trial, seed=asked.seeds[trial], success=said == asked.answers[trial],
+                    value=None, crash=None, steps=0, answer=said, expected=asked.answers[trial])
 
 
 def measure_retention(backbone, frames: Retention, records: Records) -> None:
     """The KL of the frames that `records` lacks."""
-    for trials, lacking in records.missing("retention", "action_kl", len(frames.seeds), KL_BATCH):
-        for trial, kl in zip(trials, action_token_kl(backbone, frames.samples(trials))):
-            if trial in lacking:
-                records.add(kind="retention", ability="action_kl", trial=trial, seed=frames.seeds[trial], success=None, value=float(kl),
-                            crash=None, steps=0)
+    def ask(trials):
+        return action_token_kl(backbone, frames.samples(trials))
+
+    for trial, kl in answers_lacking(records, "retention", "action_kl", len(frames.seeds), KL_BATCH, ask):
+        records.add(kind="retention", ability="action_kl", trial=trial, seed=frames.seeds[trial], success=None, value=float(kl), crash=None,
+                    steps=0)

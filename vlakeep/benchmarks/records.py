@@ -6,7 +6,6 @@ records.jsonl   first line {"header": ...}: what was evaluated and how; then one
 """
 
 import errno
-import fcntl
 import json
 import math
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 from vlakeep.core.errors import quoted
+from vlakeep.core.locks import lock
 from vlakeep.core.storage import naming_full_disk
 
 
@@ -94,11 +94,9 @@ class Records:
 
     def _lock(self) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._file)
         except BlockingIOError:
             raise ValueError(f"{self.path} is in use by another evaluation of this model; wait for it, or stop it") from None
-        except OSError:
-            pass  # some network file systems know no locks
 
     def _resume(self, header: dict) -> List[dict]:
         """The trials that are there; an unfinished last line goes. A file without trials belongs to whoever comes."""

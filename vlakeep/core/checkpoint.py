@@ -26,6 +26,7 @@ from safetensors.torch import load, load_file, save, save_file
 
 from vlakeep.core.errors import CheckpointError
 from vlakeep.core.log import log
+from vlakeep.core.sharded import optimizer_like
 from vlakeep.core.storage import atomic_dir, need_free, remove_leftovers
 
 FORMAT = 1
@@ -115,16 +116,16 @@ def _own(tensor: torch.Tensor) -> torch.Tensor:
 # ---- optimizer and random state ----
 
 
-def split_optimizer(optimizer) -> Tuple[Tensors, dict]:
-    """(tensors, JSON-able rest) of an optimizer's state, exact: moments and step counts keep type and bits."""
-    packed, tensors = pack(optimizer.state_dict())
+def split_optimizer(state: dict) -> Tuple[Tensors, dict]:
+    """(tensors, JSON-able rest) of an optimizer's state_dict, exact: moments and step counts keep type and bits."""
+    packed, tensors = pack(state)
     return tensors, packed
 
 
 def join_optimizer(optimizer, tensors: Tensors, state: dict) -> None:
     """Put a split state back. Raises CheckpointError when it belongs to other parameters."""
     try:
-        optimizer.load_state_dict(unpack(state, tensors))
+        optimizer.load_state_dict(optimizer_like(unpack(state, tensors), optimizer.param_groups))
     except (ValueError, KeyError) as error:
         raise CheckpointError(
             f"the saved optimizer state does not fit this model ({error}); use the configuration of the saved run"

@@ -6,14 +6,17 @@ Objects travel between processes as JSON and safetensors bytes (checkpoint.to_by
 """
 
 import os
+import random
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Dict, Iterator, List, Optional
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from vlakeep.core.checkpoint import from_bytes, rng_state, set_rng_state, to_bytes
+from vlakeep.core.sharded import whole
 
 
 def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
@@ -38,7 +41,8 @@ def set_threads(threads: Optional[int]) -> None:
 
 @contextmanager
 def process_settings(threads: Optional[int], seed: int, device=None) -> Iterator[None]:
-    """Within the block torch has this many CPU threads (None: as many as before) and draws from `seed`.
+    """Within the block torch has this many CPU threads (None: as many as before), and torch, NumPy and Python draw from `seed`: the states
+    of all three are in checkpoints, which are equal for equal runs.
 
     After it the number of threads and the random states of Python, NumPy and torch (also of a CUDA `device`) are those of before. Both
     belong to the process, which is why only one training at a time may run in it (Distributed).
@@ -46,6 +50,8 @@ def process_settings(threads: Optional[int], seed: int, device=None) -> Iterator
     before, state = torch.get_num_threads(), rng_state(device)
     set_threads(threads)
     torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
     try:
         yield
     finally:
@@ -132,8 +138,9 @@ class Distributed:
 
         All processes must give the same keys.
         """
-        # One order in all processes, whatever order their dictionaries were made in.
+        # One order in all processes, whatever order their dictionaries were made in. The norm of sharded gradients is sharded too.
         keys = sorted(metrics)
+        metrics = {key: whole(metrics[key]) for key in metrics}
         values = torch.stack(
             [
                 metrics[k].detach().double().reshape(()).to(self.device)

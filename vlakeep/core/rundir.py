@@ -11,7 +11,6 @@ run_root_dir/<name>/
 """
 
 import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -31,6 +30,7 @@ import yaml
 from vlakeep.core.checkpoint import latest_intact, list_checkpoints
 from vlakeep.core.config import Config, to_dict
 from vlakeep.core.errors import DiskFull, Interrupted, RunDirError, is_disk_full, quoted
+from vlakeep.core.locks import lock
 from vlakeep.core.log import log
 from vlakeep.core.provenance import hardware, library_versions, source_state
 from vlakeep.core.storage import Storage, atomic_write, free_bytes, remove_leftovers
@@ -92,7 +92,7 @@ class RunLock:
         self.path = folder / "run.lock"
         self._file = open(self.path, "a+", encoding="utf-8")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            unlocked = lock(self._file)
         except BlockingIOError:
             self._file.seek(0)
             holder = self._file.read().strip()
@@ -100,8 +100,8 @@ class RunLock:
             raise RunDirError(
                 f"{folder} is in use by another process ({holder or 'unknown'}). Wait for it, stop it, or take another --name"
             ) from None
-        except OSError as error:  # some network file systems know no locks
-            log.warning(f"{folder} cannot be locked ({error}); make sure that only one process works there")
+        if unlocked:
+            log.warning(f"{folder} cannot be locked ({unlocked}); make sure that only one process works there")
         self._file.truncate(0)
         self._file.write(f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         self._file.flush()

@@ -10,6 +10,7 @@ from typing import Any, Dict, List, Optional, Union
 import torch
 
 from vlakeep.core.config import Config, to_dict
+from vlakeep.core.errors import TrainingStopped
 from vlakeep.core.storage import Storage
 from vlakeep.hsw.lora_input import LoraInputSite
 from vlakeep.hsw.residual import ResidualSite
@@ -177,6 +178,11 @@ class IcsmHswThermostat(Method):
         """Calibrate the Thermostat: measure while student and teacher are the same."""
         rows = []
         while self._controller and not self._controller.calibrated:
+            if self._controller.rejected > self._config.thermostat.calibration:
+                raise TrainingStopped(f"{self._controller.rejected} of {len(rows)} measurements of the drift before the first step gave "
+                                      f"{rows[-1]['d']}: base weights or artefact hold numbers that are not finite, or too large for "
+                                      f"--backbone.dtype {self._config.backbone.dtype}; use --backbone.dtype float32, and make the "
+                                      "artefact again with `vlakeep offline`")
             rows.append(self._measure())
         return rows
 

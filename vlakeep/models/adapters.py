@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from vlakeep.core.compat import import_timm
 from vlakeep.core.errors import CheckpointError
+from vlakeep.core.sharded import is_sharded, like, whole
 from vlakeep.core.storage import atomic_path
 from vlakeep.models.base import Backbone
 
@@ -155,12 +156,23 @@ def adapters_disabled(backbone: Backbone):
 
 
 def adapter_state(backbone: Backbone) -> Dict[str, torch.Tensor]:
-    """Effective adapter weights under the names PEFT saves (base_model.model....lora_A.weight), on the model's device."""
+    """Effective adapter weights under the names PEFT saves (base_model.model....lora_A.weight), whole, on the model's device. Of sharded
+    ones every process has to ask."""
     state = {}
     for name, layer in _lora_layers(backbone).items():
-        state[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A[ADAPTER].weight.detach()
-        state[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B[ADAPTER].weight.detach()
+        state[f"base_model.model.{name}.lora_A.weight"] = _effective(layer.lora_A[ADAPTER])
+        state[f"base_model.model.{name}.lora_B.weight"] = _effective(layer.lora_B[ADAPTER])
     return state
+
+
+def _effective(linear: torch.nn.Module) -> torch.Tensor:
+    parametrised = getattr(linear, "parametrizations", None)
+    if parametrised is None or not is_sharded(parametrised.weight.original):
+        return whole(linear.weight.detach())
+    weight = whole(parametrised.weight.original.detach())  # a parametrisation takes whole weights, as it gets them inside the model's call
+    for one in parametrised.weight:
+        weight = one(weight)
+    return weight.detach()
 
 
 def load_adapter_state(backbone: Backbone, state: Dict[str, torch.Tensor], where: str = "the adapter") -> None:
@@ -186,8 +198,9 @@ def load_adapter_state(backbone: Backbone, state: Dict[str, torch.Tensor], where
 
 
 def trainable_state(backbone: Backbone) -> Dict[str, torch.Tensor]:
-    """The raw trainable parameters by name (below a parametrisation: its original), for checkpoints that a run resumes from."""
-    return {name: p.detach() for name, p in backbone.named_parameters() if p.requires_grad}
+    """The raw trainable parameters by name (below a parametrisation: its original), whole, for checkpoints that a run resumes from. Of
+    sharded ones every process has to ask."""
+    return {name: whole(p.detach()) for name, p in backbone.named_parameters() if p.requires_grad}
 
 
 def load_trainable(backbone: Backbone, state: Dict[str, torch.Tensor]) -> None:
@@ -205,11 +218,12 @@ def load_trainable(backbone: Backbone, state: Dict[str, torch.Tensor]) -> None:
                 raise CheckpointError(
                     f"{name} is {list(state[name].shape)} in the checkpoint, {list(p.shape)} here: resume with the same lora.rank"
                 )
-            p.copy_(state[name])
+            p.copy_(like(state[name].to(p.dtype), p))
 
 
-def save_adapter(backbone: Backbone, folder) -> None:
-    """adapter_config.json and adapter_model.safetensors, as PeftModel.from_pretrained of peft 0.11 and later reads them."""
+def save_adapter(backbone: Backbone, folder, state: Optional[Dict[str, torch.Tensor]] = None) -> None:
+    """adapter_config.json and adapter_model.safetensors, as PeftModel.from_pretrained of peft 0.11 and later reads them. state: what
+    adapter_state has given."""
     info, folder = backbone.lora, Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {  # only keys that peft 0.11.1 knows: it refuses others
@@ -241,7 +255,7 @@ def save_adapter(backbone: Backbone, folder) -> None:
     }
     with atomic_path(folder / WEIGHTS_FILE) as partial:
         save_file(
-            {name: t.cpu().contiguous() for name, t in adapter_state(backbone).items()}, str(partial), metadata={"format": "pt"}
+            {name: t.cpu().contiguous() for name, t in (state or adapter_state(backbone)).items()}, str(partial), metadata={"format": "pt"}
         )
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 

@@ -4,7 +4,7 @@
     identity             name, weights_sha256, merged, network, decoder_layers, num_layers, hidden_size, device, dtype
     adapters             adapted_linears, linear_names, input_key
     layout               embed -> Prefix, text_columns, sequence_mask
-    forward              run_layers, norm, logits, forward
+    forward              run_layers, norm, logits, loss
     answers              generate, log_probabilities_of_continuation, attempt_chunks, attempt_batch, predict_actions
     actions              action_key, action_statistics, action_tokens, unnormalise
     folders              load, write, complete_merged
@@ -32,6 +32,7 @@ from vlakeep.data.processor import BaseProcessor
 from vlakeep.data.sample import IGNORE_INDEX, Batch, Sample, SampleSpec
 from vlakeep.data.statistics import unnormalise
 from vlakeep.models import files
+from vlakeep.models.entrance import Entrance
 from vlakeep.models.load import model_name
 
 
@@ -106,8 +107,11 @@ def captured_outputs(decoder_layers, numbers):
             handle.remove()
 
 
-class Backbone(nn.Module, ABC):
-    """A model with its processor, action statistics and identity. `model` is its network, or PEFT's wrapping of it."""
+class Backbone(Entrance, ABC):
+    """A model with its processor, action statistics and identity. `model` is its network, or PEFT's wrapping of it.
+
+    What computes with the weights is asked from anywhere and runs inside a call of the module (entrance.py).
+    """
 
     # Of the decoder's linears, which are what methods adapt and measure.
     decoder_prefix = ""  # of their names inside the network, up to "layers."
@@ -254,7 +258,11 @@ class Backbone(nn.Module, ABC):
         return next(self.decoder_layers.parameters()).dtype
 
     def parallelised(self, distributed) -> nn.Module:
-        """What the training loop calls in place of this: in DistributedDataParallel, or itself in a single process."""
+        """What the training loop calls in place of this: in DistributedDataParallel, or itself in a single process.
+
+        A model that shards its own weights does so here, in place, and returns itself: all others come through its call (entrance.py),
+        and core/sharded.py makes its state whole.
+        """
         return distributed.wrap(self)
 
     # Adapters
@@ -314,7 +322,7 @@ class Backbone(nn.Module, ABC):
     def logits(self, hidden_normed: torch.Tensor) -> torch.Tensor:
         """Of normed hidden states [..., D], float32 [..., V]."""
 
-    def forward(self, batch: Batch) -> LossOutput:
+    def loss(self, batch: Batch) -> LossOutput:
         """Next-token loss of a batch with labels, the mean over labelled tokens."""
         batch = batch.to(self.device)
         prefix = self.embed(batch)

@@ -17,7 +17,7 @@ from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple
 import torch
 from safetensors import safe_open
 
-from vlakeep.core.checkpoint import check_base, file_sha256, load_checkpoint
+from vlakeep.core.checkpoint import check_base, file_sha256, latest_intact, load_checkpoint
 from vlakeep.core.errors import CheckpointError
 from vlakeep.core.names import run_name
 from vlakeep.core.storage import Storage, atomic_dir
@@ -84,6 +84,14 @@ def chain_to(target: Optional[str], storage: Storage) -> Optional[Chain]:
     sha256 = json.loads((folder / "manifest.json").read_text())["files"][f"adapter/{WEIGHTS_FILE}"]["sha256"]
     link = Link(run_name(run, storage), folder.name, sha256, folder)
     return Chain(before.base_weights if before else state["base_weights"], [*(before.links if before else []), link])
+
+
+def spoken(chain: Chain, storage: Storage) -> str:
+    """The value of --train.from_run that leads to this chain: the last run's name, or its checkpoint's folder if there is a newer one."""
+    last = chain.links[-1]
+    folder = storage.run_folder(last.run)
+    newest = latest_intact(folder) if folder.is_dir() else None
+    return last.run if newest is None or newest.name == last.checkpoint else str(folder / "checkpoints" / last.checkpoint)
 
 
 def chain_of_run(config, storage: Storage, resumes: bool) -> Optional[Chain]:

@@ -170,7 +170,7 @@ class OpenVLABackbone(Backbone):
     def logits(self, hidden_normed: torch.Tensor) -> torch.Tensor:
         return self.openvla.logits(hidden_normed)
 
-    def forward(self, batch: Batch) -> LossOutput:
+    def loss(self, batch: Batch) -> LossOutput:
         """Next-token loss of a batch with labels, as LlamaForCausalLM takes it (shifted, mean over labelled tokens).
 
         Logits are made from the first labelled column of the batch on, which the host knows since collation; choosing exactly the

@@ -49,8 +49,8 @@ class OfficialOpenVLA(OpenVLA):
 class OfficialBackbone(OpenVLABackbone):
     """A Backbone that trains through the official forward."""
 
-    def forward(self, batch: Batch) -> LossOutput:
-        """As Backbone.forward; logits of all positions are made, and in training a cache is built, as the official code does."""
+    def loss(self, batch: Batch) -> LossOutput:
+        """As Backbone.loss; logits of all positions are made, and in training a cache is built, as the official code does."""
         batch = batch.to(self.device)
         last = self.num_layers - 1
         pixels = batch.pixel_values.to(self.openvla.vision_backbone.featurizer.patch_embed.proj.weight.dtype)

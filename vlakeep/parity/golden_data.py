@@ -6,7 +6,7 @@ The folders are `rlds`, `eval` and `augment` of the golden data; each function r
 import json
 import re
 from pathlib import Path
-from typing import Callable, List, Optional
+from typing import Callable, Dict, List, Optional
 
 import numpy as np
 
@@ -57,15 +57,23 @@ def verify_rlds_golden(folder, encode_action: Optional[Callable] = None, process
     checked, against its ids. FileNotFoundError when the folder is not golden/rlds.
     """
     folder = Path(folder)
-    if not (folder / "rlds_golden.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no rlds_golden.json; give the folder `rlds` of the golden data")
+    _require(folder, "rlds_golden.json", "rlds")
     rows = []
     for name, wanted in json.loads((folder / "rlds_golden.json").read_text()).items():
-        with np.load(folder / f"{name}.npz", allow_pickle=False) as data:
-            official = {key: data[key] for key in data.files}
+        official = _arrays(folder / f"{name}.npz")
         rows += [Row(f"{name}: {row.name}", row.deviation, row.tolerance, row.note)
                  for row in _verify_one(folder, name, wanted, official, encode_action or official_action_ids, processor)]
     return rows
+
+
+def _require(folder: Path, file: str, called: str) -> None:
+    if not (folder / file).is_file():
+        raise FileNotFoundError(f"{folder} holds no {file}; give the folder `{called}` of the golden data")
+
+
+def _arrays(path: Path) -> Dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as data:
+        return {key: data[key] for key in data.files}
 
 
 def _verify_one(folder: Path, name: str, wanted: dict, official: dict, encode_action, processor) -> List[Row]:
@@ -127,10 +135,8 @@ def _verify_first(dataset: RldsDataset, picture: np.ndarray, official: dict, pro
 def verify_images_golden(folder) -> List[Row]:
     """Rows for golden/eval: turn, JPEG, decode, lanczos3, centre crop."""
     folder = Path(folder)
-    if not (folder / "image_golden.npz").is_file():
-        raise FileNotFoundError(f"{folder} holds no image_golden.npz; give the folder `eval` of the golden data")
-    with np.load(folder / "image_golden.npz", allow_pickle=False) as data:
-        official = {key: data[key] for key in data.files}
+    _require(folder, "image_golden.npz", "eval")
+    official = _arrays(folder / "image_golden.npz")
     raw = official["agentview_raw_256"]
     decoded = images.decode_image(official["jpeg_bytes"].tobytes(), "jpeg_bytes")
     again = images.decode_image(images.encode_jpeg(np.ascontiguousarray(raw[::-1, ::-1])))
@@ -151,10 +157,8 @@ def verify_images_golden(folder) -> List[Row]:
 def verify_augment_golden(folder) -> List[Row]:
     """Rows for golden/augment: every stage of the augmentation, given the official draws."""
     folder = Path(folder)
-    if not (folder / "augment_golden.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no augment_golden.json; give the folder `augment` of the golden data")
-    with np.load(folder / "augment_golden.npz", allow_pickle=False) as data:
-        official = {key: data[key] for key in data.files}
+    _require(folder, "augment_golden.json", "augment")
+    official = _arrays(folder / "augment_golden.npz")
     rows = []
     for i, case in enumerate(json.loads((folder / "augment_golden.json").read_text())["cases"]):
         drawn = Draw(case["crop_scale_side"], case["crop_y0"], case["random_brightness"], case["random_contrast"],

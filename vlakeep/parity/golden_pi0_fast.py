@@ -133,7 +133,7 @@ def _losses(golden: _Golden) -> List[Row]:
     means = float(np.mean([float(backbone(backbone.processor.encode_batch([one])).loss) for one in golden.samples]))
     return [
         Row("loss", abs(float(backbone(batch).loss) - float(data["loss"])), LOSS),
-        Row("loss by the base class", abs(float(Backbone.forward(backbone, batch).loss) - float(data["loss"])), LOSS),
+        Row("loss by the base class", abs(float(Backbone.loss(backbone, batch).loss) - float(data["loss"])), LOSS),
         Row("loss with one camera", abs(float(backbone(backbone.processor.encode_batch(alone)).loss) - float(data["loss_one_camera"])),
             LOSS),
         Row("mean of the rows' losses", abs(means - float(data["loss_mean_of_row_means"])), LOSS),

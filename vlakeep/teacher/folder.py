@@ -66,12 +66,24 @@ def recorded_problems(folder: Path, meta: dict, recorded: Dict[str, Any]) -> Lis
             for key, value in recorded.items() if meta.get(key) != value]
 
 
-def note_attention(folder: Path, meta: dict, settings) -> None:
-    """Warn when teacher and run use two attention implementations. They agree up to rounding, so that nothing is refused."""
+def attention_note(folder: Path, meta: dict, settings) -> str:
+    """A line when teacher and run use two attention implementations; empty otherwise.
+
+    It is said and not refused. All of them compute the same function and differ by rounding, as one does between batch shapes and devices,
+    which no artefact is refused for either; and who has the artefact of one machine may lack flash-attention on another. dtype and
+    quantisation change the function itself, so that numeric_problems refuses those. docs/log.md has how far the answers move.
+    """
     made = meta.get("attn_implementation", settings.attn_implementation)
-    if made != settings.attn_implementation:
-        log.warning(f"note: {folder} was made with attn_implementation {made}, this run uses {settings.attn_implementation}; they agree up "
-                    "to rounding, which a divergence near zero shows")
+    if made == settings.attn_implementation:
+        return ""
+    return (f"note: {folder} was made with attn_implementation {made}, this run uses {settings.attn_implementation}; they agree up to "
+            "rounding, which a divergence near zero shows")
+
+
+def note_attention(folder: Path, meta: dict, settings) -> None:
+    """Log the attention_note, if there is one."""
+    if note := attention_note(folder, meta, settings):
+        log.warning(note)
 
 
 @dataclass

@@ -11,8 +11,10 @@ replayed from the log: `replay`.
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Dict, Iterable, List, Optional, Tuple
+
+from vlakeep.thermostat.law_state import LawState
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Law:
 
 
 @dataclass
-class Controller:
+class Controller(LawState):
     """Closed loop state; `update(d)` after each measurement, `state_dict` for checkpoints."""
 
     law: Law
@@ -114,15 +116,6 @@ class Controller:
     def _row(self, drift: float) -> Dict[str, float]:
         return {"d": drift, "d_ema": self.average, "threshold": self.threshold, "calibrating": float(self.threshold is None),
                 "beta": self.beta, "gamma": self.gamma}
-
-    def state_dict(self) -> dict:
-        state = asdict(self)
-        state.pop("law")
-        return state
-
-    def load_state_dict(self, state: dict) -> None:
-        for key, value in state.items():
-            setattr(self, key, list(value) if key == "calibration" else value)
 
 
 def replay(law: Law, drifts: Iterable[float]) -> List[Dict[str, float]]:

@@ -18,8 +18,10 @@ where one probe item is about to flip, a few per cent of r decide, and the loop 
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Callable, Dict, Iterable, List, Optional, Tuple
+
+from vlakeep.thermostat.law_state import LawState
 
 # Exponents of the divergence over the size of the update: of one linear layer, what the law begins with, and the steepest that it learns.
 LINEAR_RESPONSE, RESPONSE, STEEPEST = 2.0, 4.0, 12.0
@@ -55,7 +57,7 @@ class SetPoint:
 
 
 @dataclass
-class SetPointController:
+class SetPointController(LawState):
     """Closed loop state; `update(d)` after each measurement, `state_dict` for checkpoints."""
 
     law: SetPoint
@@ -103,15 +105,6 @@ class SetPointController:
         self._learn(divergence)
         self.before, self.moved = divergence, self.opening / acted
         return {"kl": divergence, "opening": acted, "next_opening": self.opening}
-
-    def state_dict(self) -> dict:
-        state = asdict(self)
-        state.pop("law")
-        return state
-
-    def load_state_dict(self, state: dict) -> None:
-        for key, value in state.items():
-            setattr(self, key, value)
 
 
 def settle(law: SetPoint, opening: float, divergence: float, measure: Callable[[float], float]) -> List[Tuple[float, float]]:
