@@ -77,8 +77,8 @@ def _inputs(golden: _Golden) -> List[Row]:
         Row("pictures", pictures, 0),
         Row("instruction masks that differ", float(sum(not np.array_equal(a, b) for a, b in zip(instruction, expected))), 0),
         Row("labels that differ", float(sum(
-            row[row != -100].tolist() != actions[a][1:].tolist() for row, actions, a in zip(batch.labels, data["action_tokens"],
-                                                                                           data["action_token_mask"]))), 0)]
+            row[row != -100].tolist() != actions[a][1:].tolist()
+            for row, actions, a in zip(batch.labels, data["action_tokens"], data["action_token_mask"]))), 0)]
 
 
 def _cut(row: np.ndarray, size: int) -> np.ndarray:
@@ -107,8 +107,8 @@ def _forward(golden: _Golden) -> List[Row]:
                  for (b, at, _), n in zip(pairs, data["action_token_mask"].sum(1).astype(int)))
     prompts = backbone.hidden_states(backbone.processor.encode_prompts(golden.samples))[-1]
     lengths = [len(at) - int(n) for at, n in zip(ours, data["action_token_mask"].sum(1))]
-    alone = max(difference(prompts[b][at[:n]].numpy(), data["prompt_hidden_last"][b][there[:n]]) for (b, at, there), n in zip(pairs,
-                                                                                                                              lengths))
+    alone = max(difference(prompts[b][at[:n]].numpy(), data["prompt_hidden_last"][b][there[:n]])
+                for (b, at, there), n in zip(pairs, lengths))
     return [
         Row("pairs that attend and should not, or the other way", float(masks), 0),
         Row("positions", float(sum(int((place[b][at].numpy() != data["position_ids"][b][there]).sum()) for b, at, there in pairs)), 0),
@@ -133,7 +133,7 @@ def _losses(golden: _Golden) -> List[Row]:
     means = float(np.mean([float(backbone(backbone.processor.encode_batch([one])).loss) for one in golden.samples]))
     return [
         Row("loss", abs(float(backbone(batch).loss) - float(data["loss"])), LOSS),
-        Row("loss by the base class", abs(float(Backbone.forward(backbone, batch).loss) - float(data["loss"])), LOSS),
+        Row("loss by the base class", abs(float(Backbone.loss(backbone, batch).loss) - float(data["loss"])), LOSS),
         Row("loss with one camera", abs(float(backbone(backbone.processor.encode_batch(alone)).loss) - float(data["loss_one_camera"])),
             LOSS),
         Row("mean of the rows' losses", abs(means - float(data["loss_mean_of_row_means"])), LOSS),

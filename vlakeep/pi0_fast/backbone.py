@@ -222,7 +222,7 @@ class Pi0FastBackbone(Backbone):
     def logits(self, hidden_normed: torch.Tensor) -> torch.Tensor:
         return self.pi0.logits(hidden_normed)
 
-    def forward(self, batch: Batch) -> LossOutput:
+    def loss(self, batch: Batch) -> LossOutput:
         """The layout's loss: of lerobot the mean over all labelled tokens, of openpi the mean over rows of each row's mean.
 
         lm_head runs on as many columns of each row as the longest answer has, which the host knows since collation.

@@ -61,8 +61,8 @@ def complete_config(config: dict, where: str = "config") -> dict:
     problems = []
     if config.get("type", KIND) != KIND:
         problems.append(f"type is {config['type']!r}, must be {KIND!r}")
-    for name, default in (("paligemma_variant", "gemma_2b"), ("chunk_size", 50), ("image_resolution", [224, 224]), ("fast_skip_tokens",
-                                                                                                                    128),
+    for name, default in (("paligemma_variant", "gemma_2b"), ("chunk_size", 50), ("image_resolution", [224, 224]),
+                          ("fast_skip_tokens", 128),
                           ("tokenizer_max_length", 200), ("max_action_tokens", 256), ("max_decoding_steps", 256), ("n_action_steps", 50),
                           ("text_tokenizer_name", "google/paligemma-3b-pt-224"), ("action_tokenizer_name", "lerobot/fast-action-tokenizer"),
                           ("normalization_mapping", {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"})):

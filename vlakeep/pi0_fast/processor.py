@@ -141,8 +141,7 @@ class Processor(BaseProcessor):
             cameras = tuple(name for name, one in zip(self.named, self._pictures(sample)) if one is not None)
             spec = self.spec if not cameras else replace(self.spec, cameras=tuple(name for name in cameras if name in sample.cameras))
             # Of questions the state is no part.
-            spec.check([sample], f"pi0-FAST ({self.folder.name})") if not sample.question else replace(spec, state=0).check([sample],
-                                                                                                                            "pi0-FAST")
+            (replace(spec, state=0) if sample.question else spec).check([sample], f"pi0-FAST ({self.folder.name})")
 
     def _batch(self, samples: List[Sample], prefixes: List[List[int]], seconds: List[List[int]], targets: List[List[int]],
                width: int = 0) -> Pi0FastBatch:

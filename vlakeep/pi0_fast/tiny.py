@@ -60,8 +60,8 @@ def lerobot_config(cameras: Sequence[str], state: int, actions: int, chunk: int,
     if state:
         features[STATE] = {"type": "STATE", "shape": [state]}
     return {
-        "type": "pi0_fast", "n_obs_steps": 1, "input_features": features, "output_features": {"action": {"type": "ACTION",
-                                                                                                         "shape": [actions]}},
+        "type": "pi0_fast", "n_obs_steps": 1, "input_features": features,
+        "output_features": {"action": {"type": "ACTION", "shape": [actions]}},
         "paligemma_variant": "gemma_2b", "action_expert_variant": "gemma_300m", "dtype": "float32", "chunk_size": chunk,
         "n_action_steps": chunk, "max_action_tokens": tokens, "max_decoding_steps": tokens, "image_resolution": [image, image],
         "empty_cameras": 0, "tokenizer_max_length": 200, "text_tokenizer_name": TEXT, "action_tokenizer_name": CODEC, "temperature": 0.0,
@@ -102,5 +102,5 @@ def make_folder(folder, texts: Sequence[str], chunks: Sequence[np.ndarray], norm
 if __name__ == "__main__":  # sanity check: python -m vlakeep.pi0_fast.tiny
     made = build_tokenizer(["pick up the red block", "open the drawer"], 16)
     print(made.encode("Task: pick up the red block, State: -1 255;\n").tokens)
-    assert made.encode("|", add_special_tokens=False).tokens == ["|"] and made.encode("255", add_special_tokens=False).tokens == ["2",
-                                                                                                                                  "5", "5"]
+    bar, digits = (made.encode(text, add_special_tokens=False).tokens for text in ("|", "255"))
+    assert bar == ["|"] and digits == ["2", "5", "5"]
