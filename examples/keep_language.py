@@ -52,8 +52,8 @@ def probe_texts(data, count):
 def log_likelihood(model, pairs):
     """(log-probability of every answer, whether each of its tokens was the likeliest), one entry a pair."""
     found, right = [], []
-    for batch in batches(pairs, 16):
-        log_p = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, :-1].float().log_softmax(-1)
+    for batch in batches(pairs):
+        log_p = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, :-1].log_softmax(-1)
         labels = batch["labels"][:, 1:]
         kept = labels != -100
         found += (log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * kept).sum(1).tolist()

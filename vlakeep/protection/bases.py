@@ -52,9 +52,12 @@ def attention_mask(batch) -> Masks:
 
 @dataclass(frozen=True)
 class Bases:
-    """spectra: input -> its Spectrum; inputs: adapted linear -> its input; fingerprint: of the frozen weights they were measured on.
+    """What `measure` returns.
 
-    meta: what was counted: tokens of the input that had most, batches, and `unmasked`, the inputs whose shape no mask fitted.
+    - `spectra`: input -> its Spectrum: vectors float32 [D, K], values float32 [K], rest
+    - `inputs`: adapted linear -> its input
+    - `fingerprint`: of the frozen weights that they were measured on
+    - `meta`: what was counted: tokens of the input that had most, batches, and `unmasked`, the inputs whose shape no mask fitted
     """
 
     spectra: Dict[str, Spectrum]
@@ -159,10 +162,12 @@ def measure(model: nn.Module, batches: Iterable, forward: Callable[[nn.Module, A
             adapter: Optional[str] = None) -> Bases:
     """Bases of the adapted linears' inputs, of the model without its adapters.
 
-    model: with PEFT's LoRA layers, on its device. batches: anything that can be gone through; more than once (a list, a DataLoader), where
-    the moments exceed the budget. forward(model, batch) runs the model; what it returns is not read. mask(batch): bool [B, S] of the tokens
-    that count, or several for inputs of several shapes; inputs of other shapes count whole. columns: directions stored of wider inputs.
-    budget_gib: for the moments, float32 [D, D] of each distinct input, on the model's device.
+    - `model`: with PEFT's LoRA layers, on its device.
+    - `batches`: anything that can be gone through; more than once (a list, a DataLoader), where the moments exceed the budget.
+    - `forward(model, batch)` runs the model; what it returns is not read.
+    - `mask(batch)`: bool [B, S] of the tokens that count, or several for inputs of several shapes; inputs of other shapes count whole.
+    - `columns`: directions stored of wider inputs, float32 [D, K].
+    - `budget_gib`: for the moments, float32 [D, D] of each distinct input, on the model's device.
 
     Costs, beside the forward passes, O(tokens D^2) for each distinct input and one eigendecomposition of it, O(D^3); the file holds
     4 D K bytes of each. ValueError: no LoRA layers, no batches, padding that no input has the shape of, values that are not finite,

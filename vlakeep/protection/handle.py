@@ -33,13 +33,18 @@ def protect(model: nn.Module, bases: Bases, *, target: Optional[float] = None, p
             adapter: Optional[str] = None, state: Optional[dict] = None) -> "Handle":
     """Give every LoRA A of `model` a gain per direction of its inputs, and close the loop on what may be forgotten.
 
-    bases: of this model (measure). target: how far the model may go from itself on the probe, in nats per answer token. probe: a Probe,
-    or a function without arguments that returns the divergence now, the same in all processes. every: optimizer steps between two
-    measurements. opening: fixed gains instead of the loop. start: share of plain LoRA's probe energy that passes at the beginning.
-    scale: of all updates, as lora_alpha. steepness, allocation ("linear" or "model"), open_factor, close_factor: as in docs/graded.md.
-    unprotected: what to do with trained parameters that gains cannot bound (DoRA's magnitudes, modules_to_save, biases, convolutions):
-    "refuse", "freeze" them, or "train" them all the same. adapter: its name, None for the active one. state: of an earlier handle, to go
-    on with a loaded adapter.
+    - `bases`: of this model (`measure`).
+    - `target`: how far the model may go from itself on the probe, in nats per answer token.
+    - `probe`: a `Probe`, or a function without arguments that returns the divergence now, the same in all processes.
+    - `every`: optimizer steps between two measurements.
+    - `opening`: fixed gains instead of the loop, lambda in mean eigenvalues of the input.
+    - `start`: share of plain LoRA's probe energy that passes at the beginning.
+    - `scale`: of all updates, as lora_alpha.
+    - `steepness`, `allocation` ("linear" or "model"), `open_factor`, `close_factor`: as in docs/graded.md.
+    - `unprotected`: what to do with trained parameters that gains cannot bound (DoRA's magnitudes, modules_to_save, biases, convolutions):
+      "refuse", "freeze" them, or "train" them all the same.
+    - `adapter`: its name, None for the active one.
+    - `state`: of an earlier handle, to go on with a loaded adapter.
 
     Call it before DistributedDataParallel; an optimizer that was made before keeps working. The model is as it was when this raises.
     Costs per optimizer step O(rank D K) for each linear, whatever the batch; per measurement one forward pass of the probe.
@@ -188,9 +193,15 @@ class Handle:
         return row
 
     def report(self) -> Dict[str, Any]:
-        """opening: of now. passes: share of plain LoRA's probe energy that passes. target, kl (the last measurement), measurements, steps,
-        linears and inputs: their numbers. open_directions: of each input, sum of squared gains. update_norms: of each linear, ||B A_eff||
-        times its scaling. unprotected: names of what is trained beside. The report of before merge() after it."""
+        """Where the protection stands; after merge() where it ended.
+
+        - `opening`, and `passes`, the share of plain LoRA's probe energy that passes
+        - `target`, `kl` (the last measurement), `measurements`, `steps`
+        - `linears`, `inputs`: their numbers
+        - `open_directions`: of each input, the sum of squared gains
+        - `update_norms`: of each linear, ||B A_eff|| times its scaling
+        - `unprotected`: names of what is trained beside
+        """
         if self._merged:
             return self._report
         norms = self._site.update_norms()

@@ -33,10 +33,10 @@ def answer_tokens(batch) -> Optional[torch.Tensor]:
 class Probe:
     """Held-out batches. `prepare` asks the teacher once, `measure` the student.
 
-    forward(model, batch) returns logits [B, L, V] or [B, V], or an output with `.logits`; with `sigma`, any tensor [B, ...].
-    answers(batch): bool [B, L] of the tokens that count, each predicted one position earlier. Logits of more positions than that, as of
-    models that put pictures before the text, are counted from the end. sigma: the width in which values are measured, such as the
-    noise of a demonstrated action; None for logits.
+    - `forward(model, batch)` returns logits [B, L, V] or [B, V], or an output with `.logits`; with `sigma`, any tensor [B, ...].
+    - `answers(batch)`: bool [B, L] of the tokens that count, each predicted one position earlier. Logits of more positions than that, as
+      of models that put pictures before the text, are counted from the end.
+    - `sigma`: the width in which values are measured, such as the noise of a demonstrated action; None for logits.
 
     Keeps 12 x 32 bytes an answer position, or the teacher's values; `measure` costs a forward pass of all batches without gradients.
     """
