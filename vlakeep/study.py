@@ -205,8 +205,8 @@ def run_study(study: Study, workers: int, launch: Optional[Callable[[List[str], 
                     failed[cell.cell] = _why(status, logs / f"{cell.cell}.log")
                 # All workers are busy until the last cells, so that the mean time per ended cell holds for those that are left.
                 left = (time.perf_counter() - started) / ended * (len(queued) - ended)
-                log.info(f"[{ended}/{len(queued)}] {cell.cell}: " + (f"FAILED, {failed[cell.cell]}" if cell.cell in failed else "done")
-                         + f"; about {human(left)} left")
+                log.info(f"[{ended}/{len(queued)}, about {human(left)} left] {cell.cell}: "
+                         + (f"FAILED, {failed[cell.cell]}" if cell.cell in failed else "done"))
         except BaseException:
             if isinstance(launcher, Launcher):
                 launcher.stop()

@@ -18,7 +18,7 @@ import copy
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
@@ -47,7 +47,7 @@ class Cell:
     rate: float
     seed: int
     file: Optional[str]
-    pairs: Tuple[Tuple[str, Any], ...]
+    pairs: Tuple[Tuple[str, Any], ...] = field(hash=False)  # lists among its values
 
     @property
     def name(self) -> str:
