@@ -39,7 +39,8 @@ def parts(memory: Dict[str, float]) -> List[str]:
     unit, word = (GIB / 1024, "MiB") if small else (GIB, "GiB")
     for size, numbers in layers.items():
         rows[f"activations of layers {min(numbers)} to {max(numbers)}, {size / unit:.2f} each"] = size * len(numbers)
-    return [f"    {size / unit:8.2f} {word}  {name}" for name, size in sorted(rows.items(), key=lambda row: -row[1]) if size >= 0.005 * unit]
+    shown = sorted(((size, name) for name, size in rows.items() if size >= 0.005 * unit), reverse=True)
+    return [f"    {size / unit:8.2f} {word}  {name}" for size, name in shown]
 
 
 def show(plans: List[StagePlan], card: Hardware) -> None:
