@@ -1,5 +1,6 @@
 """What a training step keeps in memory for its backward pass, seen by what autograd saves."""
 
+import time
 from collections import Counter
 from contextlib import closing
 
@@ -7,9 +8,13 @@ import pytest
 import torch
 from conftest import BASELINE
 
+from vlakeep.core.hardware import hardware
 from vlakeep.data.loader import make_stream
 from vlakeep.models.adapters import add_lora
 from vlakeep.models.load import make_backbone
+from vlakeep.models.workload import Numbers
+from vlakeep.planning.predict import Planner, find_adapters, find_model
+from vlakeep.train import run_training
 
 
 def kept(storage, config):
@@ -19,7 +24,7 @@ def kept(storage, config):
     parts = {f"layer {i}": layer for i, layer in enumerate(backbone.decoder_layers)}
     parts.update({name: backbone.network.get_submodule(name) for name in ("vision_backbone", "projector", "language_model.lm_head")})
     where, saved, columns = ["elsewhere"], Counter(), []
-    own = {p.data_ptr() for p in backbone.parameters()}  # weights are there anyhow
+    own, alive = {p.data_ptr() for p in backbone.parameters()}, []  # weights are there anyhow
     for name, part in parts.items():
         part.register_forward_pre_hook(lambda module, args, name=name: where.append(name))
         part.register_forward_hook(lambda module, args, output: where.pop() and None)
@@ -27,7 +32,9 @@ def kept(storage, config):
 
     def pack(tensor):
         if tensor.data_ptr() not in own:
+            own.add(tensor.data_ptr())  # one tensor may be saved by several operations
             saved[where[-1]] += tensor.nbytes
+            alive.append(tensor)
         return tensor
 
     with closing(make_stream(config.data, storage.data, backbone.processor, 4, config.seed, 0, 1)) as stream:
@@ -61,3 +68,31 @@ def test_only_columns_from_the_first_label_on_go_through_the_head(world):
     saved, batch, columns = kept(storage, make_config(BASELINE, "--lora.layers", "last:1"))
     labelled = int((batch.labels != -100).any(0).sum())
     assert columns == [batch.input_ids.shape[1] - batch.first_label] and labelled <= columns[0] < batch.input_ids.shape[1] / 2
+
+
+def test_the_plan_counts_what_autograd_saves_layer_by_layer(world):
+    storage, make_config = world
+    config = make_config(BASELINE, "--lora.layers", "3,5")
+    saved, batch, _ = kept(storage, config)
+    model = find_model(config, storage.cache)
+    tokens = len(batch.input_ids) * (batch.input_ids.shape[1] + model.work.patches)
+    adapters, numbers = find_adapters(config, model), Numbers.of(config)
+    for number in (4, 5):  # without adapters and with them; the norm of layer 3 keeps nothing yet
+        leaves = adapters.leaves if number in adapters.layers else []
+        counted = model.work.layer_keeps(leaves, adapters.rank, numbers) * tokens
+        assert saved[f"layer {number}"] == pytest.approx(counted, rel=0.1), number
+
+
+def test_a_step_of_the_small_model_takes_about_what_is_planned(world):
+    """Loose: processors differ, and others use this one."""
+    storage, make_config = world
+    config = make_config(BASELINE)
+    card = hardware("cpu")._replace(half=40e9, single=40e9, stream=10e9)
+    planned = Planner(config, find_model(config, storage.cache), card).plan("train")
+    started = time.process_time()
+    run_training(make_config(BASELINE, "--name", "timed", "--train.steps", 2), storage)
+    one = time.process_time() - started
+    started = time.process_time()
+    run_training(make_config(BASELINE, "--name", "timed-longer", "--train.steps", 8), storage)
+    each = (time.process_time() - started - one) / 6
+    assert planned.each / 12 < each < planned.each * 12

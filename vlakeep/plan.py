@@ -35,9 +35,12 @@ def parts(memory: Dict[str, float]) -> List[str]:
             layers.setdefault(size, []).append(int(name.split()[1]))
         else:
             rows[name] = size
+    small = sum(memory.values()) < GIB
+    unit, word = (GIB / 1024, "MiB") if small else (GIB, "GiB")
     for size, numbers in layers.items():
-        rows[f"activations of layers {min(numbers)} to {max(numbers)}, {size / GIB:.3f} each"] = size * len(numbers)
-    return [f"    {size / GIB:8.2f} GiB  {name}" for name, size in sorted(rows.items(), key=lambda row: -row[1]) if size >= 0.005 * GIB]
+        rows[f"activations of layers {min(numbers)} to {max(numbers)}, {size / unit:.2f} each"] = size * len(numbers)
+    shown = sorted(((size, name) for name, size in rows.items() if size >= 0.005 * unit), reverse=True)
+    return [f"    {size / unit:8.2f} {word}  {name}" for size, name in shown]
 
 
 def show(plans: List[StagePlan], card: Hardware) -> None:
@@ -60,10 +63,9 @@ def advice(plan: StagePlan, config: Config, model: Model, card: Hardware, gpus: 
     found, least = remedies(config, model, card, gpus, plan.stage)
     if found:
         return lines + [f"    {one.line()}" for one in found]
-    weights = plan.memory["weights"] / GIB
-    return [f"{plan.stage} does not fit: {over:.1f} GiB too much. The weights take {weights:.1f} GiB; with every option at its least it takes "
-            f"{least.reserved / GIB:.1f}, so this needs a card of {least.reserved / GIB + 0.5:.0f} GiB (each process holds the whole frozen "
-            "model), or a smaller base model"]
+    return [f"{plan.stage} does not fit: {over:.1f} GiB too much. The weights take {plan.memory['weights'] / GIB:.1f} GiB, and with every "
+            f"option at its least it takes {least.reserved / GIB:.1f}: it needs {least.reserved / GIB:.1f} GiB that may be reserved (each "
+            "process holds the whole frozen model), or a smaller base model"]
 
 
 def main(argv: List[str]) -> int:

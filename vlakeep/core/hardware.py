@@ -77,8 +77,8 @@ def _cpu() -> Hardware:
     return Hardware("cpu", 0.5 * memory, rate, rate, rate / 2, min(cores, 4) * 10e9, "float32", device="cpu")
 
 
-# A 4090 shows 23.99 GiB, of which half a gigabyte is the context and a gigabyte goes to what else shows a screen; of a V100 one of 16 GiB is
-# meant, the smaller kind.
+# A 4090 shows 23.99 GiB, of which half a gigabyte is the context and a gigabyte goes to what else shows a screen; of a V100 the smaller
+# kind is meant, of 16 GiB.
 CARDS = {
     "rtx4090": Hardware("rtx4090", 22.5, 165e12, 82.6e12, 1.3e12, 1.008e12, "bfloat16"),
     "v100x8": Hardware("v100x8", 15.0, 125e12, 15.7e12, 7.8e12, 0.9e12, "float16", cards=8),
@@ -128,6 +128,7 @@ def types(card: Hardware) -> List[Choice]:
     autocast = "none" if card.dtype == "float32" else card.dtype
     attention = ("float16 runs in sdpa's memory-efficient kernel; flash attention needs a newer card" if card.dtype == "float16"
                  else "same result as flash attention 2, and needs no package")
-    return [Choice("backbone.dtype", card.dtype, why[card.dtype]), Choice("train.autocast", autocast, "products in the type of the weights"),
+    return [Choice("backbone.dtype", card.dtype, why[card.dtype]),
+            Choice("train.autocast", autocast, "products in the type of the weights"),
             Choice("backbone.attn_implementation", "sdpa", attention),
             Choice("device", card.device, "the profile is of a " + ("GPU" if card.device == "cuda" else "CPU"))]

@@ -167,7 +167,7 @@ def split(stage: Stage, argv: List[str]) -> Tuple[argparse.Namespace, Optional[s
         setattr(args, option.dest, _value(stage, option, getattr(args, option.dest)))
     if getattr(args, "hardware", None):  # before what the command line says, which beats it; a stage is told what it reads
         chosen = [one for one in types(hardware(args.hardware)) if one.key in stage.reads()]
-        given = _keys(pairs)
+        given = args.given_ = _keys(pairs)
         for key, value, reason in chosen:
             log.info(f"{args.hardware}: --{key} {value} ({reason})" if key not in given else f"{args.hardware}: --{key} as you say")
         pairs = [f"--{key}={value}" for key, value, _ in chosen] + pairs
@@ -186,8 +186,7 @@ def read(stage: Stage, argv: List[str]) -> Tuple[argparse.Namespace, Config]:
         card = hardware(args.hardware)
         card = card._replace(memory=getattr(args, "gib", None) or card.memory)
         fit = import_module("vlakeep.planning.fit")  # of a room above this one, by name as the rooms' stages are
-        given = _keys(pairs[len(types(card)):])
-        for key, value, reason in fit.fitted(config, card, Storage.from_config(config, create=False).cache, given):
+        for key, value, reason in fit.fitted(config, card, Storage.from_config(config, create=False).cache, args.given_):
             log.info(f"{args.hardware}: --{key} {value} ({reason})")
     return args, config
 

@@ -101,6 +101,8 @@ def _between(config, need: Callable[[Any, str, str], None]) -> None:
         need(attrgetter(key)(config) == "native" or config.backbone.openvla_dir, "backbone.openvla_dir",
              f"the folder of an OpenVLA checkout with --{key} official")
     need(config.data.source == "native" or config.data.statistics is None, "data.statistics", "null with --data.source official")
+    need(config.lora.dtype == "float32" or config.backbone.dtype != "float16", "lora.dtype",
+         "float32 with --backbone.dtype float16: updates of float16 adapters are rounded away, and their gradients cannot be unscaled")
     graded = config.method == "graded"
     need(graded or config.thermostat.estimator != "kl", "thermostat.estimator", "covariance or paired: kl belongs to --method graded")
     need(not graded or config.thermostat.estimator in (None, "kl"), "thermostat.estimator", "kl or null with --method graded")

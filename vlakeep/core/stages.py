@@ -11,8 +11,8 @@ SPECTRUM = "gains.name gains.columns gains.holdout gains.balance"
 SOURCES = ("data.datasets data.train_fraction data.camera data.cameras data.state data.gripper data.rotate data.degenerate data.cards "
            "data.skip_bad")
 LARGE = Option("--large_file_gb", 1.0, "Files of this size and more in a source tree are red.", number(above=True))
-HARDWARE = Option("--hardware", None, "The card: data type, attention, micro-batch and checkpointing are chosen for it and printed with the "
-                  "reason. What else the command line says beats it, and it beats the file; null leaves all as it is.", choices=NAMES)
+HARDWARE = Option("--hardware", None, "The card: data type, attention, micro-batch and checkpointing are chosen for it and printed with "
+                  "the reason. What else the command line says beats it, and it beats the file; null leaves all as it is.", choices=NAMES)
 
 AUDIT = Stage("audit-probe", "vlakeep.openvla.audit", "print token by token what of a probe prompt counts as instruction",
               f"{FOLDERS} backbone probe")

@@ -1,6 +1,6 @@
 """What the arms add to a plan (models/workload.py): memory that they hold in training, measurements, and the phases of the offline step.
 
-`Method.costs` gives a Costs; an arm that says nothing adds nothing. Sizes and work follow the code of the stages: teacher/, hsw/, thermostat/.
+`Method.costs` gives a Costs; an arm that says nothing adds nothing. Sizes and work follow the code in teacher/, hsw/ and thermostat/.
 """
 
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from vlakeep.core.hardware import GIB, Work
 from vlakeep.models.workload import Adapters, Numbers, Workload
 
 NEW_FRAMES = 64  # of graded_offline.py: frames of the new data whose coverage is reported
-EIGH_COPIES = 6  # float64 matrices alive in an eigendecomposition on a GPU: the moment, the vectors, their turned copy, cuSOLVER's workspace
+EIGH_COPIES = 6  # float64 matrices alive in an eigendecomposition on a GPU: moment, vectors, their turned copy, cuSOLVER's workspace
 THIN_COPIES = 4  # float32 bases alive in a subspace iteration: old, new, product, QR's own
 PASSES = 12  # thin products and QRs of a subspace iteration (teacher/spectrum.py), in products
 
@@ -76,7 +76,8 @@ def frozen_form(config: Config, work: Workload, adapters: Adapters, numbers: Num
         drawn, above = config.thermostat.batch_size, work.layers - adapters.first
         found.resident["teacher's statistics"] = 4.0 * len(representative) * work.width * (work.width + items)
         found.measurement = work.passing(numbers, drawn, prompt)
-        found.measuring = work.layer_work(drawn * prompt, prompt, above) + work.lora_work(adapters.leaves, adapters.rank, drawn * prompt, above)
+        tokens = drawn * prompt
+        found.measuring = work.layer_work(tokens, prompt, above) + work.lora_work(adapters.leaves, adapters.rank, tokens, above)
         found.every = config.thermostat.every
     if not (config.hsw.enabled or config.thermostat.enabled):
         return found

@@ -1,8 +1,8 @@
 """What a model costs, reckoned from its shapes: memory that a pass keeps and needs, operations, bytes moved. Nothing is loaded.
 
 A vision-language-action model is towers that see pictures, a projector and a decoder of alike layers. A kind of model says its shapes
-(Backbone.workload); what they cost is the same arithmetic for all. Bytes per token and layer are counted off the code that runs: transformers'
-Llama layer, PEFT's LoRA layer, timm's ViT block, each operation with what autograd saves of it and what it reads and writes.
+(Backbone.workload); what they cost is the same arithmetic for all. Bytes per token and layer are counted off the code that runs:
+transformers' Llama layer, PEFT's LoRA layer, timm's ViT block, each operation with what autograd saves and what it reads and writes.
 
 D width, M width of the MLP, T tokens (rows times columns), h bytes of an activation.
 """
@@ -13,8 +13,9 @@ from typing import Dict, List, NamedTuple, Sequence, Tuple
 from vlakeep.core.hardware import Work
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Elementwise kernels of a decoder layer, forward, in units of D bytes a token (in half precision): two RMSNorms in float32 (32 each), rotary
-# embeddings of queries and keys (19 each), two residual sums (6 each), queries, keys, values and output of attention (8); of M bytes: SiLU, product.
+# Elementwise kernels of a decoder layer, forward, in units of D bytes a token (in half precision): two RMSNorms in float32 (32 each),
+# rotary embeddings of queries and keys (19 each), two residual sums (6 each), queries, keys, values and output of attention (8); of M
+# bytes: SiLU and product.
 LAYER_D, LAYER_M = 122, 10
 BLOCK_D, BLOCK_M = 52, 4  # of a ViT's block: two LayerNorms, the split of qkv, two layer scales and sums; GELU
 # A LoRA linear: input to the adapter's type and back (12) and read (2); per output: product, scaling, sum.
@@ -39,7 +40,7 @@ class Tower(NamedTuple):
 
 @dataclass(frozen=True)
 class Adapters:
-    """What LoRA is put on: linears of a decoder layer by their leaf, in these layers, and whether towers, projector and head are adapted too."""
+    """What LoRA is put on: linears of a decoder layer by their leaf, in these layers; `everywhere`: on towers, projector and head too."""
 
     leaves: Sequence[str]
     layers: Sequence[int]
@@ -204,7 +205,7 @@ class Workload:
         return below + self.layer_work(tokens, columns, self.layers - first)
 
     def generate(self, rows: float, batch: int) -> Work:
-        """`rows` prompts answered, `batch` at a time: one pass over the prompt, then a pass a token, which the host or the weights bound."""
+        """`rows` prompts answered, `batch` at a time: a pass over the prompt, then one a token, bound by the host or the weights."""
         steps = rows / batch * (self.answer - 1)
         weights = 2 * self.layers * self.layer_parameters
         # Each batch launches its own kernels.

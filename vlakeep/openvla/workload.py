@@ -3,8 +3,10 @@
 PUBLISHED holds config.json's shapes of checkpoints that are often asked about before they are fetched.
 """
 
+import json
 import math
 import re
+from functools import lru_cache
 from typing import Dict, Optional, Tuple
 
 from vlakeep.models.workload import Tower, Workload
@@ -21,11 +23,16 @@ PUBLISHED = {"openvla/openvla-7b": SEVEN_B, "openvla-7b": SEVEN_B}
 
 def shapes_of(config: dict) -> Shapes:
     """Shapes of the tensors of a model that is not there, built without memory."""
+    return _built(json.dumps(config, sort_keys=True))
+
+
+@lru_cache(maxsize=4)  # seconds, and a profile asks as often as the plan
+def _built(config: str) -> Shapes:
     from vlakeep.openvla.format import complete_config
     from vlakeep.openvla.model import OpenVLA, parameters_on_meta
 
     with parameters_on_meta():
-        model = OpenVLA(complete_config(config))
+        model = OpenVLA(complete_config(json.loads(config)))
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 

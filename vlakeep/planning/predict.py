@@ -1,7 +1,7 @@
 """Peak memory and time of every stage, from shapes, options and a card (core/hardware.py); nothing is loaded.
 
-Reserved is what the allocator takes from the driver, which decides whether a stage fits: weights, what is alive at the peak with a slack, and
-all phases whose blocks have other sizes, since cached blocks of one do not serve the other and no stage gives them back.
+Reserved is what the allocator takes from the driver, which decides whether a stage fits: weights, what is alive at the peak with a slack,
+and all phases whose blocks have other sizes, since cached blocks of one do not serve the other and no stage gives them back.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ PARITY = 8  # frames that export asks together
 
 
 class StagePlan(NamedTuple):
-    """What a stage takes. memory: bytes by part, of which `phases` share nothing; seconds of the whole stage; `each`: of a step, or None."""
+    """What a stage takes. memory: bytes by part; seconds: of the whole stage; `each`: of a step or an action, or None."""
 
     stage: str
     memory: Dict[str, float]
@@ -43,7 +43,7 @@ class Model(NamedTuple):
 
 
 def find_model(config: Config, cache: Path) -> Model:
-    """Shapes from config.json and the headers of the safetensors files; of a well-known checkpoint that is not there, from what is published.
+    """Shapes from config.json and the headers of the safetensors files; of a well-known checkpoint that is not there, as published.
 
     Raises FileNotFoundError or CheckpointError with the remedy.
     """
