@@ -10,7 +10,6 @@ Axes: E episodes, N frames, A action dimensions.
 """
 
 import json
-import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from vlakeep.data.bad import OPTION, refuse
 from vlakeep.data.conventions import FILE, DataCard
 from vlakeep.data.dataset import USUAL, Conventions, DemoDataset, EpisodeIndex, IndexBuilder, cached_index, optional
 from vlakeep.data.images import decode_image
+from vlakeep.data.parquet_pictures import ParquetPictures
 from vlakeep.data.video import VideoReader, missing_frame, video_times
 
 INFO = "meta/info.json"
@@ -33,7 +33,6 @@ _STATES = ("observation.state", "state")
 _CAMERAS = ("image", "agentview_rgb", "agentview", "front", "top")
 _AGAIN = "copy, download or make the data set again"
 _BAR_FROM_FILES = 50
-_PICTURE_BYTES = 256 << 20  # encoded pictures of the row groups read last
 
 
 @dataclass(frozen=True)
@@ -347,47 +346,6 @@ def build_index(info: Info, name: str) -> EpisodeIndex:
         "seconds_N": np.concatenate(times or [np.empty(0)])})
 
 
-class _ParquetPictures:
-    """Encoded pictures of parquet rows. A row group is the smallest piece that can be read, so the last ones are kept."""
-
-    def __init__(self, column: str):
-        self._column, self._lock = column, threading.Lock()
-        self._starts: Dict[Path, np.ndarray] = {}
-        self._groups: "OrderedDict[Tuple[Path, int], Any]" = OrderedDict()
-        self._bytes = 0
-
-    def read(self, path: Path, row: int) -> dict:
-        """{"bytes": encoded picture or None, "path": file name or None}."""
-        pq, pa = (optional(module, "lerobot", f"reading {path}") for module in ("pyarrow.parquet", "pyarrow"))
-        try:
-            with self._lock:
-                if path not in self._starts:
-                    meta = pq.read_metadata(path)
-                    sizes = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
-                    self._starts[path] = np.concatenate([[0], np.cumsum(sizes)])
-            starts = self._starts[path]
-            group = int(np.searchsorted(starts, row, side="right")) - 1
-            with self._lock:
-                cells = self._groups.get((path, group))
-                if cells is not None:
-                    self._groups.move_to_end((path, group))
-            if cells is None:
-                cells = pq.ParquetFile(path).read_row_group(group, columns=[self._column])[self._column]
-                self._keep((path, group), cells)
-            return cells[row - int(starts[group])].as_py() or {}
-        except (pa.ArrowException, OSError, IndexError) as error:
-            raise ValueError(f"{path}, row {row}: the picture cannot be read ({error}); the file has changed since it was "
-                             f"indexed or is damaged, so {_AGAIN}") from error
-
-    def _keep(self, key, cells) -> None:
-        with self._lock:
-            if key not in self._groups:
-                self._groups[key] = cells
-                self._bytes += cells.nbytes
-            while self._bytes > _PICTURE_BYTES and len(self._groups) > 1:
-                self._bytes -= self._groups.popitem(last=False)[1].nbytes
-
-
 class LeRobotDataset(DemoDataset):
     """One split of a LeRobot data set; its name is the folder's.
 
@@ -414,7 +372,7 @@ class LeRobotDataset(DemoDataset):
         identity = [str(folder.resolve()), self._info.camera, *([] if state is None else [self._info.states]),
                     *(card.reads() if card else [])]
         index = cached_index("lerobot", name, identity, files, cache_dir, lambda: build_index(self._info, name))
-        self._videos, self._pictures = VideoReader(self._info.fps), _ParquetPictures(self._info.camera)
+        self._videos, self._pictures = VideoReader(self._info.fps), ParquetPictures(self._info.camera)
         refuse(folder, index.bad, skip_bad)
         super().__init__(folder, name, index, self._split(split, index, skip_bad), fraction, conventions)
 

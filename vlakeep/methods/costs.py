@@ -82,11 +82,10 @@ def frozen_form(config: Config, work: Workload, adapters: Adapters, numbers: Num
     if not (config.hsw.enabled or config.thermostat.enabled):
         return found
     forward = work.passing(numbers, size, adapted=False)
-    above = [work.layers - 1 - layer for layer in representative]
     some = min(icsm.sensitivity_items, items)
     pushed = icsm.rank * some if icsm.sensitivity else 0
     pushes = Work()
-    for count in above:
+    for count in [work.layers - 1 - layer for layer in representative]:
         pushes = pushes + work.layer_work(pushed * prompt, prompt, count)._replace(
             kernels=icsm.rank * -(-some // size) * (45 * count + 20) if pushed else 0)
         pushes = pushes + Work(pictures=some) + work.head_work(pushed * (work.text - work.answer - 6))

@@ -5,7 +5,7 @@ and all phases whose blocks have other sizes, since cached blocks of one do not 
 """
 
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from vlakeep.core.config import Config
 from vlakeep.core.hardware import GIB, SLACK, Hardware, Work, total
@@ -38,7 +38,7 @@ class Model(NamedTuple):
     """Shapes of a model and where they are from."""
 
     work: Workload
-    kind: type
+    kind: Any  # a class of Backbone
     source: str
 
 
