@@ -83,8 +83,10 @@ def open_datasets(root, names: List[str], fraction: float = 1.0, cache_dir: Unio
     Whoever opens them closes them; when one cannot be opened, none stays open.
     """
     for stray in sorted(set(cards or {}) - set(names)):  # a configuration may have cards of more sets than are opened; but no mistyped one
-        if close := difflib.get_close_matches(stray, set(names) - set(cards or {}), n=1):
-            raise ValueError(f"data.cards has a card of {stray}, which is none of --data.datasets; did you mean {close[0]}?")
+        if not (Path(root) / stray).is_dir():
+            close = difflib.get_close_matches(stray, names, n=1)
+            raise ValueError(f"data.cards has a card of {stray}, and there is no data set {Path(root) / stray}; "
+                             + (f"did you mean {close[0]}?" if close else "take it out, or correct its name"))
     if not names:
         raise ValueError("no data set is named; give --data.datasets, e.g. '[tabletop_corner]' after `vlakeep tabletop-data`")
     opened: List[DemoDataset] = []
