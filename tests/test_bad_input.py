@@ -309,7 +309,7 @@ def dataset(world):
 @pytest.mark.parametrize("damage, words", [
     (lambda shard: poison(shard, lambda b: b[:-50]), ["record 11 at byte", "truncated", "copy or make the file again"]),
     (lambda shard: poison(shard, lambda b: b[:5000] + b"xxxx" + b[5004:]), ["record 0 at byte 0: checksum", "make it again"]),
-    (lambda shard: shard.unlink(), ["lacks 1 of its shards", "make a tabletop set again with `vlakeep tabletop-data`"]),
+    (lambda shard: shard.unlink(), ["lacks 1 of its shards", "make a tabletop set again with `vlakeep tabletop-data"]),
 ])
 def test_damaged_records(refused, small, dataset, damage, words):
     name, folder = dataset
