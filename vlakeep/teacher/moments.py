@@ -3,7 +3,7 @@
 Axes: B batch, S sequence, T tokens, D input size.
 """
 
-from typing import Dict, Iterator, Optional, Tuple
+from typing import Dict, Iterator, Mapping, Optional, Tuple
 
 import torch
 
@@ -29,7 +29,7 @@ class Moments:
         """C [D, D] of every input, with this sum of weights."""
         return {key: sum_DD.div_(max(weight, 1e-12)) for key, sum_DD in self._sums.items()}
 
-    def each(self, weights: Dict[str, float]) -> Iterator[Tuple[str, torch.Tensor]]:
+    def each(self, weights: Mapping[str, float]) -> Iterator[Tuple[str, torch.Tensor]]:
         """(input, C [D, D]) one by one, with an input's own sum of weights; its memory is given back after its turn."""
         for key in list(self._sums):
             yield key, self._sums.pop(key).div_(max(weights[key], 1e-12))
