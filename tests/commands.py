@@ -24,7 +24,7 @@ def options(words: List[str]) -> Set[str]:
     if first in ("vlakeep", "vlakeep.cli") and second in cli.STAGES:
         return set(cli.STAGES[second].names())
     path = REPO / (second if first.startswith("python") else first)
-    if path.parent not in (REPO / "scripts", REPO / "speed", REPO / "studies") or not path.is_file():
+    if path.parent not in (REPO / "scripts", REPO / "speed", REPO / "studies") or not path.is_file() or path.suffix == ".yaml":
         return set()
     if path.suffix not in (".sh", ".sbatch"):
         return {"help"} | parsed_options(path)

@@ -12,14 +12,14 @@ reads: data_root_dir/<set> for every name in --options.datasets
 import zlib
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Callable
+from typing import Any
 
 import torch
 
 from vlakeep.core.config import Config
 from vlakeep.core.parallel import Distributed
 from vlakeep.core.storage import Storage
-from vlakeep.data.loader import BatchStream, make_stream
+from vlakeep.data.loader import make_stream
 from vlakeep.methods.distillation import AUTOCAST
 from vlakeep.methods.measured import Measured
 
@@ -34,8 +34,8 @@ class Options:
 
 class Replay(Measured):
     label, label_zh, Options = "Replay of old data (oracle)", "旧数据回放（上界）", Options
-    _open: Callable[[], Any]  # a stream of the old data
-    _size: int  # old frames that there are
+    _open: Any = None  # makes the stream of old data
+    _size = 0  # frames of the memory
 
     @classmethod
     def limits(cls, options):
@@ -50,9 +50,9 @@ class Replay(Measured):
         options = method._options
         if options.weight:
             data = replace(config.data, source="native", datasets=[name for name in options.datasets.replace(" ", "").split(",") if name])
-            with closing(make_stream(data, storage.data, backbone.processor, options.items, config.seed, cache_dir=storage.cache,
-                                     known=backbone.norm_stats)) as stream:
-                assert isinstance(stream, BatchStream)  # native
+            opened: Any = make_stream(data, storage.data, backbone.processor, options.items, config.seed, cache_dir=storage.cache,
+                                      known=backbone.norm_stats)
+            with closing(opened) as stream:
                 method._size = min(options.memory or stream.num_frames, stream.num_frames)
                 hashes = {**hashes, "old_data": stream.fingerprints}
             method._open = lambda: make_stream(data, storage.data, backbone.processor, options.items, config.seed,
