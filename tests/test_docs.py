@@ -175,6 +175,7 @@ def test_log_fields_are_those_of_the_code():
     """docs/formats.md and both pages about reading a run list the fields that the loop, the meters and the controller make, no other."""
     surgery = keys_made("hsw/meter.py", "NormMeter.read")
     made = {"step", *keys_made("train.py", "train_step"), *keys_made("train.py", "_loop"), *surgery, "nonfinite"}
+    made |= keys_made("core/loss_scale.py", "LossScaler.log")
     made |= {f"lora_input/{key}" for key in surgery} | keys_made("methods/icsm_hsw_thermostat.py", "IcsmHswThermostat.after_step")
     made |= keys_made("methods/icsm_hsw_thermostat.py", "IcsmHswThermostat._measure")
     made |= keys_made("thermostat/controller.py", "Controller._row")
