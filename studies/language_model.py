@@ -37,7 +37,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from vlakeep.core.compat import grad_scaler
+from vlakeep.core.loss_scale import LossScaler
 from vlakeep.core.config import config_from_argv
 from vlakeep.data.sample import IGNORE_INDEX, Batch
 from vlakeep.methods.baseline import Baseline
@@ -283,7 +283,7 @@ def train(model: LanguageModel, method, config, pairs, seed: int) -> List[dict]:
     """The rows that the loop of vlakeep train would log."""
     settings = config.train
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], settings)
-    scaler = grad_scaler(model.device, enabled=False)
+    scaler = LossScaler(enabled=False)
     order, rows, pending = torch.Generator().manual_seed(seed), [dict(row, step=0) for row in method.before_training()], []
     model.train()
     for step in range(1, settings.steps + 1):

@@ -65,7 +65,7 @@ def test_stage_help_shows_default_choices_and_a_line_of_explanation():
     assert "reads:" in text and "writes:" in text
     assert "  --thermostat.batch_size 64\n      At least 2. Probe items" in text
     assert "  --lora.alpha 16\n      At least 1. Scale of the update is alpha / rank." in text
-    assert "  --train.resume false\n" in text and "  --train.optimizer adamw\n      One of adamw, sgd. " in text
+    assert "  --train.resume false\n" in text and "  --train.optimizer adamw\n      One of adamw, adamw8bit, paged_adamw8bit, sgd. " in text
     text = help_text(cli.STAGES["libero-demos"])
     assert "  --suite libero_object\n      One of libero_spatial, libero_object, libero_goal, libero_10, libero_90. " in text
     for stage in cli.STAGES.values():

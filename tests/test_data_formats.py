@@ -14,7 +14,7 @@ from test_data_prompts import processor  # noqa: F401  (a fixture)
 from vlakeep.checks import _check_data_set
 from vlakeep.core.config import Config, DataConfig
 from vlakeep.core.storage import Storage
-from vlakeep.data import dataset, images, lerobot
+from vlakeep.data import dataset, images, lerobot, parquet_pictures
 from vlakeep.data.dataset import Conventions
 from vlakeep.data.formats import find_format, open_dataset, open_datasets
 from vlakeep.data.hdf5 import Hdf5Dataset, language_of
@@ -512,7 +512,7 @@ def test_a_file_damaged_or_removed_after_indexing_is_named(written, tmp_path, wh
 
 
 def test_pictures_of_parquet_are_kept_within_bounds(written, episodes, monkeypatch):
-    monkeypatch.setattr(lerobot, "_PICTURE_BYTES", 20_000)
+    monkeypatch.setattr(parquet_pictures, "_PICTURE_BYTES", 20_000)
     data = open_dataset(written / "v3.0-png" / NAME)
     for episode in (0, 2, 1):
         assert np.array_equal(data.episode(episode).images, episodes[episode].images)

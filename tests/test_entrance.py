@@ -13,7 +13,7 @@ from toy_model import Toy, make_folder
 from vlakeep.benchmarks.policy import attempt
 from vlakeep.benchmarks.questions import action_token_kl, answer_questions
 from vlakeep.core import checkpoint as ckpt
-from vlakeep.core.compat import grad_scaler
+from vlakeep.core.loss_scale import LossScaler
 from vlakeep.core.parallel import Distributed
 from vlakeep.core.sharded import is_sharded, whole_tree
 from vlakeep.methods.baseline import Baseline
@@ -116,7 +116,7 @@ def started(case, config, method_of, shard=None):
 
 def steps(case, config, run, first, last):
     backbone, method, optimizer = run
-    scaler, job = grad_scaler(torch.device("cpu"), enabled=False), Distributed("cpu")
+    scaler, job = LossScaler(enabled=False), Distributed("cpu")
     batch = case.make().processor.encode_batch(case.samples(backbone))
     return [job.mean_metrics(train_step(backbone, method, optimizer, scaler, [batch], config.train, step, True))
             for step in range(first, last + 1)]

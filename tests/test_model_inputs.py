@@ -68,7 +68,7 @@ def episodes():
 
 def write_hdf5(folder, made, wrists):
     h5py = pytest.importorskip("h5py")
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for episode, wrist in zip(made, wrists):
         with h5py.File(folder / f"{episode.language.replace(' ', '_')}_demo.hdf5", "w") as file:
             demo = file.create_group("data/demo_0")
@@ -81,7 +81,7 @@ def write_hdf5(folder, made, wrists):
 def write_lerobot(folder, made, wrists):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     pytest.importorskip("av")
-    (folder / "meta").mkdir(parents=True)
+    (folder / "meta").mkdir(parents=True, exist_ok=True)
     (folder / "data/chunk-000").mkdir(parents=True)
     keys = [f"observation.images.{camera}" for camera in CAMERAS["lerobot"]]
     for number, (episode, wrist) in enumerate(zip(made, wrists)):
@@ -116,7 +116,15 @@ def written(tmp_path_factory, episodes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writer, "write_example", with_wrist)
         write_rlds(root / "rlds", NAME, made)
+    for kind in ("rlds", "hdf5", "lerobot"):
+        declare(root / kind / NAME)
     return root
+
+
+def declare(folder):
+    """A data card: actions of three values, the last of which is the gripper."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "data_card.yaml").write_text("width: 3\ngrippers: [{dimension: 2, open: 1, closed: 0}]\n")
 
 
 def configured(kind, **more):
@@ -170,7 +178,7 @@ def test_what_the_data_lack_is_said(written, tmp_path):
     def opened(spec=SPEC, **more):
         return open_configured(DataConfig(datasets=[NAME], gripper="standard", **more), folder, tmp_path, spec)
 
-    with pytest.raises(ValueError, match="no feature 'steps/observation/left'"):
+    with pytest.raises(ValueError, match="no 'steps/observation/left'"):
         opened()
     with pytest.raises(ValueError, match=r"--data.cameras \['image'\]: the model has left, right; name one for each, in its order"):
         opened(cameras=["image"])

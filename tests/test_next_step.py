@@ -68,8 +68,8 @@ def parses_in(root, words):
 @pytest.mark.parametrize("argv, stages", [
     (["train"], ["tabletop-data"]),
     (["train", "--data.datasets", "[mine]"], ["tabletop-data"]),
-    (["train", "--backbone.checkpoint", "some one/it's"], ["fetch"]),
-    (["train", "--backbone.checkpoint", "someone/vla"], ["fetch"]),
+    (["evaluate", "--evaluate.target", "base", "--backbone.checkpoint", "some one/it's"], ["fetch"]),
+    (["offline", "--backbone.checkpoint", "someone/vla"], ["fetch"]),
     (["evaluate", "--evaluate.target", "my run"], ["train"]),
     (["offline"], ["tabletop-data"]),
     (["export", "--name", "机器人"], ["train"]),

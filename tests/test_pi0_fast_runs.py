@@ -71,7 +71,7 @@ def test_the_artefacts_tell_layout_and_how_directions_were_measured(runs):
 def test_a_run_learns_and_resumes_to_the_bit(runs, site):
     storage, make = runs
     arm = [GRADED] if site == "graded" else [
-        METHOD, "--hsw.site", site, "--icsm.rank", 12, "--icsm.sensitivity_items", 4, "--thermostat.calibration", 1,
+        METHOD, "--hsw.site", site, "--icsm.rank", 12, "--icsm.sensitivity_items", 4, "--thermostat.calibration", 2,
         "--thermostat.batch_size", 12]
     arm += ["--train.schedule", "constant"]
     whole = run_training(make(*arm, "--name", f"{site}-whole"), storage)
@@ -107,8 +107,9 @@ def test_held_out_episodes_are_judged_and_an_export_is_lerobots(runs, tmp_path, 
     assert all(name.startswith(DECODER + "layers.") for name in targets) and len(targets) == 14
 
 
-def test_preflight_and_audit_know_it(runs, capsys):
+def test_preflight_and_audit_know_it(runs, capsys, monkeypatch):
     storage, make = runs
+    monkeypatch.setenv("COLUMNS", "1000")  # else the table folds lines
     options = ["--root", str(storage.root), "--backbone.checkpoint", str(storage.root / "pi0"), "--backbone.state", "2",
                "--backbone.cameras",
                "[left, right]", "--probe.name", "pairs", "--probe.size", "24"]

@@ -163,7 +163,7 @@ def test_the_command_shows_every_stage_and_its_parts(capsys, tmp_path):
         assert words in said, words
     assert plan.main(["--config", GRADED, "--hardware", "rtx4090", "--gib", "16", "--root", str(tmp_path)]) == 1
     said = capsys.readouterr().out
-    assert "published shapes of openvla/openvla-7b" in said and "train does not fit" in said and "--icsm.moments_gib " in said
+    assert "published shapes of openvla/openvla-7b" in said and "offline does not fit" in said and "--icsm.moments_gib " in said
     assert list(tmp_path.iterdir()) == [], "a plan writes nothing"
 
 

@@ -153,7 +153,7 @@ def test_a_study_that_was_killed_gives_the_table_of_one_that_was_not(world, tmp_
     config.evaluate.episodes = 1
     config.train.weight_decay = 0.5
     state = study.look(first, config, killed.storage)
-    assert state.kind == OTHER and "train.weight_decay: 0.01 -> 0.5" in state.why
+    assert state.kind == OTHER and "train.weight_decay: 10.0 -> 0.5" in state.why
     with pytest.raises(ConfigError, match="was made with another configuration"):
         study.run_cell(killed, first, call)
 

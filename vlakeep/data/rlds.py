@@ -143,7 +143,7 @@ def build_index(shards: List[Path], episodes: List[int], keys: Keys, name: str, 
     builder, shard_E = IndexBuilder(name), []
     offsets: List[np.ndarray] = []
     sizes: List[np.ndarray] = []
-    total = sum(shard.stat().st_size for shard in shards)
+    total = sum(shard.stat().st_size for shard in shards if shard.is_file())
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"index {name}", disable=total < _BAR_FROM_BYTES) as bar:
         for number, (shard, expected) in enumerate(zip(shards, episodes)):
             record = -1
