@@ -37,8 +37,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from vlakeep.core.loss_scale import LossScaler
 from vlakeep.core.config import config_from_argv
+from vlakeep.core.loss_scale import LossScaler
 from vlakeep.data.sample import IGNORE_INDEX, Batch
 from vlakeep.methods.baseline import Baseline
 from vlakeep.methods.graded import Graded

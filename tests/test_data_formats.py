@@ -14,7 +14,7 @@ from test_data_prompts import processor  # noqa: F401  (a fixture)
 from vlakeep.checks import _check_data_set
 from vlakeep.core.config import Config, DataConfig
 from vlakeep.core.storage import Storage
-from vlakeep.data import dataset, images, lerobot, parquet_pictures
+from vlakeep.data import dataset, images, parquet_pictures
 from vlakeep.data.dataset import Conventions
 from vlakeep.data.formats import find_format, open_dataset, open_datasets
 from vlakeep.data.hdf5 import Hdf5Dataset, language_of
