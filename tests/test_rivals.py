@@ -569,3 +569,10 @@ def test_options_and_versions_are_told(monkeypatch):
     found = method_class("corda").check_model(load_config(None, ["--method", "corda"]), 2, 16)
     assert found[0].severe and "peft 0.11.1 is installed" in found[0].where and found[0].remedy.startswith("pip install 'peft>=0.15'")
     assert method_class("gpm").check_model(load_config(None, ["--method", "gpm"]), 2, 16) == []
+
+
+@needs_corda
+def test_what_peft_imports_and_does_not_ask_for_is_named(monkeypatch):
+    monkeypatch.setattr(subspace, "find_spec", lambda module: None)
+    assert method_class("corda").lacking("corda") == ("peft imports attrs for method corda, which is not installed", "pip install attrs")
+    assert method_class("eva").lacking("eva") == ("", "")

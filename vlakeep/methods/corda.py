@@ -13,6 +13,7 @@ from vlakeep.methods import subspace
 
 class CorDA(subspace.Subspace):
     label, label_zh, peft_since = "CorDA", "CorDA", "0.15"
+    peft_imports = ("attr", "attrs")
 
     @classmethod
     def takes_out(cls, options) -> bool:

@@ -8,6 +8,7 @@ them it makes at the start of training; what is not trained of it lies in the ch
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Dict, List, NamedTuple, Optional, Tuple
 
 import torch
@@ -55,6 +56,7 @@ class Subspace(Measured):
     Options = Options
     asks: Tuple[str, ...] = ("old",)  # what it looks at: old (the probe's spectra), inputs, gradient (of the new task), stream
     peft_since = ""  # the version of PEFT that has what it calls
+    peft_imports = ("", "")  # (module, package) that PEFT imports there and does not ask for
 
     @classmethod
     def uses_probe(cls, config: Config) -> bool:
@@ -86,9 +88,18 @@ class Subspace(Measured):
 
     @classmethod
     def check_model(cls, config: Config, depth: int, width: int) -> List[Problem]:
-        missing = too_old(cls.peft_since) if cls.options(config).enabled else ""
-        return [Problem("package peft", f"{missing}: method {config.method} calls what is in it since {cls.peft_since}",
-                        f"pip install 'peft>={cls.peft_since}', or another --method")] if missing else []
+        missing, command = cls.lacking(config.method) if cls.options(config).enabled else ("", "")
+        return [Problem("package peft", missing, f"{command}, or another --method")] if missing else []
+
+    @classmethod
+    def lacking(cls, name: str) -> Tuple[str, str]:
+        """(what the method needs of PEFT and does not find, the command that mends it), or two empty texts."""
+        if missing := too_old(cls.peft_since):
+            return f"{missing}: method {name} calls what is in peft since {cls.peft_since}", f"pip install 'peft>={cls.peft_since}'"
+        module, package = cls.peft_imports
+        if module and find_spec(module) is None:
+            return f"peft imports {package} for method {name}, which is not installed", f"pip install {package}"
+        return "", ""
 
     def __init__(self, config: Config, artifact, make_sensors):
         super().__init__(config, artifact, make_sensors)
@@ -109,10 +120,9 @@ class Subspace(Measured):
         method, hashes = super().prepare(config, storage, backbone)
         if not method._options.enabled:
             return method, hashes
-        missing = too_old(cls.peft_since)
+        missing, command = cls.lacking(config.method)
         if missing:
-            raise ValueError(f"{missing}: method {config.method} calls what is in peft since {cls.peft_since}; "
-                             f"pip install 'peft>={cls.peft_since}'")
+            raise ValueError(f"{missing}: {command}")
         training = backbone.training
         backbone.eval()
         method._look(storage, backbone)
