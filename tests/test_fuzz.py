@@ -298,6 +298,9 @@ def arrays(low, high):
 def test_what_is_normalised_comes_back_or_is_counted_as_clipped(actions_NA):
     statistics = json.loads(json.dumps(action_statistics(actions_NA, 1)))
     scaled_NA, clipped = normalise(actions_NA, {"action": statistics["action"]}, official=True)
+    demonstrated_NA, again = normalise(actions_NA, {"action": statistics["action"]})
+    assert again == clipped and np.array_equal(demonstrated_NA[:, :3], scaled_NA[:, :3])
+    assert np.array_equal(demonstrated_NA[:, 3], actions_NA[:, 3]), "a gripper keeps its value, also one that never moves"
     assert np.isfinite(scaled_NA).all() and (np.abs(scaled_NA[:, :3]) <= 1).all()
     assert np.array_equal(scaled_NA[:, 3], np.where(statistics["action"]["min"][3] == statistics["action"]["max"][3], 0, actions_NA[:, 3]))
     back_NA = unnormalise(scaled_NA, statistics)

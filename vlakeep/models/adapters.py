@@ -9,11 +9,12 @@ import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from vlakeep.core.compat import import_timm
 from vlakeep.core.errors import CheckpointError
@@ -142,9 +143,8 @@ def _lora_layers(backbone: Backbone) -> Dict[str, torch.nn.Module]:
 
 
 @contextmanager
-def adapters_disabled(backbone: Backbone):
-    """Within the context the backbone is its own frozen teacher. PEFT's context would also switch requires_grad off and on."""
-    layers = list(_lora_layers(backbone).values())
+def switched_off(layers: Sequence[nn.Module]):
+    """Within the context these layers of PEFT do without their adapters. PEFT's context would also switch requires_grad off and on."""
     before = [layer._disable_adapters for layer in layers]
     try:
         for layer in layers:
@@ -153,6 +153,11 @@ def adapters_disabled(backbone: Backbone):
     finally:
         for layer, value in zip(layers, before):
             layer._disable_adapters = value
+
+
+def adapters_disabled(backbone: Backbone):
+    """Within the context the backbone is its own frozen teacher."""
+    return switched_off(list(_lora_layers(backbone).values()))
 
 
 def adapter_state(backbone: Backbone) -> Dict[str, torch.Tensor]:

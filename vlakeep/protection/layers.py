@@ -1,10 +1,12 @@
 """LoRA layers of any PEFT model: which linears they adapt, what of the training is outside them, and the model as its own teacher."""
 
 from contextlib import contextmanager
-from typing import Dict, Iterator, List, NamedTuple, Optional
+from typing import ContextManager, Dict, Iterator, List, NamedTuple, Optional
 
 import torch
 from torch import nn
+
+from vlakeep.models.adapters import switched_off
 
 _WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")
 # What can be trained beside the LoRA weights of linears, by what its name holds, and why gains per direction cannot bound it.
@@ -94,18 +96,9 @@ def say_outside(names: List[str]) -> str:
     return "; ".join(f"{len(own)} of {said}, such as {own[0]}" for said, own in kinds.items())
 
 
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
+def adapters_off(model: nn.Module) -> ContextManager[None]:
     """Within the context the model is its own frozen teacher: adapters and copies of whole modules are not used."""
-    switches = [module for module in model.modules() if isinstance(getattr(module, "_disable_adapters", None), bool)]
-    before = [module._disable_adapters for module in switches]
-    try:
-        for module in switches:
-            module._disable_adapters = True
-        yield
-    finally:
-        for module, value in zip(switches, before):
-            module._disable_adapters = value
+    return switched_off([module for module in model.modules() if isinstance(getattr(module, "_disable_adapters", None), bool)])
 
 
 @contextmanager
