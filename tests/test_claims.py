@@ -197,7 +197,7 @@ def test_power_is_that_of_the_tables():
     assert power.power(0.0, 0.1, 10) == pytest.approx(0.05, abs=1e-3), "nothing is found as often as the test errs"
     parts = power.Parts(seeds=0.25, states=0.0, rest=0.0)
     assert power.seeds_needed(0.25, parts, 50) == 34 and power.seeds_needed(0.02, power.Parts(0.0, 1.0, 0.0), 50) is None
-    assert parts.error(4, 10) == 0.25 and power.Parts(0.0, 4.0, 9.0).error(9, 1) == pytest.approx(math.sqrt(5))
+    assert parts.error(4, 10) == 0.25 and power.Parts(0.0, 4.0, 9.0).error(9, 4) == pytest.approx(math.sqrt(1.25))
 
 
 def test_variances_are_found_again_where_they_were_planted():
@@ -207,6 +207,8 @@ def test_variances_are_found_again_where_they_were_planted():
     assert found.rest == pytest.approx(0.25, rel=0.02)
     two = power.parts_of({name: crossed(generator, 400, 400, 0.0, 0.0, 0.5) for name in "ab"})
     assert two.rest == pytest.approx(0.125, rel=0.02) and two.seeds < 1e-3, "the mean of two blocks has half of the variance"
+    few = power.parts_of({"one": crossed(generator, 4000, 10, 0.0, 0.0, 0.5)})
+    assert few.seeds < 3e-3, "the luck of ten episodes is no difference between trainings"
     assert power.parts_of({"one": np.ones((1, 9))}) is None
 
 

@@ -67,8 +67,8 @@ def judge(cells: Sequence[Cell], records: Sequence[Dict[str, Any]], rule: Rule) 
     lacking = [family for family in families if family not in choices]
     if lacking:
         notes.append(f"without records on the choosing seeds: {', '.join(lacking)}")
-    notes += [f"{family}: no setting comes within {100 * rule.near:g} points of the best of {rule.reference} on the choosing seeds; its own "
-              "best stands for it, and what it keeps is not what is kept at that success"
+    notes += [f"{family}: no setting comes within {100 * rule.near:g} points of the best of {rule.reference} on the choosing seeds; its "
+              "own best stands for it, and what it keeps is not what is kept at that success"
               for family, one in choices.items() if not one.matched]
     front = None
     try:
@@ -197,9 +197,9 @@ def head(judged: Judged) -> str:
     chosen = f"on training seeds {', '.join(map(str, rule.choose))}" if rule.choose else "on the reported seeds"
     return (f"Settings are chosen {chosen}: of each family, among those within {100 * rule.near:g} points of the best new-task success of "
             f"{rule.reference}, the one that keeps most ({rule.retention}). Reported on seeds "
-            f"{', '.join(map(str, judged.seeds)) or 'none yet'}. Differences are paired over start states; intervals are 95 %, clustered by "
-            f"training seed. A claim needs both: no loss of {100 * rule.margin:g} points on the new task, and more kept; p is adjusted by "
-            "Holm over the families.")
+            f"{', '.join(map(str, judged.seeds)) or 'none yet'}. Differences are paired over start states; intervals are 95 %, clustered "
+            f"by training seed. A claim needs both: no loss of {100 * rule.margin:g} points on the new task, and more kept; p is adjusted "
+            "by Holm over the families.")
 
 
 def text(judged: Judged) -> str:
