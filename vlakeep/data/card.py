@@ -35,6 +35,7 @@ _CLIPPED, _MOST_CLIPPED = 0.025, 0.2  # own quantiles clip at most 0.02; statist
 _TAIL = 10.0  # times q01 to q99 that the whole range may be before it is told
 _FRAMES = 300_000  # of the round trip
 _THUMB = 96  # pixels high
+_WAY = 0.6  # of the way from closed to open, below which a gripper may have been declared by another scale
 _JOINT_NAME = re.compile(r"joint|wrist|elbow|shoulder|roll|pitch|yaw", re.I)
 
 
@@ -89,9 +90,10 @@ def _grippers(dataset: DemoDataset) -> List[Dict[str, Any]]:
     how = (f"declared in {card.place}" if card and card.grippers is not None else f"--data.gripper {told}" if told
            else f"by the set's name, {dataset.name}")
     start_E = dataset.index.start_E
+    held = np.diff(start_E) > 0  # episodes that are left out are there with no frame
     for one in dataset.grippers:
         open_N = dataset.standard_NA[:, one.dimension]
-        begin, end = open_N[start_E[:-1]] > 0.5, open_N[start_E[1:] - 1] > 0.5
+        begin, end = open_N[start_E[:-1][held]] > 0.5, open_N[start_E[1:][held] - 1] > 0.5
         found.append({"dimension": one.dimension, "open": one.open, "closed": one.closed, "relative": one.relative, "how": how,
                       "share_open": float((open_N > 0.95).mean()), "share_closed": float((open_N < 0.05).mean()),
                       "begin_open": float(begin.mean()), "end_open": float(end.mean()), "moves": bool(open_N.max() > open_N.min()),
@@ -234,7 +236,7 @@ def _notes(report: Dict[str, Any]) -> List[str]:
         if one["moves"] and one["begin_open"] < 0.1 and one["end_open"] > 0.9:
             found.append(f"{name} begins closed and ends open in nearly every episode, {ends} ({one['how']}): if it is the other way "
                          f"round, exchange open and closed in the data card, or give --data.gripper {one['closed']:g}/{one['open']:g}")
-        if one["moves"] and one["way"] < 0.1:
+        if one["moves"] and one["way"] < _WAY:
             found.append(f"{name} moves over {100 * one['way']:.1f} % of its way only, {ends}: check both values")
         if one["moves"] and one["share_open"] + one["share_closed"] < 0.5:
             between = 100 * (1 - one["share_open"] - one["share_closed"])

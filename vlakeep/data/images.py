@@ -18,6 +18,11 @@ from PIL import Image
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG"
 
 
+def is_picture(head: bytes) -> bool:
+    """Whether bytes begin as those of a JPEG or PNG do."""
+    return head[:2] == _JPEG or head[:4] == _PNG
+
+
 class _TooDeep(ValueError):
     """A picture that is whole and none that a model sees."""
 

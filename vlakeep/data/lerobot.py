@@ -228,7 +228,11 @@ def read_places(info: Info) -> List[_Place]:
             raise TypeError(f"numbers such as those of {wrong[0]}")
     except (KeyError, TypeError) as error:
         raise ValueError(f"{info.folder}/meta: the list of episodes lacks {error}; {_AGAIN}") from error
-    return sorted(places, key=lambda place: place.episode)
+    places.sort(key=lambda place: place.episode)
+    twice = next((one.episode for one, after in zip(places, places[1:]) if one.episode == after.episode), None)
+    if twice is not None:
+        raise ValueError(f"{info.folder}/meta: the list of episodes holds episode {twice} twice; take one out, or {_AGAIN}")
+    return places
 
 
 def _actions(column, shape: Sequence[int], where: str, what: str = "action") -> np.ndarray:
@@ -342,6 +346,7 @@ def build_index(info: Info, name: str) -> EpisodeIndex:
     return builder.index({
         "data_E2": np.array([place.data for place in places], dtype=np.int64), "row_E": np.array(rows, dtype=np.int64),
         "video_E2": np.array([place.video for place in places], dtype=np.int64),
+        "number_E": np.array([place.episode for place in places], dtype=np.int64),
         "start_seconds_E": np.array([place.start for place in places], dtype=np.float64),
         "seconds_N": np.concatenate(times or [np.empty(0)])})
 
@@ -377,7 +382,8 @@ class LeRobotDataset(DemoDataset):
         super().__init__(folder, name, index, self._split(split, index, skip_bad), fraction, conventions)
 
     def _split(self, split: str, index: EpisodeIndex, skip_bad: bool) -> Tuple[int, int]:
-        count = len(index.start_E) - 1
+        number_E = index.places["number_E"]
+        count = len(number_E)
         splits = self._info.splits or {"train": f"0:{count}"}
         if split not in splits:
             raise ValueError(f"{self._info.folder} has no split {split!r}, only {', '.join(splits)}")
@@ -387,14 +393,18 @@ class LeRobotDataset(DemoDataset):
             raise ValueError(f"{self._info.folder}/{INFO}: split {split!r} is {splits[split]!r} and not 'first:end'; "
                              f"correct it there, such as '0:{count}'") from error
         told = f"{self._info.folder}/{INFO}: split {split!r} is {start}:{end} of {count} episodes"
-        if not 0 <= start < min(end, count):
+        # By the numbers of the episodes, lest one that was taken out moves others into another split; a single split may be all there is.
+        whole = len(splits) == 1 and (start, end) == (0, count)
+        first, last = (start, end) if whole else (int(at) for at in np.searchsorted(number_E, [start, end]))
+        if not 0 <= start < end or first == last:
             raise ValueError(f"{told}; {_AGAIN}")
-        if end > count:  # some were taken out by hand
+        lacking = end - start - (last - first)
+        if lacking:  # some were taken out by hand
             if not skip_bad:
-                raise ValueError(f'{told}; write "{start}:{count}" there, or {_AGAIN}. To train with those that are there: {OPTION}')
-            index.bad[told] = end - count
-            end = count
-        return start, end - start
+                write = f'write "0:{count}" there, or ' if len(splits) == 1 and start == 0 else ""
+                raise ValueError(f"{told}, and {lacking} of them not there; {write}{_AGAIN}. To train with those that are there: {OPTION}")
+            index.bad[told] = lacking
+        return first, last - first
 
     def last_of_files(self) -> List[int]:
         if not self._info.video:

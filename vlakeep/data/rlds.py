@@ -18,9 +18,9 @@ import numpy as np
 from tqdm import tqdm
 
 from vlakeep.data.bad import OPTION, SHOWN, refuse
-from vlakeep.data.conventions import DataCard
+from vlakeep.data.conventions import FILE, DataCard
 from vlakeep.data.dataset import USUAL, Conventions, DemoDataset, EpisodeIndex, IndexBuilder, cached_index
-from vlakeep.data.images import decode_image
+from vlakeep.data.images import decode_image, is_picture
 from vlakeep.data.suggest import missing_keys
 from vlakeep.data.tfrecord import RecordError, parse_example, scan_records
 
@@ -126,6 +126,12 @@ def _read_episode(payload: bytes, keys: Keys, folder="", state: Optional[Sequenc
         raise ValueError(missing_keys("the episode", missing, {name: _kind(one) for name, one in features.items()}, folder))
     pictures = features[keys.image].ranges
     steps, parts = len(pictures), [features[key] for key in keys.actions]
+    strange = next((t for t, (a, b) in enumerate(pictures) if not is_picture(payload[a:min(b, a + 4)])), -1)
+    if strange >= 0:
+        a, b = pictures[strange]
+        raise ValueError(f"{keys.image!r} of step {strange}: {b - a} bytes that are neither JPEG nor PNG (they start with "
+                         f"{payload[a:min(b, a + 4)]!r}); choose another camera with --data.camera or `camera:` in the set's {FILE}, or "
+                         "leave this episode out when the set is made")
     values = [one.ints().astype(np.float32) if one.kind == "int64" else one.floats() for one in parts]
     texts = [text.decode("utf-8", errors="replace") for text in features[keys.text].bytes()] if has_text else [""] * steps
     texts = texts * steps if keys.text.startswith("episode_metadata/") and len(texts) == 1 else texts
