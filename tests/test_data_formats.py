@@ -279,7 +279,7 @@ def test_hdf5_order_takes_from_every_task(tmp_path):
             for number in (0, 2, 10, 1):  # 3 is missing, as after regeneration, where failed demonstrations are left out
                 demo = file.create_group(f"data/demo_{number}")
                 demo["actions"] = np.full((2, 7), number / 10)
-                demo["obs/agentview_rgb"] = np.zeros((2, 8, 8, 3), np.uint8)
+                demo["obs/agentview_rgb"] = np.arange(384, dtype=np.uint8).reshape(2, 8, 8, 3)
     data = Hdf5Dataset(folder)
     assert data.languages == ["a", "b"] * 4
     assert [round(float(data.episode(i).actions[0, 0]) * 10) for i in range(8)] == [0, 0, 1, 1, 2, 2, 10, 10]

@@ -98,10 +98,11 @@ def test_the_demonstrated_action_has_no_error_and_a_still_hand_has_one(world, he
 def test_data_that_training_would_refuse_are_refused_before_the_model_is_loaded(world, monkeypatch):
     storage, make_config = world
     actions = np.random.default_rng(0).uniform(0, 1, (8, 7)).astype(np.float32)
-    write_rlds(storage.data, "tabletop_black", [Episode(np.zeros((8, 16, 16, 3), np.uint8), actions, "push")] * 4)
+    still = np.repeat(np.arange(768, dtype=np.uint8).reshape(1, 16, 16, 3), 8, axis=0)
+    write_rlds(storage.data, "tabletop_still", [Episode(still, actions, "push")] * 4)
     monkeypatch.setattr(evaluate, "make_backbone", lambda *args: pytest.fail("the model was loaded"))
-    with pytest.raises(ValueError, match="pictures looked at is of one colour"):
-        run_evaluation(make_config(BASELINE, *BRIEF, "--data.datasets", "[tabletop_black]", "--evaluate.target", "base"), storage)
+    with pytest.raises(ValueError, match="pictures looked at are the same"):
+        run_evaluation(make_config(BASELINE, *BRIEF, "--data.datasets", "[tabletop_still]", "--evaluate.target", "base"), storage)
 
 
 def test_it_goes_on_where_it_stopped_and_refuses_another_share(world, run, tmp_path, monkeypatch):

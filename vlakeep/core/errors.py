@@ -75,6 +75,15 @@ def quoted(place) -> str:
     return shlex.quote(str(place))
 
 
+def is_pointer(path: Path) -> bool:
+    """Whether a file is what a git clone leaves in the place of a large file when git-lfs did not run."""
+    path = Path(path)
+    if path.stat().st_size > 1024:
+        return False
+    with open(path, "rb") as file:
+        return file.read(40).startswith(b"version https://git-lfs")
+
+
 def install_extra(extra: str) -> str:
     """The pip command for an extra of this package, which is on no index: from the clone that it runs from, or to be run in one."""
     clone = Path(__file__).resolve().parents[2]

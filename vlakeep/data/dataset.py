@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, cast
 
 import numpy as np
 
-from vlakeep.core.errors import install_extra
+from vlakeep.core.errors import install_extra, is_pointer, quoted
 from vlakeep.core.storage import atomic_write
 from vlakeep.data import suggest
 from vlakeep.data.bad import in_words, nothing_left
@@ -127,6 +127,10 @@ class IndexBuilder:
 
 def cached_index(kind: str, name: str, identity, files: List[Path], cache_dir, build: Callable[[], EpisodeIndex]) -> EpisodeIndex:
     """The index kept in cache_dir for exactly these files (name, size, times) and `identity`; built when there is none."""
+    pointers = [path for path in files if is_pointer(path)]
+    if pointers:
+        raise ValueError(f"{len(pointers)} of the {len(files)} files of {name} are git-lfs pointers and not data, such as {pointers[0]}: "
+                         f"run `git -C {quoted(pointers[0].parent)} lfs pull`, or download the data set in another way")
     if cache_dir is None:
         return build()
     # The change time too: a tool that mends a file in place may keep its size and put its old time back.

@@ -67,8 +67,13 @@ class Info:
                                                     video_key=self.camera)
 
 
+def _is_depth(feature: dict) -> bool:
+    told = feature.get("info") or feature.get("video_info") or {}
+    return bool(told.get("is_depth_map") or told.get("video.is_depth_map"))
+
+
 def _choose_camera(features: dict, wanted: Optional[str], where: str) -> str:
-    cameras = [key for key, value in features.items() if value.get("dtype") in ("image", "video")]
+    cameras = [key for key, value in features.items() if value.get("dtype") in ("image", "video") and not _is_depth(value)]
     names = {key: key.split(".")[-1] for key in cameras}
     if wanted is not None:
         found = [key for key in cameras if key == wanted] or [key for key in cameras if names[key] == wanted]
@@ -78,6 +83,8 @@ def _choose_camera(features: dict, wanted: Optional[str], where: str) -> str:
         found = next((hits for hits in ([key for key in cameras if names[key] == usual] for usual in _CAMERAS) if hits), [])
     if len(found) != 1:
         told = f"--data.camera {wanted} names none or several" if wanted else "which one to use is not clear"
+        depth = [key for key, value in features.items() if _is_depth(value)]
+        told += f" ({', '.join(depth)}: depth, is_depth_map, which is no colour picture)" if depth else ""
         raise ValueError(f"{where}: of the cameras {', '.join(cameras) or '(none)'}, {told}; choose with --data.camera, or "
                          f"`camera:` in the set's {FILE}")
     return found[0]
@@ -386,7 +393,8 @@ class LeRobotDataset(DemoDataset):
         count = len(number_E)
         splits = self._info.splits or {"train": f"0:{count}"}
         if split not in splits:
-            raise ValueError(f"{self._info.folder} has no split {split!r}, only {', '.join(splits)}")
+            raise ValueError(f"{self._info.folder} has no split {split!r}, only {', '.join(splits)}; write it to `splits` of "
+                             f'{self._info.folder}/{INFO}, such as "{split}": "0:{count}"')
         try:
             start, end = (int(n) for n in splits[split].split(":"))
         except (ValueError, AttributeError) as error:
