@@ -29,7 +29,7 @@ METHOD, BASELINE = "configs/method_icsm_hsw_thermostat.yaml", "configs/baseline_
 GRADED = "configs/method_graded.yaml"
 
 
-# Files of half a minute and more, longest first: two processes that take one file after the other then end together (make test).
+# Long files first, as far as they were measured: processes that take one file after the other then end together (make test).
 LONG = ["test_evaluate", "test_runs", "test_laws", "test_graded", "test_report", "test_demo", "test_rivals", "test_train", "test_bad_input",
         "test_methods", "test_closing", "test_protect_loops", "test_signals", "test_pi0_fast_runs", "test_evaluate_libero", "test_tabletop",
         "test_pi0_fast", "test_open_loop", "test_export", "test_identity", "test_data_formats", "test_fuzz", "test_study", "test_wheel"]
