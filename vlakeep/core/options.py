@@ -109,6 +109,11 @@ def numbers(text: str) -> List[float]:
     return [number()(word) for word in names(text)]
 
 
+def wholes(text: str) -> List[int]:
+    """Whole numbers, 0 or above, with commas between them."""
+    return [whole(0)(word) for word in names(text)]
+
+
 # Finding stages
 
 
