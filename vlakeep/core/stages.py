@@ -23,7 +23,7 @@ PROBE_ADD = Stage("probe-add", "vlakeep.probe.extend", "a probe with frames of d
 OFFLINE = Stage(
     "offline", "vlakeep.offline", "the frozen teacher's ICSM subspaces and Thermostat statistics, once per base model",
     f"{FOLDERS} method options {STATE} backbone lora.layers lora.modules {SOURCES} probe icsm {SPECTRUM} gains.keep gains.steepness "
-    "train.from_run", own=(HARDWARE,))
+    "gains.of_first train.from_run", own=(HARDWARE,))
 TRAIN = Stage("train", "vlakeep.train", "fine-tune LoRA adapters, plain (baseline) or with the method",
               f"{FOLDERS} name method options {STATE} backbone lora data probe icsm hsw gains -gains.keep thermostat train",
               own=(HARDWARE,))
