@@ -153,7 +153,7 @@ class OpenLoop(Benchmark):
         reports = look(self.config, self.storage)  # as before training: what is wrong with labels is wrong with what they are compared with
         for report in reports:
             for note in report["notes"]:
-                log.info(f"{report['name']}: {note}")
+                log.info(f"data {report['name']}: note: {note}")
         refuse(reports)
         with closing_all(open_as_configured(self.config, self.storage)) as self.datasets:
             self._hold_out(self.datasets)
