@@ -163,6 +163,11 @@ class OpenLoop(Benchmark):
             self.actions = replace(self.actions, dimensions=next(iter(widths.values())))
             yield
 
+    def alarms(self, target) -> List[str]:
+        from vlakeep.benchmarks.trained import crop_alarm, seen_alarm
+
+        return crop_alarm(self.config, self.storage, self.settings) + seen_alarm(self.config, self.storage, self.datasets)
+
     def _hold_out(self, datasets) -> None:
         for dataset in datasets:
             dataset.leave_out(self.config.data.train_fraction)
