@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import forked
 import pytest
 import torch
 import yaml
@@ -244,16 +245,10 @@ def test_processes_other_than_the_main_one_write_nothing(storage):
     assert not run.folder.exists()
 
 
-PAIR = """
-import sys
-from vlakeep.core.config import Config
-from vlakeep.core.parallel import Distributed
-from vlakeep.core.rundir import RunDir
-from vlakeep.core.storage import Storage
-config = Config(name="a", root=sys.argv[1])
-config.train.resume, config.train.tensorboard = True, False
-with Distributed("cpu") as dist:
-    with RunDir.open(Storage.from_config(config), config, dist) as run:
+def _pair(root):
+    config = Config(name="a", root=root)
+    config.train.resume, config.train.tensorboard = True, False
+    with Distributed("cpu", timeout_s=60) as dist, RunDir.open(Storage.from_config(config), config, dist) as run:
         gathered = dist.gather({"rank": dist.rank, "x": float("nan")})
         assert [g["rank"] for g in gathered] == [0, 1]
         assert dist.mean_metrics({"b": dist.rank, "a": 3.0}) == {"b": 0.5, "a": 3.0}
@@ -262,28 +257,10 @@ with Distributed("cpu") as dist:
         dist.barrier()
         assert run.resume_from.name == "step_000002"
         run.log(3, {"loss": 0.0})
-"""
 
 
-def test_two_processes_open_one_run(storage, tmp_path):
+def test_two_processes_open_one_run(storage):
     run = short_run(storage, make(), 3, save_at=[2])
-    (tmp_path / "pair.py").write_text(PAIR)
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            str(tmp_path / "pair.py"),
-            str(storage.root),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=dict(os.environ, PYTHONPATH=os.getcwd()),
-    )
-    assert done.returncode == 0, done.stderr
+    forked.two_ranks(_pair, str(storage.root))
     assert [row["step"] for row in read_metrics(run.folder)] == [1, 2, 3]
     assert provenance(run)["sessions"][-1]["world"] == 2
