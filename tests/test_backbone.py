@@ -227,7 +227,7 @@ def test_gradient_checkpointing_changes_no_gradient(folder):
 def test_initial_weights_are_not_drawn_where_none_are_held(folder, monkeypatch):
     """torch does that in Python for tensors without memory, which takes longer than reading the real ones."""
     drawn, draw = [], torch.Tensor.normal_
-    monkeypatch.setattr(torch.Tensor, "normal_", lambda tensor, *args: drawn.append(tensor.is_meta) or draw(tensor, *args))
+    monkeypatch.setattr(torch.Tensor, "normal_", lambda tensor, *args, **more: drawn.append(tensor.is_meta) or draw(tensor, *args, **more))
     torch.nn.init.normal_(torch.zeros(2))
     make_backbone(str(folder))
     assert drawn == [False]
