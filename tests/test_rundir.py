@@ -1,5 +1,6 @@
 """Run folders: one run each, resumed only with the same configuration; provenance and metrics survive whatever ends the run."""
 
+import errno
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import torch
 import yaml
 from test_storage import file_size_limit, names
 
+from vlakeep.core import locks
 from vlakeep.core.checkpoint import save_checkpoint
 from vlakeep.core.config import Config
 from vlakeep.core.errors import DiskFull, RunDirError
@@ -243,6 +245,20 @@ def test_processes_other_than_the_main_one_write_nothing(storage):
     run.truncate_metrics(0)
     run.close("finished")
     assert not run.folder.exists()
+
+
+@pytest.mark.parametrize("number, taken", [(errno.EAGAIN, True), (errno.EACCES, True), (errno.ENOLCK, False), (errno.ENOSYS, False)])
+def test_a_lock_that_another_has_is_told_from_a_disk_without_locks(tmp_path, monkeypatch, number, taken):
+    def refuse(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(locks.fcntl, "flock", refuse)
+    with open(tmp_path / "lock", "w") as file:
+        if taken:
+            with pytest.raises(BlockingIOError):
+                locks.lock(file)
+        else:
+            assert locks.lock(file).errno == number
 
 
 def _pair(root):
