@@ -35,7 +35,7 @@ from vlakeep.pi0_fast.format import VARIANTS, write_checkpoint
 from vlakeep.pi0_fast.model import EMBEDDING, HEAD, Sizes, expected_shapes, precise
 from vlakeep.pi0_fast.tiny import SMALL, lerobot_config, make_folder, sizes_json
 from vlakeep.probe.probe_set import write_probe
-from vlakeep.train import autocast, make_optimizer, run_training, train_step
+from vlakeep.train import make_optimizer, run_training, train_step
 
 FILE, SET, PROBE = "pi0_fast_libero_graded", "libero_spatial_random", "random"
 TASKS = ["pick up the black bowl between the plate and the ramekin and place it on the plate",
@@ -133,7 +133,7 @@ def plain_step(step, batch, backbone, recompute: bool, device) -> dict:
             "picture_columns": batch.pixel_values.shape[1] * backbone.pi0.sizes.patches, "label_columns": batch.longest}
 
 
-def chunks(config, backbone, rows: int, device) -> dict:
+def chunks(backbone, rows: int, device) -> dict:
     """Time of a chunk of ANSWER tokens for so many robots at once; the floor of a token is one reading of the weights that it needs."""
     rng, side = np.random.default_rng(1), backbone.processor.picture_size[0]
     samples = [Sample(None, TASKS[0], state=smooth(rng, (1, STATE))[0],
@@ -141,7 +141,7 @@ def chunks(config, backbone, rows: int, device) -> dict:
                for _ in range(rows)]
     batch = backbone.processor.encode_prompts(samples).to(device)
     read = sum(p.numel() * p.element_size() for p in [*backbone.decoder_layers.parameters(), backbone.pi0.paligemma.lm_head.weight])
-    with torch.inference_mode(), autocast(config.train, device):
+    with torch.inference_mode():
         first, whole = (timed(lambda count=count: backbone.generate(batch, count, stop_at_eos=False), device, 3) for count in (1, ANSWER))
     found = {"rows": rows, "prefix_and_first_token_ms": round(first * 1e3, 1), f"chunk_of_{ANSWER}_tokens_ms": round(whole * 1e3, 1),
              "token_ms": round((whole - first) / (ANSWER - 1) * 1e3, 2), "weights_gb": round(read / 1e9, 2)}
@@ -163,6 +163,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--arms", default="baseline,graded")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--no-step", action="store_true", dest="no_step", help="without the plain step and its floor")
     parser.add_argument("--write-only", action="store_true", dest="write_only")
     parser.add_argument("--out", default=None, help="JSON lines, one a stage, written at once")
     args, rest = parser.parse_known_args()
@@ -209,10 +210,10 @@ def main() -> int:
     stage("load", load)
     if loaded:
         for count in (1, 8):
-            stage(f"chunk, {count} robots", lambda count=count: chunks(config, loaded["model"], count, device))
+            stage(f"chunk, {count} robots", lambda count=count: chunks(loaded["model"], count, device))
         step = batch = None
         try:
-            step, batch = step_of(config, storage, loaded["model"], device)
+            step, batch = (None, None) if args.no_step else step_of(config, storage, loaded["model"], device)
         except Exception as error:
             print(f"no plain step: {error!r}", flush=True)
         for recompute in (True, False) if step else ():
