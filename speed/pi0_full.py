@@ -2,8 +2,8 @@
 
     python speed/pi0_full.py --root DIR [--gib 22.5] [--steps 12] [--arms baseline,graded] [--out FILE]
 
-Writes a random checkpoint of lerobot's gemma_2b (7 GB), a data set with two cameras and a state of 8, and a probe; then offline, training at
-batch 8 and chunks, each with its peak of allocated and reserved memory. The tokenizer is a small one whose prompts are as long as
+Writes a random checkpoint of lerobot's gemma_2b (7 GB), a data set with two cameras and a state of 8, and a probe; then chunks, offline and
+training at batch 8, each with its peak of allocated and reserved memory. The tokenizer is a small one whose prompts are as long as
 PaliGemma's to a few tokens; the vocabulary is whole. Beside the time of a step stands its floor: its floating-point operations, counted
 by torch, at the rate of a large product of matrices. --small runs the same on a tiny model, to see that it runs.
 """
@@ -55,7 +55,7 @@ def write_model(folder: Path, sizes: Sizes, device) -> None:
     """Random weights: bfloat16, vision, projector and norms float32, one vocabulary for both ends."""
     rng = np.random.default_rng(0)
     words = "0123456789 " + " ".join(TASKS)
-    make_folder(folder, [*TASKS, words], list(smooth(rng, (300, CHUNK, ACTIONS))), {}, ("base_0_rgb",), state=STATE, codes=1024, sizes=SMALL)
+    make_folder(folder, [*TASKS, words], list(smooth(rng, (300, CHUNK, ACTIONS))), {}, ("base_0_rgb",), state=STATE, codes=1024)
     (folder / "sizes.json").unlink()
     torch.manual_seed(0)
     state = {}
@@ -173,8 +173,9 @@ def main() -> int:
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.gib * 2**30 / total))
     sizes = SMALL._replace(vocab_size=8192, vision=SMALL.vision._replace(image_size=16)) if args.small else VARIANTS["gemma_2b"]
     base = Path(args.root) / "hf_cache" / "random-pi0"
-    common = ["--root", args.root, "--backbone.checkpoint", str(base), "--data.datasets", f"[{SET}]", "--data.cameras", "[image, wrist_image]",
-              "--data.train_fraction", "1.0", "--probe.name", PROBE, "--probe.size", "64", "--train.steps", str(args.steps),
+    common = ["--root", args.root, "--backbone.checkpoint", str(base), "--data.datasets", f"[{SET}]",
+              "--data.cameras", "[image, wrist_image]", "--data.train_fraction", "1.0",
+              "--probe.name", PROBE, "--probe.size", "64", "--train.steps", str(args.steps),
               "--train.log_every", "1", "--train.accumulation", "1", "--train.tensorboard", "false", "--thermostat.every", "5",
               "--train.save_every", str(args.steps), "--device", device.type, *rest]
     common += ["--lora.layers", "last:2"] if args.small else []

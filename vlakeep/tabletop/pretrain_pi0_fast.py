@@ -1,6 +1,6 @@
 """Stage `vlakeep pretrain-tabletop-pi0`: train the small pi0-FAST that speaks the tabletop, from nothing.
 
-    vlakeep pretrain-tabletop-pi0 --out /tmp/tabletop-pi0 --minutes 4 --compile                               (one GPU)
+    vlakeep pretrain-tabletop-pi0 --out vlakeep/assets/tabletop-pi0 --minutes 4 --compile                        (one GPU)
     vlakeep pretrain-tabletop-pi0 --out /tmp/try --minutes 0.2 --frames 4000 --batch 64 --device cpu   (to see that it runs)
 
 It is pi0-FAST (SigLIP, projector, Gemma with a prefix that sees itself, FAST chunks) in a tiny configuration: the tokenizer has the words
@@ -113,15 +113,15 @@ def main(argv: List[str]) -> int:
     backbone: Any = make_backbone(args.out, args.device)
     make_batch = batches(frames, samples, backbone.processor, args)
     said = np.mean([len(backbone.processor.codec.encode(chunk)) for chunk in chunks[:1000]])
-    print(f"{sum(p.numel() for p in backbone.parameters()):,} parameters; {len(samples):,} frames in {time.perf_counter() - started:.0f} s, "
-          f"{said:.1f} codes for {chunks[0].size} values", flush=True)
+    print(f"{sum(p.numel() for p in backbone.parameters()):,} parameters; {len(samples):,} frames in {time.perf_counter() - started:.0f} "
+          f"s, {said:.1f} codes for {chunks[0].size} values", flush=True)
     for parameter in backbone.parameters():
         parameter.requires_grad_(True)
     if args.compile:
         compile_layers(backbone)
     trained = optimise(backbone, samples, make_batch, args)
-    command = shlex.join(["vlakeep", "pretrain-tabletop-pi0", *(arg.replace(str(args.out), "vlakeep/assets/" + args.out.name) for arg in argv)])
-    save(backbone, args, command, trained, frames=len(samples))
+    words = [arg.replace(str(args.out), f"vlakeep/assets/{args.out.name}") for arg in argv]
+    save(backbone, args, shlex.join(["vlakeep", "pretrain-tabletop-pi0", *words]), trained, frames=len(samples))
     return 0
 
 

@@ -1,7 +1,5 @@
 """The stages of the tabletop: what each reads (core/options.py says how it is written down)."""
 
-from pathlib import Path
-
 from vlakeep.core.options import Option, Stage, names, number, whole
 from vlakeep.core.stages import FOLDERS
 from vlakeep.openvla.sizes import model_options
