@@ -7,7 +7,7 @@ Axes: T frames, H W pixels, A action and S state dimensions.
 
 import json
 from pathlib import Path
-from typing import Iterable
+from typing import Iterable, Tuple
 
 import numpy as np
 
@@ -33,15 +33,15 @@ def _dictionary(features: dict) -> dict:
     return {"pythonClassName": _CLASS + "features_dict.FeaturesDict", "featuresDict": {"features": features}}
 
 
-def _picture(height: int, width: int, image_format: str) -> dict:
+def _picture(size: Tuple[int, ...], image_format: str) -> dict:
     return {"pythonClassName": _CLASS + "image_feature.Image", "image": {
-        "shape": {"dimensions": [str(height), str(width), "3"]}, "dtype": "uint8", "encodingFormat": image_format}}
+        "shape": {"dimensions": [*map(str, size), "3"]}, "dtype": "uint8", "encodingFormat": image_format}}
 
 
-def _features_json(picture: tuple, wrist: tuple, actions: int, states: int, image_format: str) -> dict:
+def _features_json(picture: Tuple[int, ...], wrist: Tuple[int, ...], actions: int, states: int, image_format: str) -> dict:
     """picture, wrist: height and width; none of the wrist's where it has no camera."""
     text = {"pythonClassName": _CLASS + "text_feature.Text", "text": {}}
-    pictures = {name: _picture(*size, image_format) for name, size in (("image", picture), ("wrist_image", wrist)) if size}
+    pictures = {name: _picture(size, image_format) for name, size in (("image", picture), ("wrist_image", wrist)) if size}
     steps = _dictionary({
         "reward": _scalar("float32"), "discount": _scalar("float32"),
         "is_first": _scalar("bool"), "is_last": _scalar("bool"), "is_terminal": _scalar("bool"),

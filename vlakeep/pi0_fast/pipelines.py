@@ -11,7 +11,7 @@ normalize_processor.py:228-264, tokenizer_processor.py:272-294 and 540-560, rela
 """
 
 from pathlib import Path
-from typing import Dict, List
+from typing import Any, Dict, List, Tuple
 
 import torch
 from safetensors.torch import save_file
@@ -29,7 +29,7 @@ def write_pipelines(folder: Path, config: dict, statistics: Dict[str, Dict[str, 
     inputs, outputs = config["input_features"], config["output_features"]
     relative = bool(config.get("use_relative_actions", False))
     text = config["text_tokenizer_name"]
-    before = [
+    before: List[Tuple[str, Dict[str, Any]]] = [
         ("rename_observations_processor", {"rename_map": {}}),
         ("to_batch_processor", {}),
         ("relative_actions_processor", {"enabled": relative, "exclude_joints": config.get("relative_exclude_joints", ["gripper"]),
@@ -43,19 +43,21 @@ def write_pipelines(folder: Path, config: dict, statistics: Dict[str, Dict[str, 
                                         "action_tokenizer_name": config["action_tokenizer_name"]}),
         ("device_processor", {"device": config.get("device") or "cpu", "float_dtype": None}),
     ]
-    behind = [(UNNORMALISE, {**scaling, "features": outputs}), ("absolute_actions_processor", {"enabled": relative}),
-              ("device_processor", {"device": "cpu", "float_dtype": None})]
+    behind: List[Tuple[str, Dict[str, Any]]] = [
+        (UNNORMALISE, {**scaling, "features": outputs}), ("absolute_actions_processor", {"enabled": relative}),
+        ("device_processor", {"device": "cpu", "float_dtype": None})]
     remove_pipelines(folder)
     state = {f"{feature}.{name}": torch.tensor(values, dtype=torch.float32)
              for feature, found in statistics.items() for name, values in found.items()}
     for file, steps in ((PREPROCESSOR, before), (POSTPROCESSOR, behind)):
         name, entries = Path(file).stem, []
         for number, (step, own) in enumerate(steps):
-            entries.append({"registry_name": step, "config": own})
+            entry: Dict[str, Any] = {"registry_name": step, "config": own}
             if step in (NORMALISE, UNNORMALISE):
-                entries[-1]["state_file"] = f"{name}_step_{number}_{step}.safetensors"
-                with atomic_path(folder / entries[-1]["state_file"]) as partial:
+                entry["state_file"] = state_file = f"{name}_step_{number}_{step}.safetensors"
+                with atomic_path(folder / state_file) as partial:
                     save_file(state, str(partial))
+            entries.append(entry)
         write_json(folder / file, {"name": name, "steps": entries})
 
 

@@ -156,9 +156,8 @@ def make_probe(n: int, seed: int) -> Tuple[List[Sample], List[str]]:
 
 
 def retention_frames(n: int, seed: int) -> List[Sample]:
-    """Frames of known skills with their instructions, without actions: off-task prompts at which student and teacher are compared."""
-    frames = mixed_frames(n, RETENTION + _check(seed), questions=0.0, keep=0.3)
-    return [Sample(image, text) for image, text in zip(frames.images, frames.instructions)]
+    """Frames of known skills with their instructions: off-task prompts at which the student is compared with the teacher."""
+    return mixed_frames(n, RETENTION + _check(seed), questions=0.0, keep=0.3).samples()
 
 
 def pick_key(new_skill: str, given: Optional[str], known: Dict) -> Optional[str]:
