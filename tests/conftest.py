@@ -14,6 +14,7 @@ import yaml
 
 from vlakeep.core import log
 from vlakeep.core.config import load_config, to_dict
+from vlakeep.tabletop import rollout
 
 torch.set_num_threads(1)
 log.install()  # tests read what the command line shows
@@ -111,6 +112,11 @@ def own_evaluations(world, tmp_path_factory):
             swap(own, others)
 
     return context
+
+
+def cut_episodes(patch):
+    """Episodes of a single step, where what is played is compared with nothing or with itself; the header says the usual lengths."""
+    patch.setattr(rollout, "MAX_STEPS", dict.fromkeys(rollout.MAX_STEPS, 1))
 
 
 def read_evaluation(folder):
