@@ -31,9 +31,9 @@ GRADED = "configs/method_graded.yaml"
 
 
 # Long files first, as far as they were measured: processes that take one file after the other then end together (make test).
-LONG = ["test_evaluate", "test_runs", "test_laws", "test_graded", "test_report", "test_demo", "test_rivals", "test_train", "test_bad_input",
-        "test_methods", "test_closing", "test_protect_loops", "test_signals", "test_pi0_fast_runs", "test_evaluate_libero", "test_tabletop",
-        "test_pi0_fast", "test_open_loop", "test_export", "test_identity", "test_data_formats", "test_fuzz", "test_study", "test_wheel"]
+LONG = ["test_evaluate", "test_runs", "test_graded", "test_report", "test_laws", "test_rivals", "test_demo", "test_tabletop",
+        "test_bad_input", "test_methods", "test_train", "test_open_loop", "test_signals", "test_distillation", "test_closing",
+        "test_evaluate_libero", "test_protect_loops", "test_cli", "test_study", "test_models", "test_identity", "test_pretraining"]
 
 
 def pytest_collection_modifyitems(items):

@@ -134,7 +134,7 @@ def test_the_library_logs_and_prints_nothing(world, library, capsys, caplog):
         run_training(make_config(BASELINE, "--name", "runs-quiet", *SHORT), storage)
     assert capsys.readouterr().out == ""
     said = [r.getMessage().split(",")[0] for r in caplog.records if r.name == "vlakeep" and not r.getMessage().startswith(" ")]
-    assert said == ["data tabletop_corner (rlds): 12 of 12 episodes", "data tabletop_corner (rlds): 12 episodes", "runs-quiet: baseline"]
+    assert said == ["data tabletop_corner (rlds): 12 of 12 episodes", "runs-quiet: baseline"]
 
 
 def test_the_command_line_shows_each_line_once_where_it_belongs(library, capsys):
