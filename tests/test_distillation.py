@@ -7,6 +7,7 @@ from test_graded import artefact  # noqa: F401 (a fixture)
 
 from vlakeep.core.config import ConfigError
 from vlakeep.core.rundir import read_metrics
+from vlakeep.methods import graded_offline
 from vlakeep.methods.distillation import HEAVIEST, Distillation
 from vlakeep.models.adapters import adapters_disabled, add_lora
 from vlakeep.models.load import make_backbone
@@ -47,7 +48,7 @@ def test_the_term_is_the_weighted_divergence_of_the_drawn_items(attached, world)
     rows = practice.draw(3, (config.seed, 4, 0))
     probe = ProbeSet(storage.probe_folder(config.probe.name))
     held = set(method._artifact.answers()[1])
-    items = [item for item in probe.spread(config.probe.size) if item not in held]
+    items = [item for item in graded_offline.probe_items(config, probe) if item not in held]
     assert len(items) == len(practice)
     values = []
     for row in rows.tolist():
@@ -85,7 +86,8 @@ def test_rare_kinds_are_drawn_as_often_as_others(attached):
 
 def test_the_weight_rises_above_the_target_falls_below_it_and_resumes(world, artefact):  # noqa: F811
     storage, make_config = world
-    arm = [*ARM, "--train.schedule", "constant", "--train.lr", 5e-3, "--thermostat.target", 1e-6, "--options.items", 2]
+    arm = [*ARM, "--train.schedule", "constant", "--train.lr", 5e-3, "--thermostat.target", 1e-6, "--options.items", 2,
+           "--options.moves", "weight"]
     whole = run_training(make_config(*arm, "--name", "distil-whole"), storage)
     run_training(make_config(*arm, "--name", "distil-part", "--train.steps", 3), storage)
     part = run_training(make_config(*arm, "--name", "distil-part", "--train.resume", True), storage)

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import forked
+import numpy as np
 import pytest
 import torch
 from conftest import BASELINE, GRADED, SMALL, final_adapter
@@ -17,6 +18,7 @@ from torch import nn
 from vlakeep.benchmarks.questions import action_token_kl
 from vlakeep.core.config import Config
 from vlakeep.core.rundir import read_metrics
+from vlakeep.data.sample import Sample
 from vlakeep.evaluate import load_target
 from vlakeep.hsw import graded
 from vlakeep.hsw.graded import GradedInput, GradedSite
@@ -25,7 +27,7 @@ from vlakeep.methods import graded_offline
 from vlakeep.models.adapters import adapters_disabled, attach_lora, select_linears, target_modules
 from vlakeep.models.load import make_backbone
 from vlakeep.openvla.prompts import encode_prompts
-from vlakeep.probe.probe_set import ProbeSet
+from vlakeep.probe.probe_set import ProbeSet, write_probe
 from vlakeep.teacher import artifact, coverage
 from vlakeep.teacher.answers import Answered, divergence, run_below, split_log_probabilities, teacher_answers
 from vlakeep.teacher.collect import token_moments, with_own_answers
@@ -262,7 +264,7 @@ def test_artefact_spectra_are_those_of_the_inputs_and_the_probe_is_split(world, 
     fit, held = graded_offline.split_items(items, probe.kinds(items), 0.2)
     assert not set(fit) & set(held) and sorted(fit + held) == items == probe.spread(48)
     counted, kept = Counter(probe.kinds(items)), Counter(probe.kinds(held))
-    assert all(kept[kind] == min(max(1, round(0.2 * n)), n - 1) for kind, n in counted.items())
+    assert all(kept[kind] == max(min(4, n // 2), round(0.2 * n)) for kind, n in counted.items())
     assert artefact.answers()[1] == held
     backbone = make_backbone(config.backbone, torch.device("cpu"), storage.cache).eval()
     name = "layers.3.mlp.down_proj"
@@ -300,6 +302,33 @@ def test_kinds_count_alike_up_to_a_limit():
     config = Config()
     config.gains.balance = False
     assert graded_offline.item_weights(config, kinds).tolist() == [1.0] * 80
+
+
+def test_no_item_is_a_large_part_of_what_the_sensor_reads():
+    kinds = ["often"] * 99 + ["once"]
+    weights = graded_offline.sensor_weights(Config(), kinds)
+    assert float(weights[-1] / weights[0]) == pytest.approx(3.0 / (100 / 198)) and float(weights.mean()) == pytest.approx(1.0)
+    assert max(graded_offline.sensor_weights(Config(), ["a", "a", "b"])) < 1.3, "of few items all weigh nearly alike"
+
+
+def test_rare_kinds_are_held_out_by_several_items():
+    kinds = ["often"] * 90 + ["seldom"] * 9 + ["rare"] * 5 + ["pair"] * 2 + ["once"]
+    fit, held = graded_offline.split_items(list(range(len(kinds))), kinds, 0.2)
+    assert Counter(kinds[i] for i in held) == {"often": 18, "seldom": 4, "rare": 2, "pair": 1} and len(fit) + len(held) == len(kinds)
+
+
+def test_of_a_larger_probe_every_kind_gives_as_much(tmp_path):
+    kinds = (["often"] * 9 + ["seldom"]) * 10 + ["rare"] * 3
+    samples = [Sample(np.zeros((4, 4, 3), np.uint8), str(i)) for i in range(len(kinds))]
+    write_probe(tmp_path / "probe", samples, kinds)
+    probe, config = ProbeSet(tmp_path / "probe"), Config()
+    config.probe.size = 20
+    chosen = graded_offline.probe_items(config, probe)
+    assert Counter(probe.kinds(chosen)) == {"rare": 3, "seldom": 9, "often": 8} and chosen == sorted(set(chosen))
+    for size in (1, 2, 7, 50, 103):
+        assert len(set(probe.spread(size, by_kind=True))) == size
+    config.gains.balance = False
+    assert graded_offline.probe_items(config, probe) == probe.spread(20)
 
 
 def test_sensitivity_is_the_squared_gradient_of_the_answers(world):
@@ -517,10 +546,11 @@ def test_the_adapter_that_is_left_is_the_one_that_was_measured(world, artefact, 
     sensor = KLSensor(backbone, answered, batched(probe.samples(items), backbone.processor, 8), 8)
     count = min(config.thermostat.batch_size, len(items))
     chosen = [i * len(items) // count for i in range(count)]
-    each = sensor.per_item()[chosen].double().cpu()
-    number = Counter(probe.kinds([items[i] for i in chosen]))
-    kinds = {kind: [float(d) for d, i in zip(each, chosen) if probe.kinds([items[i]]) == [kind]] for kind in number}
-    assert sum(sum(own) / len(own) for own in kinds.values()) / len(kinds) == pytest.approx(last["settled_kl"], rel=1e-3)
+    each = sensor.per_item()[chosen].double().cpu().tolist()
+    kinds = probe.kinds([items[i] for i in chosen])
+    # Kinds count alike, but no item more than the mean of so few.
+    weights = [min(1.0, count / (len(set(kinds)) * kinds.count(kind))) for kind in kinds]
+    assert sum(w * d for w, d in zip(weights, each)) / sum(weights) == pytest.approx(last["settled_kl"], rel=1e-3)
 
 
 def test_two_processes_are_one_with_two_micro_batches_bitwise(world, artefact, tmp_path):
