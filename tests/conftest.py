@@ -29,6 +29,17 @@ METHOD, BASELINE = "configs/method_icsm_hsw_thermostat.yaml", "configs/baseline_
 GRADED = "configs/method_graded.yaml"
 
 
+# Long files first, as far as they were measured: processes that take one file after the other then end together (make test).
+LONG = ["test_evaluate", "test_runs", "test_laws", "test_graded", "test_report", "test_demo", "test_rivals", "test_train", "test_bad_input",
+        "test_methods", "test_closing", "test_protect_loops", "test_signals", "test_pi0_fast_runs", "test_evaluate_libero", "test_tabletop",
+        "test_pi0_fast", "test_open_loop", "test_export", "test_identity", "test_data_formats", "test_fuzz", "test_study", "test_wheel"]
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 def save_config(config, path) -> None:
     path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
 

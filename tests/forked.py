@@ -5,6 +5,7 @@ That one is started for the first of them. It has computed no gradient and touch
 
 import multiprocessing
 import os
+import socket
 import sys
 from unittest import mock
 
@@ -29,3 +30,18 @@ def start(argv, log, **environ):
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
         process.start()
     return process
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def two_ranks(argv, folder):
+    """`vlakeep ARGV` in two processes with the variables that torchrun gives them, to its end; test_signals.py has torchrun itself."""
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [start(argv, folder / rank, RANK=rank, LOCAL_RANK=rank, **place) for rank in "01"]
+    for rank, process in zip("01", ranks):
+        process.join(300)
+        assert process.exitcode == 0, (folder / rank).read_text()[-3000:]

@@ -2,7 +2,6 @@
 
 import math
 import os
-import socket
 import sys
 from contextlib import closing
 from unittest import mock
@@ -126,9 +125,7 @@ def _rank(rank, port, folder):
 
 
 def test_ranks_skip_a_step_together(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = forked.free_port()
     ranks = [forked.FORKS.Process(target=_rank, args=(rank, port, tmp_path)) for rank in range(2)]
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
         [process.start() for process in ranks]

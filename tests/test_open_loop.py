@@ -10,6 +10,8 @@ from vlakeep.benchmarks import open_loop, policy
 from vlakeep.benchmarks.questions import action_token_kl
 from vlakeep.core.config import ConfigError
 from vlakeep.data.formats import open_dataset
+from vlakeep.data.sample import Episode
+from vlakeep.data.writer import write_rlds
 from vlakeep.evaluate import load_target, run_evaluation
 from vlakeep.openvla.prompts import encode_prompts
 from vlakeep.tabletop import benchmark as tabletop
@@ -91,6 +93,16 @@ def test_the_demonstrated_action_has_no_error_and_a_still_hand_has_one(world, he
         else:
             assert found["error"]["mean"] > 0.1 and found["token_accuracy"]["mean"] < 0.9 and found["early"] == found["frames"]
         assert summary["retention_kl"]["n"] == 0, "the base is the teacher"
+
+
+def test_data_that_training_would_refuse_are_refused_before_the_model_is_loaded(world, monkeypatch):
+    storage, make_config = world
+    actions = np.random.default_rng(0).uniform(0, 1, (8, 7)).astype(np.float32)
+    still = np.repeat(np.arange(768, dtype=np.uint8).reshape(1, 16, 16, 3), 8, axis=0)
+    write_rlds(storage.data, "tabletop_still", [Episode(still, actions, "push")] * 4)
+    monkeypatch.setattr(evaluate, "make_backbone", lambda *args: pytest.fail("the model was loaded"))
+    with pytest.raises(ValueError, match="pictures looked at are the same"):
+        run_evaluation(make_config(BASELINE, *BRIEF, "--data.datasets", "[tabletop_still]", "--evaluate.target", "base"), storage)
 
 
 def test_it_goes_on_where_it_stopped_and_refuses_another_share(world, run, tmp_path, monkeypatch):

@@ -165,6 +165,12 @@ def said(comparison, name):
     return " ".join(finding.text for finding in words.findings(comparison, comparison.arms[name]))
 
 
+@pytest.fixture
+def one_figure(monkeypatch):
+    """For reports that are read for their words: figures take nearly all of the time, and those of `report` are all drawn."""
+    monkeypatch.setattr("vlakeep.report.figures", lambda comparison: figures(comparison)[:1])
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     """One full report: (arms, folder, page)."""
@@ -553,7 +559,7 @@ def test_alarms_of_an_evaluation_are_in_the_report(world, evaluated, tmp_path):
     assert "Alarm: the policy stands still." in said(compare(arms), "baseline")
 
 
-def test_whether_a_prompt_is_followed_stands_on_the_page(tmp_path):
+def test_whether_a_prompt_is_followed_stands_on_the_page(tmp_path, one_figure):
     """One table, two prompts: a model that puts everything on one target must be seen."""
     followed = {"blue": {"prompted": 1.0, "other": 0.0, "neither": 0.0, "n": 20},
                 "red": {"prompted": 0.25, "other": 0.65, "neither": 0.1, "n": 20}}
@@ -603,7 +609,7 @@ def test_t_intervals_hold_what_they_promise():
     assert 0.935 <= np.mean(hits) <= 0.965
 
 
-def test_seeds_of_an_arm_are_one_arm_with_an_interval_over_seeds(tmp_path):
+def test_seeds_of_an_arm_are_one_arm_with_an_interval_over_seeds(tmp_path, one_figure):
     rates = {"baseline": [0.30, 0.42, 0.36], "method": [0.31, 0.40, 0.37]}
     arms = seeded(tmp_path, rates, loss=lambda arm, seed: 0.01 * seed + (0.12 if arm == "baseline" else 0.0))
     comparison = compare(arms)
@@ -670,7 +676,7 @@ def test_seeds_without_a_partner_are_left_out_of_a_difference(tmp_path):
     assert seeds.family_value(comparison, method, "new") is None
 
 
-def test_a_report_of_single_seeds_is_what_it_was(tmp_path):
+def test_a_report_of_single_seeds_is_what_it_was(tmp_path, one_figure):
     arms = make(tmp_path)
     page = build_report(tmp_path, arms, tmp_path / "out")
     assert seeds.families(compare(arms)) == [] and "Over seeds" not in page.read_text(encoding="utf-8")

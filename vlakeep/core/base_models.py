@@ -98,6 +98,8 @@ def _refuse_without_owner(name: str, cache: Path) -> None:
     if not slash or "/" in last or not owner or owner in (".", "..", "~") or not (folder / "config.json").is_file():
         return
     target = cache / owner
+    # A link may be relative, and would point elsewhere from another folder.
+    move = f"ln -s {quoted(folder.resolve())} {quoted(target / last)}" if folder.is_symlink() else f"mv {quoted(folder)} {quoted(target)}"
     raise AmbiguousModel(f"no base model {name!r} below {cache} ({folder} does not say whose it is): if it is {owner}'s, "
-                         f"`mkdir -p {quoted(target)} && mv {quoted(folder)} {quoted(target)}`; to take it as it is, "
+                         f"`mkdir -p {quoted(target)} && {move}`; to take it as it is, "
                          f"--backbone.checkpoint {quoted(last)}; else `vlakeep fetch {quoted(name)}`")

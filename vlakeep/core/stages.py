@@ -1,7 +1,7 @@
 """The stages of no single benchmark: what each reads (options.py says how it is written down)."""
 
 from vlakeep.core.hardware import NAMES
-from vlakeep.core.options import Option, Stage, names, number, numbers, together, whole
+from vlakeep.core.options import Option, Stage, names, number, numbers, together, whole, wholes
 from vlakeep.core.storage import KEYS
 
 FOLDERS = " ".join(["root", *KEYS])
@@ -25,7 +25,8 @@ TRAIN = Stage("train", "vlakeep.train", "fine-tune LoRA adapters, plain (baselin
               own=(HARDWARE,))
 EVALUATE = Stage("evaluate", "vlakeep.evaluate", "new skill, old abilities and drift of a run, one record per trial",
                  f"{FOLDERS} device threads backbone {SOURCES} data.image_aug probe icsm.layers icsm.batch_size evaluate",
-                 own=(HARDWARE,))
+                 own=(HARDWARE, Option("--as", None, "Name under which the evaluation is kept, CELL or GROUP/CELL, such as one of the base "
+                                       "with other settings; null takes the target's.")))
 PREFLIGHT = Stage("preflight", "vlakeep.preflight", "check everything a stage needs, and say how to mend what is missing",
                   together(OFFLINE, TRAIN, EVALUATE), own=(
     Option("--stage", "train", "The stage whose inputs are checked.", choices=("offline", "train", "evaluate")),
@@ -48,7 +49,16 @@ STUDY = Stage("study", "vlakeep.study", "arms x tasks x rates x seeds, trained a
     Option("--workers", 1, "Cells that run at a time.", whole()),
     Option("--dry-run", False, "Show the cells, what each has still to do, what it costs and what is missing; do nothing.", bool),
     Option("--table", False, "Write the tables of what is done; run nothing.", bool),
-    Option("--cell", None, "Run this cell alone, in this process.")))
+    Option("--cell", None, "Run this cell alone, in this process."),
+    Option("--arms", [], "Only these arms, with commas between them.", names),
+    Option("--tasks", [], "Only these tasks.", names),
+    Option("--rates", [], "Only these learning rates.", numbers),
+    Option("--seeds", [], "Only these training seeds.", wholes),
+    Option("--part", 1, "Which of --parts shares of the cells is run, counted from 1; each on a machine of its own.", whole()),
+    Option("--parts", 1, "Shares into which the cells are dealt out.", whole()),
+    Option("--seconds", None, "Start no cell after so many seconds; those that run are finished.", number(above=True)),
+    Option("--export", None, "Write the records of all cells that are done to this file, and with each cell that ends.", str),
+    Option("--import", [], "Take in records that --export wrote elsewhere; these files, with commas between them. Runs nothing.", names)))
 PLAN = Stage("plan", "vlakeep.plan", "peak memory and time of every stage on a card, and what to change when it does not fit",
              together(OFFLINE, TRAIN, EVALUATE, EXPORT), own=(
     HARDWARE, Option("--gpus", 1, "GPUs that train side by side, each with the whole frozen model.", whole()),

@@ -7,11 +7,14 @@
     tasks:
       corner: {data.datasets: [tabletop_corner], evaluate.new_skill: corner}
     arms:
+      base: {config: configs/baseline_lora.yaml}       # the model before training: one cell a task, without rate and seed
       plain: {config: configs/baseline_lora.yaml}
-      gpm: {config: configs/rivals/gpm.yaml, options.energy: 0.99, rates: [2.0e-3]}
+      gpm: {config: configs/rivals/gpm.yaml, options.energy: 0.99, rates: [2.0e-3], family: gpm}
+    rule: {subject: [graded], reference: plain, choose: [1, 2, 3]}    # studies/rule.py
 
-A later key overrides an earlier one: the arm's configuration, settings, task, arm, rate and seed. What is done is read from the files of
-the cell alone (`look`), so that a study may be stopped anywhere, run in parts, and by several machines that share the storage root.
+A later key overrides an earlier one: the arm's configuration, settings, task, arm, rate and seed. Arms of one `family` are settings of one
+method. What is done is read from the files of the cell alone (`look`), so that a study may be stopped anywhere, run in parts, and by
+several machines that share the storage root; of cells that ran elsewhere a record is enough (studies/records.py).
 """
 
 import copy
@@ -33,7 +36,8 @@ from vlakeep.core.rundir import config_differences, read_metrics
 from vlakeep.core.stages import EVALUATE, OFFLINE, TRAIN
 from vlakeep.core.storage import Storage
 
-KEYS = {"name": str, "settings": dict, "seeds": list, "rates": list, "tasks": dict, "arms": dict}
+KEYS = {"name": str, "settings": dict, "seeds": list, "rates": list, "tasks": dict, "arms": dict, "rule": dict}
+BASE = "base"  # the arm of this name is no run
 OPEN, BEGUN, TRAINED, DONE, OTHER = "open", "begun", "trained", "done", "other configuration"
 
 
@@ -48,6 +52,7 @@ class Cell:
     seed: int
     file: Optional[str]
     pairs: Tuple[Tuple[str, Any], ...] = field(hash=False)  # lists among its values
+    family: str = ""
 
     @property
     def name(self) -> str:
@@ -55,7 +60,15 @@ class Cell:
 
     @property
     def cell(self) -> str:
-        return f"{self.arm}-{self.task}-lr{self.rate:g}-s{self.seed}"
+        return f"base-{self.task}" if self.is_base else f"{self.arm}-{self.task}-lr{self.rate:g}-s{self.seed}"
+
+    @property
+    def is_base(self) -> bool:
+        return self.arm == BASE
+
+    @property
+    def target(self) -> str:
+        return BASE if self.is_base else self.name
 
     def arguments(self, stage: Optional[Stage] = None, more: Sequence[Tuple[str, Any]] = ()) -> List[str]:
         """The command line of a stage after its name, or all keys. A stage refuses keys that it does not read."""
@@ -70,14 +83,17 @@ class Cell:
         """Raises ConfigError. Reading YAML and words takes long against thousands of cells: those of an arm and a task share it."""
         shared = {key: value for key, value in self.pairs if key not in ("seed", "train.lr")}
         found = copy.deepcopy(_parsed(self.file, tuple((key, said(value)) for key, value in shared.items()), tuple(more)))
-        found.name = found.evaluate.target = self.name
-        found.seed, found.train.lr = self.seed, self.rate
+        found.name, found.evaluate.target = self.name, self.target
+        if not self.is_base:
+            found.seed, found.train.lr = self.seed, self.rate
         return found
 
     def commands(self, state: str) -> List[List[str]]:
         """Command lines of `vlakeep` that are left to do, stage first."""
         train = ["train", *self.arguments(TRAIN, [("train.resume", True)] if state == BEGUN else [])]
-        evaluate = ["evaluate", *self.arguments(EVALUATE, [("evaluate.target", self.name)])]
+        evaluate = ["evaluate", *self.arguments(EVALUATE, [("evaluate.target", self.target)])]
+        if self.is_base:
+            return [[*evaluate, "--as", self.name]] if state == OPEN else []
         return {OPEN: [train, evaluate], BEGUN: [train, evaluate], TRAINED: [evaluate]}.get(state, [])
 
     def offline(self) -> List[str]:
@@ -91,6 +107,7 @@ class State(NamedTuple):
     kind: str
     why: str = ""
     evaluation: Optional[Path] = None
+    record: Optional[dict] = None  # of a cell that ran elsewhere
 
 
 @lru_cache(maxsize=None)
@@ -105,8 +122,8 @@ def said(value: Any) -> str:
     return f"{value!r}" if isinstance(value, float) else str(value)
 
 
-def read_study(path) -> List[Cell]:
-    """The cells of a study file, in the order arms, tasks, rates, seeds. ConfigError with every mistake that is seen."""
+def read_tree(path) -> Dict[str, Any]:
+    """A study file as it is written. ConfigError with every mistake that is seen."""
     file = Path(path)
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -115,17 +132,27 @@ def read_study(path) -> List[Cell]:
     wrong = _mistakes(tree)
     if wrong:
         raise ConfigError("\n".join(f"{file}: {line}" for line in wrong))
-    cells = []
+    return tree
+
+
+def read_study(path) -> List[Cell]:
+    """The cells of a study file, in the order arms, tasks, rates, seeds. ConfigError with every mistake that is seen."""
+    file, tree, cells = Path(path), read_tree(path), []
     for arm, own in tree["arms"].items():
         own = dict(own or {})
         config, rates = own.pop("config", None), own.pop("rates", tree.get("rates") or [None])
+        family = own.pop("family", arm)
         for task, keys in tree["tasks"].items():
+            if arm == BASE:
+                pairs = {**(tree.get("settings") or {}), **(keys or {}), **own}
+                cells.append(Cell(tree["name"], arm, task, 0.0, 0, config, tuple(pairs.items()), BASE))
+                continue
             for rate in rates:
                 for seed in tree["seeds"]:
                     pairs = {**(tree.get("settings") or {}), **(keys or {}), **own, "seed": seed}
                     pairs.update({} if rate is None else {"train.lr": float(rate)})
                     rate_of = float(rate) if rate is not None else _rate(config, pairs)
-                    cells.append(Cell(tree["name"], arm, task, rate_of, int(seed), config, tuple(pairs.items())))
+                    cells.append(Cell(tree["name"], arm, task, rate_of, int(seed), config, tuple(pairs.items()), str(family)))
     twice = sorted(name for name, count in Counter(cell.name for cell in cells).items() if count > 1)
     if twice:
         raise ConfigError(f"{file}: two cells have the name {twice[0]}")
@@ -158,6 +185,9 @@ def _mistakes(tree) -> List[str]:
 
 def look(cell: Cell, config: Config, storage: Storage) -> State:
     """How far a cell is, from its own files."""
+    if cell.is_base:
+        folder = find_evaluation(storage, config.evaluate.benchmark, cell.name)
+        return State(DONE, "", folder) if _evaluated(folder, None, config) else State(OPEN)
     run = storage.run_folder(cell.name)
     if not (run / "config.yaml").is_file() or not (list_checkpoints(run) or read_rows(run)):
         return State(OPEN)
@@ -172,6 +202,26 @@ def look(cell: Cell, config: Config, storage: Storage) -> State:
     return State(DONE, "", folder) if _evaluated(folder, weights, config) else State(TRAINED)
 
 
+def named(cells: Sequence[Cell], arms: Sequence[str] = (), tasks: Sequence[str] = (), rates: Sequence[float] = (),
+          seeds: Sequence[int] = ()) -> List[Cell]:
+    """The cells of these arms, tasks, rates and seeds; an empty list takes all. ConfigError for one that the study does not have."""
+    found = list(cells)
+    for what, wanted in (("arm", arms), ("task", tasks), ("rate", rates), ("seed", seeds)):
+        have = {getattr(cell, what) for cell in cells if not (cell.is_base and what in ("rate", "seed"))}
+        unknown = [one for one in wanted if one not in have]
+        if unknown:
+            raise ConfigError(f"--{what}s {unknown[0]}: the study has {', '.join(str(one) for one in sorted(have))}")
+        found = [cell for cell in found if not wanted or getattr(cell, what) in wanted or (cell.is_base and what in ("rate", "seed"))]
+    return found
+
+
+def share(cells: Sequence[Cell], part: int, parts: int) -> List[Cell]:
+    """The part-th of `parts` shares, counted from 1. Cells are dealt out in turn: neighbours, which take alike, go to different shares."""
+    if not 1 <= part <= parts:
+        raise ConfigError(f"--part {part}: must be from 1 to --parts, {parts}")
+    return list(cells[part - 1::parts])
+
+
 def read_rows(run: Path) -> List[dict]:
     return read_metrics(run) if (run / "metrics.jsonl").is_file() else []
 
@@ -183,48 +233,18 @@ def _status(run: Path) -> str:
         return ""
 
 
-def _evaluated(folder: Path, weights: str, config: Config) -> bool:
-    """Whether the folder holds the finished evaluation of these weights, as the configuration asks for it."""
+def _evaluated(folder: Path, weights: Optional[str], config: Config) -> bool:
+    """Whether the folder holds the finished evaluation of these weights (None: of any), as the configuration asks for it."""
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         with open(folder / "records.jsonl", encoding="utf-8") as file:
             made = json.loads(file.readline())["header"]["evaluate"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
+    return weights in (None, summary.get("weights")) and not evaluation_differences(made, config)
+
+
+def evaluation_differences(made: Dict[str, Any], config: Config) -> List[str]:
+    """What of an evaluation's settings (its header's) is not as the configuration asks; what that leaves open, the benchmark fills in."""
     asked = to_dict(config.evaluate)
-    # What is left open here is filled in by the benchmark.
-    return summary.get("weights") == weights and all(asked[key] == value for key, value in made.items() if asked.get(key) not in (None, []))
-
-
-def row(cell: Cell, config: Config, storage: Storage, state: State) -> Dict[str, Any]:
-    """What a table says of a cell; no times, so that a study that was killed and resumed gives the same table to the byte. Rates in [0, 1],
-    divergences in nats."""
-    found: Dict[str, Any] = {"arm": cell.arm, "task": cell.task, "rate": cell.rate, "seed": cell.seed, "state": state.kind}
-    if state.kind != DONE or state.evaluation is None:
-        return found
-    summary = json.loads((state.evaluation / "summary.json").read_text(encoding="utf-8"))
-    groups: Dict[str, List[float]] = {}
-    for name, value in summary["abilities"].items():
-        groups.setdefault(value["group"], []).append(value["mean"])
-        found[f"{value['group']}:{name}"] = value["mean"]
-    found.update(new=(summary["new_skill"] or {}).get("mean"), old=_mean(groups.get("skill")),
-                 worst=min(groups["skill"]) if groups.get("skill") else None, questions=_mean(groups.get("question")),
-                 action_kl=summary["retention_kl"]["mean"])
-    kl = [one.get("settled_kl", one.get("kl")) for one in read_rows(storage.run_folder(cell.name)) if "kl" in one]
-    found["probe_kl"] = kl[-1] if kl else None
-    return found
-
-
-def seconds(cell: Cell, storage: Storage, state: State) -> Optional[float]:
-    """What a cell that is done took, training and evaluation."""
-    rows = read_rows(storage.run_folder(cell.name))
-    if state.evaluation is None or not rows:
-        return None
-    # A resumed run counts from zero again: each stretch ends where the next row has less.
-    times = [one["seconds"] for one in rows if "seconds" in one]
-    spent = sum(a for a, b in zip(times, [*times[1:], -1.0]) if b < a)
-    return spent + float(json.loads((state.evaluation / "summary.json").read_text(encoding="utf-8")).get("seconds", 0.0))
-
-
-def _mean(values: Optional[List[float]]) -> Optional[float]:
-    return sum(values) / len(values) if values else None
+    return [f"evaluate.{key}: {value} -> {asked[key]}" for key, value in made.items() if asked.get(key) not in (None, [], value)]

@@ -28,13 +28,16 @@ from vlakeep.data.formats import closing_all, open_configured
 from vlakeep.data.statistics import unnormalise
 from vlakeep.data.suggest import _GRIPPER_NAME
 
-_FORMAT = 1
+_FORMAT = 2
 BINS = 255  # of an action value, as the official tokenizer has them
 _EPISODES, _FILES = 8, 64  # episodes whose pictures are looked at, and video files whose end is
 _CLIPPED, _MOST_CLIPPED = 0.025, 0.2  # own quantiles clip at most 0.02; statistics that clip a fifth are not of this robot
 _TAIL = 10.0  # times q01 to q99 that the whole range may be before it is told
 _FRAMES = 300_000  # of the round trip
 _THUMB = 96  # pixels high
+_WAY = 0.6  # of the way from closed to open, below which a gripper may have been declared by another scale
+_STAND_IN = re.compile(r"n/?an?|none|null|todo|tbd|undefined|unknown|dummy.*|placeholder.*|no (language )?instruction|"
+                       r"(task|language|natural)[_ ](description|instruction)|string|test", re.I)
 _JOINT_NAME = re.compile(r"joint|wrist|elbow|shoulder|roll|pitch|yaw", re.I)
 
 
@@ -89,9 +92,10 @@ def _grippers(dataset: DemoDataset) -> List[Dict[str, Any]]:
     how = (f"declared in {card.place}" if card and card.grippers is not None else f"--data.gripper {told}" if told
            else f"by the set's name, {dataset.name}")
     start_E = dataset.index.start_E
+    held = np.diff(start_E) > 0  # episodes that are left out are there with no frame
     for one in dataset.grippers:
         open_N = dataset.standard_NA[:, one.dimension]
-        begin, end = open_N[start_E[:-1]] > 0.5, open_N[start_E[1:] - 1] > 0.5
+        begin, end = open_N[start_E[:-1][held]] > 0.5, open_N[start_E[1:][held] - 1] > 0.5
         found.append({"dimension": one.dimension, "open": one.open, "closed": one.closed, "relative": one.relative, "how": how,
                       "share_open": float((open_N > 0.95).mean()), "share_closed": float((open_N < 0.05).mean()),
                       "begin_open": float(begin.mean()), "end_open": float(end.mean()), "moves": bool(open_N.max() > open_N.min()),
@@ -104,7 +108,9 @@ def _texts(dataset: DemoDataset, prompt: Optional[Prompt]) -> Dict[str, Any]:
     used = np.bincount(np.concatenate([text_N[a:a + n] for a, n in zip(dataset.starts, dataset.lengths)]), minlength=len(texts))
     blank = [i for i, text in enumerate(texts) if not text.strip()]
     odd = [texts[i] for i in range(len(texts)) if i not in blank and (texts[i] != texts[i].strip() or texts[i].startswith(("b'", 'b"')))]
-    found: Dict[str, Any] = {"count": len(texts) - len(blank), "blank_frames": int(used[blank].sum()), "odd": len(odd),
+    stand_ins = [i for i, text in enumerate(texts) if used[i] and _STAND_IN.fullmatch(text.strip())]
+    found: Dict[str, Any] = {"stand_ins": [texts[i] for i in stand_ins], "stand_in_frames": int(used[stand_ins].sum()),
+                             "count": len(texts) - len(blank), "blank_frames": int(used[blank].sum()), "odd": len(odd),
                              "odd_example": (odd or [""])[0][-40:], "examples": [text[:200] for text in texts if text.strip()][:3],
                              "longest_tokens": None, "too_long": []}
     if prompt is not None:
@@ -209,6 +215,9 @@ def _problems(report: Dict[str, Any], dataset: DemoDataset) -> List[str]:
 
 def _notes(report: Dict[str, Any]) -> List[str]:
     found, official = [], report["degenerate"] == "official"
+    pictures = report["pictures"]
+    if 0 < pictures["one_colour"] < pictures["looked_at"]:
+        found.append(f"{pictures['one_colour']} of {pictures['looked_at']} pictures looked at are of one colour")
     for one in report["dimensions"]:
         span = one["q99"] - one["q01"]
         if one["kind"] == CONSTANT and one["gripper"]:
@@ -234,7 +243,7 @@ def _notes(report: Dict[str, Any]) -> List[str]:
         if one["moves"] and one["begin_open"] < 0.1 and one["end_open"] > 0.9:
             found.append(f"{name} begins closed and ends open in nearly every episode, {ends} ({one['how']}): if it is the other way "
                          f"round, exchange open and closed in the data card, or give --data.gripper {one['closed']:g}/{one['open']:g}")
-        if one["moves"] and one["way"] < 0.1:
+        if one["moves"] and one["way"] < _WAY:
             found.append(f"{name} moves over {100 * one['way']:.1f} % of its way only, {ends}: check both values")
         if one["moves"] and one["share_open"] + one["share_closed"] < 0.5:
             between = 100 * (1 - one["share_open"] - one["share_closed"])
@@ -246,6 +255,10 @@ def _notes(report: Dict[str, Any]) -> List[str]:
     if texts["odd"]:
         found.append(f"{texts['odd']} texts have blanks or line ends around them, or are written as b'...', such as "
                      f"{texts['odd_example']!r}; `clean_texts: true` in the data card strips them")
+    if texts["stand_ins"]:
+        such = ", ".join(map(repr, texts["stand_ins"][:3]))
+        found.append(f"{texts['stand_in_frames']} frames have a text that stands in for one, {such}: correct them in the data, or leave "
+                     "these episodes out")
     if report["unlabelled"]:
         found.append(f"{report['unlabelled']} episodes without a text are left out; `instruction: WORDS` in the data card gives them one")
     width = len(report["dimensions"])

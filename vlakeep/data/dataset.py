@@ -15,6 +15,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, cast
 
 import numpy as np
 
+from vlakeep.core.errors import install_extra, is_pointer, quoted
 from vlakeep.core.storage import atomic_write
 from vlakeep.data import suggest
 from vlakeep.data.bad import in_words, nothing_left
@@ -23,7 +24,7 @@ from vlakeep.data.degenerate import demonstrated, kinds
 from vlakeep.data.sample import ONE_PICTURE, Episode, Sample, SampleSpec
 from vlakeep.data.statistics import action_statistics, normalise, normalise_state, standardise, state_statistics
 
-_INDEX_FORMAT = 2
+_INDEX_FORMAT = 3
 _CORE = ("start_E", "text_N", "actions_NA", "texts")
 STATES = "state_NQ"  # among the places of an index, for models that take the robot's state
 
@@ -36,7 +37,7 @@ def optional(module: str, extra: str, what: str) -> ModuleType:
         package = module.split(".")[0]
         raise ModuleNotFoundError(
             f"{what} needs the package {package}, which cannot be imported ({error}): pip install {package}, or all that this "
-            f"format needs with pip install -e '.[{extra}]' in the vlakeep checkout", name=package) from error
+            f"format needs with {install_extra(extra)}", name=package) from error
 
 
 @dataclass
@@ -126,6 +127,10 @@ class IndexBuilder:
 
 def cached_index(kind: str, name: str, identity, files: List[Path], cache_dir, build: Callable[[], EpisodeIndex]) -> EpisodeIndex:
     """The index kept in cache_dir for exactly these files (name, size, times) and `identity`; built when there is none."""
+    pointers = [path for path in files if is_pointer(path)]
+    if pointers:
+        raise ValueError(f"{len(pointers)} of the {len(files)} files of {name} are git-lfs pointers and not data, such as {pointers[0]}: "
+                         f"run `git -C {quoted(pointers[0].parent)} lfs pull`, or download the data set in another way")
     if cache_dir is None:
         return build()
     # The change time too: a tool that mends a file in place may keep its size and put its old time back.

@@ -69,19 +69,15 @@ class BatchStream:
         return sample
 
     def describe(self) -> List[str]:
-        """A line per data set: what it holds, and what of it is changed or left out. What is clipped, card.py says by dimension."""
+        """A line per data set of which something is left out or resized; what it holds, card.py says."""
         lines = []
         for d in self.datasets:
-            line = f"data {d.name} ({d.kind}): {len(d)} episodes, {d.num_frames} frames"
-            if d.unlabelled:
-                line += f"; {d.unlabelled} episodes without an instruction are left out"
-            if d.left_out:
-                line += f"; {len(d.left_out)} bad parts are left out ({FILE})"
+            told = [f"{len(d.left_out)} bad parts are left out ({FILE})"] if d.left_out else []
             size = d.image(0, 0).shape[:2]
             if size != self._size:
                 shape = ", which changes their shape" if size[0] * self._size[1] != size[1] * self._size[0] else ""
-                line += f"; pictures of {size[0]} x {size[1]} are resized to the model's {self._size[0]} x {self._size[1]}{shape}"
-            lines.append(line)
+                told.append(f"pictures of {size[0]} x {size[1]} are resized to the model's {self._size[0]} x {self._size[1]}{shape}")
+            lines += [f"data {d.name}: {'; '.join(told)}"] if told else []
         return lines
 
     def _make(self, keys: np.ndarray, start: int) -> Batch:

@@ -3,6 +3,7 @@
 Containers cannot be shared between threads, so each thread keeps the files that it used last open.
 """
 
+import re
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -24,6 +25,11 @@ def _open(path: Path):
             raise ValueError("no video stream")
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be opened as a video ({error}); {_AGAIN}") from error
+    kind = str(container.streams.video[0].codec_context.pix_fmt or "")
+    if re.fullmatch(r"gray(9|1\d|f).*", kind):  # which a conversion to colour would cut to grey levels without meaning
+        container.close()
+        raise ValueError(f"{path}: a video of more than 8 bits of grey ({kind}), such as depth, holds no colour pictures: choose another "
+                         "camera with --data.camera or `camera:` in the data card")
     container.streams.video[0].codec_context.thread_count = 1  # data.workers is the number of threads
     return container
 
