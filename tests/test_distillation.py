@@ -7,7 +7,6 @@ from test_graded import artefact  # noqa: F401 (a fixture)
 
 from vlakeep.core.config import ConfigError
 from vlakeep.core.rundir import read_metrics
-from vlakeep.methods import graded_offline
 from vlakeep.methods.distillation import HEAVIEST, Distillation
 from vlakeep.models.adapters import adapters_disabled, add_lora
 from vlakeep.models.load import make_backbone
@@ -48,7 +47,7 @@ def test_the_term_is_the_weighted_divergence_of_the_drawn_items(attached, world)
     rows = practice.draw(3, (config.seed, 4, 0))
     probe = ProbeSet(storage.probe_folder(config.probe.name))
     held = set(method._artifact.answers()[1])
-    items = [item for item in graded_offline.probe_items(config, probe) if item not in held]
+    items = [item for item in probe.spread(config.probe.size) if item not in held]
     assert len(items) == len(practice)
     values = []
     for row in rows.tolist():

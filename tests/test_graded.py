@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 
 import forked
-import numpy as np
 import pytest
 import torch
 from conftest import BASELINE, GRADED, SMALL, final_adapter
@@ -17,7 +16,6 @@ from torch import nn
 from vlakeep.benchmarks.questions import action_token_kl
 from vlakeep.core.config import Config
 from vlakeep.core.rundir import read_metrics
-from vlakeep.data.sample import Sample
 from vlakeep.evaluate import load_target
 from vlakeep.hsw import graded
 from vlakeep.hsw.graded import GradedInput, GradedSite
@@ -26,7 +24,7 @@ from vlakeep.methods import graded_offline
 from vlakeep.models.adapters import adapters_disabled, attach_lora, select_linears, target_modules
 from vlakeep.models.load import make_backbone
 from vlakeep.openvla.prompts import encode_prompts
-from vlakeep.probe.probe_set import ProbeSet, write_probe
+from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.teacher import artifact, coverage
 from vlakeep.teacher.answers import Answered, divergence, run_below, split_log_probabilities, teacher_answers
 from vlakeep.teacher.collect import token_moments, with_own_answers
@@ -272,7 +270,7 @@ def test_artefact_spectra_are_those_of_the_inputs_and_the_probe_is_split(world, 
     number, moment, tokens = Counter(probe.kinds(fit)), 0.0, 0.0
     for item, kind in zip(fit, probe.kinds(fit)):
         whole, = [w for _, w in graded_offline.answered_samples(backbone, probe.samples([item]), 1)]
-        share = int(whole.attention_mask.sum() + backbone.num_patches) / number[kind]
+        share = int(whole.attention_mask.sum() + backbone.num_patches) / number[kind] ** 0.5
         moment, tokens = moment + share * token_moments(backbone, [whole], linears)[backbone.input_key(name)].double(), tokens + share
     moment = moment / tokens
     one = artefact.spectra()[backbone.input_key(name)]
@@ -292,42 +290,29 @@ def test_artefact_spectra_are_those_of_the_inputs_and_the_probe_is_split(world, 
     assert torch.allclose(stored[:-1], (vectors.T @ other @ vectors).diagonal(), rtol=1e-3, atol=1e-6 * float(other.trace()))
 
 
-def test_kinds_count_alike_up_to_a_limit():
-    kinds = ["often"] * 60 + ["seldom"] * 20
-    weights = graded_offline.item_weights(Config(), kinds)
-    assert float(weights[:60].sum()) == pytest.approx(float(weights[60:].sum())) and float(weights.mean()) == pytest.approx(1.0)
-    once = graded_offline.item_weights(Config(), ["often"] * 199 + ["once"])
+@pytest.mark.parametrize("balance, ratio", [(0.0, 3.0), (0.5, 3.0 ** 0.5), (1.0, 1.0)])
+def test_kinds_count_by_a_power_of_their_number_up_to_a_limit(balance, ratio):
+    config, kinds = Config(), ["often"] * 60 + ["seldom"] * 20
+    config.gains.balance = balance
+    weights = graded_offline.item_weights(config, kinds)
+    assert float(weights[:60].sum() / weights[60:].sum()) == pytest.approx(ratio) and float(weights.mean()) == pytest.approx(1.0)
+    config.gains.balance = 1.0
+    once = graded_offline.item_weights(config, ["often"] * 199 + ["once"])
     assert float(once[-1] / once[0]) == pytest.approx(10.0 / (200 / 398)), "one item must not be half of everything"
-    config = Config()
-    config.gains.balance = False
-    assert graded_offline.item_weights(config, kinds).tolist() == [1.0] * 80
 
 
 def test_no_item_is_a_large_part_of_what_the_sensor_reads():
-    kinds = ["often"] * 99 + ["once"]
-    weights = graded_offline.sensor_weights(Config(), kinds)
+    config, kinds = Config(), ["often"] * 99 + ["once"]
+    config.gains.balance = 1.0
+    weights = graded_offline.sensor_weights(config, kinds)
     assert float(weights[-1] / weights[0]) == pytest.approx(3.0 / (100 / 198)) and float(weights.mean()) == pytest.approx(1.0)
-    assert max(graded_offline.sensor_weights(Config(), ["a", "a", "b"])) < 1.3, "of few items all weigh nearly alike"
+    assert max(graded_offline.sensor_weights(config, ["a", "a", "b"])) < 1.3, "of few items all weigh nearly alike"
 
 
 def test_rare_kinds_are_held_out_by_several_items():
     kinds = ["often"] * 90 + ["seldom"] * 9 + ["rare"] * 5 + ["pair"] * 2 + ["once"]
     fit, held = graded_offline.split_items(list(range(len(kinds))), kinds, 0.2)
     assert Counter(kinds[i] for i in held) == {"often": 18, "seldom": 4, "rare": 2, "pair": 1} and len(fit) + len(held) == len(kinds)
-
-
-def test_of_a_larger_probe_every_kind_gives_as_much(tmp_path):
-    kinds = (["often"] * 9 + ["seldom"]) * 10 + ["rare"] * 3
-    samples = [Sample(np.zeros((4, 4, 3), np.uint8), str(i)) for i in range(len(kinds))]
-    write_probe(tmp_path / "probe", samples, kinds)
-    probe, config = ProbeSet(tmp_path / "probe"), Config()
-    config.probe.size = 20
-    chosen = graded_offline.probe_items(config, probe)
-    assert Counter(probe.kinds(chosen)) == {"rare": 3, "seldom": 9, "often": 8} and chosen == sorted(set(chosen))
-    for size in (1, 2, 7, 50, 103):
-        assert len(set(probe.spread(size, by_kind=True))) == size
-    config.gains.balance = False
-    assert graded_offline.probe_items(config, probe) == probe.spread(20)
 
 
 def test_sensitivity_is_the_squared_gradient_of_the_answers(world):
@@ -368,7 +353,7 @@ def test_coverage_tells_inputs_like_the_probe_from_others():
 def test_an_artefact_of_something_else_is_refused(artefact):
     meta = artefact.meta
     good = dict(weights_hash=meta["weights_sha256"], probe_hash=meta["probe_sha256"], probe_size=48, depth=6, dtype="float32",
-                section={"columns": 1024, "holdout": 0.2, "balance": True})
+                section={"columns": 1024, "holdout": 0.2, "balance": 0.5})
     assert artifact.check(artefact, **good) == []
     for key, value in (("weights_hash", "x"), ("probe_hash", "x"), ("probe_size", 9), ("depth", 7), ("dtype", "bfloat16"),
                        ("quantisation", "4bit"), ("section", {"columns": 5, "holdout": 0.2})):
@@ -547,8 +532,9 @@ def test_the_adapter_that_is_left_is_the_one_that_was_measured(world, artefact, 
     chosen = [i * len(items) // count for i in range(count)]
     each = sensor.per_item()[chosen].double().cpu().tolist()
     kinds = probe.kinds([items[i] for i in chosen])
-    # Kinds count alike, but no item more than the mean of so few.
-    weights = [min(1.0, count / (len(set(kinds)) * kinds.count(kind))) for kind in kinds]
+    # A kind counts like the root of its number, but of so few no item more than the mean.
+    roots = [kinds.count(kind) ** -0.5 for kind in kinds]
+    weights = [min(1.0, root * count / sum(roots)) for root in roots]
     assert sum(w * d for w, d in zip(weights, each)) / sum(weights) == pytest.approx(last["settled_kl"], rel=1e-3)
 
 

@@ -112,7 +112,7 @@ def close(config: Config, storage: Storage, checkpoint: Path, folder: Path, comm
     load_adapter(backbone, checkpoint / "adapter")
     backbone.eval()
     sensor = make_sensor(config, backbone, probe, artifact)
-    items = graded_offline.probe_items(config, probe)
+    items = probe.spread(config.probe.size)
     fit, held = graded_offline.split_items(items, probe.kinds(items), config.gains.holdout)
     weights_N = graded_offline.item_weights(config, probe.kinds(fit))
     before = sensor.measure()

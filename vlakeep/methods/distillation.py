@@ -87,7 +87,7 @@ class Distillation(Graded):
             """The divergence on the items that the sensor does not measure."""
             probe, size = ProbeSet(storage.probe_folder(config.probe.name)), config.icsm.batch_size
             held = set(method._artifact.answers()[1])
-            items = [item for item in graded_offline.probe_items(config, probe) if item not in held]
+            items = [item for item in probe.spread(config.probe.size) if item not in held]
             samples = probe.samples(items)
             with adapters_disabled(backbone):
                 first = backbone.first_adapted_layer()

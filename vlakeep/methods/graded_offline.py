@@ -58,23 +58,17 @@ def split_items(items: List[int], kinds: List[str], holdout: float) -> Tuple[Lis
 
 
 def item_weights(config: Config, kinds: List[str], largest: float = LARGEST) -> torch.Tensor:
-    """Weights float64 [N] of probe items, 1 in the mean: with gains.balance all kinds of prompts count alike, whatever their number, but
-    that no item weighs more than `largest` before they are scaled to that mean."""
+    """Weights float64 [N] of probe items, 1 in the mean: a kind of prompt that has n of the N items counts like n^(1 - gains.balance).
+    No item weighs more than `largest` before they are scaled to that mean."""
     numbers = {kind: kinds.count(kind) for kind in kinds}
-    each = [len(kinds) / (len(numbers) * numbers[kind]) if config.gains.balance else 1.0 for kind in kinds]
-    weights_N = torch.tensor(each, dtype=torch.float64).clamp(max=largest)
+    weights_N = torch.tensor([numbers[kind] for kind in kinds], dtype=torch.float64) ** -config.gains.balance
+    weights_N = (weights_N / weights_N.mean()).clamp(max=largest)
     return weights_N / weights_N.mean()
 
 
 def sensor_weights(config: Config, kinds: List[str]) -> torch.Tensor:
     """item_weights of the items that the sensor measures: none is more than SHARE_LARGEST of them all."""
     return item_weights(config, kinds, min(LARGEST, max(1.0, SHARE_LARGEST * len(kinds))))
-
-
-def probe_items(config: Config, probe: ProbeSet) -> List[int]:
-    """Numbers of the probe's items that are used, ascending. With gains.balance of every kind as many as of every other, as far as a
-    probe that has more than probe.size allows."""
-    return probe.spread(config.probe.size, by_kind=config.gains.balance)
 
 
 def new_samples(config: Config, storage: Storage, size, count: int = NEW_FRAMES, spec: Optional[SampleSpec] = None
@@ -111,7 +105,7 @@ def build(config: Config, storage: Storage, backbone) -> Path:
     started = time.perf_counter()
     backbone.eval()
     probe = ProbeSet(storage.probe_folder(config.probe.name))
-    items = probe_items(config, probe)
+    items = probe.spread(config.probe.size)
     fit, held = split_items(items, probe.kinds(items), config.gains.holdout)
     if not held:
         raise ValueError(f"{probe.folder}: none of {len(items)} items can be held out for the sensor, no kind has two; raise --probe.size")

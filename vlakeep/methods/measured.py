@@ -70,7 +70,7 @@ def answered_items(config: Config, storage: Storage, backbone, count: int) -> Tu
     """Up to `count` probe items that the sensor does not measure, with the teacher's answers, in front of the first adapted layer; and
     their weights, 1 in the mean, by which kinds of prompts count alike. The adapters must not have moved yet."""
     probe, size = ProbeSet(storage.probe_folder(config.probe.name)), config.icsm.batch_size
-    items = graded_offline.probe_items(config, probe)
+    items = probe.spread(config.probe.size)
     fit, _ = graded_offline.split_items(items, probe.kinds(items), config.gains.holdout)
     count = min(count, len(fit))
     chosen = [fit[i * len(fit) // count] for i in range(count)]

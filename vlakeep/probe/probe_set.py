@@ -189,25 +189,12 @@ class ProbeSet:
     def __len__(self) -> int:
         return len(self.items)
 
-    def spread(self, size: int, by_kind: bool = False) -> List[int]:
-        """`size` item numbers, evenly spaced over the probe, ascending; by_kind: as many of every kind as of every other, as far as it
-        has them, evenly spaced over the kind. ProbeError when the probe has fewer."""
+    def spread(self, size: int) -> List[int]:
+        """`size` item numbers, evenly spaced over the probe, ascending. ProbeError when the probe has fewer."""
         if size > len(self):
             raise ProbeError(f"{self.folder} has {len(self)} items, --probe.size asks for {size}; lower it or make a larger "
                              "probe with `vlakeep tabletop-data`")
-        return self._of_kinds(size) if by_kind else evenly(len(self), size)
-
-    def _of_kinds(self, size: int) -> List[int]:
-        own: Dict[str, List[int]] = {}
-        for number, item in enumerate(self.items):
-            own.setdefault(item["kind"], []).append(number)
-        chosen, left = [], size
-        # The rarest first: what a kind has too few of is shared by those that come after it.
-        for position, kind in enumerate(sorted(own, key=lambda kind: (len(own[kind]), kind))):
-            count = min(len(own[kind]), -(-left // (len(own) - position)))
-            chosen += [own[kind][i] for i in evenly(len(own[kind]), count)]
-            left -= count
-        return sorted(chosen)
+        return evenly(len(self), size)
 
     def samples(self, indices: Sequence[int]) -> List[Sample]:
         """The items as samples without target, pictures copied into memory."""
