@@ -1,7 +1,10 @@
 """Statistics of a study: against worked examples, closed forms and simulations; the rule that chooses settings; the front; the power."""
 
+import csv
+import io
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,8 +13,9 @@ import pytest
 from vlakeep.core.config import ConfigError
 from vlakeep.core.study import Cell
 from vlakeep.reporting.intervals import t_quantile
-from vlakeep.studies import claims, front, inference, power
+from vlakeep.studies import claims, front, inference, power, report
 from vlakeep.studies.data import Data, Setting
+from vlakeep.studies.records import read_records
 from vlakeep.studies.rule import Rule, choose, families_of, read_rule
 
 
@@ -232,3 +236,76 @@ def test_the_claim_needs_both_and_is_adjusted_for_all_families():
     assert set(claims.files(cells_of(records), records, rule)) == {
         "claims.md", "choices.csv", "claims.csv", "front.csv", "hypervolume.csv", "power.csv"}
     assert json.dumps(claims.power_rows(judged)) and SimpleNamespace(**claims.choice_rows(judged)[0]).matched
+
+
+# The report
+
+
+def whole(seeds=(1, 2, 11, 12, 13)):
+    """Records of a base and three families, with questions and curves."""
+    generator, records = np.random.default_rng(4), []
+    arms = ("base", (0.0,), 0.0, 0.9), ("plain", (1e-3, 2e-3), 0.9, 0.2), ("ours", (1e-3,), 0.9, 0.85), ("x<_&", (1e-3,), 0.5, 0.9)
+    for arm, rates, new, old in arms:
+        for rate, task, seed in ((r, t, s) for r in rates for t in ("t", "u") for s in (seeds if arm != "base" else (0,))):
+            one = made(arm, task, rate, seed, *("".join("01"[int(generator.random() < p)] for _ in range(20)) for p in (new, old)))
+            one["trials"]["question:left_of"] = one["trials"]["skill:reach"]
+            one["curves"] = {"step": [0, 50, 100], "kl": [0.0, None, 0.01], "loss": [2.0, 1.0, 0.5]}
+            if arm == "ours":
+                one["curves"]["opening"] = [0.1, 0.2, 0.3]
+            one["made"] = {"commit": "0123abc", "hardware": {"gpus": [{"name": "A card"}]}}
+            records.append(one)
+    return records
+
+
+def test_the_report_is_one_page_and_its_numbers_are_those_of_the_records(tmp_path):
+    records, rule = whole(), Rule("ours", "plain", choose=[1, 2], near=0.1, draws=200)
+    cells = cells_of(records)
+    out = report.build(cells, records, rule, tmp_path / "report", ["vlakeep study x.yaml"])
+    text = out.read_text()
+    assert not re.search(r"<script|<link rel=.stylesheet|(src|href)=.(https?:)?//", text), "nothing is loaded"
+    assert "x&lt;_&amp;" in text and "x<_&" not in text
+    for title in ("Arms", "The claim", "Success and forgetting", "Fronts", "Abilities", "Harm", "Over training", "Cost", "Power", "Cells",
+                  "Reproduce"):
+        assert f"<h2>{title}</h2>" in text
+    for name in ("front", "forgetting", "loss", "kl", "opening"):
+        assert (tmp_path / "report" / "figures" / f"{name}.png").is_file() and (tmp_path / "report" / "figures" / f"{name}.svg").is_file()
+    judged = claims.judge(cells, records, rule)
+    plain = judged.matched[0]
+    assert f"{100 * plain.kept.mean:+.1f} [{100 * plain.kept.low:+.1f}" in text and f"ours keeps {100 * plain.kept.mean:+.1f}" in text
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "report" / "tables" / "numbers_claims.csv").read_text())))
+    assert float(rows[0]["kept"]) == plain.kept.mean and rows[0]["family"] == "plain"
+    changes = (tmp_path / "report" / "tables" / "changes.csv").read_text()
+    assert changes.startswith("family,t,reach,left of\n") or changes.startswith("family,new task,reach,left of\n")
+    assert "plain against the base: worse in reach -" in text and "x&lt;_&amp;: no setting comes within 10 points" in text
+    latex = (tmp_path / "report" / "tables" / "arms.tex").read_text()
+    assert r"x$<$\_\&" in latex and latex.count(r"\\") == 1 + 4 and r"\label{tab:arms}" in latex and "%)" not in latex.replace(r"\%", "")
+    cost = (tmp_path / "report" / "tables" / "cost.csv").read_text()
+    assert "ours,1,1.00," in cost and "A card" in cost
+    # Made again from the records that lie beside it, it is the same.
+    again = report.build(cells, read_records(tmp_path / "report" / "records.jsonl"), rule, tmp_path / "again", ["vlakeep study x.yaml"])
+    assert again.read_text() == text
+    (tmp_path / "again" / "mine.txt").write_text("")
+    with pytest.raises(ValueError, match="holds files of something else .mine.txt."):
+        report.build(cells, records, rule, tmp_path / "again")
+
+
+def test_a_report_of_the_first_few_cells_says_what_is_not_known_yet(tmp_path):
+    records = [one for one in whole((1, 11)) if one["arm"] in ("plain", "base") and one["seed"] != 11]
+    cells = cells_of(whole((1, 11)))
+    text = report.build(cells, records, Rule("ours", "plain", choose=[1], draws=200), tmp_path / "report").read_text()
+    assert "ours and plain have no seed in common yet" in text and "without records on the choosing seeds: ours" in text
+
+
+def test_ratios_of_time_are_of_one_machine():
+    records = whole()
+    for one in records:
+        if one["arm"] == "ours":
+            one["made"] = {"hardware": {"gpus": [{"name": "Another"}]}}
+    judged = claims.judge(cells_of(records), records, Rule("ours", "plain", choose=[1, 2], draws=200))
+    assert [row[:3] for row in report.cost(judged).rows][:2] == [["plain", "1", "1.00"], ["ours", "1", ""]]
+
+
+def test_only_families_that_are_named_are_tested():
+    records = whole()
+    judged = claims.judge(cells_of(records), records, Rule("ours", "plain", choose=[1, 2], near=0.1, compare=["plain"], draws=200))
+    assert {one.family: one.holm for one in judged.matched} == {"plain": judged.matched[0].p, "x<_&": None}

@@ -4,6 +4,7 @@
     vlakeep study studies/rivals_small.yaml --workers 2
     vlakeep study studies/rivals_small.yaml --cell gpm-corner-lr0.002-s11      # one cell, as a job of a cluster calls it
     vlakeep study studies/rivals_small.yaml --table
+    vlakeep study studies/rivals_small.yaml --report
     vlakeep study studies/rivals_small.yaml --part 1 --parts 4 --seconds 500 --export part1.jsonl      # on one machine of four
     vlakeep study studies/rivals_small.yaml --import part1.jsonl,part2.jsonl
 
@@ -36,7 +37,7 @@ from vlakeep.core.stages import STUDY
 from vlakeep.core.storage import Storage, atomic_write, find_checkpoint
 from vlakeep.core.study import DONE, OPEN, OTHER, Cell, State, look, named, read_study, read_tree, share
 from vlakeep.models.load import model_name
-from vlakeep.studies import claims, tables
+from vlakeep.studies import claims, report, tables
 from vlakeep.studies.records import differences, line_of, read_records, record_of, same, write_records
 from vlakeep.studies.rule import read_rule
 
@@ -320,6 +321,17 @@ def write_tables(study: Study) -> str:
     return text
 
 
+def write_report(study: Study, out: Path) -> Path:
+    rule = read_rule(read_tree(study.file), study.cells)
+    if rule is None:
+        raise ConfigError(f"{study.file} has no `rule`: a report needs to know what is compared (docs/study.md)")
+    records = study.records()
+    if not records:
+        raise ConfigError(f"no cell is done: run `{command('study', study.file)}`, or take records in with --import")
+    again = [command("study", study.file), command("study", study.file, "--report")]
+    return report.build(study.cells, records, rule, out.expanduser().absolute(), again)
+
+
 def main(argv: List[str]) -> int:
     args, _, folders = split(STUDY, argv)
     study = open_study(args.study, folders)
@@ -334,6 +346,9 @@ def main(argv: List[str]) -> int:
     some = study._replace(cells=share(named(study.cells, args.arms, args.tasks, args.rates, args.seeds), args.part, args.parts))
     if getattr(args, "dry-run"):
         show_plan(some)
+        return 0
+    if args.report:
+        print(write_report(study, Path(args.out or study.folder() / "report")))
         return 0
     failed: Dict[str, str] = {}
     if not args.table and not taken:

@@ -49,6 +49,8 @@ STUDY = Stage("study", "vlakeep.study", "arms x tasks x rates x seeds, trained a
     Option("--workers", 1, "Cells that run at a time.", whole()),
     Option("--dry-run", False, "Show the cells, what each has still to do, what it costs and what is missing; do nothing.", bool),
     Option("--table", False, "Write the tables of what is done; run nothing.", bool),
+    Option("--report", False, "Write the report of what is done: a page, tables and figures; run nothing.", bool),
+    Option("--out", None, "Folder of the report; null takes `report` in the study's folder."),
     Option("--cell", None, "Run this cell alone, in this process."),
     Option("--arms", [], "Only these arms, with commas between them.", names),
     Option("--tasks", [], "Only these tasks.", names),

@@ -14,7 +14,7 @@ from vlakeep.studies.data import Data, Setting
 from vlakeep.studies.front import Front, beaten, front_of, hypervolume, of_family, shortfall
 from vlakeep.studies.inference import LEVEL, Estimate, both, difference, holm, value
 from vlakeep.studies.rule import Choice, Rule, choose, families_of, reported
-from vlakeep.studies.tables import markdown, percent, points, probability, to_csv
+from vlakeep.studies.tables import Table, percent, points, probability, to_csv
 
 MEASURES = ("new", "old", "questions", "action_kl")
 EFFECT = 0.02  # of the power table
@@ -90,7 +90,7 @@ def _versus(rule: Rule, data: Data, choices: Dict[str, Choice], seeds: Sequence[
             not_worse = new.not_inferior(rule.margin) if new else None
             keeps_more = kept.superior() if kept else None
             found.append(Versus(family, new, kept, not_worse, keeps_more, both(not_worse, keeps_more)))
-    adjusted = holm({one.family: one.p for one in found})
+    adjusted = holm({one.family: one.p if one.family in (rule.compare or choices) else None for one in found})
     return [one._replace(holm=adjusted[one.family]) for one in found]
 
 
@@ -199,37 +199,47 @@ def head(judged: Judged) -> str:
             f"{rule.reference}, the one that keeps most ({rule.retention}). Reported on seeds "
             f"{', '.join(map(str, judged.seeds)) or 'none yet'}. Differences are paired over start states; intervals are 95 %, clustered "
             f"by training seed. A claim needs both: no loss of {100 * rule.margin:g} points on the new task, and more kept; p is adjusted "
-            "by Holm over the families.")
+            f"by Holm over {', '.join(rule.compare) if rule.compare else 'the families'}.")
 
 
-def text(judged: Judged) -> str:
-    """claims.md."""
-    rule, parts = judged.rule, [head(judged)]
-    parts += [f"**Note:** {note}." for note in judged.notes]
+def tables(judged: Judged) -> List[Table]:
+    """What the text, the page and the files for a paper show."""
+    rule, found = judged.rule, []
     rows = [[family, _setting(judged, family), _matched(judged, family), *(_shown(judged.values[family][m], m) for m in MEASURES)]
             for family in judged.values]
-    parts.append(markdown(["family", "setting", "learns enough", "new (%)", "old (%)", "questions (%)", "action KL (nats)"], rows))
-    for title, versus in ((f"{rule.subject} minus each, at matched success (points)", judged.matched),
-                          (f"{rule.subject} minus each, each at its own best (points)", judged.best)):
+    found.append(Table("arms", "Each family at its chosen setting", ["family", "setting", "learns enough", "new (%)", "old (%)",
+                                                                      "questions (%)", "action KL (nats)"], rows))
+    for name, title, versus in (("matched", f"{rule.subject} minus each, at matched success (points)", judged.matched),
+                                ("own_best", f"{rule.subject} minus each, each at its own best (points)", judged.best)):
         if versus:
             rows = [[one.family, _points(one.new), _points(one.kept), probability(one.not_worse), probability(one.keeps_more),
-                     probability(one.holm), "shown" if one.shown else "not shown"] for one in versus]
-            head_of = ["family", "new", "kept", "p not worse", "p keeps more", "p of both, Holm", "claim"]
-            parts.append(f"**{title}**\n\n" + markdown(head_of, rows))
+                     probability(one.holm), _claim(one)] for one in versus]
+            found.append(Table(name, title, ["family", "new", "kept", "p not worse", "p keeps more", "p of both, Holm", "claim"], rows))
     volumes = volume_rows(judged)
     if volumes:
         rows = [[row["family"], f"{row['hypervolume']:.3f}", f"{row['more']:+.3f} [{row['more_low']:+.3f}, {row['more_high']:+.3f}]",
                  f"{100 * row['beyond_by']:+.1f}", f"{row['p_beyond']:.2f}"] if "more" in row
                 else [row["family"], f"{row['hypervolume']:.3f}", "", "", ""] for row in volumes]
-        head_of = ["family", "hypervolume", f"{rule.subject} has more", f"{rule.subject} keeps more at worst", "P(beyond everywhere)"]
-        parts.append("**Fronts of success and retention over all settings**\n\n" + markdown(head_of, rows))
+        found.append(Table("fronts", "Fronts of success and retention over all settings",
+                           ["family", "hypervolume", f"{rule.subject} has more", f"{rule.subject} keeps more at worst",
+                            "P(beyond everywhere)"], rows))
     if judged.parts is not None:
         rows = [[str(row["seeds"]), *(f"{row[f'episodes_{e}']:.2f}" for e in sizes.EPISODES)] for row in power_rows(judged)]
         needed = sizes.seeds_needed(EFFECT, judged.parts, 50)
-        parts.append(f"**Power to find {100 * EFFECT:g} points of retention** against {rule.reference}, by training seeds and episodes a "
-                     f"skill; with 50 episodes 80 % take {needed if needed else 'more than 1,000'} seeds\n\n"
-                     + markdown(["seeds", *map(str, sizes.EPISODES)], rows))
+        found.append(Table("power", f"Power to find {100 * EFFECT:g} points of retention against {rule.reference}, by training seeds "
+                           f"and episodes a skill; with 50 episodes 80 % take {needed if needed else 'more than 1,000'} seeds",
+                           ["seeds", *map(str, sizes.EPISODES)], rows))
+    return found
+
+
+def text(judged: Judged) -> str:
+    """claims.md."""
+    parts = [head(judged), *(f"**Note:** {note}." for note in judged.notes), *(table.markdown() for table in tables(judged))]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def _claim(one: Versus) -> str:
+    return "" if one.holm is None else "shown" if one.shown else "not shown"
 
 
 def _setting(judged: Judged, family: str) -> str:
@@ -255,5 +265,10 @@ def _points(one: Optional[Estimate]) -> str:
 def files(cells: Sequence[Cell], records: Sequence[Dict[str, Any]], rule: Rule) -> Dict[str, str]:
     """Tables by file name."""
     judged = judge(cells, records, rule)
+    return {"claims.md": text(judged), **numbers(judged)}
+
+
+def numbers(judged: Judged) -> Dict[str, str]:
+    """The same without rounding, as CSV."""
     made = {"choices": choice_rows, "claims": versus_rows, "front": front_rows, "hypervolume": volume_rows, "power": power_rows}
-    return {"claims.md": text(judged), **{f"{name}.csv": to_csv(rows(judged)) for name, rows in made.items()}}
+    return {f"{name}.csv": to_csv(rows(judged)) for name, rows in made.items()}

@@ -35,6 +35,16 @@ class Data:
         self.tasks = list(dict.fromkeys(one["task"] for one in records))
         self.seeds = sorted({one["seed"] for one in records if one["arm"] != BASE})
 
+    def all(self) -> List[Dict[str, Any]]:
+        return list(self._records.values())
+
+    def keys(self) -> List[Tuple[Setting, str, int]]:
+        return list(self._records)
+
+    @property
+    def count(self) -> int:
+        return len(self._records)
+
     def records(self, setting: Setting) -> List[Dict[str, Any]]:
         return [record for (own, _, _), record in self._records.items() if own == setting]
 

@@ -125,7 +125,8 @@ def _made(run: Path) -> Dict[str, Any]:
         session = json.loads((run / "provenance.json").read_text(encoding="utf-8"))["sessions"][-1]
     except (OSError, ValueError, KeyError, IndexError):
         return {}
-    return {key: session[key] for key in ("commit", "versions", "hardware", "hashes") if key in session}
+    hardware = {key: (session.get("hardware") or {}).get(key) for key in ("cpu", "cores", "gpus")}  # no name of a machine
+    return {**{key: session[key] for key in ("commit", "versions", "hashes") if key in session}, "hardware": hardware}
 
 
 # Files

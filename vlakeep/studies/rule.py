@@ -7,6 +7,7 @@
       margin: 0.05               # the new task counts as not worse when a loss of this much is excluded
       near: 0.03                 # a setting learns enough when its success is within this of the reference's best, on the choosing seeds
       retention: old             # old (skills), questions, or all (both)
+      compare: [plain, gpm]      # families that the claim is against; without it all others, which costs power
       oracles: [replay_oracle]   # families that see old data: compared, and no rivals for the best of those that do not
       draws: 10000               # of the bootstrap
 
@@ -35,6 +36,7 @@ class Rule:
     margin: float = 0.05
     near: float = 0.03
     retention: str = "old"
+    compare: List[str] = field(default_factory=list)
     oracles: List[str] = field(default_factory=list)
     draws: int = 10000
 
@@ -58,7 +60,7 @@ def read_rule(tree: Dict[str, Any], cells: Sequence[Cell]) -> Optional[Rule]:
     families = {cell.family for cell in cells if not cell.is_base}
     wrong = [f"`rule.{key}` is unknown; there are {', '.join(known)}" for key in given if key not in known]
     wrong += [f"`rule.{key}` is missing" for key in ("subject", "reference") if not given.get(key)]
-    named = [given.get("subject"), given.get("reference"), *_list(given.get("oracles"))]
+    named = [given.get("subject"), given.get("reference"), *_list(given.get("oracles")), *_list(given.get("compare"))]
     wrong += [f"`rule`: {one} is no family of the study, which has {', '.join(sorted(families))}" for one in named
               if one and one not in families]
     seeds = {cell.seed for cell in cells if not cell.is_base}
@@ -67,7 +69,7 @@ def read_rule(tree: Dict[str, Any], cells: Sequence[Cell]) -> Optional[Rule]:
         wrong.append("`rule.choose` has all seeds of the study: none is left that could be reported")
     wrong += [f"`rule.{key}` must be a number above 0 and below 1" for key in ("margin", "near")
               if key in given and not (isinstance(given[key], float) and 0 < given[key] < 1)]
-    wrong += [f"`rule.{key}` must be a list" for key in ("choose", "oracles") if key in given and not isinstance(given[key], list)]
+    wrong += [f"`rule.{key}` must be a list" for key in ("choose", "compare", "oracles") if not isinstance(given.get(key, []), list)]
     if given.get("retention", "old") not in RETENTION:
         wrong.append(f"`rule.retention` must be one of {', '.join(RETENTION)}")
     if not isinstance(given.get("draws", 1), int) or given.get("draws", 100) < 100:

@@ -2,10 +2,11 @@
 
 import csv
 import io
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from vlakeep.core.study import DONE, Cell
 from vlakeep.reporting.intervals import t_interval
+from vlakeep.reporting.tables import escape
 from vlakeep.studies.records import values_of
 
 SHOWN = ("new", "old", "worst", "questions", "action_kl", "probe_kl")
@@ -58,6 +59,43 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     found = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in (head, *lines)]
     found.insert(1, "|" + "---|" * len(head))
     return "\n".join(found) + "\n"
+
+
+class Table(NamedTuple):
+    """A table as it is shown: a name for files, a caption, and cells of text. The first column names the rows."""
+
+    name: str
+    caption: str
+    head: List[str]
+    rows: List[List[str]]
+
+    def markdown(self) -> str:
+        return f"**{self.caption}**\n\n" + markdown(self.head, self.rows)
+
+    def html(self) -> str:
+        def cells(line):
+            return [escape(cell) for cell in line]
+
+        head = "".join(f'<th scope="col">{cell}</th>' for cell in cells(self.head))
+        body = "".join(f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest) + "</tr>"
+                       for first, *rest in map(cells, self.rows))
+        return (f'<h3>{escape(self.caption)}</h3><div class="scroll" tabindex="0" role="region" aria-label="{escape(self.caption)}"><table>'
+                f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>")
+
+    def latex(self) -> str:
+        """For the package booktabs."""
+        lines = [" & ".join(map(tex, line)) + r" \\" for line in (self.head, *self.rows)]
+        return "\n".join([r"\begin{table}", rf"\caption{{{tex(self.caption)}}}", rf"\label{{tab:{self.name}}}",
+                          rf"\begin{{tabular}}{{l{'r' * (len(self.head) - 1)}}}", r"\toprule", lines[0], r"\midrule", *lines[1:],
+                          r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
+
+
+def tex(text: str) -> str:
+    """Text with what LaTeX reads as commands made harmless."""
+    for plain, said in (("\\", r"\textbackslash "), *((one, "\\" + one) for one in "&%$#_{}"), ("~", r"\textasciitilde "),
+                        ("^", r"\textasciicircum "), ("<", r"$<$"), (">", r"$>$"), ("±", r"$\pm$"), ("−", "$-$"), ("→", r"$\to$")):
+        text = text.replace(plain, said)
+    return text
 
 
 def percent(value: Optional[float]) -> str:
