@@ -541,7 +541,7 @@ def test_the_adapter_that_is_left_is_the_one_that_was_measured(world, artefact, 
 def test_two_processes_are_one_with_two_micro_batches_bitwise(world, artefact, tmp_path):
     storage, make_config = world
     one = run_training(make_config(GRADED, "--name", "graded-one", "--train.accumulation", 2), storage)
-    forked.two_ranks(["train", *SMALL, "--root", storage.root, "--config", GRADED, "--name", "graded-two"], tmp_path)
+    forked.run_two_ranks(["train", *SMALL, "--root", storage.root, "--config", GRADED, "--name", "graded-two"], tmp_path)
     assert final_adapter(storage.run_folder("graded-two")) == final_adapter(one)
 
 

@@ -575,6 +575,50 @@ def test_whether_a_prompt_is_followed_stands_on_the_page(tmp_path, one_figure):
     assert "Two targets" not in build_report(tmp_path, folders, tmp_path / "out").read_text()
 
 
+MARK = "<u>"
+
+
+def marked(tree):
+    """The tree with markup before every text that is not a name which the report looks for."""
+    known = {"skill", "question", "finished", "interrupted", "failed", "corner"}
+    if isinstance(tree, dict):
+        return {key: marked(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [marked(value) for value in tree]
+    return MARK + tree if isinstance(tree, str) and tree not in known else tree
+
+
+def test_no_text_of_the_inputs_is_taken_for_markup(tmp_path, one_figure, monkeypatch):
+    """The page is built of strings: whatever comes from a file or the command line is escaped on its way."""
+    names = {"baseline": "baseline", "method": "method", "mine": f"{MARK}mine"}
+    arms = make(tmp_path, {"base": (0.04, 0.0), "baseline": (0.3, 0.1), "method": (0.3, 0.1)},
+                runs={"method": {"status": "failed", "trace": f"Traceback\nTrainingStopped: {MARK}"}})
+    arms["mine"] = dict(arms["baseline"])
+    for arm in ("baseline", "method"):
+        for file in ("config.yaml", "provenance.json"):
+            path = arms[arm]["run"] / file
+            tree = yaml.safe_load(path.read_text())
+            method, name = tree["method"], tree["name"]
+            path.write_text(json.dumps({**marked(tree), "method": method, "name": name}))
+    for arm in ("base", "baseline", "method"):
+        folder = arms[arm]["eval"]
+        summary = json.loads((folder / "summary.json").read_text())
+        summary["abilities"] = {MARK + name: value for name, value in summary["abilities"].items()}
+        summary.update(alarms=[MARK], followed={MARK: {"prompted": 1.0, "other": 0.0, "neither": 0.0, "n": 2}})
+        summary["new_skill"]["name"] = MARK + "corner"
+        (folder / "summary.json").write_text(json.dumps(summary))
+        rows = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+        for row in rows[1:]:
+            row["ability"] = row["ability"] if row["kind"] == "retention" else MARK + row["ability"]
+        (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    card = tmp_path / "runs" / "baseline" / "data" / "one.json"
+    card.parent.mkdir()
+    card.write_text(json.dumps({"name": MARK + "data"}))
+    monkeypatch.setattr("vlakeep.reporting.data_cards.lines", lambda report: [MARK])
+    text = build_report(tmp_path, {names.get(arm, arm): found for arm, found in arms.items()}, tmp_path / "out", MARK).read_text()
+    assert MARK not in text and text.count("&lt;u&gt;") > 40
+
+
 # ---- several training seeds ----
 
 
