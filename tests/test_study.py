@@ -13,6 +13,7 @@ from conftest import SMALL
 from test_layout import REPO
 
 from vlakeep import cli, study
+from vlakeep.core import study as study_cells
 from vlakeep.core.config import ConfigError, load_config
 from vlakeep.core.schema import find_config
 from vlakeep.core.stages import EVALUATE, TRAIN
@@ -53,6 +54,11 @@ def test_cells_are_every_combination_with_the_later_key_on_top(tmp_path):
     assert config.data.datasets == ["tabletop_corner"]
     alone = read_study(write(tmp_path / "two.yaml", rates=None, arms={"plain": {"config": "configs/baseline_lora.yaml"}}))
     assert [cell.rate for cell in alone] == [2e-3, 2e-3], "the rate of the configuration"
+    task, arm = {"evaluate.new_skill": "corner", "train.steps": 6}, {"config": "configs/baseline_lora.yaml"}
+    for own, steps in (({}, 6), ({"train.steps": 5}, 5)):
+        three = read_study(write(tmp_path / "three.yaml", settings={"train.steps": 7}, tasks={"corner": task},
+                                 arms={"plain": {**arm, **own}}))
+        assert three[0].config().train.steps == steps
     # Each command takes the keys that its stage reads, and together they say the cell's configuration.
     train, evaluate = cells[-1].commands(OPEN)
     assert (train[0], evaluate[0]) == ("train", "evaluate")
@@ -62,6 +68,15 @@ def test_cells_are_every_combination_with_the_later_key_on_top(tmp_path):
     assert "--train.resume" in cells[0].commands(BEGUN)[0] and [one[0] for one in cells[0].commands(TRAINED)] == ["evaluate"]
     assert cells[0].commands(DONE) == cells[0].commands(OTHER) == []
     assert [said(value) for value in (None, True, 5e-4, ["a", "b"], "x", 3)] == ["null", "true", "0.0005", "[a, b]", "x", "3"]
+
+
+def test_an_evaluation_is_one_of_the_weights_that_are_there(tmp_path):
+    config = load_config("configs/baseline_lora.yaml")
+    (tmp_path / "summary.json").write_text(json.dumps({"weights": "these"}))
+    (tmp_path / "records.jsonl").write_text(json.dumps({"header": {"evaluate": {"episodes": config.evaluate.episodes}}}) + "\n")
+    assert [study_cells._evaluated(tmp_path, weights, config) for weights in ("these", "others", None)] == [True, False, True]
+    config.evaluate.episodes += 1
+    assert not study_cells._evaluated(tmp_path, "these", config)
 
 
 @pytest.mark.parametrize("changed, words", [
