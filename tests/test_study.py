@@ -332,7 +332,8 @@ def test_mistakes_of_a_stream_are_told(tmp_path, changed, words):
 
 
 def test_after_the_time_no_cell_is_started(tmp_path, capsys):
-    made = study.open_study(write(tmp_path / "one.yaml", arms={"plain": {"config": "configs/baseline_lora.yaml"}}),
+    made = study.open_study(write(tmp_path / "one.yaml", rule={"subject": "gpm", "reference": "plain", "choose": [1]},
+                                  arms={"plain": {"config": "configs/baseline_lora.yaml"}, "gpm": {"config": "configs/rivals/gpm.yaml"}}),
                             ["--root", str(tmp_path / "root")])
     called = []
 
@@ -341,8 +342,10 @@ def test_after_the_time_no_cell_is_started(tmp_path, capsys):
         time.sleep(0.2)
         return 2
 
+    # A choice of cells that has neither the rule's subject nor a seed that is reported.
+    made = made._replace(cells=[cell for cell in made.cells if cell.seed == 1 and cell.arm == "plain"])
     failed = study.run_study(made, 1, launch, most=0.1, export=tmp_path / "part.jsonl")
-    assert len(called) == len(failed) == 1 and "3 cells were not started: 0.1 s were over" in capsys.readouterr().out
+    assert len(called) == len(failed) == 1 and "1 cells were not started: 0.1 s were over" in capsys.readouterr().out
     assert (tmp_path / "part.jsonl").read_text() == ""
 
 

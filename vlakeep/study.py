@@ -360,7 +360,7 @@ def write_tables(study: Study) -> str:
     rows = tables.rows(study.cells, records, {cell.cell: state.kind for cell, state in study.states().items()})
     text = tables.summary(rows)
     files = {"cells.csv": tables.to_csv(rows), "arms.md": text}
-    rule = read_rule(read_tree(study.file), study.cells)
+    rule = read_rule(read_tree(study.file), read_study(study.file))
     if rule is not None:
         files.update(claims.files(study.cells, records, rule))
         text += "\n" + files["claims.md"]
@@ -374,7 +374,7 @@ def write_tables(study: Study) -> str:
 
 def judged_by(study: Study) -> Tuple[Rule, List[Dict[str, Any]]]:
     """The rule of the study and its records. ConfigError where one is missing."""
-    rule = read_rule(read_tree(study.file), study.cells)
+    rule = read_rule(read_tree(study.file), read_study(study.file))
     if rule is None:
         raise ConfigError(f"{study.file} has no `rule`: a report needs to know what is compared (docs/study.md)")
     records = study.records()
