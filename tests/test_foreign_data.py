@@ -197,3 +197,26 @@ def test_a_missing_split_is_told_what_to_write(written, tmp_path):  # noqa: F811
     said = "{" + str(error.value).partition("such as ")[2] + "}"
     edit_json("meta/info.json", lambda info: info.update(splits=json.loads(said)))(folder)
     assert len(open_dataset(folder)) == 3
+
+
+@pytest.mark.parametrize("lengths", [[float("inf")], [4294967295], [9.2e18], [-1]])
+def test_a_damaged_number_of_episodes_becomes_no_list_of_that_length(tmp_path, lengths):
+    version, _ = rlds(tmp_path)
+    info = json.loads((version / "dataset_info.json").read_text())
+    info["splits"][0]["shardLengths"] = lengths
+    (version / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match="dataset_info.json cannot be read"):
+        open_dataset(version, skip_bad=True)
+
+
+def test_names_that_are_no_text_and_videos_of_no_codec_are_damaged_files(written, tmp_path):  # noqa: F811
+    folder = copy(written, "v3.0-png", tmp_path)
+    path, = (folder / "meta/episodes").rglob("*.parquet")
+    path.write_bytes(path.read_bytes().replace(b"length", b"len\xe5th"))
+    with pytest.raises(ValueError, match=f"{path.name} cannot be read as parquet .*utf-8"):
+        open_dataset(folder)
+    folder = copy(written, "v2.1-rgb", tmp_path / "video")
+    for video in folder.rglob("*.mp4"):
+        video.write_bytes(video.read_bytes().replace(b"avc1", b"\0\0\0\1"))
+    with pytest.raises(ValueError, match="cannot be opened as a video .no decoder for it, or no time base"):
+        open_dataset(folder)

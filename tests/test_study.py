@@ -82,7 +82,7 @@ def test_shipped_studies_are_sound_and_headed_by_their_launch_line(file):
     arms = yaml.safe_load(file.read_text())["arms"]
     for name, own in arms.items():  # configurations that ship are tested by themselves: what an arm adds, and once what the study adds
         assert find_config(own["config"])
-        if set(own) - {"config", "rates", "family"} or name == "plain":
+        if set(own) - {"config", "rates", "family", "bases"} or name == "plain":
             assert next(cell for cell in cells if cell.arm == name).config()
 
 
@@ -230,6 +230,63 @@ def test_a_share_and_a_choice_of_the_cells(tmp_path):
         named(cells, arms=["x"])
     with pytest.raises(ConfigError, match="--part 5: must be from 1 to --parts, 4"):
         share(cells, 5, 4)
+
+
+STREAM = {"stream": {"order": ["corner", "again"], "frames": 6}, "seeds": [1], "rates": [2e-3],
+          "tasks": {name: {"data.datasets": ["tabletop_corner"], "evaluate.new_skill": "corner"} for name in ("corner", "again")}}
+
+
+def test_a_stream_trains_each_task_on_the_run_before(world, tmp_path):
+    """With an artefact of its own from a probe that has the task before, and with that of the base."""
+    storage, _ = world
+    settings = {**dict(zip([word[2:] for word in SMALL[::2]], [yaml.safe_load(word) for word in SMALL[1::2]])), **TINY}
+    graded = {"config": "configs/method_graded.yaml", "thermostat.every": 1}
+    file = write(tmp_path / "flow.yaml", name="flow", settings=settings, **STREAM,
+                 arms={"base": {"config": "configs/baseline_lora.yaml"}, "more": {**graded, "bases": "accumulated"},
+                       "kept": {**graded, "bases": "kept"}})
+    made = study.open_study(file, ["--root", str(storage.root)])
+    first, second = made.cells[2:4]
+    assert (first.before, second.before) == ("", "flow/more-corner-lr0.002-s1") and second.stream == ("corner", "corner")
+    config = made.configs[second]
+    assert (config.train.from_run, config.probe.name, config.probe.size) == (first.name, "tabletop+tabletop_corner", 48 + 6)
+    assert [words[0] for words in second.commands(OPEN)] == ["offline", "train", "evaluate"] and first.commands(OPEN)[0][0] == "train"
+    assert list(study.artefacts(made)[storage.artifacts / "graded_tabletop-base"]) == [first, *made.cells[4:]]
+    assert study.share(made.cells, 3, 4) == [first, second], "what belongs together stays together"
+
+    cells = run_here(made)
+    assert study.run_study(made, 1, lambda words, log_file: call(words) if words[0] != "study" else cells(words, log_file)) == {}
+    probe = storage.probe_folder("tabletop+tabletop_corner")
+    kinds = [json.loads(line)["kind"] for line in (probe / "items.jsonl").read_text().splitlines()]
+    assert len(kinds) == 54 and kinds.count("task:tabletop_corner") == 6 and kinds[-1] == "task:tabletop_corner"
+    meta = json.loads((storage.artifacts / f"flow.{second.cell}" / "meta.json").read_text())
+    assert meta["probe_items"] == 54 and meta["backbone"] == "tabletop-base+flow.more-corner-lr0.002-s1"
+    assert json.loads((storage.run_folder(second.name) / "from" / "chain.json").read_text())["links"][0]["run"] == first.name
+    used = {cell.cell: json.loads((storage.run_folder(cell.name) / "provenance.json").read_text())["sessions"][0]["hashes"]["artifact"]
+            for cell in made.cells[2:]}
+    of_base = json.loads((storage.artifacts / "graded_tabletop-base" / "meta.json").read_text())["files"]
+    assert [used[cell.cell] == of_base for cell in made.cells[2:]] == [True, False, True, True] and used[second.cell] == meta["files"]
+    tables_of = study.write_tables(made)
+    assert "Streams: success, forgetting and transfer" in tables_of and "more at 0.002: success on each task" in tables_of
+    assert len((made.folder() / "streams.csv").read_text().splitlines()) == 1 + 2 * 8
+
+
+def test_a_task_whose_run_before_failed_is_not_begun(tmp_path):
+    made = study.open_study(write(tmp_path / "one.yaml", **STREAM, arms={"plain": {"config": "configs/baseline_lora.yaml"}}),
+                            ["--root", str(tmp_path / "root")])
+    called = []
+    failed = study.run_study(made, 1, lambda words, log_file: called.append(words) or 2)
+    assert len(called) == 1 and failed["plain-again-lr0.002-s1"] == "the run before it failed: plain-corner-lr0.002-s1"
+
+
+@pytest.mark.parametrize("changed, words", [
+    ({"stream": ["corner"]}, "`stream` must be a list of at least two tasks"),
+    ({"stream": ["corner", "x"]}, "`stream`: x is none of the tasks"),
+    ({"arms": {"plain": {"bases": "kept"}}}, "`arms.plain.bases` must be one of accumulated, estimated, kept"),
+])
+def test_mistakes_of_a_stream_are_told(tmp_path, changed, words):
+    with pytest.raises(ConfigError) as caught:
+        read_study(write(tmp_path / "wrong.yaml", **changed))
+    assert words in str(caught.value)
 
 
 def test_after_the_time_no_cell_is_started(tmp_path, capsys):

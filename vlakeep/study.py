@@ -37,7 +37,7 @@ from vlakeep.core.stages import STUDY
 from vlakeep.core.storage import Storage, atomic_write, find_checkpoint
 from vlakeep.core.study import DONE, OPEN, OTHER, Cell, State, look, named, read_study, read_tree, share
 from vlakeep.models.load import model_name
-from vlakeep.studies import claims, report, tables
+from vlakeep.studies import claims, report, streams, tables
 from vlakeep.studies.records import differences, line_of, read_records, record_of, same, write_records
 from vlakeep.studies.rule import read_rule
 
@@ -97,10 +97,16 @@ def artefacts(study: Study) -> Dict[Path, List[Cell]]:
     found: Dict[Path, List[Cell]] = {}
     for cell, config in study.configs.items():
         kind = method_class(config.method)
-        if kind.needs_offline(config):
+        if kind.needs_offline(config) and not cell.makes_artefact:
             base = model_name(find_checkpoint(config.backbone.checkpoint, study.storage.cache))
             found.setdefault(kind.artifact_folder(config, study.storage, base), []).append(cell)
     return found
+
+
+def probes(study: Study, cells: Sequence[Cell]) -> Dict[str, List[str]]:
+    """Probe that a stream needs and that is not there -> the command that makes it."""
+    return {study.configs[cell].probe.name: cell.probe_add() for cell in cells
+            if cell.added and cell.makes_artefact and not study.storage.probe_folder(study.configs[cell].probe.name).is_dir()}
 
 
 def missing(study: Study, cells: Sequence[Cell]) -> List[str]:
@@ -112,7 +118,8 @@ def missing(study: Study, cells: Sequence[Cell]) -> List[str]:
         if data not in seen:
             seen.add(data)
             found = checks.check_data(config, study.storage)
-            found += checks.check_probe(config, study.storage)[0] if method_class(config.method).needs_offline(config) else []
+            if method_class(config.method).needs_offline(config) and not cell.added:
+                found += checks.check_probe(config, study.storage)[0]
             lines += [f"{line.what}: {line.where}\n    {line.remedy}" for line in found if line.status == checks.RED]
     return list(dict.fromkeys(lines))
 
@@ -125,6 +132,8 @@ def show_plan(study: Study) -> None:
     """Cells and how far they are, their commands, the cost, what is missing."""
     states = study.states()
     todo = [cell for cell in study.cells if states[cell].kind not in (DONE, OTHER)]
+    for words in probes(study, todo).values():
+        print(f"first    {command(*words, *study.folders)}")
     for folder, cells in artefacts(study).items():
         if not folder.is_dir() and any(cell in todo for cell in cells):
             print(f"first    {command(*cells[0].offline(), *study.folders)}")
@@ -219,6 +228,10 @@ def run_study(study: Study, workers: int, launch: Optional[Callable[[List[str], 
     if export:
         write_records(export, study.records())
     log.info(f"{study.cells[0].group}: {len(study.cells)} cells, {len(study.cells) - len(todo)} of them done")
+    for number, (name, words) in enumerate(probes(study, todo).items()):
+        if launcher([*words, *study.folders], logs / f"probe-{number}.log"):
+            failed.update({cell.cell: f"its probe {name} could not be made, see {logs / f'probe-{number}.log'}" for cell in todo
+                           if study.configs[cell].probe.name == name})
     for number, (folder, cells) in enumerate(artefacts(study).items()):
         waiting = [cell for cell in cells if cell in todo]
         if not folder.is_dir() and waiting:
@@ -226,33 +239,44 @@ def run_study(study: Study, workers: int, launch: Optional[Callable[[List[str], 
             if status:
                 why = _why(status, logs / f"offline-{number}.log")
                 failed.update({cell.cell: f"its artefact {folder.name} could not be made: {why}" for cell in waiting})
-    started, ended, left_out = time.perf_counter(), 0, 0
+    started, ended = time.perf_counter(), 0
     queued = [cell for cell in todo if cell.cell not in failed]
+    chains: Dict[Any, List[Cell]] = {}
+    for cell in queued:
+        chains.setdefault(cell.chain, []).append(cell)
+    told = threading.Lock()
 
-    def start(cell: Cell) -> Optional[int]:
-        if most is not None and time.perf_counter() - begun > most:
-            return None
-        return launcher(["study", study.file, "--cell", cell.cell, *study.folders], logs / f"{cell.cell}.log")
+    def ran(cell: Cell, status: int) -> bool:
+        """Tell how a cell ended; whether it is done."""
+        nonlocal ended
+        with told:
+            ended += 1
+            state = look(cell, study.configs[cell], study.storage)
+            if state.kind == DONE and export:
+                with open(export, "a", encoding="utf-8") as file:
+                    file.write(line_of(record_of(cell, study.configs[cell], study.storage, state)))
+            if status or state.kind != DONE:
+                failed[cell.cell] = _why(status, logs / f"{cell.cell}.log")
+            # All workers are busy until the last cells, so that the mean time per ended cell holds for those that are left.
+            left = (time.perf_counter() - started) / ended * (len(queued) - ended)
+            log.info(f"[{ended}/{len(queued)}, about {human(left)} left] {cell.cell}: "
+                     + (f"FAILED, {failed[cell.cell]}" if cell.cell in failed else "done"))
+            return cell.cell not in failed
+
+    def start(chain: List[Cell]) -> int:
+        """Run cells one after the other; how many were not started."""
+        for number, cell in enumerate(chain):
+            if most is not None and time.perf_counter() - begun > most:
+                return len(chain) - number
+            if not ran(cell, launcher(["study", study.file, "--cell", cell.cell, *study.folders], logs / f"{cell.cell}.log")):
+                failed.update({later.cell: f"the run before it failed: {cell.cell}" for later in chain[number + 1:]})
+                break
+        return 0
 
     with ThreadPoolExecutor(workers) as pool:
-        jobs = {pool.submit(start, cell): cell for cell in queued}
+        jobs = [pool.submit(start, chain) for chain in chains.values()]
         try:
-            for job in as_completed(jobs):
-                cell, status = jobs[job], job.result()
-                if status is None:
-                    left_out += 1
-                    continue
-                ended += 1
-                state = look(cell, study.configs[cell], study.storage)
-                if state.kind == DONE and export:
-                    with open(export, "a", encoding="utf-8") as file:
-                        file.write(line_of(record_of(cell, study.configs[cell], study.storage, state)))
-                if status or state.kind != DONE:
-                    failed[cell.cell] = _why(status, logs / f"{cell.cell}.log")
-                # All workers are busy until the last cells, so that the mean time per ended cell holds for those that are left.
-                left = (time.perf_counter() - started) / ended * (len(queued) - ended)
-                log.info(f"[{ended}/{len(queued)}, about {human(left)} left] {cell.cell}: "
-                         + (f"FAILED, {failed[cell.cell]}" if cell.cell in failed else "done"))
+            left_out = sum(job.result() for job in as_completed(jobs))
         except BaseException:
             if isinstance(launcher, Launcher):
                 launcher.stop()
@@ -315,7 +339,9 @@ def write_tables(study: Study) -> str:
     if rule is not None:
         files.update(claims.files(study.cells, records, rule))
         text += "\n" + files["claims.md"]
-    for name, content in files.items():
+    found = streams.files(records, rule.reference if rule else None)
+    text += "\n" + found["streams.md"] if found else ""
+    for name, content in {**files, **found}.items():
         with atomic_write(folder / name, "w") as file:
             file.write(content)
     return text

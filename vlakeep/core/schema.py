@@ -217,6 +217,16 @@ def _refuse_fractions(cls, pairs: List[Tuple[str, str]], tree: dict, path: Optio
             raise ConfigError(f"wrong type: --{key} must be {in_words(kind)}, not {value!r} ({where})")
 
 
+def _refuse_nothing(cls, made, pairs: List[Tuple[str, str]], path: Optional[Path]) -> None:
+    """draccus takes null, and what YAML reads as null, for a value of any type."""
+    for key in known_keys(cls):
+        kind = type_of(cls, key)
+        if attrgetter(key)(made) is None and kind is not Any and type(None) not in get_args(kind):
+            given = [value for name, value in pairs if name == key]
+            where = f"{given[-1]!r} (on the command line)" if given else f"null (in {path})"
+            raise ConfigError(f"wrong type: --{key} must be {in_words(kind)}, not {where}")
+
+
 def _unreadable(pairs: List[Tuple[str, str]]) -> List[str]:
     """A line for each value that YAML, which words are read by, cannot read: brackets that stay open, control characters."""
     lines = []
@@ -254,6 +264,7 @@ def parse(cls, name: Optional[str], argv: List[str]):
         raise ConfigError("\n".join(_unreadable(pairs)) or f"the command line could not be read: {error}") from error
     except SystemExit as error:
         raise ConfigError(f"the command line could not be read: {' '.join(args)}") from error
+    _refuse_nothing(cls, made, pairs, path)
     for key, text in loose:
         section = open_section(cls, key)
         attrgetter(section)(made)[key[len(section) + 1:]] = plain_value(text)

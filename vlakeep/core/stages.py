@@ -16,10 +16,14 @@ HARDWARE = Option("--hardware", None, "The card: data type, attention, micro-bat
 
 AUDIT = Stage("audit-probe", "vlakeep.openvla.audit", "print token by token what of a probe prompt counts as instruction",
               f"{FOLDERS} backbone probe")
+PROBE_ADD = Stage("probe-add", "vlakeep.probe.extend", "a probe with frames of data sets beside its items, for a stream of tasks",
+                  f"{FOLDERS} probe {SOURCES}", own=(
+    Option("--to", None, "Name of the probe that is written.", required=True),
+    Option("--frames", 64, "Frames of each data set.", whole())))
 OFFLINE = Stage(
     "offline", "vlakeep.offline", "the frozen teacher's ICSM subspaces and Thermostat statistics, once per base model",
     f"{FOLDERS} method options {STATE} backbone lora.layers lora.modules {SOURCES} probe icsm {SPECTRUM} gains.keep gains.steepness "
-    "train.from_run", own=(HARDWARE,))
+    "gains.of_first train.from_run", own=(HARDWARE,))
 TRAIN = Stage("train", "vlakeep.train", "fine-tune LoRA adapters, plain (baseline) or with the method",
               f"{FOLDERS} name method options {STATE} backbone lora data probe icsm hsw gains -gains.keep thermostat train",
               own=(HARDWARE,))
@@ -71,4 +75,4 @@ STORAGE_CHECK = Stage("storage-check", "vlakeep.preflight", "check that all big 
                       FOLDERS, (LARGE,), "storage_check")
 DEMO = Stage("demo", "vlakeep.demo", "the whole pipeline on the small model that ships with vlakeep, in minutes on a CPU",
              together(OFFLINE, TRAIN, EVALUATE) + " -name -train.save_every -train.keep_last -evaluate.target", file=False)
-STAGES = (DEMO, PLAN, PREFLIGHT, STORAGE_CHECK, FETCH, AUDIT, OFFLINE, TRAIN, EVALUATE, REPORT, EXPORT, INTERPOLATE, STUDY)
+STAGES = (DEMO, PLAN, PREFLIGHT, STORAGE_CHECK, FETCH, AUDIT, PROBE_ADD, OFFLINE, TRAIN, EVALUATE, REPORT, EXPORT, INTERPOLATE, STUDY)

@@ -241,8 +241,10 @@ def _notes(report: Dict[str, Any]) -> List[str]:
     for one in report["grippers"]:
         name, ends = f"the gripper, dimension {one['dimension']},", f"{one['open']:g} open and {one['closed']:g} closed"
         if one["moves"] and one["begin_open"] < 0.1 and one["end_open"] > 0.9:
+            change = ("exchange open and closed there" if one["how"].startswith("declared") else
+                      f"give --data.gripper {one['closed']:g}/{one['open']:g}, or declare it in a data card")
             found.append(f"{name} begins closed and ends open in nearly every episode, {ends} ({one['how']}): if it is the other way "
-                         f"round, exchange open and closed in the data card, or give --data.gripper {one['closed']:g}/{one['open']:g}")
+                         f"round, {change}")
         if one["moves"] and one["way"] < _WAY:
             found.append(f"{name} moves over {100 * one['way']:.1f} % of its way only, {ends}: check both values")
         if one["moves"] and one["share_open"] + one["share_closed"] < 0.5:
@@ -283,9 +285,10 @@ def lines(report: Dict[str, Any]) -> List[str]:
             f"  action: {len(report['dimensions'])} values, {report['arms']} arm(s)"
             + (f", the first of {report['chunk']} a frame" if report["chunk"] > 1 else "")
             + f", {'declared in ' + report['card'] if report['card'] else 'no data card'}"]
-    for one in report["dimensions"]:
-        name = one["name"] or ("gripper" if one["gripper"] else "")
-        said.append(f"    {one['dimension']:2d} {name:12s} [{one['min']:9.4g}, {one['max']:9.4g}]  q01 {one['q01']:9.4g}  q99 "
+    names = [one["name"] or ("gripper" if one["gripper"] else "") for one in report["dimensions"]]
+    wide = max(map(len, names))
+    for one, name in zip(report["dimensions"], names):
+        said.append(f"    {one['dimension']:2d} {name:{wide}s} [{one['min']:9.4g}, {one['max']:9.4g}]  q01 {one['q01']:9.4g}  q99 "
                     f"{one['q99']:9.4g}  clipped {100 * one['clipped']:.1f} %  back within {one['error']:.2g}  {one['kind']}".rstrip())
     for one in report["grippers"]:
         commands = ", as commands" if one["relative"] else ""

@@ -296,10 +296,13 @@ class DemoDataset:
                                  "download or make the data set again")
         self.spec, self._views = spec, views
 
+    def seen(self, fraction: float) -> np.ndarray:
+        """bool [E]: which of the usable episodes a training on this share of the split, opened whole here, has seen."""
+        return self._numbers - self._before < int(round(round(fraction * 100, 9) * self.split_episodes / 100))
+
     def leave_out(self, fraction: float) -> None:
         """Keep only the episodes that a training on this share of the split, opened whole here, has not seen. ValueError without any."""
-        seen = int(round(round(fraction * 100, 9) * self.split_episodes / 100))
-        kept_E = self._numbers - self._before >= seen
+        kept_E = ~self.seen(fraction)
         if not kept_E.any():
             raise ValueError(f"{self.folder}: no episode of {self.split_episodes} is held out with --data.train_fraction {fraction}; train "
                              "and evaluate with a smaller one, such as 0.9")

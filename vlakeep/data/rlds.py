@@ -26,6 +26,7 @@ from vlakeep.data.suggest import missing_keys
 from vlakeep.data.tfrecord import RecordError, parse_example, scan_records
 
 _BAR_FROM_BYTES = 64 << 20  # a smaller data set is indexed within a second
+MOST_EPISODES = 10_000_000  # of a shard; a damaged number must not become a list of that length
 _ACTION, _LANGUAGE, _IMAGES = "steps/action", "steps/language_instruction", "steps/observation/"
 _OTHER = f"choose another camera with --data.camera or `camera:` in the set's {FILE}, or leave this episode out when the set is made"
 _STATES = ("state", "proprio")  # what converters call the robot's state
@@ -54,7 +55,7 @@ def read_info(version: Path, skip_bad: bool = False) -> Tuple[str, Dict[str, Tup
             raise TypeError(f"the name is {name!r}")
         for split in info["splits"]:
             lengths = [int(n) for n in split["shardLengths"]]
-            if min(lengths, default=0) < 0:
+            if not 0 <= min(lengths, default=0) <= max(lengths, default=0) <= MOST_EPISODES:
                 raise ValueError(f"shardLengths are {lengths}")
             template = split.get("filepathTemplate", "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}")
             shards = [version / template.format(
@@ -63,7 +64,7 @@ def read_info(version: Path, skip_bad: bool = False) -> Tuple[str, Dict[str, Tup
             ) for i in range(len(lengths))]
             splits[split["name"]] = (shards, lengths)
         missing = [shard.name for shards, _ in splits.values() for shard in shards if not shard.is_file()]
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError, OverflowError) as error:
         raise ValueError(f"{path} cannot be read ({error!r}); download or make the data set again") from error
     if info.get("fileFormat", "tfrecord") != "tfrecord":
         raise ValueError(f"{path} says fileFormat {info['fileFormat']!r}, which is not read; only tfrecord is. Write the set again with "
