@@ -5,6 +5,7 @@ actions that this file works out from the fake's pictures and states.
 """
 
 import json
+from dataclasses import replace
 
 import fake_libero
 import numpy as np
@@ -91,9 +92,9 @@ def test_cameras_state_and_chunks_reach_the_model(model, tmp_path, crop):
     swapped = {CAMERAS[0]: CAMERAS[1], CAMERAS[1]: CAMERAS[0]}
     changes = {
         (0, 0): lambda sample: sample,
-        (0, 1): lambda sample: Sample(None, sample.instruction, cameras={swapped[k]: v for k, v in sample.cameras.items()}, state=sample.state),
+        (0, 1): lambda sample: replace(sample, cameras={swapped[name]: view for name, view in sample.cameras.items()}),
         (2, 0): lambda sample: sample,
-        (2, 1): lambda sample: Sample(None, sample.instruction, cameras=sample.cameras, state=sample.state[::-1].copy()),
+        (2, 1): lambda sample: replace(sample, state=sample.state[::-1].copy()),
     }
     plan = {f"{SUITE}/{task}/{init}": wanted(model, task, init, change, crop) for (task, init), change in changes.items()}
     found = evaluate(model, tmp_path, plan, "--evaluate.center_crop", str(crop).lower())
@@ -102,7 +103,7 @@ def test_cameras_state_and_chunks_reach_the_model(model, tmp_path, crop):
 
 def test_a_grey_picture_is_grey_for_both_cameras(model, tmp_path):
     def grey(sample):
-        return Sample(None, sample.instruction, cameras={k: np.full_like(v, 128) for k, v in sample.cameras.items()}, state=sample.state)
+        return sample.with_pictures(lambda view: np.full_like(view, 128))
 
     plan = {f"{SUITE}/{task}/{init}": wanted(model, task, init, grey) for task in (0, 2) for init in (0, 1)}
     assert set(evaluate(model, tmp_path, plan, "--evaluate.blank", "true").values()) == {True}

@@ -83,7 +83,10 @@ def observation_problems(benchmark: str, spec: ObservationSpec, taken: "Optional
     if taken is None:
         return []
     cameras, state = taken.cameras, taken.state
-    lacking = list(cameras[len(spec.cameras):]) if spec.by_order else [] if len(cameras) <= 1 and len(spec.cameras) == 1 else [name for name in cameras if name not in spec.cameras]
+    if spec.by_order:
+        lacking = list(cameras[len(spec.cameras):])
+    else:
+        lacking = [] if len(cameras) <= 1 and len(spec.cameras) == 1 else [name for name in cameras if name not in spec.cameras]
     if not cameras and len(spec.cameras) != 1 and not spec.by_order:
         lacking = ["one picture alone"]
     lacking += ["the robot's state"] if state and not spec.state else []
