@@ -173,6 +173,23 @@ def test_demonstrations_are_read_by_their_own_names(tmp_path):
         open_dataset(write_demos(tmp_path / "c" / "libero_x" / "x_demo.hdf5", ["data/demo_1", "data/demo_01"]))
 
 
+def test_pictures_that_are_turned_without_being_asked_for_are_told(tmp_path):
+    """robomimic's stand upright and are called agentview_image, LIBERO's on their heads and agentview_rgb."""
+    folder = write_demos(tmp_path / "libero_x" / "x_demo.hdf5", ["data/demo_0", "data/demo_1"])
+    with h5py.File(folder / "x_demo.hdf5", "r+") as file:
+        for demo in file["data"].values():
+            demo.copy("obs/agentview_rgb", "obs/agentview_image")
+
+    def told(**conventions):
+        report = card.look_at(open_dataset(folder, conventions=Conventions(**conventions)))
+        return [note for note in report["notes"] if "turned" in note], any("turned by 180" in line for line in card.lines(report)[:2])
+
+    (note,), line = told(camera="agentview_image")
+    assert line and "agentview_image are turned by 180 degrees" in note and "rotate: false" in note
+    assert told() == ([], True) and told(camera="agentview_image", rotate=True) == ([], True)
+    assert told(camera="agentview_image", rotate=False) == ([], False)
+
+
 def test_demonstrations_that_show_nothing_are_found(tmp_path):
     folder = write_demos(tmp_path / "libero_x" / "x_demo.hdf5", ["data/demo_0", "data/demo_1"])
     with h5py.File(folder / "x_demo.hdf5", "r+") as file:

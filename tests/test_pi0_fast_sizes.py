@@ -18,7 +18,7 @@ VISION = VisionSizes(hidden_size=20, intermediate_size=28, num_hidden_layers=1, 
 # width, layers, MLP, heads, key heads, columns of a head; cameras; state; how the file names its tensors
 CASES = {
     "heads are wider than the model": (Sizes(0, 40, 3, 56, 4, 2, 16, vision=VISION), 1, 0, "whole"),
-    "as many key heads as heads": (Sizes(0, 32, 5, 24, 3, 3, 8, vision=VISION), 2, 8, "without model."),
+    "as many key heads as heads": (Sizes(0, 36, 5, 24, 3, 3, 8, vision=VISION), 2, 8, "without model."),
     "one key head, three cameras": (Sizes(0, 48, 2, 64, 6, 1, 12, vision=VISION._replace(patch_size=4)), 3, 14, "one vocabulary"),
     "one layer": (Sizes(0, 24, 1, 16, 2, 1, 6, rope_theta=100.0, vision=VISION), 2, 3, "without model., one vocabulary"),
 }

@@ -8,6 +8,7 @@ As officially, statistics are taken over all splits.
 Axes: E episodes, N frames.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -20,10 +21,10 @@ from tqdm import tqdm
 
 from vlakeep.data.bad import OPTION, SHOWN, refuse
 from vlakeep.data.conventions import FILE, DataCard
-from vlakeep.data.dataset import USUAL, Conventions, DemoDataset, EpisodeIndex, IndexBuilder, cached_index
+from vlakeep.data.dataset import CONTENT, USUAL, Conventions, DemoDataset, EpisodeIndex, IndexBuilder, cached_index
 from vlakeep.data.images import decode_image, is_picture, may_be_of_one_colour, of_one_colour
 from vlakeep.data.suggest import missing_keys
-from vlakeep.data.tfrecord import RecordError, parse_example, scan_records
+from vlakeep.data.tfrecord import RecordError, masked_crc32c, parse_example, scan_records
 
 _BAR_FROM_BYTES = 64 << 20  # a smaller data set is indexed within a second
 MOST_EPISODES = 10_000_000  # of a shard; a damaged number must not become a list of that length
@@ -175,6 +176,7 @@ def _read_episode(payload: bytes, keys: Keys, folder="", state: Optional[Sequenc
 def build_index(shards: List[Path], episodes: List[int], keys: Keys, name: str, state: Optional[Sequence[str]] = None) -> EpisodeIndex:
     """Read and check every shard. state: None reads none, () the usual one. RecordError and ValueError name file, record and byte."""
     builder, shard_E = IndexBuilder(name), []
+    content = hashlib.sha256()
     offsets: List[np.ndarray] = []
     sizes: List[np.ndarray] = []
     total = sum(shard.stat().st_size for shard in shards if shard.is_file())
@@ -197,6 +199,7 @@ def build_index(shards: List[Path], episodes: List[int], keys: Keys, name: str, 
                 except ValueError as error:
                     builder.leave_out(str(error))
                     continue
+                content.update(masked_crc32c(payload).to_bytes(4, "little"))
                 offsets.append(np.array([start + a for a, _ in pictures], dtype=np.int64))
                 sizes.append(np.array([b - a for a, b in pictures], dtype=np.int32))
                 bar.update(len(payload))
@@ -206,7 +209,8 @@ def build_index(shards: List[Path], episodes: List[int], keys: Keys, name: str, 
             if record + 1 < expected:
                 builder.leave_out(told, expected - record - 1)
     # shard of each episode, byte offset of each frame's encoded picture in it, and its bytes
-    return builder.index({"shard_E": np.array(shard_E, dtype=np.int32), "offset_N": np.concatenate(offsets or [np.empty(0)]),
+    return builder.index({CONTENT: np.array(content.hexdigest()),
+                          "shard_E": np.array(shard_E, dtype=np.int32), "offset_N": np.concatenate(offsets or [np.empty(0)]),
                           "length_N": np.concatenate(sizes or [np.empty(0)])})
 
 
