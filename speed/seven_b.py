@@ -293,13 +293,14 @@ def stream(session):
     storage, backbone = Storage.from_config(config), session.model(config)
     demos = [Episode(np.kron(one.images, np.ones((1, 4, 4, 1), dtype=np.uint8)), one.actions, one.language, one.state)
              for one in tabletop.collect_demos("corner", 12, seed=1, noise=0.2)]
-    write_rlds(storage.data, "pictures", demos, image_format="jpeg", overwrite=True)
-    config.data.datasets = ["pictures"]
+    write_rlds(storage.data, "tabletop_pictures", demos, image_format="jpeg", overwrite=True)
+    config.data.datasets = ["tabletop_pictures"]
     for workers, processes in ((4, False), (4, True), (8, True), (1, True), (14, True)):
         config.data.workers, config.data.processes = workers, processes
         with closing(make_stream(config.data, storage.data, backbone.processor, 8, 0, cache_dir=storage.cache)) as feed:
-            next(feed)
-            begin, count = time.perf_counter(), 12 if session.gpu else 3
+            for _ in range(2 * workers + 1):  # what was made ahead
+                next(feed)
+            begin, count = time.perf_counter(), 4 * workers if session.gpu else 3
             for _ in range(count):
                 next(feed)
             alone = 8 * count / (time.perf_counter() - begin)

@@ -46,6 +46,7 @@ from vlakeep.models.chain import chain_of_run, keep_chain, merge_chain
 from vlakeep.models.lean import autocast
 from vlakeep.models.load import make_backbone
 from vlakeep.models.look import look
+from vlakeep.models.sharded_base import refuse_sharding
 
 EIGHT_BIT = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}  # classes of bitsandbytes.optim
 
@@ -167,10 +168,13 @@ def run_training(config: Config, storage: Storage) -> Path:
         refuse(reports)
         resumes = config.train.resume and bool(ckpt.list_checkpoints(storage.run_folder(config.name)))
         chain = chain_of_run(config, storage, resumes)
-        backbone = make_backbone(config.backbone, dist.device, storage.cache)
+        shards = config.train.sharding == "fsdp" and dist.world > 1
+        backbone = make_backbone(config.backbone, torch.device("cpu") if shards else dist.device, storage.cache)
         merge_chain(backbone, chain)
-        check_vision(backbone)
         add_lora(backbone, config.lora, config.seed)
+        if shards:
+            backbone.shard(dist)
+        check_vision(backbone)  # the new adapters do nothing yet
         backbone.train()
         method, hashes = method_class(config.method).prepare(config, storage, backbone)
         if config.train.compile:
@@ -203,6 +207,7 @@ def refuse_early(config: Config, storage: Storage, dist: Distributed) -> None:
         if dist.device.type == "cpu":
             raise ValueError(f"--train.optimizer {config.train.optimizer}: not on a CPU; use --train.optimizer adamw")
         import_bitsandbytes(f"--train.optimizer {config.train.optimizer}", "--train.optimizer adamw")
+    refuse_sharding(config.train.sharding, dist.world)
     run = RunDir(storage.run_folder(config.name), dist.is_main)
     run.refuse_as_cell_of_a_run(storage)
     if dist.is_main and run.folder.is_dir():

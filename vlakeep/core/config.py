@@ -268,6 +268,9 @@ class TrainConfig:
     clip: float = from_zero(1.0)
     # none, bfloat16 or float16 (with loss scaling).
     autocast: str = choice("none", "bfloat16", "float16")
+    # none: every process holds the whole base (DistributedDataParallel); fsdp: each holds a share of it (FSDP2, torch 2.7 or newer), for
+    # cards that it does not fit. Results agree up to the order in which gradients are added.
+    sharding: str = choice("none", "fsdp")
     # Compile decoder layers and vision blocks into few kernels (torch 2.5 or newer): faster steps after a minute or two. The last bits of
     # the result change.
     compile: bool = False

@@ -107,6 +107,8 @@ def _between(config, need: Callable[[Any, str, str], None]) -> None:
          "none with --train.from_run: export that run first, and name the export with --backbone.checkpoint")
     need(config.backbone.quantisation == "none" or "all-linear" not in config.lora.modules, "backbone.quantisation",
          "none with --lora.modules '[all-linear]'")
+    need(config.backbone.quantisation == "none" or config.train.sharding == "none", "train.sharding",
+         "none with --backbone.quantisation nf4: 4-bit weights fit one card, and their blocks cannot be cut")
     graded = config.method == "graded"
     need(graded or config.thermostat.estimator != "kl", "thermostat.estimator", "covariance or paired: kl belongs to --method graded")
     need(not graded or config.thermostat.estimator in (None, "kl"), "thermostat.estimator", "kl or null with --method graded")

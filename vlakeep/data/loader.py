@@ -133,7 +133,8 @@ class BatchStream:
     def __next__(self) -> Batch:
         mine = self._round + self._rank
         if self._processes:
-            self._decoded = self._decoded or self._start_processes(mine)
+            if self._decoded is None:
+                self._decoded = self._start_processes(mine)
             batch = next(self._decoded)
         elif self._pool is None:
             batch = self._job(mine)()

@@ -36,6 +36,7 @@ from vlakeep.models.lean import compile_layers
 from vlakeep.models.load import model_name
 from vlakeep.models.prefix import Prefix
 from vlakeep.models.quantised import identity
+from vlakeep.models.sharded_base import Averaged, shard
 from vlakeep.models.workload import Workload
 
 
@@ -83,6 +84,7 @@ class Backbone(Entrance, ABC):
     groups: Dict[str, List[str]] = {}  # what --lora.modules may name besides single linears
     shared_inputs: Dict[str, str] = {}  # linear -> an earlier one that reads the same tensor
     answer_tokens = 8  # longest answer of the teacher to a prompt of the probe
+    sharded = False  # whether the processes of a job share the base's weights
     quantisation = "none"  # of the decoder's linears (models/quantised.py)
     processor_files: Tuple[Tuple[str, ...], ...] = ()  # names of files beside the weights, one of each group must be there
     # Whether a prompt's columns see later ones of the prompt: what they would say next means nothing then, and nothing is read from them
@@ -240,13 +242,18 @@ class Backbone(Entrance, ABC):
         """Compile decoder layers and vision blocks in place (models/lean.py). ValueError where torch is too old."""
         compile_layers(self.decoder_layers, self.vision_blocks(), **options)
 
-    def parallelised(self, distributed) -> nn.Module:
+    def parallelised(self, distributed) -> Any:
         """What the training loop calls in place of this: in DistributedDataParallel, or itself in a single process.
 
-        A model that shards its own weights does so here, in place, and returns itself: all others come through its call (entrance.py),
-        and core/sharded.py makes its state whole.
+        Of sharded weights the gradients of adapters are averaged; all others come through its call (entrance.py), and core/sharded.py
+        makes its state whole.
         """
-        return distributed.wrap(self)
+        return Averaged(self, distributed) if self.sharded else distributed.wrap(self)
+
+    def shard(self, distributed) -> None:
+        """Spread the base, which lies on the CPU, over the processes of a job; adapters stay whole (models/sharded_base.py)."""
+        shard(self, distributed)
+        self.sharded = True
 
     # Adapters
 
