@@ -98,7 +98,7 @@ class Session:
         self.gpu = self.device.type == "cuda"
         self.base = Path(args.root) / "hf_cache" / "random-7b"
         self.started, self.rate, self.planned = time.perf_counter(), None, []
-        self.limit(args.gib)
+        self.limit(getattr(args, "gib", 70.0))
 
     def limit(self, gib: float) -> None:
         if self.gpu:

@@ -8,6 +8,7 @@ compile_layers  torch.compile of decoder layers and vision blocks. What a layer'
 """
 
 import functools
+import math
 from contextlib import nullcontext
 from typing import Any, Dict, List, Tuple
 
@@ -44,14 +45,20 @@ def lean_class():
         def forward(self, x, *given, **named):
             if self._disable_adapters or self.merged:
                 return self.base_layer(x)
-            out = self.base_layer(x)
-            drop = self.lora_dropout[ADAPTER]
+            out, scaling, drop = self.base_layer(x), self.scaling[ADAPTER], self.lora_dropout[ADAPTER]
             a = self.lora_A[ADAPTER].weight if self.lean_a is None else self.lean_a
             b = self.lora_B[ADAPTER].weight
             # Dropout draws other numbers in another type.
             if not converting(x) or not isinstance(drop, nn.Identity):
                 x = drop(x.to(a.dtype))
-            return (out + F.linear(F.linear(x, a), b) * self.scaling[ADAPTER]).to(out.dtype)
+            z = F.linear(x, a)
+            half = out.dtype != torch.float32 and not torch.is_grad_enabled()
+            if z.dtype == out.dtype and (half or self.lean_a is not None):
+                # Compiled, or a measurement: added where the product is made, and rounded once.
+                return torch.addmm(out.flatten(0, -2), (z * scaling).flatten(0, -2), b.T).view(out.shape)
+            if math.frexp(scaling)[0] == 0.5:  # a power of two: the same bits, at the size of the rank
+                return (out + F.linear(z if scaling == 1 else z * scaling, b)).to(out.dtype)
+            return (out + F.linear(z, b) * scaling).to(out.dtype)
 
     return LeanLinear
 
