@@ -21,6 +21,7 @@ import sys
 import time
 import traceback
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,6 +51,7 @@ from vlakeep.train import make_optimizer, on_device, train_step
 
 GRADED = "openvla_libero_graded"
 DATA = "tabletop_corner"
+PLAIN = ("--method", "baseline")
 STAGES = ("floor", "offline", "arms", "profile", "stream", "compile", "low", "nf4", "fp16", "generate", "everywhere", "plan")
 
 
@@ -105,14 +107,15 @@ class Session:
             torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / torch.cuda.get_device_properties(0).total_memory))
 
     def config(self, *options, file=GRADED):
-        kind = [] if self.gpu else ["--backbone.dtype", "float32", "--train.autocast", "none", "--probe.size", "40", "--icsm.batch_size", "4"]
+        kind = [] if self.gpu else ["--backbone.dtype", "float32", "--train.autocast", "none", "--probe.size", "40",
+                                    "--icsm.batch_size", "4"]
         return load_config(file, ["--root", self.args.root, "--backbone.checkpoint", str(self.base), "--data.datasets", f"[{DATA}]",
                                   "--probe.name", "tabletop", "--thermostat.batch_size", "64" if self.gpu else "4", *kind,
                                   *map(str, options)])
 
     def note(self, stage: str, **figures) -> None:
-        line = json.dumps({"stage": stage, **{key: round(value, 5) if isinstance(value, float) else value for key, value in figures.items()},
-                           "at": round(time.perf_counter() - self.started, 1)})
+        figures = {key: round(value, 5) if isinstance(value, float) else value for key, value in figures.items()}
+        line = json.dumps({"stage": stage, **figures, "at": round(time.perf_counter() - self.started, 1)})
         print(f"RESULT {line}", flush=True)
         if self.args.out:
             with open(self.args.out, "a") as file:
@@ -149,7 +152,7 @@ class Session:
 
     def seconds(self, work, count: int = 5, warm: int = 2) -> float:
         found = []
-        for number in range(count + warm):
+        for _ in range(count + warm):
             self.wait()
             begin = time.perf_counter()
             work()
@@ -176,7 +179,7 @@ def steps(session, config, backbone, method, size: int, accumulation: int, count
     warm = time.perf_counter() - begun
     session.fresh()
     found = []
-    for block in range(blocks):
+    for _ in range(blocks):
         begin = time.perf_counter()
         for number in range(count):
             run(number)
@@ -203,6 +206,12 @@ def graded_of(session, config, backbone):
 def measurement(session, config, method) -> dict:
     """Milliseconds of a measurement and its parts."""
     found = {name: 1e3 * session.seconds(sensor.measure, 5) for name, sensor in method._sensors.items() if sensor}
+    sensor = method._sensors["kl"]
+    whole, sensor._weights_N = (sensor._count, sensor._weights_N), None
+    for items in (16, 32):
+        sensor._count = min(items, whole[0])
+        found[f"kl_{items}"] = 1e3 * session.seconds(sensor.measure, 5)
+    sensor._count, sensor._weights_N = whole
     found["norms"] = 1e3 * session.seconds(method._where_it_learns, 3)
     found["measurement"] = 1e3 * session.seconds(method._measure, 5)
     return {**{f"{name}_ms": value for name, value in found.items()}, "items": len(method._sensors["kl"])}
@@ -250,6 +259,8 @@ def arms(session, compiled=False, sizes=((8, 2), (16, 1))):
                 if extra:
                     row["ratio_with_loop"] = (row["seconds"] + extra["measurement_ms"] / 1e3 / 50) / plain[size, accumulation]
                 session.note(f"step {word}{name}", **row, **extra)
+                session.planned.append((f"step {word}{name}", session.config(*([] if name == "graded" else PLAIN)), size, accumulation,
+                                        row))
         except Exception as error:
             session.note(f"step {word}{name}", error=f"{type(error).__name__}: {error}"[:500])
             traceback.print_exc()
@@ -258,17 +269,21 @@ def arms(session, compiled=False, sizes=((8, 2), (16, 1))):
 
 
 def compile_stage(session):
-    arms(session, True, ((8, 2), (16, 1)))
+    arms(session, True, ((16, 1), (8, 2)))
+    profile(session, True)
 
 
-def profile(session):
+def profile(session, compiled=False):
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as recorded
 
     config = session.config()
     backbone, method = session.model(config), Method()
+    if compiled:
+        backbone.compile_layers()
     optimizer, scaler = make_optimizer([p for p in backbone.parameters() if p.requires_grad], config.train), LossScaler(False)
-    fixed = session.batches(config, backbone, 8, 2)
+    size, accumulation = (16, 1) if compiled else (8, 2)
+    fixed = session.batches(config, backbone, size, accumulation)
 
     def run():
         train_step(backbone, method, optimizer, scaler, fixed, config.train, 1, False)
@@ -283,7 +298,8 @@ def profile(session):
         total, count = rows.get(event.name, (0.0, 0))
         rows[event.name] = (total + event.time_range.elapsed_us(), count + 1)
     top = sorted(rows.items(), key=lambda row: -row[1][0])[:30]
-    session.note("profile plain 8 x 2", busy_ms=sum(total for total, _ in rows.values()) / 1e3, kernels=len(kernels),
+    session.note(f"profile {'compiled ' if compiled else ''}plain {size} x {accumulation}", kernels=len(kernels),
+                 busy_ms=sum(total for total, _ in rows.values()) / 1e3,
                  top=[[name[:90], round(total / 1e3, 2), count] for name, (total, count) in top])
 
 
@@ -304,7 +320,7 @@ def stream(session):
             for _ in range(count):
                 next(feed)
             alone = 8 * count / (time.perf_counter() - begin)
-            row = {} if workers in (1, 14) else steps(session, config, backbone, Method(), 8, 2, 12 if session.gpu else 2, 2, lambda: next(feed))
+            row = {} if workers in (1, 14) else steps(session, config, backbone, Method(), 8, 2, 12 if session.gpu else 2, 2, feed.__next__)
         session.note("stream", workers=workers, processes=processes, samples_per_second_alone=alone, **row)
 
 
@@ -323,20 +339,20 @@ def low(session):
     """22.5 GiB: LoRA of rank 32 on all linears of the decoder, and on all linears, with checkpointing."""
     session.limit(22.5)
     for name, modules in (("decoder", "[attention, mlp]"), ("all linears", "[all-linear]")):
-        for size in (2, 4) if session.gpu else (2,):
+        for size in (2, 8) if session.gpu else (2,):
             config = session.config("--method", "baseline", "--lora.layers", "all", "--lora.modules", modules,
                                     "--backbone.gradient_checkpointing", "true", "--train.batch_size", size, "--train.accumulation", 1)
-            attempt(session, f"{name}, checkpointing, batch {size}", lambda: recipe(session, f"{name}, checkpointing, batch {size}",
-                                                                                      config, size, 1))
+            said = f"{name}, checkpointing, batch {size}"
+            attempt(session, said, recipe, session, said, config, size, 1)
 
 
 def nf4(session):
     session.limit(15.0)
     config = session.config("--method", "baseline", "--backbone.quantisation", "nf4")
-    attempt(session, "nf4, last eight layers", lambda: recipe(session, "nf4, last eight layers", config, 8, 2))
+    attempt(session, "nf4", recipe, session, "nf4, last eight layers", config, 8, 2)
     config = session.config("--method", "baseline", "--backbone.quantisation", "nf4", "--lora.layers", "all",
                             "--backbone.gradient_checkpointing", "true")
-    attempt(session, "nf4, decoder, checkpointing, batch 8", lambda: recipe(session, "nf4, decoder, checkpointing, batch 8", config, 8, 1))
+    attempt(session, "nf4", recipe, session, "nf4, decoder, checkpointing, batch 8", config, 8, 1)
     session.limit(session.args.gib)
 
 
@@ -373,8 +389,7 @@ def generate(session):
     for rows in (1, 2, 4, 8, 16, 32) if session.gpu else (1, 2):
         batch = session.batches(config, backbone, rows, 1)[0]
         prompts = batch.with_text(batch.input_ids[:, :batch.first_label], batch.attention_mask[:, :batch.first_label])
-        seconds = session.seconds(lambda: backbone.generate(prompts, 7, stop_at_eos=False), 3, 1)
-        first = session.seconds(lambda: backbone.generate(prompts, 1, stop_at_eos=False), 3, 1)
+        seconds, first = (session.seconds(partial(backbone.generate, prompts, tokens, stop_at_eos=False), 3, 1) for tokens in (7, 1))
         session.note("generate", rows=rows, seconds_an_action=seconds, tokens_per_second=7 * rows / seconds, first_token=first,
                      each_further=(seconds - first) / 6, floor_each_further=weights / CARDS["h100"].stream)
 
@@ -386,20 +401,21 @@ def everywhere(session):
     make = adapters.make_lean
     for name, lean, compiled, extra in (("PEFT's layers, adapters in bfloat16", False, False, ["--lora.dtype", "model"]),
                                         ("ours", True, False, [])):
-        config = session.config(*options, *extra)
-
-        def work():
-            adapters.make_lean = make if lean else lambda layers: None
-            session.fresh()
-            backbone = session.model(config)
-            if compiled:
-                backbone.compile_layers()
-            weights = torch.cuda.memory_allocated() / GIB if session.gpu else 0.0
-            session.note(f"everywhere, batch 16, {name}", weights_gib=weights, **steps(session, config, backbone, Method(), 16, 1, 6, 2))
-
-        attempt(session, name, work)
+        adapters.make_lean = make if lean else lambda layers: None
+        attempt(session, name, one_everywhere, session, name, session.config(*options, *extra), compiled)
     adapters.make_lean = make
     session.limit(session.args.gib)
+
+
+def one_everywhere(session, name, config, compiled):
+    session.fresh()
+    backbone = session.model(config)
+    if compiled:
+        backbone.compile_layers()
+    weights = torch.cuda.memory_allocated() / GIB if session.gpu else 0.0
+    row = steps(session, config, backbone, Method(), 16, 1, 6, 2)
+    session.note(f"everywhere, batch 16, {name}", weights_gib=weights, **row)
+    session.planned.append((f"everywhere, {name}", config, 16, 1, row))
 
 
 def plan(session):
@@ -407,12 +423,13 @@ def plan(session):
     for name, config, size, accumulation, row in session.planned:
         config.train.batch_size, config.train.accumulation = size, accumulation
         found = Planner(config, model, CARDS["h100"]).plan("train")
-        session.note("plan", recipe=name, planned_gib=found.reserved / GIB, gib=row.get("reserved_gib"), planned=found.each, seconds=row["seconds"])
+        session.note("plan", recipe=name, planned_gib=found.reserved / GIB, gib=row.get("reserved_gib"), planned=found.each,
+                     seconds=row["seconds"])
 
 
-def attempt(session, name, work) -> None:
+def attempt(session, name, work, *given) -> None:
     try:
-        work()
+        work(*given)
     except Exception as error:  # the other stages are still worth measuring
         session.note(name, error=f"{type(error).__name__}: {error}"[:500])
         traceback.print_exc()
@@ -437,8 +454,7 @@ def main() -> int:
     write_probe(storage.probe_folder("tabletop"), *tabletop.make_probe(probe.size, seed=1))
     session.note("made the weights and the data")
     for name in args.stages.split(","):
-        work = {"compile": compile_stage}.get(name) or globals()[name]
-        attempt(session, name, lambda: work(session))
+        attempt(session, name, {"compile": compile_stage}.get(name) or globals()[name], session)
     return 0
 
 

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,8 +41,8 @@ class Bench:
         self.args, self.gpu, self.started = args, torch.cuda.is_available(), time.perf_counter()
         self.cards = torch.cuda.device_count() if self.gpu else 1
         small = ["--probe.size", "40"]
-        self.few = {} if self.gpu else {"tabletop-data": small, "offline": [*small, "--threads", "1"], "evaluate": [*small, "--threads", "1"],
-                                        "train": [*small, "--train.batch_size", "4", "--threads", "1"]}
+        one = [*small, "--threads", "1"]
+        self.few = {} if self.gpu else {"tabletop-data": small, "offline": one, "evaluate": one, "train": [*one, "--train.batch_size", "4"]}
         self.storage = Storage(Path(args.root))
 
     def note(self, part: str, **figures) -> None:
@@ -117,7 +118,8 @@ def types(bench) -> None:
 
     def law(job):
         number, kind = job
-        options = [*bench.types[kind], *AUTOCAST[kind], "--train.warmup", 2, "--train.save_every", 3, "--train.schedule", "constant", *bench.few_items]
+        options = [*bench.types[kind], *AUTOCAST[kind], "--train.warmup", 2, "--train.save_every", 3, "--train.schedule", "constant",
+                   *bench.few_items]
         plain = bench.train(f"law-plain-{kind}", ["--config", "baseline_lora", *options, "--train.steps", 6], number)
         off = bench.train(f"law-off-{kind}", ["--config", "method_graded", "--gains.enabled", "false", "--thermostat.enabled", "false",
                                               *options, "--train.steps", 6], number)
@@ -158,7 +160,8 @@ def equal(bench) -> None:
 
 
 def killed(bench) -> None:
-    words = [*ARMS["graded"], "--gains.name", "graded_float32", "--train.steps", 60 if bench.gpu else 8, "--train.save_every", 10 if bench.gpu else 2, *bench.few_items]
+    steps, each = (60, 10) if bench.gpu else (8, 2)
+    words = [*ARMS["graded"], "--gains.name", "graded_float32", "--train.steps", steps, "--train.save_every", each, *bench.few_items]
     whole = bench.train("whole", [*words, "--train.accumulation", 2])
     process = bench.vlakeep(["train", *words, "--name", "killed", "--train.sharding", "fsdp"], ranks=2, wait=False)
     folder, deadline = bench.storage.run_folder("killed"), time.monotonic() + 120
@@ -168,15 +171,17 @@ def killed(bench) -> None:
     os.kill(ranks[-1], signal.SIGKILL)
     begin = time.perf_counter()
     said = process.communicate(timeout=150)[0]
+    lines = [line[-300:] for line in said.splitlines() if "xitcode" in line or "ignal" in line]
     bench.note("killed", ranks=len(ranks), exit_status=process.returncode, seconds_to_end=time.perf_counter() - begin,
-               kept=latest_intact(folder).name, said=[line[-300:] for line in said.splitlines() if "xitcode" in line or "ignal" in line][-4:])
+               kept=latest_intact(folder).name, said=lines[-4:])
     again = bench.train("killed", [*words, "--train.accumulation", 2, "--train.resume", "true"])
     bench.note("continued on one card", **compared(whole, again))
 
 
 def scaling(bench) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, "--worker",
-               "--tokenizer", bench.args.tokenizer, "--out", bench.args.out, "--root", bench.args.root, *(["--tiny"] if bench.args.tiny else [])]
+               "--tokenizer", bench.args.tokenizer, "--out", bench.args.out, "--root", bench.args.root,
+               *(["--tiny"] if bench.args.tiny else [])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=230)
     if done.returncode:
         bench.note("scaling", error=(done.stderr + done.stdout)[-1500:])
@@ -230,27 +235,34 @@ def scale(session, job, mode: str, dtype: str, size: int) -> None:
         method.attach(backbone)
         counted.clear()
         if name == "residual":
-            add = method._site.meter.add
-            method._site.meter.add = lambda *given, **named: (counted.append(1), add(*given, **named))[1]
+            count_calls(method._site.meter, counted)
         optimizer = make_optimizer([p for p in backbone.parameters() if p.requires_grad], config.train)
         scaler, count = LossScaler(dtype == "float16" and session.gpu), 10 if session.gpu else 2
-
-        def run(step):
-            losses.append(train_step(model, method, optimizer, scaler, batch, config.train, step, False)["loss"])
-
+        run = partial(train_step, model, method, optimizer, scaler, batch, config.train, observe=False)
         for step in range(3):
             run(step)
         session.wait()
         session.fresh()
         begin = time.perf_counter()
         for step in range(count):
-            run(step)
+            losses.append(run(step)["loss"])
         session.wait()
         seconds, world = (time.perf_counter() - begin) / count, 1 if mode == "alone" else job.world
         session.note("scaling", mode=mode, arm=name, dtype=dtype, seconds=seconds, samples=size * world, loading=loaded,
                      samples_per_second=size * world / seconds, hooks_a_step=len(counted) / (count + 3), skipped=scaler.skipped,
                      last_loss=float(losses[-1]), **session.peaks())
         method.detach()
+
+
+def count_calls(meter, calls: list) -> None:
+    """Note every call of the hooks, which hand their gradients to this meter."""
+    add = meter.add
+
+    def counting(*given, **named):
+        calls.append(1)
+        add(*given, **named)
+
+    meter.add = counting
 
 
 def together(bench) -> None:

@@ -11,7 +11,7 @@ from vlakeep.hsw.residual import ResidualSite
 from vlakeep.hsw.transform import Gains
 from vlakeep.methods.baseline import Baseline
 from vlakeep.models import adapters
-from vlakeep.models.adapters import add_lora, adapter_state
+from vlakeep.models.adapters import adapter_state, add_lora
 from vlakeep.models.lean import autocast, lean_class
 from vlakeep.models.load import make_backbone
 from vlakeep.teacher.spectrum import spectrum
@@ -129,7 +129,8 @@ def test_compiled_layers_have_no_breaks_share_their_code_and_train_alike(site):
             rows.append(float(row["grad_norm"]))
         with torch.no_grad():
             prompts = batch_of(backbone, 2)
-            rows += backbone.eval().generate(prompts.with_text(prompts.input_ids[:, :9], prompts.attention_mask[:, :9]), 3)[0].flatten().tolist()
+            prompts = prompts.with_text(prompts.input_ids[:, :9], prompts.attention_mask[:, :9])
+            rows += backbone.eval().generate(prompts, 3)[0].flatten().tolist()
         return rows, adapter_state(backbone), graphs, kept
 
     rows, state, graphs, _ = trained(True)

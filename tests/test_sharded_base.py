@@ -39,7 +39,8 @@ def done(processes, logs):
 
 
 @new
-@pytest.mark.parametrize("file, options", [(BASELINE, ()), (GRADED, ()), (METHOD, ("--hsw.site", "residual", "--thermostat.gamma_max", 0.9))],
+@pytest.mark.parametrize("file, options", [(BASELINE, ()), (GRADED, ()),
+                                           (METHOD, ("--hsw.site", "residual", "--thermostat.gamma_max", 0.9))],
                          ids=["plain", "graded", "residual"])
 def test_two_processes_that_share_the_base_are_one_with_two_micro_batches_bitwise(world, graded_folder, tmp_path, file, options):
     """(g0 + g1) / 2 either way; sensor, loop and hooks included. The checkpoint goes on in one process that holds all."""
@@ -49,8 +50,9 @@ def test_two_processes_that_share_the_base_are_one_with_two_micro_batches_bitwis
     done(*ranks(storage, tmp_path, f"{name}-two", "--config", file, *options, *SHARDED))
     two = storage.run_folder(f"{name}-two")
     assert final_adapter(two) == final_adapter(one)
-    again = [run_training(make_config(file, "--name", f"{name}-{which}", "--train.accumulation", 2, "--train.steps", 8, "--train.resume", True,
-                                      *options, *(SHARDED if which == "two" else [])), storage) for which in ("one", "two")]
+    longer = ["--train.accumulation", 2, "--train.steps", 8, "--train.resume", True, *options]
+    again = [run_training(make_config(file, "--name", f"{name}-{which}", *longer, *(SHARDED if which == "two" else [])), storage)
+             for which in ("one", "two")]
     assert final_adapter(again[0]) == final_adapter(again[1])
 
 
@@ -84,7 +86,8 @@ def test_a_killed_rank_ends_the_job_and_one_process_goes_on_bitwise(world, grade
     os.kill(processes[1].pid, signal.SIGKILL)
     processes[0].join(120)
     assert processes[0].exitcode not in (0, None), logs[0].read_text()[-2000:]
-    again = run_training(make_config(GRADED, "--name", "sharded-killed", "--train.accumulation", 2, "--train.resume", True, *common), storage)
+    again = run_training(make_config(GRADED, "--name", "sharded-killed", "--train.accumulation", 2, "--train.resume", True, *common),
+                         storage)
     assert final_adapter(again) == final_adapter(whole)
 
 

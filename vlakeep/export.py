@@ -37,9 +37,9 @@ from vlakeep.models.adapters import load_adapter
 from vlakeep.models.base import Backbone
 from vlakeep.models.chain import chain_hash, merge_chain, read_chain, spoken
 from vlakeep.models.files import weight_files, weights_hash
-from vlakeep.models.quantised import identity, rounded
 from vlakeep.models.load import DTYPES, make_backbone, model_class
 from vlakeep.models.merge import RECORD, merge_checkpoint
+from vlakeep.models.quantised import identity, rounded
 
 PARITY_BATCH = 8
 

@@ -17,7 +17,8 @@ from vlakeep.core.registry import method_class
 # (train.py: schedule_note).
 FREE_KEYS = set(
     "name root cache_dir data_root_dir probe_root_dir artifact_dir run_root_dir tmp_dir data.workers data.processes data.skip_bad "
-    "train.sharding train.steps train.log_every train.save_every train.keep_last train.tensorboard train.use_wandb train.resume backbone.unnorm_key".split()
+    "train.sharding train.steps train.log_every train.save_every train.keep_last train.tensorboard train.use_wandb train.resume "
+    "backbone.unnorm_key".split()
 )
 # A place -> the entry of a session's `hashes` that tells what lies there.
 PLACES = {"backbone.checkpoint": "base_weights", "backbone.openvla_dir": "base_weights", "probe.name": "probe", "icsm.name": "artifact",

@@ -206,7 +206,7 @@ class Backbone(Entrance, ABC):
 
     @property
     def weights_sha256(self) -> str:
-        """Fingerprint of the base weights, as the checkpoint folder has them (files.weights_hash) and as they are quantised, computed once."""
+        """Fingerprint of the base weights, as the folder has them (files.weights_hash) and as they are quantised, computed once."""
         if self._weights_sha256 is None:
             self._weights_sha256 = identity(files.weights_hash(self.checkpoint), self.quantisation)
         return self._weights_sha256
@@ -280,7 +280,7 @@ class Backbone(Entrance, ABC):
 
     @classmethod
     def is_decoder_linear(cls, name: str) -> bool:
-        """Whether a name inside the network, such as language_model.model.layers.3.self_attn.q_proj, is one of `linears` of a decoder layer."""
+        """Whether a module of the network, such as language_model.model.layers.3.self_attn.q_proj, is one of the decoder's `linears`."""
         parts = name[len(cls.decoder_prefix):].split(".", 2) if name.startswith(cls.decoder_prefix + "layers.") else []
         return len(parts) == 3 and parts[2] in cls.linears.values()
 

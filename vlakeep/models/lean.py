@@ -1,7 +1,7 @@
 """A forward pass without what it does for nothing: LoRA linears that do not convert their input, and layers compiled into few kernels.
 
-LeanLinear      PEFT's LoRA linear converts its input to the adapter's type, float32, and autocast converts it back at once: the same bits at
-                three times the traffic, and a copy that each linear keeps for its backward pass.
+LeanLinear      PEFT's LoRA linear converts its input to the adapter's type, float32, and autocast converts it back at once: the same bits
+                at three times the traffic, and a copy that each linear keeps for its backward pass.
 compile_layers  torch.compile of decoder layers and vision blocks. What a layer's adapters are (a parametrised A is computed outside, for
                 all linears at once: hsw/graded.py) is handed in as tensors; hooks on a layer's output run outside. So no layer breaks the
                 graph, and alike layers share what was compiled.
@@ -10,7 +10,7 @@ compile_layers  torch.compile of decoder layers and vision blocks. What a layer'
 import functools
 import math
 from contextlib import nullcontext
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List
 
 import torch
 from torch import nn

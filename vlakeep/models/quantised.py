@@ -6,7 +6,7 @@ embeddings, lm_head and adapters keep their type. A quantised base is another fu
 """
 
 import hashlib
-from typing import Dict, Optional
+from typing import Dict
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ def identity(weights_sha256: str, quantisation: str) -> str:
 
 
 def quantise(backbone, device) -> None:
-    """Move a model that was loaded to the CPU to the device, its decoder linears as NF4, one after the other. ValueError without bitsandbytes."""
+    """Move a model that was loaded to the CPU to the device, its decoder linears as NF4, one by one. ValueError without bitsandbytes."""
     bnb = _library()
     for layer in backbone.decoder_layers:
         for parent in list(layer.modules()):
@@ -63,7 +63,8 @@ def plain_weight(linear: nn.Module) -> torch.Tensor:
 def rounded(weight: torch.Tensor, dtype: torch.dtype, device) -> torch.Tensor:
     """The weight that a linear computes with whose checkpoint holds `weight`, loaded as `dtype` and quantised; on the CPU, in `dtype`."""
     functional = _library().functional
-    packed, state = functional.quantize_4bit(weight.to(device, dtype).contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4")
+    packed, state = functional.quantize_4bit(weight.to(device, dtype).contiguous(), blocksize=64, compress_statistics=True,
+                                             quant_type="nf4")
     return functional.dequantize_4bit(packed, state).cpu()
 
 
@@ -72,7 +73,7 @@ def plain_state(network: nn.Module) -> Dict[str, torch.Tensor]:
     packed = {name: module for name, module in network.named_modules() if is_quantised(module)}
     state = {}
     for key, tensor in network.state_dict().items():
-        owner: Optional[str] = key.rpartition(".")[0]
+        owner = key.rpartition(".")[0]
         if owner in packed and key.endswith(".weight"):
             tensor = plain_weight(packed[owner])
         elif ".weight." in key and key.partition(".weight.")[0] in packed:

@@ -1,11 +1,12 @@
 """A frozen base in pieces over the processes of a job (FSDP2), adapters whole in each: --train.sharding fsdp.
 
-A layer's weights are gathered before it runs and dropped after it, so that a process holds its share of the base, the layer at work, and what
-lies outside the layers. Adapters are small, and the site of method graded works on all of them at once (hsw/graded.py): they stay whole,
-and their gradients are averaged at the end of the last backward pass of a step, as DistributedDataParallel does with all it is given.
+A layer's weights are gathered before it runs and dropped after it, so that a process holds its share of the base, the layer at work, and
+what lies outside the layers. Adapters are small, and the site of method graded works on all of them at once (hsw/graded.py): they stay
+whole, and their gradients are averaged at the end of the last backward pass of a step, as DistributedDataParallel does with all it is given.
 A checkpoint holds adapters alone, so it does not depend on who wrote it, nor on how the base lay.
 """
 
+import inspect
 from contextlib import contextmanager
 from typing import Iterator, List
 
@@ -21,11 +22,10 @@ def refuse_sharding(sharding: str, world: int) -> None:
     try:
         from torch.distributed.fsdp import fully_shard
     except ImportError:
-        raise ValueError(f"--train.sharding fsdp: torch {torch.__version__} has no FSDP2 with parameters that it leaves alone: it needs 2.7 or "
-                         "newer; use --train.sharding none") from None
-    if "ignored_params" not in fully_shard.__annotations__:
-        raise ValueError(f"--train.sharding fsdp: FSDP2 of torch {torch.__version__} cannot leave parameters alone: it needs 2.7 or newer; "
-                         "use --train.sharding none")
+        fully_shard = None
+    if fully_shard is None or "ignored_params" not in inspect.signature(fully_shard).parameters:
+        raise ValueError(f"--train.sharding fsdp: torch {torch.__version__} has no FSDP2 that leaves parameters alone: it needs 2.7 or "
+                         "newer; use --train.sharding none")
 
 
 def shard(backbone, job) -> None:
@@ -40,10 +40,9 @@ def shard(backbone, job) -> None:
     for module in (*backbone.decoder_layers, backbone):
         own = {p for p in module.parameters() if p.requires_grad}
         fully_shard(module, mesh=mesh, ignored_params=own)
-    for buffer_owner in backbone.modules():
-        for name, buffer in buffer_owner._buffers.items():
-            if buffer is not None:
-                buffer_owner._buffers[name] = buffer.to(job.device)
+    for module in backbone.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(job.device)
 
 
 class Averaged:
