@@ -145,6 +145,9 @@ class IcsmConfig:
     # Device memory for the second moments of the linears' inputs; where they need more, the probe is passed several times. 7B with LoRA
     # on eight layers: 5.4 GiB, so three passes.
     moments_gib: float = above(2.0)
+    # Method graded: prompts that the teacher answers together on a GPU, where a token takes as long for many rows as for one. 24 at 7B hold
+    # 4 GiB of keys and values. Never fewer than batch_size.
+    answered: int = least(24)
     # Probe items per forward pass, here and where the drift is measured. It changes no result but in the last bits.
     batch_size: int = least(32)
 

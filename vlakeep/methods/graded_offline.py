@@ -30,7 +30,6 @@ from vlakeep.teacher.spectrum import Spectrum, spectrum, to_tensors
 
 FEW = 4  # items whose activations are kept for a backward pass
 LARGEST = 10.0  # weight of a probe item of a rare kind, relative to the mean
-TOGETHER = 24  # prompts that a GPU answers together: a token is bound by starting kernels, however many rows it has; 4 GiB of cache at 7B
 NEW_FRAMES = 64  # of the new task's data, for the coverage report and the divergence on its prompts
 
 
@@ -133,7 +132,7 @@ def build(config: Config, storage: Storage, backbone) -> Path:
 
     def parts(samples: List[Sample], desc: str) -> List[Part]:
         size = config.icsm.batch_size
-        wide = max(size, TOGETHER) if backbone.device.type == "cuda" else size
+        wide = max(size, config.icsm.answered) if backbone.device.type == "cuda" else size
         pairs = answered_samples(backbone, samples, wide)
         made = run_below(backbone, tqdm(pairs, desc=f"teacher's answers: {desc}", total=-(-len(samples) // wide), leave=False), first)
         return [part for whole in made for part in (whole.split(size) if wide > size else [whole])]
@@ -230,7 +229,8 @@ def output_sensitivity(backbone, parts: List[Part], first: int, linears) -> Dict
             tokens += int(mask_BS.sum())
             lifted = part.prefix.with_hidden(part.prefix.hidden_BSD.detach().requires_grad_(True))
             last_BSD = backbone.run_layers(lifted, start=first, stop=backbone.num_layers)
-            answer_log_probability(backbone, last_BSD, part).backward()
+            # Of the input alone: backward() would also make the gradients of all weights, 3.5 GiB at 7B.
+            torch.autograd.grad(answer_log_probability(backbone, last_BSD, part), lifted.hidden_BSD)
     finally:
         for handle in handles:
             handle.remove()

@@ -2,7 +2,7 @@
 
 A layer's weights are gathered before it runs and dropped after it, so that a process holds its share of the base, the layer at work, and
 what lies outside the layers. Adapters are small, and the site of method graded works on all of them at once (hsw/graded.py): they stay
-whole, and their gradients are averaged at the end of the last backward pass of a step, as DistributedDataParallel does with all it is given.
+whole, and their gradients are averaged at the end of a step's last backward pass, as DistributedDataParallel does with all it is given.
 A checkpoint holds adapters alone, so it does not depend on who wrote it, nor on how the base lay.
 """
 

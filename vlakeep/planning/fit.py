@@ -60,7 +60,7 @@ def _fewer_moments(config: Config):
 
 # Stage -> what may be changed, in the order of how little it costs.
 CHANGES: Dict[str, Sequence[Callable[[Config], Optional[Dict[str, object]]]]] = {
-    "offline": (_halved("icsm.batch_size"), _fewer_moments, _halved("gains.columns", 64)),
+    "offline": (_halved("icsm.answered"), _halved("icsm.batch_size"), _fewer_moments, _halved("gains.columns", 64)),
     "train": (_smaller_batch, _halved("thermostat.batch_size", 4),
               lambda config: None if config.backbone.gradient_checkpointing else {"backbone.gradient_checkpointing": True},
               lambda config: {"train.optimizer": "paged_adamw8bit"} if config.train.optimizer == "adamw" else None, _fewer_layers),
@@ -77,28 +77,34 @@ def remedies(config: Config, model: Model, card: Hardware, gpus: int, stage: str
     def look(one: Config) -> StagePlan:
         return Planner(one, model, card, gpus).plan(stage)
 
+    def step(one: Config, change) -> Optional[Tuple[Config, Dict[str, object], StagePlan]]:
+        """The configuration after one change, what it sets, and its plan; None where it does not help."""
+        after, new = deepcopy(one), change(one)
+        for key, value in (new or {}).items():
+            _set(after, key, value)
+        plan = look(after) if new else None
+        return (after, new, plan) if plan and plan.reserved < look(one).reserved - 0.01 * GIB else None
+
     for change in CHANGES[stage]:
-        alone, own, fits = deepcopy(config), {}, False
-        while not fits and (new := change(alone)):
-            before = look(alone).reserved
-            for key, value in new.items():
-                _set(alone, key, value)
-            plan = look(alone)
-            if plan.reserved > before - 0.01 * GIB:
-                break  # it changes nothing here
+        alone, own, fits = config, {}, False
+        while not fits and (after := step(alone, change)):
+            alone, new, plan = after
             own.update(new)
             fits = plan.reserved <= card.memory * GIB
             least = min(least, plan, key=lambda plan: plan.reserved)
         if fits:
             found.append(Remedy(_options(own), plan))
-        for key, value in own.items():
-            _set(together, key, value)
-        changed.update(own)
-    if not found and changed:
-        plan = look(together)
-        least = min(least, plan, key=lambda plan: plan.reserved)
-        if plan.reserved <= card.memory * GIB:
-            found.append(Remedy(_options(changed), plan))
+    progress = not found
+    while progress:  # one may help only after another has
+        progress = False
+        for change in CHANGES[stage]:
+            if least.reserved > card.memory * GIB and (after := step(together, change)):
+                together, new, plan = after
+                progress = True
+                changed.update(new)
+                least = min(least, plan, key=lambda plan: plan.reserved)
+    if changed and least.reserved <= card.memory * GIB:
+        found.append(Remedy(_options(changed), least))
     return found, least
 
 

@@ -14,6 +14,7 @@ from vlakeep.core.storage import find_checkpoint
 from vlakeep.models.adapters import layer_numbers
 from vlakeep.models.files import tensor_table, weight_files
 from vlakeep.models.load import class_of, model_class, model_kinds
+from vlakeep.models.quantised import BYTES
 from vlakeep.models.workload import Adapters, Numbers, Workload
 
 STAGES = ("offline", "train", "evaluate", "export")
@@ -73,7 +74,8 @@ class Planner:
     def __init__(self, config: Config, model: Model, card: Hardware, gpus: int = 1):
         self.config, self.work, self.card, self.gpus = config, model.work, card, gpus
         self.adapters, self.numbers = find_adapters(config, model), Numbers.of(config)
-        self.weights = float(self.numbers.weight * sum(self.work.parameters.values()))
+        packed = self.work.layers * self.work.layer_parameters if self.numbers.packed else 0
+        self.weights = float(self.numbers.weight * (sum(self.work.parameters.values()) - packed) + BYTES * packed)
         self.costs = method_class(config.method).costs(config, self.work, self.adapters, self.numbers)
         # Read into memory and, to know which weights they are, hashed.
         self.loading = Work(read=2 * self.weights)
@@ -82,13 +84,14 @@ class Planner:
         """None for a stage that this configuration does not have."""
         return getattr(self, f"_{stage}")()
 
-    def _made(self, stage, held: Dict[str, float], phases: Dict[str, float], seconds: float, each=None, notes=()) -> StagePlan:
-        """held: alive through the stage; phases: needed one after the other."""
+    def _made(self, stage, held: Dict[str, float], phases: Dict[str, float], seconds: float, each=None, notes=(), given_back=False) -> StagePlan:
+        """held: alive through the stage; phases: needed one after the other; given_back: the blocks of each before the next."""
         memory = {"weights": self.weights, **held, **phases}
         alive = self.weights + sum(held.values())
         allocated = alive + max(phases.values(), default=0.0)
         moving = sum(size for name, size in held.items() if name.startswith(("layer ", "logits")))
-        reserved = alive + sum(phases.values()) + SLACK * moving
+        needed = max(phases.values(), default=0.0) if given_back else sum(phases.values())
+        reserved = alive + needed + SLACK * moving
         return StagePlan(stage, memory, allocated, reserved, seconds, each, tuple(notes))
 
     def _offline(self) -> Optional[StagePlan]:
@@ -99,7 +102,8 @@ class Planner:
         times = sum(self.card.seconds(phase.work) for phase in self.costs.offline)
         loading = self.card.seconds(self.loading)
         assert work.half > 0
-        return self._made("offline", {}, largest, loading + times, None, [f"{loading:.0f} s of it loading and hashing the weights"])
+        return self._made("offline", {}, largest, loading + times, None, [f"{loading:.0f} s of it loading and hashing the weights"],
+                          self.costs.given_back)
 
     def _train(self) -> StagePlan:
         train, adapters, work = self.config.train, self.adapters, self.work
