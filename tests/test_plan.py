@@ -198,3 +198,30 @@ def test_a_model_whose_shapes_nobody_knows_is_told(tmp_path):
     with pytest.raises(FileNotFoundError, match="no base model"):
         find_model(load_config(None, ["--backbone.checkpoint", str(tmp_path / "nothing")]), NOWHERE)
     assert math.isfinite(hardware("cpu").memory)
+
+
+def test_weights_that_fill_a_card_are_quantised_by_its_profile_in_every_stage(capsys, tmp_path):
+    own = ["--config", FROZEN, "--hardware", "v100x8", "--root", str(tmp_path)]
+    for stage in ("offline", "train", "evaluate", "export"):
+        _, config = read(cli.STAGES[stage], own)
+        assert config.backbone.quantisation == "nf4", stage
+        assert "v100x8: --backbone.quantisation nf4 (weights of float16 take 14.0 of 15 GiB" in capsys.readouterr().out
+    assert config.train.batch_size == load_config(FROZEN).train.batch_size, "export reads no micro-batch"
+    for kept in (["--hardware", "rtx4090"], ["--backbone.quantisation", "none"], ["--backbone.checkpoint", "tabletop-base"]):
+        _, config = read(cli.STAGES["offline"], [*own, *kept])
+        assert config.backbone.quantisation == "none"
+    _, config = read(cli.STAGES["train"], [*own, "--train.sharding", "fsdp"])
+    assert (config.backbone.quantisation, config.train.sharding) == ("none", "fsdp")
+
+
+def test_a_base_that_cards_share_takes_its_share_and_the_layers_at_work(seven_b):
+    config = configuration(FROZEN, *PLAIN, "--train.batch_size", 4, "--train.accumulation", 4)
+    whole, alone = (Planner(config, seven_b, CARDS["v100x8"], gpus).plan("train") for gpus in (2, 1))
+    config.train.sharding = "fsdp"
+    shared, same = (Planner(config, seven_b, CARDS["v100x8"], gpus).plan("train") for gpus in (2, 1))
+    layer, all_ = 2 * seven_b.work.layer_parameters, 2 * sum(seven_b.work.parameters.values())
+    assert shared.memory["weights"] == all_ / 2 + (all_ - 32 * layer) + 2 * layer
+    assert whole.reserved > 15 * GIB > shared.reserved and same.reserved == alone.reserved
+    assert shared.each > whole.each
+    found, _ = remedies(configuration(FROZEN, *PLAIN), seven_b, CARDS["v100x8"], 2, "train")
+    assert any(("train.sharding", "fsdp") in remedy.options for remedy in found)
