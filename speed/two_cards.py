@@ -212,7 +212,7 @@ def worker(args) -> int:
 
 
 def scale(session, job, mode: str, dtype: str, size: int) -> None:
-    from seven_b import Placed, residual_site
+    from sites import Placed, residual_site
 
     from vlakeep.core.loss_scale import LossScaler
     from vlakeep.methods.base import Method

@@ -15,7 +15,7 @@ HARDWARE = Option("--hardware", None, "The card: data type, attention, micro-bat
                   "the reason. What else the command line says beats it, and it beats the file; null leaves all as it is.", choices=NAMES)
 
 AUDIT = Stage("audit-probe", "vlakeep.openvla.audit", "print token by token what of a probe prompt counts as instruction",
-              f"{FOLDERS} backbone probe")
+              f"{FOLDERS} backbone -backbone.quantisation probe")
 OFFLINE = Stage(
     "offline", "vlakeep.offline", "the frozen teacher's ICSM subspaces and Thermostat statistics, once per base model",
     f"{FOLDERS} method options {STATE} backbone lora.layers lora.modules {SOURCES} probe icsm {SPECTRUM} gains.keep gains.steepness "
