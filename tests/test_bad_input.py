@@ -342,9 +342,10 @@ def test_what_is_done_to_the_data_is_said(command, small, world):
     writer.write_rlds(storage.data, "tabletop_bad_wide", wide)
     status, out, _ = command(*small("train", BASELINE, "--data.datasets", "[tabletop_bad_wide]", "--name", "bad-wide"))
     assert status == 0
-    has(out, "data tabletop_bad_wide (rlds): 2 episodes", "1 episodes without an instruction are left out",
+    has(out, "data tabletop_bad_wide (rlds): 2 of 3 episodes", "1 episodes without a text are left out",
         "50]  q01        -1  q99     22.56  clipped 1.8 %",
-        "pictures of 128 x 192 are resized to the model's 64 x 64, which changes their shape")
+        "data tabletop_bad_wide: pictures of 128 x 192 are resized to the model's 64 x 64, which changes their shape")
+    assert out.count("2 of 3 episodes") == 1 and out.count("data tabletop_bad_wide") == 2
 
 
 def probe_with(world, name, blank):

@@ -257,6 +257,19 @@ def test_what_begins_closed_everywhere_is_told():
     assert not look.look_at(made([reach(s, 7, (-1.0, 1.0)) for s in range(4)], gripper="libero"))["notes"]
 
 
+def test_the_gripper_of_a_known_name_is_compared_with_its_values_too():
+    for name, ends in (("libero_mine", (-40.0, 90.0)), ("tabletop_mine", (1.0, -1.0)), ("tabletop_mine", (0.0, 100.0))):
+        with pytest.raises(ValueError, match=f"{name}.*of the gripper the values lie in .*by the set's name.*--data.gripper"):
+            made([reach(s, 7, ends) for s in range(4)], name=name)
+    plain = made([reach(s, 7, (-1.0, 1.0)) for s in range(4)], name="libero_mine")
+    assert set(np.unique(plain.standard_NA[:, 6])) == {0, 1}
+
+
+def test_a_scale_that_is_too_wide_is_told():
+    data = made([reach(s, 7, (100.0, 0.0)) for s in range(4)], gripper="255/0")
+    assert any("moves over 39.2 % of its way only, 255 open and 0 closed: check both" in note for note in look.look_at(data)["notes"])
+
+
 def test_pictures_that_show_nothing_are_refused():
     black, still = np.zeros((8, 8, 3), np.uint8), np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
     for pictures, words in ((black, "of one colour"), (still, "are the same")):

@@ -239,7 +239,8 @@ def test_batches_order_threads_and_resume_are_those_of_rlds(written, processor, 
     assert torch.equal(next(again).pixel_values, plain[7].pixel_values)
     with pytest.raises(ValueError, match="their format"):
         stream(base).load_state_dict(state)
-    assert what.split("-")[0].replace("v2.1", "lerobot").replace("v3.0", "lerobot") in got.describe()[0]
+    assert got.datasets[0].kind == what.split("-")[0].replace("v2.1", "lerobot").replace("v3.0", "lerobot")
+    assert got.describe() == [] or "are resized to the model's" in got.describe()[0]
     for item in (wanted, got, again):
         item.close()
 
@@ -278,7 +279,7 @@ def test_hdf5_order_takes_from_every_task(tmp_path):
             for number in (0, 2, 10, 1):  # 3 is missing, as after regeneration, where failed demonstrations are left out
                 demo = file.create_group(f"data/demo_{number}")
                 demo["actions"] = np.full((2, 7), number / 10)
-                demo["obs/agentview_rgb"] = np.zeros((2, 8, 8, 3), np.uint8)
+                demo["obs/agentview_rgb"] = np.arange(384, dtype=np.uint8).reshape(2, 8, 8, 3)
     data = Hdf5Dataset(folder)
     assert data.languages == ["a", "b"] * 4
     assert [round(float(data.episode(i).actions[0, 0]) * 10) for i in range(8)] == [0, 0, 1, 1, 2, 2, 10, 10]
@@ -370,7 +371,7 @@ def test_a_missing_extra_names_the_pip_command(written, monkeypatch, what, modul
 
     monkeypatch.setattr(dataset.importlib, "import_module", without)
     extra = "hdf5" if what == "hdf5" else "lerobot"
-    with pytest.raises(ModuleNotFoundError, match=rf"pip install {module}, .*pip install -e '.\[{extra}\]'"):
+    with pytest.raises(ModuleNotFoundError, match=rf"pip install {module}, .*pip install -e .*\[{extra}\]"):
         open_dataset(written / what / NAME)
     assert isinstance(open_dataset(written / "rlds-png" / NAME), RldsDataset)  # RLDS needs none of them
     line = _check_data_set(written / what / NAME, NAME, Storage.from_config(Config()))

@@ -21,9 +21,12 @@ needs_golden = pytest.mark.skipif(GOLDEN is None, reason="VLAKEEP_GOLDEN names n
 
 def make_episodes(count=5, size=16, seed=0, width=7):
     rng = np.random.default_rng(seed)
-    return [Episode(rng.integers(0, 256, (steps, size, size, 3), dtype=np.uint8),
-                    rng.uniform(-1, 1, (steps, width)).astype(np.float32), f"push block {i}")
-            for i, steps in enumerate(rng.integers(2, 7, count))]
+    episodes = [Episode(rng.integers(0, 256, (steps, size, size, 3), dtype=np.uint8),
+                        rng.uniform(-1, 1, (steps, width)).astype(np.float32), f"push block {i}")
+                for i, steps in enumerate(rng.integers(2, 7, count))]
+    for episode in episodes:
+        episode.actions[:, -1] = episode.actions[:, -1] > 0  # a gripper of the tabletop
+    return episodes
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@ laws of the framework for this method."""
 
 import json
 import math
-import socket
 from collections import Counter
 from pathlib import Path
 
@@ -526,15 +525,7 @@ def test_the_adapter_that_is_left_is_the_one_that_was_measured(world, artefact, 
 def test_two_processes_are_one_with_two_micro_batches_bitwise(world, artefact, tmp_path):
     storage, make_config = world
     one = run_training(make_config(GRADED, "--name", "graded-one", "--train.accumulation", 2), storage)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    argv = ["train", *SMALL, "--root", storage.root, "--config", GRADED, "--name", "graded-two"]
-    ranks = [forked.start(argv, tmp_path / rank, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-             for rank in "01"]  # as torchrun starts them
-    for rank, child in zip("01", ranks):
-        child.join(300)
-        assert child.exitcode == 0, (tmp_path / rank).read_text()[-3000:]
+    forked.run_two_ranks(["train", *SMALL, "--root", storage.root, "--config", GRADED, "--name", "graded-two"], tmp_path)
     assert final_adapter(storage.run_folder("graded-two")) == final_adapter(one)
 
 

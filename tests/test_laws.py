@@ -4,10 +4,7 @@ import json
 import math
 import os
 import random
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import forked
 import pytest
@@ -18,8 +15,6 @@ from vlakeep import train
 from vlakeep.core.checkpoint import latest_intact
 from vlakeep.core.rundir import read_metrics
 from vlakeep.train import TrainingStopped, run_training
-
-REPOSITORY = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +130,7 @@ def test_a_cosine_with_another_end_is_another_run_and_that_is_said(world, capsys
 
 
 def command(root, *args):
-    return [sys.executable, "-m", "vlakeep.cli", "train", *SMALL, "--root", str(root), *[str(a) for a in args]]
+    return ["train", *SMALL, "--root", str(root), *[str(a) for a in args]]
 
 
 def test_killed_at_random_moments_and_resumed_is_the_uninterrupted_run_bitwise(world, tmp_path):
@@ -147,7 +142,7 @@ def test_killed_at_random_moments_and_resumed_is_the_uninterrupted_run_bitwise(w
     resume, kills = [], int(os.environ.get("VLAKEEP_KILLS", "3"))
     folder = storage.run_folder("law-killed")
     for _ in range(kills):
-        child = forked.start(command(storage.root, *args, "--name", "law-killed", *resume)[3:], tmp_path / "log")
+        child = forked.start(command(storage.root, *args, "--name", "law-killed", *resume), tmp_path / "log")
         seen = len(read_metrics(folder)) if (folder / "metrics.jsonl").is_file() else 0
         deadline = time.monotonic() + 90
         while child.is_alive() and time.monotonic() < deadline:
@@ -159,21 +154,18 @@ def test_killed_at_random_moments_and_resumed_is_the_uninterrupted_run_bitwise(w
         child.kill()  # -9
         child.join()
         resume = ["--train.resume", "true"]
-    child = forked.start(command(storage.root, *args, "--name", "law-killed", *resume)[3:], tmp_path / "log")
+    child = forked.start(command(storage.root, *args, "--name", "law-killed", *resume), tmp_path / "log")
     child.join()
     assert child.exitcode == 0, (tmp_path / "log").read_text()
     assert final_adapter(folder) == final_adapter(whole)
     assert [r["step"] for r in read_metrics(folder) if r["step"]] == list(range(1, 13))
 
 
-def test_two_processes_are_one_process_with_two_micro_batches_bitwise(world):
+def test_two_processes_are_one_process_with_two_micro_batches_bitwise(world, tmp_path):
     """(g0 + g1) / 2 either way: the sample order does not depend on the number of processes, and halving is exact."""
     storage, make_config = world
     one = run_training(make_config(METHOD, "--name", "law-one", "--train.accumulation", 2), storage)
-    two = command(storage.root, "--config", METHOD, "--name", "law-two")
-    two[1:3] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vlakeep.cli"]
-    done = subprocess.run(two, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    forked.run_two_ranks(command(storage.root, "--config", METHOD, "--name", "law-two"), tmp_path)
     assert final_adapter(storage.run_folder("law-two")) == final_adapter(one)
 
 
@@ -211,7 +203,7 @@ def test_sigterm_saves_and_the_run_goes_on_bitwise(world, tmp_path):
     storage, make_config = world
     args = ["--config", BASELINE, "--train.steps", 200, "--train.save_every", 1000]
     folder = storage.run_folder("law-term")
-    child = forked.start(command(storage.root, *args, "--name", "law-term")[3:], tmp_path / "log")
+    child = forked.start(command(storage.root, *args, "--name", "law-term"), tmp_path / "log")
     while child.is_alive() and not ((folder / "metrics.jsonl").is_file() and len(read_metrics(folder)) >= 2):
         time.sleep(0.02)
     child.terminate()  # SIGTERM

@@ -24,6 +24,7 @@ ROOT = "it's a root 机器人"
 SHELL = re.compile(r"(?:rm -r|mkdir -p|git rm --cached|git -C|chmod [\w+-]+|\bmv|\bcp) $")
 # Names that hold what quoted() or shlex has made, in the function that uses them.
 QUOTED = {"preflight.check_storage:target", "arms._load_run:config", "arms._load_eval:config", "provenance.reproduce:config",
+          "base_models._refuse_without_owner:move",
           # Names of stages and of suites, which hold nothing that a shell minds.
           "options._unread:name", "options._unread:stage.name", "options._unread:readers[far][0]", "evaluation.demonstrations:suite"}
 
@@ -68,6 +69,8 @@ def parses_in(root, words):
 @pytest.mark.parametrize("argv, stages", [
     (["train"], ["tabletop-data"]),
     (["train", "--data.datasets", "[mine]"], ["tabletop-data"]),
+    (["train", "--data.datasets", "[mine]", "--backbone.checkpoint", "some one/it's"], ["fetch", "tabletop-data"]),
+    (["train", "--backbone.checkpoint", "someone/vla"], ["fetch", "tabletop-data"]),
     (["evaluate", "--evaluate.target", "base", "--backbone.checkpoint", "some one/it's"], ["fetch"]),
     (["offline", "--backbone.checkpoint", "someone/vla"], ["fetch"]),
     (["evaluate", "--evaluate.target", "my run"], ["train"]),
@@ -88,6 +91,14 @@ def test_every_command_of_an_error_is_one_of_the_same_root(said, root, argv, sta
         assert ours == [] or "`vlakeep train --help`" in text
     else:
         assert set(stages) <= {words[1] for words in ours}, text
+
+
+def test_train_names_all_that_is_missing_at_once(said, root):
+    text, _ = said("train", "--backbone.checkpoint", "someone/vla", "--data.datasets", "[mine]")
+    for words in ("no base model 'someone/vla'", f"no data set at {root}/datasets/mine", f"{root}/probe/tabletop"):
+        assert words in text
+    text, commands = said("train", "--data.datasets", "[mine]", "--probe.name", "mine")
+    assert "no base model" not in text and "no data set at" in text and f"{root}/probe/mine" in text
 
 
 def test_what_the_command_line_gave_is_handed_on_and_nothing_that_the_stage_does_not_take(root):

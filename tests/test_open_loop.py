@@ -1,8 +1,10 @@
 """Benchmark `dataset`: held-out frames of demonstrations in every format, each figure against an independent computation."""
 
+import shutil
 
 import numpy as np
 import pytest
+import yaml
 from conftest import BASELINE, read_evaluation
 
 from vlakeep import checks, evaluate, preflight
@@ -10,6 +12,8 @@ from vlakeep.benchmarks import open_loop, policy
 from vlakeep.benchmarks.questions import action_token_kl
 from vlakeep.core.config import ConfigError
 from vlakeep.data.formats import open_dataset
+from vlakeep.data.sample import Episode
+from vlakeep.data.writer import write_rlds
 from vlakeep.evaluate import load_target, run_evaluation
 from vlakeep.openvla.prompts import encode_prompts
 from vlakeep.tabletop import benchmark as tabletop
@@ -93,6 +97,16 @@ def test_the_demonstrated_action_has_no_error_and_a_still_hand_has_one(world, he
         assert summary["retention_kl"]["n"] == 0, "the base is the teacher"
 
 
+def test_data_that_training_would_refuse_are_refused_before_the_model_is_loaded(world, monkeypatch):
+    storage, make_config = world
+    actions = np.random.default_rng(0).uniform(0, 1, (8, 7)).astype(np.float32)
+    still = np.repeat(np.arange(768, dtype=np.uint8).reshape(1, 16, 16, 3), 8, axis=0)
+    write_rlds(storage.data, "tabletop_still", [Episode(still, actions, "push")] * 4)
+    monkeypatch.setattr(evaluate, "make_backbone", lambda *args: pytest.fail("the model was loaded"))
+    with pytest.raises(ValueError, match="pictures looked at are the same"):
+        run_evaluation(make_config(BASELINE, *BRIEF, "--data.datasets", "[tabletop_still]", "--evaluate.target", "base"), storage)
+
+
 def test_it_goes_on_where_it_stopped_and_refuses_another_share(world, run, tmp_path, monkeypatch):
     storage, make_config = world
     config = make_config(BASELINE, *BRIEF, "--evaluate.target", run.name)
@@ -114,6 +128,36 @@ def test_it_goes_on_where_it_stopped_and_refuses_another_share(world, run, tmp_p
     for other, named in ((["--data.train_fraction", "0.6"], "data"), (["--evaluate.center_crop", "true"], "center_crop")):
         with pytest.raises(ValueError, match=named):
             run_evaluation(make_config(BASELINE, *BRIEF, "--evaluate.target", run.name, *other), storage, tmp_path / "part")
+
+
+def test_episodes_that_the_run_has_seen_are_no_held_out_ones(world, run, tmp_path):
+    storage, make_config = world
+    told = yaml.safe_load((run / "config.yaml").read_text())["data"]
+    assert told["train_fraction"] == 1.0 and not told["image_aug"]
+
+    def alarms(*more):
+        config = make_config(BASELINE, *BRIEF, *more)
+        benchmark = open_loop.OpenLoop(config, storage)
+        with benchmark.opened():
+            return benchmark.alarms(None)
+
+    whole = len(open_dataset(storage.data / "tabletop_corner", 1.0, storage.cache))
+    line, = alarms("--evaluate.target", run.name)
+    assert line.startswith(f"{whole - round(0.5 * whole)} of {whole - round(0.5 * whole)} episodes of tabletop_corner are not held out") \
+        and "trained on 100 %" in line
+    assert alarms("--evaluate.target", "base") == []
+    crop, _ = alarms("--evaluate.target", run.name, "--evaluate.center_crop", "true")
+    assert "without random crops" in crop
+    copied = shutil.copytree(run, storage.runs / "half-seen")
+    try:
+        for share, seen in ((0.5, 0), (0.6, round(0.6 * whole) - round(0.5 * whole))):
+            text = (run / "config.yaml").read_text().replace("train_fraction: 1.0", f"train_fraction: {share}")
+            (copied / "config.yaml").write_text(text)
+            found = alarms("--evaluate.target", "half-seen")
+            assert len(found) == bool(seen) and (not seen or found[0].startswith(f"{seen} of"))
+            assert not seen or "--data.train_fraction 0.6 fits it" in found[0]
+    finally:
+        shutil.rmtree(copied)
 
 
 def test_what_cannot_be_held_out_is_said(world):

@@ -108,6 +108,19 @@ def test_padding_does_not_count_and_a_mask_that_fits_nothing_is_refused(bases):
         measure(lora(), padded, mask=lambda batch: batch["attention_mask"][:, 1:])
 
 
+def test_a_forward_pass_under_autocast_is_summed_in_float32(bases):
+    def under_autocast(model, batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(**batch)
+    found = measure(lora(), OLD, under_autocast)
+    for key, one in found.spectra.items():
+        gram_KK = one.vectors.T @ one.vectors
+        assert torch.allclose(gram_KK, torch.eye(len(gram_KK)), atol=1e-5)
+        whole = bases.spectra[key].values
+        assert torch.allclose(one.values, whole, atol=2e-2 * float(whole.max()))
+        assert float(one.values.min()) > -1e-6 * float(whole.max())  # sums in half precision are off by 4e-3
+
+
 def test_within_a_small_budget_there_are_more_passes_and_the_same_spectra(bases):
     found = measure(lora(), OLD, budget_gib=24 * 24 * 4 * 3 / 2**30)
     assert all(torch.equal(one.vectors, found.spectra[key].vectors) for key, one in bases.spectra.items())

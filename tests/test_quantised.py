@@ -30,7 +30,7 @@ def library():
 
 def test_without_the_package_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(ValueError, match=r"--backbone.quantisation nf4: .*pip install 'vlakeep\[bitsandbytes\]', or --backbone.quant"):
+    with pytest.raises(ValueError, match=r"--backbone.quantisation nf4: .*pip install .*bitsandbytes\]', or --backbone.quant"):
         make_backbone(BackboneConfig(quantisation="nf4"))
 
 
@@ -72,7 +72,7 @@ def test_decoder_linears_are_packed_and_compute_with_rounded_weights(library):
 
 
 def test_training_export_and_evaluation_of_a_quantised_base(library, world, graded_folder):
-    """The method with everything off is plain LoRA to the bit; the export is what was trained; what was made with another base is refused."""
+    """With everything off the method is plain LoRA to the bit; the export is what was trained; what is of another base is refused."""
     storage, make_config = world
     short = [*NF4, "--train.steps", 2, "--lora.layers", "last:1", "--train.batch_size", 2]
     plain = run_training(make_config(BASELINE, *short, "--name", "nf4-plain"), storage)

@@ -85,6 +85,17 @@ def test_a_model_of_another_owner_does_not_answer_to_the_name(tmp_path):
     assert "several folders" in line.where and "other" in line.where and "--backbone.checkpoint" in line.remedy
 
 
+def test_a_link_without_its_owner_is_linked_again_and_not_moved(tmp_path):
+    cache = tmp_path / "机器人 cache"
+    model(tmp_path / "models" / "vla")
+    cache.mkdir()
+    (cache / "vla").symlink_to("../models/vla")
+    with pytest.raises(AmbiguousModel) as error:
+        find_checkpoint("lab/vla", cache)
+    subprocess.run(["bash", "-c", str(error.value).split("`")[1]], check=True)
+    assert find_checkpoint("lab/vla", cache).resolve() == (tmp_path / "models" / "vla").resolve()
+
+
 def test_two_places_of_one_name_are_refused_and_one_place_twice_is_not(hub, tmp_path, monkeypatch):
     _, main, _ = hub
     (tmp_path / "lab").mkdir()
@@ -153,7 +164,8 @@ def test_micro_batches_of_a_step_may_move_between_processes():
     two["train"]["accumulation"] = 2
     lines = config_differences(one, two)
     assert lines == ["train.accumulation: 1 -> 2"]
-    assert same_samples(lines, one, two, (2, 1)) == [] and same_samples(lines, one, two, (1, 1)) == same_samples(lines, one, two, (1, 2)) == lines
+    assert same_samples(lines, one, two, (2, 1)) == []
+    assert same_samples(lines, one, two, (1, 1)) == same_samples(lines, one, two, (1, 2)) == lines
 
 
 @pytest.mark.parametrize("name", method_names())

@@ -8,11 +8,11 @@ import pytest
 from conftest import BASELINE
 from test_data_formats import FPS, NAME, _encode_video, copy, edit_json, episodes, pq, written  # noqa: F401  (fixtures)
 
-from vlakeep.data import bad
+from vlakeep.data import bad, card, suggest
 from vlakeep.data.dataset import Conventions
 from vlakeep.data.formats import open_dataset
 from vlakeep.data.sample import Episode
-from vlakeep.data.tfrecord import RecordWriter, read_records, write_example
+from vlakeep.data.tfrecord import RecordWriter, parse_example, read_records, write_example
 from vlakeep.data.video import VideoReader, missing_frame, video_times
 from vlakeep.data.writer import write_rlds
 from vlakeep.train import run_training
@@ -71,6 +71,50 @@ def test_records_that_cannot_be_used(tmp_path, what):
     assert samples(data) == {number: one for number, one in whole.items() if number not in lost}
     assert data.unlabelled == 0 and data.statistics["num_trajectories"] == 4 - len(lost)
     assert any(f"record {min(lost)} at byte" in line for line in data.left_out)
+
+
+@pytest.mark.parametrize("lost", [0, 2, 3])
+def test_the_card_of_what_is_left(tmp_path, lost):
+    version, _ = rlds(tmp_path / "bad", lambda p: [b"\xff\xff\xff" if number == lost else one for number, one in enumerate(p)])
+    data = opened(version, skip_bad=True)
+    gripper, = card.look_at(data)["grippers"]
+    assert (gripper["begin_open"], gripper["end_open"], gripper["share_open"]) == (1, 1, 1)
+    actions = np.where(np.arange(7) == 6, np.where(np.arange(data.index.start_E[-1]) % 2, 1.0, 0.0)[:, None], data.index.actions_NA)
+    assert suggest.guess_grippers(actions, data.index.start_E)
+
+
+@pytest.mark.parametrize("head", [b"", b"RIFF....WEBP", b"\xff"])
+def test_a_picture_that_is_none_is_found_at_opening(tmp_path, head):
+    whole = samples(opened(rlds(tmp_path / "whole", list)[0]))
+
+    def without(payloads):
+        features = parse_example(payloads[1])
+        made = {name: one.bytes() if one.kind == "bytes" else one.floats() if one.kind == "float" else one.ints()
+                for name, one in features.items()}
+        made["steps/observation/image"][3] = head
+        return [payloads[0], write_example(made), *payloads[2:]]
+
+    version, shard = rlds(tmp_path / "bad", without)
+    with pytest.raises(ValueError, match=f"{shard.name}: record 1 .*'steps.*image' of step 3: {len(head)} bytes that are neither"):
+        opened(version)
+    assert samples(opened(version, skip_bad=True)) == {number: one for number, one in whole.items() if number != 1}
+
+
+def test_an_episode_that_was_taken_out_moves_no_other_into_another_split(written, tmp_path):  # noqa: F811
+    folder = copy(written, "v2.1-png", tmp_path)
+    whole = samples(open_dataset(folder))
+    edit_json("meta/info.json", lambda info: info.update(splits={"train": "0:2", "val": "2:3"}))(folder)
+    path = folder / "meta/episodes.jsonl"
+    lines = path.read_text().splitlines()
+    assert samples(open_dataset(folder)) == {number: whole[number] for number in (0, 1)}
+    path.write_text("".join(line + "\n" for line in lines if json.loads(line)["episode_index"] != 1))
+    with pytest.raises(ValueError, match="split 'train' is 0:2 of 2 episodes, and 1 of them not there"):
+        open_dataset(folder)
+    data = open_dataset(folder, skip_bad=True)
+    assert list(samples(data).values()) == [whole[0]] and len(data.left_out) == 1
+    path.write_text("".join(line + "\n" for line in [*lines, lines[1]]))
+    with pytest.raises(ValueError, match="the list of episodes holds episode 1 twice"):
+        open_dataset(folder, skip_bad=True)
 
 
 def test_a_missing_shard_takes_its_episodes_and_no_others(tmp_path):
@@ -152,7 +196,7 @@ def test_episodes_of_lerobot_that_cannot_be_used(written, episodes, tmp_path, wh
     else:  # one was taken out by hand, and its table is damaged in another
         lines = (folder / "meta/episodes.jsonl").read_text().splitlines()
         (folder / "meta/episodes.jsonl").write_text("".join(line + "\n" for line in lines if json.loads(line)["episode_index"] != 1))
-        with pytest.raises(ValueError, match='split .train. is 0:3 of 2 episodes; write "0:2" there'):
+        with pytest.raises(ValueError, match='split .train. is 0:3 of 2 episodes, and 1 of them not there; write "0:2" there'):
             open_dataset(folder)
         data = open_dataset(folder, skip_bad=True)
         assert list(samples(data).values()) == [whole[0], whole[2]] and len(data.left_out) == 1

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from vlakeep import cli, study
 from vlakeep.core.config import ConfigError, load_config
 from vlakeep.core.schema import find_config
 from vlakeep.core.stages import EVALUATE, TRAIN
-from vlakeep.core.study import BEGUN, DONE, OPEN, OTHER, TRAINED, read_study, said
+from vlakeep.core.study import BEGUN, DONE, OPEN, OTHER, TRAINED, named, read_study, said, share
+from vlakeep.studies import records, tables
 
 TINY = {"lora.layers": "last:1", "train.steps": 2, "train.save_every": 1, "train.batch_size": 2, "evaluate.skills": ["reach", "corner"],
         "evaluate.episodes": 1, "evaluate.questions": ["color"], "evaluate.questions_per_kind": 2, "evaluate.retention_frames": 2,
@@ -80,7 +82,7 @@ def test_shipped_studies_are_sound_and_headed_by_their_launch_line(file):
     arms = yaml.safe_load(file.read_text())["arms"]
     for name, own in arms.items():  # configurations that ship are tested by themselves: what an arm adds, and once what the study adds
         assert find_config(own["config"])
-        if set(own) - {"config", "rates"} or name == "plain":
+        if set(own) - {"config", "rates", "family", "bases"} or name == "plain":
             assert next(cell for cell in cells if cell.arm == name).config()
 
 
@@ -112,40 +114,59 @@ def test_a_process_of_the_launcher_leaves_its_log_and_status(tmp_path):
 
 
 def test_intervals_are_over_seeds_and_not_over_cells():
-    assert study.spread([(1, 0.2), (1, 0.4), (2, 0.5)]) == "0.4 ±1.3", "two means, .3 and .5: t of one degree of freedom, 12.7"
-    assert study.spread([(1, 0.25)]) == "0.25" and study.spread([]) == ""
+    assert tables.spread([(1, 0.2), (1, 0.4), (2, 0.5)]) == "0.4 ±1.3", "two means, .3 and .5: t of one degree of freedom, 12.7"
+    assert tables.spread([(1, 0.25)]) == "0.25" and tables.spread([]) == ""
 
 
 def small(world, path, name):
     storage, _ = world
     settings = {**dict(zip([word[2:] for word in SMALL[::2]], [yaml.safe_load(word) for word in SMALL[1::2]])), **TINY}
     file = write(path / f"{name}.yaml", name=name, settings=settings, seeds=[1], rates=[2e-3],
-                 arms={"decay": {"config": "configs/rivals/weight_decay.yaml"}})
+                 arms={"base": {"config": "configs/baseline_lora.yaml"}, "decay": {"config": "configs/rivals/weight_decay.yaml"}})
     return study.open_study(file, ["--root", str(storage.root)])
 
 
+def run_here(made):
+    """A launcher that runs cells in this process."""
+    by_name = {cell.cell: cell for cell in made.cells}
+    return lambda words, log_file: study.run_cell(made, by_name[words[words.index("--cell") + 1]], call)
+
+
 def test_a_study_that_was_killed_gives_the_table_of_one_that_was_not(world, tmp_path, capsys):
-    """Once after the first step and once between training and evaluation; and what is done is not done again."""
+    """Once after the first step and once between training and evaluation; what is done is not done again; and what was exported and taken
+    in elsewhere gives the same tables."""
     whole, killed = small(world, tmp_path, "whole"), small(world, tmp_path, "killed")
     study.show_plan(whole)
-    assert "1 of 1 cells to do, 2 steps of training" in capsys.readouterr().out
-
-    def launch(made):
-        by_name = {cell.cell: cell for cell in made.cells}
-        return lambda words, log_file: study.run_cell(made, by_name[words[words.index("--cell") + 1]], call)
-
-    assert study.run_study(whole, 1, launch(whole)) == {}
-    first = killed.cells[0]
+    assert "2 of 2 cells to do, 2 steps of training" in capsys.readouterr().out
+    part = tmp_path / "part.jsonl"
+    assert study.run_study(whole, 1, run_here(whole), export=part) == {}
+    base, first = killed.cells
+    assert (base.is_base, base.cell, base.commands(OPEN)[0][-2:]) == (True, "base-corner", ["--as", "killed/base-corner"])
     assert call([*first.commands(OPEN)[0], *killed.folders, "--train.steps", "1"]) == 0
     assert killed.states()[first].kind == BEGUN
     assert call([*first.commands(BEGUN)[0], *killed.folders]) == 0
     assert killed.states()[first].kind == TRAINED
-    assert study.run_study(killed, 1, launch(killed)) == {}
+    assert study.run_study(killed, 1, run_here(killed)) == {}
     table = (killed.folder() / "cells.csv").read_bytes()
     assert table == (whole.folder() / "cells.csv").read_bytes() and b"done" in table and b"skill:reach" in table
     assert (killed.folder() / "arms.md").read_bytes() == (whole.folder() / "arms.md").read_bytes()
     assert study.run_study(killed, 1, lambda words, log_file: pytest.fail("done is done")) == {}
-    assert study.seconds(first, killed.storage, killed.states()[first]) > 0
+    assert all(study.took(record) > 0 for record in killed.records())
+    of_base, of_run = killed.records()
+    assert of_base["action_kl"] is None and of_base["curves"] == {"step": []} and of_run["curves"]["loss"] and of_run["made"]["versions"]
+    assert of_run["trials"]["skill:reach"]["seeds"][1] == 1 and len(of_run["action_kl"]) == 2
+    summary = json.loads((killed.states()[first].evaluation / "summary.json").read_text())
+    row = tables.rows(killed.cells, [of_run], {cell.cell: DONE for cell in killed.cells})[1]
+    assert row["skill:reach"] == summary["abilities"]["reach"]["mean"] and row["action_kl"] == summary["retention_kl"]["mean"]
+
+    # Elsewhere: nothing was run there, and the records are enough.
+    far = study.open_study(str(tmp_path / "whole.yaml"), ["--root", str(tmp_path / "far")])
+    assert study.take_in(far, [str(part)]) == "2 cells taken in" and study.take_in(far, [str(part), str(part)]) == "0 cells taken in"
+    study.write_tables(far)
+    assert (far.folder() / "cells.csv").read_bytes() == (whole.folder() / "cells.csv").read_bytes()
+    assert [records.same(one, two) for one, two in zip(far.records(), whole.records())] == [[], []]
+    assert "2 records are of cells that the study does not have" in study.take_in(killed, [str(part)])
+
     # Another evaluation is asked for: only that is done again. Another training: the cell is told, and nothing is overwritten.
     config = killed.configs[first]
     config.evaluate.episodes = 2
@@ -156,6 +177,131 @@ def test_a_study_that_was_killed_gives_the_table_of_one_that_was_not(world, tmp_
     assert state.kind == OTHER and "train.weight_decay: 10.0 -> 0.5" in state.why
     with pytest.raises(ConfigError, match="was made with another configuration"):
         study.run_cell(killed, first, call)
+    far.configs[far.cells[1]].train.weight_decay = 0.5
+    assert far.states()[far.cells[1]].kind == OTHER
+    with pytest.raises(ConfigError, match="decay-corner-lr0.002-s1: train.weight_decay: 10.0 -> 0.5"):
+        study.take_in(far, [str(part)])
+
+
+def record(**changed):
+    return {"format": 1, "study": "small", "cell": "plain-corner-lr0.001-s1", "arm": "plain", "task": "corner", "rate": 0.001, "seed": 1,
+            "settings": {}, "evaluate": {}, "weights": "1", "trials": {}, "action_kl": [0.5], "drift": 0.0, "probe_kl": None,
+            "followed": None, "curves": {}, "seconds": {"train": 1.0, "evaluate": 2.0}, "made": {}, **changed}
+
+
+def test_records_that_disagree_are_refused_and_half_a_line_is_left_out(tmp_path):
+    made = study.open_study(write(tmp_path / "one.yaml"), ["--root", str(tmp_path / "root")])
+    good = record(settings=records.settings_of(made.configs[made.cells[0]]))
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    files[0].write_text(records.line_of(good) + records.line_of(good)[:40])
+    files[1].write_text(records.line_of({**good, "weights": "2", "seconds": {"train": 9.0, "evaluate": 9.0}}))
+    assert study.take_in(made, [str(files[0])]) == "1 cells taken in"
+    with pytest.raises(ConfigError, match="b.jsonl, plain-corner-lr0.001-s1: weights is not that of the record that is there"):
+        study.take_in(made, [str(files[1])])
+    assert len(made.imported()) == 1 and made.imported()[good["cell"]]["weights"] == "1", "nothing of what was refused is kept"
+    files[1].write_text("{}\n" + records.line_of(good))
+    with pytest.raises(ConfigError, match="b.jsonl, line 1 is no record of a cell"):
+        study.take_in(made, [str(files[1])])
+    with pytest.raises(ConfigError, match="none.jsonl cannot be read: No such file"):
+        study.take_in(made, [str(tmp_path / "none.jsonl")])
+
+
+def test_outcomes_are_a_digit_a_trial_and_crashes_are_neither():
+    def rows(*seeds):
+        return [{"kind": "skill", "ability": "reach", "trial": i, "seed": seed, "success": i == 0, "crash": "x" if i == 1 else None}
+                for i, seed in enumerate(seeds)]
+
+    for seeds, kept in (((7, 8, 9), [7, 1]), ((7, 7, 7), [7, 0]), ((7, 9, 8), [7, 9, 8]), ((7, 5), [7, -2]), ((7,), [7, 1])):
+        found = records._trials(rows(*seeds))
+        assert found["outcomes"] == "1x0"[:len(seeds)] and found["seeds"] == kept and records.states_of(found) == list(seeds)
+    assert records.rate_of({"outcomes": "1x0"}) == 0.5 and records.rate_of({"outcomes": "x"}) == 0.0
+
+
+def test_a_share_and_a_choice_of_the_cells(tmp_path):
+    cells = read_study(write(tmp_path / "one.yaml", arms={"base": {}, "plain": {"config": "configs/baseline_lora.yaml"},
+                                                          "gpm": {"config": "configs/rivals/gpm.yaml", "family": "gpm"}}))
+    assert len(cells) == 1 + 2 * 2 * 2 and cells[0].target == "base" and cells[0].config().evaluate.target == "base"
+    shares = [share(cells, part, 4) for part in (1, 2, 3, 4)]
+    assert sorted(cell.cell for own in shares for cell in own) == sorted(cell.cell for cell in cells)
+    assert {len(own) for own in shares} == {2, 3}
+    assert [cell.cell for cell in named(cells, arms=["gpm"], rates=[2e-3], seeds=[1])] == ["gpm-corner-lr0.002-s1"]
+    assert [cell.arm for cell in named(cells, seeds=[2], rates=[1e-3])] == ["base", "plain", "gpm"], "the base has neither"
+    with pytest.raises(ConfigError, match="--arms x: the study has base, gpm, plain"):
+        named(cells, arms=["x"])
+    with pytest.raises(ConfigError, match="--part 5: must be from 1 to --parts, 4"):
+        share(cells, 5, 4)
+
+
+STREAM = {"stream": {"order": ["corner", "again"], "frames": 6}, "seeds": [1], "rates": [2e-3],
+          "tasks": {name: {"data.datasets": ["tabletop_corner"], "evaluate.new_skill": "corner"} for name in ("corner", "again")}}
+
+
+def test_a_stream_trains_each_task_on_the_run_before(world, tmp_path):
+    """With an artefact of its own from a probe that has the task before, and with that of the base."""
+    storage, _ = world
+    settings = {**dict(zip([word[2:] for word in SMALL[::2]], [yaml.safe_load(word) for word in SMALL[1::2]])), **TINY}
+    graded = {"config": "configs/method_graded.yaml", "thermostat.every": 1}
+    file = write(tmp_path / "flow.yaml", name="flow", settings=settings, **STREAM,
+                 arms={"base": {"config": "configs/baseline_lora.yaml"}, "more": {**graded, "bases": "accumulated"},
+                       "kept": {**graded, "bases": "kept"}})
+    made = study.open_study(file, ["--root", str(storage.root)])
+    first, second = made.cells[2:4]
+    assert (first.before, second.before) == ("", "flow/more-corner-lr0.002-s1") and second.stream == ("corner", "corner")
+    config = made.configs[second]
+    assert (config.train.from_run, config.probe.name, config.probe.size) == (first.name, "tabletop+tabletop_corner", 48 + 6)
+    assert [words[0] for words in second.commands(OPEN)] == ["offline", "train", "evaluate"] and first.commands(OPEN)[0][0] == "train"
+    assert list(study.artefacts(made)[storage.artifacts / "graded_tabletop-base"]) == [first, *made.cells[4:]]
+    assert study.share(made.cells, 3, 4) == [first, second], "what belongs together stays together"
+
+    cells = run_here(made)
+    assert study.run_study(made, 1, lambda words, log_file: call(words) if words[0] != "study" else cells(words, log_file)) == {}
+    probe = storage.probe_folder("tabletop+tabletop_corner")
+    kinds = [json.loads(line)["kind"] for line in (probe / "items.jsonl").read_text().splitlines()]
+    assert len(kinds) == 54 and kinds.count("task:tabletop_corner") == 6 and kinds[-1] == "task:tabletop_corner"
+    meta = json.loads((storage.artifacts / f"flow.{second.cell}" / "meta.json").read_text())
+    assert meta["probe_items"] == 54 and meta["backbone"] == "tabletop-base+flow.more-corner-lr0.002-s1"
+    assert json.loads((storage.run_folder(second.name) / "from" / "chain.json").read_text())["links"][0]["run"] == first.name
+    used = {cell.cell: json.loads((storage.run_folder(cell.name) / "provenance.json").read_text())["sessions"][0]["hashes"]["artifact"]
+            for cell in made.cells[2:]}
+    of_base = json.loads((storage.artifacts / "graded_tabletop-base" / "meta.json").read_text())["files"]
+    assert [used[cell.cell] == of_base for cell in made.cells[2:]] == [True, False, True, True] and used[second.cell] == meta["files"]
+    tables_of = study.write_tables(made)
+    assert "Streams: success, forgetting and transfer" in tables_of and "more at 0.002: success on each task" in tables_of
+    assert len((made.folder() / "streams.csv").read_text().splitlines()) == 1 + 2 * 8
+
+
+def test_a_task_whose_run_before_failed_is_not_begun(tmp_path):
+    made = study.open_study(write(tmp_path / "one.yaml", **STREAM, arms={"plain": {"config": "configs/baseline_lora.yaml"}}),
+                            ["--root", str(tmp_path / "root")])
+    called = []
+    failed = study.run_study(made, 1, lambda words, log_file: called.append(words) or 2)
+    assert len(called) == 1 and failed["plain-again-lr0.002-s1"] == "the run before it failed: plain-corner-lr0.002-s1"
+
+
+@pytest.mark.parametrize("changed, words", [
+    ({"stream": ["corner"]}, "`stream` must be a list of at least two tasks"),
+    ({"stream": ["corner", "x"]}, "`stream`: x is none of the tasks"),
+    ({"arms": {"plain": {"bases": "kept"}}}, "`arms.plain.bases` must be one of accumulated, estimated, kept"),
+])
+def test_mistakes_of_a_stream_are_told(tmp_path, changed, words):
+    with pytest.raises(ConfigError) as caught:
+        read_study(write(tmp_path / "wrong.yaml", **changed))
+    assert words in str(caught.value)
+
+
+def test_after_the_time_no_cell_is_started(tmp_path, capsys):
+    made = study.open_study(write(tmp_path / "one.yaml", arms={"plain": {"config": "configs/baseline_lora.yaml"}}),
+                            ["--root", str(tmp_path / "root")])
+    called = []
+
+    def launch(words, log_file):
+        called.append(words)
+        time.sleep(0.2)
+        return 2
+
+    failed = study.run_study(made, 1, launch, most=0.1, export=tmp_path / "part.jsonl")
+    assert len(called) == len(failed) == 1 and "3 cells were not started: 0.1 s were over" in capsys.readouterr().out
+    assert (tmp_path / "part.jsonl").read_text() == ""
 
 
 def test_what_is_missing_is_told_with_its_remedy(tmp_path):

@@ -27,9 +27,9 @@ from vlakeep.benchmarks.records import Records
 from vlakeep.benchmarks.specs import observation_alarms
 from vlakeep.benchmarks.summary import make_summary, write_summary
 from vlakeep.core.compat import require_numpy
-from vlakeep.core.config import Config, to_dict
+from vlakeep.core.config import Config, ConfigError, to_dict
 from vlakeep.core.log import log
-from vlakeep.core.names import evaluation_folder, run_name
+from vlakeep.core.names import evaluation_folder, is_run_name, run_name
 from vlakeep.core.options import read
 from vlakeep.core.parallel import pick_device, set_threads
 from vlakeep.core.registry import benchmark_class
@@ -89,9 +89,10 @@ def drift_identity(config: Config, storage: Storage, backbone) -> Dict:
             "layers": list(config.icsm.layers or default_layers(backbone.num_layers))}
 
 
-def run_evaluation(config: Config, storage: Storage, folder: Optional[Path] = None, drift: bool = True) -> Path:
+def run_evaluation(config: Config, storage: Storage, folder: Optional[Path] = None, drift: bool = True, name: Optional[str] = None) -> Path:
     """Evaluate one target and return its folder (`folder`, or its own). Interrupted evaluations go on where they stopped.
 
+    name: under which it is kept in place of the target's.
     drift: whether the drift over the probe is measured, which takes a pass of both models over all of it.
     """
     set_threads(config.threads)
@@ -101,7 +102,7 @@ def run_evaluation(config: Config, storage: Storage, folder: Optional[Path] = No
     benchmark.check()
     with benchmark.opened():
         target = benchmark.stand_in() or take_model(benchmark)
-        folder = folder or evaluation_folder(storage, target.model, benchmark.name, target.name, target.weights, target.base)
+        folder = folder or evaluation_folder(storage, target.model, benchmark.name, name or target.name, target.weights, target.base)
         with Records(folder / "records.jsonl", make_header(benchmark, target)) as records:
             # First, while a bad probe costs nothing yet.
             distance = drift_of(benchmark, target) if drift else None
@@ -178,8 +179,11 @@ def drift_of(benchmark: Benchmark, target: Target) -> Optional[float]:
 
 
 def main(argv: List[str]) -> int:
-    _, config = read(EVALUATE, argv)
-    log.info(f"wrote {run_evaluation(config, Storage.from_config(config))}")
+    args, config = read(EVALUATE, argv)
+    name = getattr(args, "as")
+    if name is not None and not is_run_name(name):
+        raise ConfigError(f"--as {name}: must be a folder name, or GROUP/CELL, two of them; and not base")
+    log.info(f"wrote {run_evaluation(config, Storage.from_config(config), name=name)}")
     return 0
 
 

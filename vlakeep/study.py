@@ -4,17 +4,19 @@
     vlakeep study studies/rivals_small.yaml --workers 2
     vlakeep study studies/rivals_small.yaml --cell gpm-corner-lr0.002-s11      # one cell, as a job of a cluster calls it
     vlakeep study studies/rivals_small.yaml --table
+    vlakeep study studies/rivals_small.yaml --report
+    vlakeep study studies/rivals_small.yaml --part 1 --parts 4 --seconds 500 --export part1.jsonl      # on one machine of four
+    vlakeep study studies/rivals_small.yaml --import part1.jsonl,part2.jsonl
 
-core/study.py says what a study file holds. Artefacts that are missing are made first. A cell is a process of its own, `--workers` of them
-at a time, each on the next GPU where there are several; one that fails is told with the end of its log, and the others go on. Several
-machines that share the storage root may each run cells: a run is locked while it is trained.
+core/study.py says what a study file holds, studies/records.py what is exported. Artefacts that are missing are made first. A cell is a
+process of its own, `--workers` of them at a time, each on the next GPU where there are several; one that fails is told with the end of its
+log, and the others go on. Several machines that share the storage root may each run cells: a run is locked while it is trained.
 
-reads:  the study file; what `vlakeep offline`, train and evaluate read
-writes: run_root_dir/<study>/<cell>/ and its evaluation, as train and evaluate do; run_root_dir/<study>/study/: cells.csv, arms.md, logs/
+reads:  the study file; what `vlakeep offline`, train and evaluate read; records of cells that ran elsewhere
+writes: run_root_dir/<study>/<cell>/ and its evaluation, as train and evaluate do; run_root_dir/<study>/study/: cells.csv, arms.md, with a
+        rule claims.md and its tables, imported.jsonl, logs/
 """
 
-import csv
-import io
 import os
 import queue
 import shlex
@@ -24,7 +26,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 from vlakeep import checks, cli
 from vlakeep.core.config import Config, ConfigError
@@ -33,11 +35,12 @@ from vlakeep.core.options import split
 from vlakeep.core.registry import method_class
 from vlakeep.core.stages import STUDY
 from vlakeep.core.storage import Storage, atomic_write, find_checkpoint
-from vlakeep.core.study import DONE, OPEN, OTHER, Cell, State, look, read_study, row, seconds
+from vlakeep.core.study import DONE, OPEN, OTHER, Cell, State, look, named, read_study, read_tree, share
 from vlakeep.models.load import model_name
-from vlakeep.reporting.intervals import t_interval
+from vlakeep.studies import claims, report, streams, tables
+from vlakeep.studies.records import differences, line_of, read_records, record_of, same, write_records
+from vlakeep.studies.rule import read_rule
 
-SHOWN = ("new", "old", "worst", "questions", "action_kl", "probe_kl")
 TAIL = 6  # lines of a failed cell's log that are shown
 
 
@@ -51,15 +54,34 @@ class Study(NamedTuple):
     folders: List[str]
 
     def states(self) -> Dict[Cell, State]:
-        return {cell: look(cell, self.configs[cell], self.storage) for cell in self.cells}
+        imported = self.imported()
+        return {cell: self._state(cell, imported.get(cell.cell)) for cell in self.cells}
+
+    def _state(self, cell: Cell, record: Optional[Dict[str, Any]]) -> State:
+        state = look(cell, self.configs[cell], self.storage)
+        if record is None or state.kind in (DONE, OTHER):
+            return state
+        changed = differences(record, self.configs[cell])
+        return State(OTHER, f"its record has {'; '.join(changed)}") if changed else State(DONE, record=record)
+
+    def imported(self) -> Dict[str, Dict[str, Any]]:
+        """Records of cells that ran elsewhere, by cell."""
+        file = self.folder() / "imported.jsonl"
+        return {record["cell"]: record for record in read_records(file)} if file.is_file() else {}
+
+    def records(self) -> List[Dict[str, Any]]:
+        """Of all cells that are done, in the order of the study."""
+        found = [record_of(cell, self.configs[cell], self.storage, state) for cell, state in self.states().items()]
+        return [record for record in found if record is not None]
 
     def folder(self) -> Path:
         return self.storage.run_folder(self.cells[0].group) / "study"
 
 
 def open_study(file: str, folders: Sequence[str]) -> Study:
-    """ConfigError with the mistakes of all cells."""
+    """ConfigError with the mistakes of all cells and of the rule."""
     cells, configs, wrong = read_study(file), {}, {}
+    read_rule(read_tree(file), cells)
     for cell in cells:
         try:
             configs[cell] = cell.config(folders)
@@ -75,10 +97,16 @@ def artefacts(study: Study) -> Dict[Path, List[Cell]]:
     found: Dict[Path, List[Cell]] = {}
     for cell, config in study.configs.items():
         kind = method_class(config.method)
-        if kind.needs_offline(config):
+        if kind.needs_offline(config) and not cell.makes_artefact:
             base = model_name(find_checkpoint(config.backbone.checkpoint, study.storage.cache))
             found.setdefault(kind.artifact_folder(config, study.storage, base), []).append(cell)
     return found
+
+
+def probes(study: Study, cells: Sequence[Cell]) -> Dict[str, List[str]]:
+    """Probe that a stream needs and that is not there -> the command that makes it."""
+    return {study.configs[cell].probe.name: cell.probe_add() for cell in cells
+            if cell.added and cell.makes_artefact and not study.storage.probe_folder(study.configs[cell].probe.name).is_dir()}
 
 
 def missing(study: Study, cells: Sequence[Cell]) -> List[str]:
@@ -90,7 +118,8 @@ def missing(study: Study, cells: Sequence[Cell]) -> List[str]:
         if data not in seen:
             seen.add(data)
             found = checks.check_data(config, study.storage)
-            found += checks.check_probe(config, study.storage)[0] if method_class(config.method).needs_offline(config) else []
+            if method_class(config.method).needs_offline(config) and not cell.added:
+                found += checks.check_probe(config, study.storage)[0]
             lines += [f"{line.what}: {line.where}\n    {line.remedy}" for line in found if line.status == checks.RED]
     return list(dict.fromkeys(lines))
 
@@ -103,6 +132,8 @@ def show_plan(study: Study) -> None:
     """Cells and how far they are, their commands, the cost, what is missing."""
     states = study.states()
     todo = [cell for cell in study.cells if states[cell].kind not in (DONE, OTHER)]
+    for words in probes(study, todo).values():
+        print(f"first    {command(*words, *study.folders)}")
     for folder, cells in artefacts(study).items():
         if not folder.is_dir() and any(cell in todo for cell in cells):
             print(f"first    {command(*cells[0].offline(), *study.folders)}")
@@ -111,12 +142,18 @@ def show_plan(study: Study) -> None:
         print(f"{state.kind:8s} {cell.cell}" + (f": {state.why}" if state.why else ""))
         for words in cell.commands(state.kind):
             print(f"             {command(*words, *study.folders)}")
-    steps = sum(study.configs[cell].train.steps for cell in todo)
-    known = [spent for cell in study.cells if (spent := seconds(cell, study.storage, states[cell])) is not None]
+    steps = sum(study.configs[cell].train.steps for cell in todo if not cell.is_base)
+    known = [spent for record in study.records() if (spent := took(record)) is not None]
     price = f", about {human(sum(known) / len(known) * len(todo))} on one worker as the {len(known)} done took" if known else ""
     print(f"{len(todo)} of {len(study.cells)} cells to do, {steps} steps of training{price}")
     for line in missing(study, todo):
         print(f"MISSING {line}")
+
+
+def took(record: Dict[str, Any]) -> Optional[float]:
+    """Seconds of training and evaluation; None where one is not known."""
+    parts = [record["seconds"]["evaluate"], *([] if record["arm"] == "base" else [record["seconds"]["train"]])]
+    return None if None in parts else sum(parts)
 
 
 def human(spent: float) -> str:
@@ -178,12 +215,23 @@ class Launcher:
                 process.terminate()
 
 
-def run_study(study: Study, workers: int, launch: Optional[Callable[[List[str], Path], int]] = None) -> Dict[str, str]:
-    """Run what is left; returns cell -> why it failed. Writes the tables."""
+def run_study(study: Study, workers: int, launch: Optional[Callable[[List[str], Path], int]] = None, most: Optional[float] = None,
+              export: Optional[Path] = None) -> Dict[str, str]:
+    """Run what is left; returns cell -> why it failed. Writes the tables.
+
+    most: seconds after which no cell is started; export: file that gets the records of what is done, a line with each cell that ends.
+    """
     launcher = launch or Launcher(workers, _gpus())
     states, logs, failed = study.states(), study.folder() / "logs", {}
     todo = [cell for cell in study.cells if states[cell].kind != DONE]
+    begun = time.perf_counter()
+    if export:
+        write_records(export, study.records())
     log.info(f"{study.cells[0].group}: {len(study.cells)} cells, {len(study.cells) - len(todo)} of them done")
+    for number, (name, words) in enumerate(probes(study, todo).items()):
+        if launcher([*words, *study.folders], logs / f"probe-{number}.log"):
+            failed.update({cell.cell: f"its probe {name} could not be made, see {logs / f'probe-{number}.log'}" for cell in todo
+                           if study.configs[cell].probe.name == name})
     for number, (folder, cells) in enumerate(artefacts(study).items()):
         waiting = [cell for cell in cells if cell in todo]
         if not folder.is_dir() and waiting:
@@ -193,27 +241,77 @@ def run_study(study: Study, workers: int, launch: Optional[Callable[[List[str], 
                 failed.update({cell.cell: f"its artefact {folder.name} could not be made: {why}" for cell in waiting})
     started, ended = time.perf_counter(), 0
     queued = [cell for cell in todo if cell.cell not in failed]
+    chains: Dict[Any, List[Cell]] = {}
+    for cell in queued:
+        chains.setdefault(cell.chain, []).append(cell)
+    told = threading.Lock()
+
+    def ran(cell: Cell, status: int) -> bool:
+        """Tell how a cell ended; whether it is done."""
+        nonlocal ended
+        with told:
+            ended += 1
+            state = look(cell, study.configs[cell], study.storage)
+            if state.kind == DONE and export:
+                with open(export, "a", encoding="utf-8") as file:
+                    file.write(line_of(record_of(cell, study.configs[cell], study.storage, state)))
+            if status or state.kind != DONE:
+                failed[cell.cell] = _why(status, logs / f"{cell.cell}.log")
+            # All workers are busy until the last cells, so that the mean time per ended cell holds for those that are left.
+            left = (time.perf_counter() - started) / ended * (len(queued) - ended)
+            log.info(f"[{ended}/{len(queued)}, about {human(left)} left] {cell.cell}: "
+                     + (f"FAILED, {failed[cell.cell]}" if cell.cell in failed else "done"))
+            return cell.cell not in failed
+
+    def start(chain: List[Cell]) -> int:
+        """Run cells one after the other; how many were not started."""
+        for number, cell in enumerate(chain):
+            if most is not None and time.perf_counter() - begun > most:
+                return len(chain) - number
+            if not ran(cell, launcher(["study", study.file, "--cell", cell.cell, *study.folders], logs / f"{cell.cell}.log")):
+                failed.update({later.cell: f"the run before it failed: {cell.cell}" for later in chain[number + 1:]})
+                break
+        return 0
+
     with ThreadPoolExecutor(workers) as pool:
-        jobs = {pool.submit(launcher, ["study", study.file, "--cell", cell.cell, *study.folders], logs / f"{cell.cell}.log"): cell
-                for cell in queued}
+        jobs = [pool.submit(start, chain) for chain in chains.values()]
         try:
-            for job in as_completed(jobs):
-                cell, ended = jobs[job], ended + 1
-                status = job.result()
-                kind = look(cell, study.configs[cell], study.storage).kind
-                if status or kind != DONE:
-                    failed[cell.cell] = _why(status, logs / f"{cell.cell}.log")
-                # All workers are busy until the last cells, so that the mean time per ended cell holds for those that are left.
-                left = (time.perf_counter() - started) / ended * (len(queued) - ended)
-                log.info(f"[{ended}/{len(queued)}, about {human(left)} left] {cell.cell}: "
-                         + (f"FAILED, {failed[cell.cell]}" if cell.cell in failed else "done"))
+            left_out = sum(job.result() for job in as_completed(jobs))
         except BaseException:
             if isinstance(launcher, Launcher):
                 launcher.stop()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+    if left_out:
+        log.info(f"{left_out} cells were not started: {most:g} s were over; the same command goes on")
+    if export:
+        write_records(export, study.records())
     write_tables(study)
     return failed
+
+
+def take_in(study: Study, files: Sequence[str]) -> str:
+    """Merge records of cells that ran elsewhere into those of the study; what to say about it.
+
+    ConfigError for a record of another configuration, and for two of one cell that differ.
+    """
+    cells, found = {cell.cell: cell for cell in study.cells}, study.imported()
+    before, foreign, wrong = len(found), 0, []
+    for file in files:
+        for record in read_records(file):
+            cell = cells.get(record["cell"])
+            if cell is None or record["study"] != cell.group:
+                foreign += 1
+                continue
+            lines = differences(record, study.configs[cell])
+            lines += [f"{key} is not that of the record that is there" for key in same(found.get(cell.cell, record), record)]
+            wrong += [f"{file}, {cell.cell}: {line}" for line in lines]
+            found[cell.cell] = record
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    write_records(study.storage.guard_write(study.folder(), what="records") / "imported.jsonl",
+                  [found[cell.cell] for cell in study.cells if cell.cell in found])
+    return f"{len(found) - before} cells taken in" + (f"; {foreign} records are of cells that the study does not have" if foreign else "")
 
 
 def _gpus() -> int:
@@ -230,54 +328,34 @@ def _why(status: int, log_file: Path) -> str:
 # Tables
 
 
-def rows_of(study: Study) -> List[Dict[str, Any]]:
-    return [row(cell, study.configs[cell], study.storage, state) for cell, state in study.states().items()]
-
-
-def to_csv(rows: Sequence[Dict[str, Any]]) -> str:
-    columns = list(dict.fromkeys(key for one in rows for key in one))
-    out = io.StringIO()
-    writer = csv.DictWriter(out, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
-
-
-def summary_of(rows: Sequence[Dict[str, Any]]) -> str:
-    """Markdown, a line for every arm and rate: means over its cells with 95 % t intervals over training seeds, a seed counting as one
-    value, its mean over tasks."""
-    lines = ["| arm | rate | cells | " + " | ".join(SHOWN) + " |", "|---" * (3 + len(SHOWN)) + "|"]
-    for arm, rate in dict.fromkeys((one["arm"], one["rate"]) for one in rows):
-        own = [one for one in rows if (one["arm"], one["rate"]) == (arm, rate)]
-        done = [one for one in own if one["state"] == DONE]
-        cells = [spread([(one["seed"], one[key]) for one in done if one.get(key) is not None]) for key in SHOWN]
-        lines.append(f"| {arm} | {rate:g} | {len(done)} of {len(own)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def spread(values: Sequence[Tuple[int, float]]) -> str:
-    """Mean over seeds and half of its interval, of (seed, value)."""
-    seeds: Dict[int, List[float]] = {}
-    for seed, value in values:
-        seeds.setdefault(seed, []).append(value)
-    means = [sum(own) / len(own) for own in seeds.values()]
-    if not means:
-        return ""
-    if len(means) == 1:
-        return f"{means[0]:.3g}"
-    mean, low, _ = t_interval(means)
-    return f"{mean:.3g} ±{mean - low:.2g}"
-
-
 def write_tables(study: Study) -> str:
     folder = study.storage.guard_write(study.folder(), what="tables")
     folder.mkdir(parents=True, exist_ok=True)
-    rows = rows_of(study)
-    text = summary_of(rows)
-    for name, content in (("cells.csv", to_csv(rows)), ("arms.md", text)):
+    records = study.records()
+    rows = tables.rows(study.cells, records, {cell.cell: state.kind for cell, state in study.states().items()})
+    text = tables.summary(rows)
+    files = {"cells.csv": tables.to_csv(rows), "arms.md": text}
+    rule = read_rule(read_tree(study.file), study.cells)
+    if rule is not None:
+        files.update(claims.files(study.cells, records, rule))
+        text += "\n" + files["claims.md"]
+    found = streams.files(records, rule.reference if rule else None)
+    text += "\n" + found["streams.md"] if found else ""
+    for name, content in {**files, **found}.items():
         with atomic_write(folder / name, "w") as file:
             file.write(content)
     return text
+
+
+def write_report(study: Study, out: Path) -> Path:
+    rule = read_rule(read_tree(study.file), study.cells)
+    if rule is None:
+        raise ConfigError(f"{study.file} has no `rule`: a report needs to know what is compared (docs/study.md)")
+    records = study.records()
+    if not records:
+        raise ConfigError(f"no cell is done: run `{command('study', study.file)}`, or take records in with --import")
+    again = [command("study", study.file), command("study", study.file, "--report")]
+    return report.build(study.cells, records, rule, out.expanduser().absolute(), again)
 
 
 def main(argv: List[str]) -> int:
@@ -288,20 +366,28 @@ def main(argv: List[str]) -> int:
         if not found:
             raise ConfigError(f"--cell {args.cell}: the study has no such cell; `{command('study', args.study, '--dry-run')}` lists them")
         return run_cell(study, found[0])
+    taken = getattr(args, "import")
+    if taken:
+        print(take_in(study, taken))
+    some = study._replace(cells=share(named(study.cells, args.arms, args.tasks, args.rates, args.seeds), args.part, args.parts))
     if getattr(args, "dry-run"):
-        show_plan(study)
+        show_plan(some)
         return 0
-    if not args.table:
-        lacking = missing(study, [cell for cell, state in study.states().items() if state.kind == OPEN])
+    if args.report:
+        print(write_report(study, Path(args.out or study.folder() / "report")))
+        return 0
+    failed: Dict[str, str] = {}
+    if not args.table and not taken:
+        lacking = missing(some, [cell for cell, state in some.states().items() if state.kind == OPEN])
         if lacking:
             raise ConfigError("what the study needs is missing:\n" + "\n".join(lacking))
-        failed = run_study(study, args.workers)
+        failed = run_study(some, args.workers, most=args.seconds, export=Path(args.export) if args.export else None)
         for cell, why in failed.items():
             log.warning(f"FAILED {cell}: {why}")
-        print((study.folder() / "arms.md").read_text(encoding="utf-8"), end="")
-        return 1 if failed else 0
+    elif args.export:
+        write_records(args.export, some.records())
     print(write_tables(study), end="")
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from vlakeep.core import checkpoint as ckpt
 from vlakeep.core.compat import import_bitsandbytes
 from vlakeep.core.config import Config, to_dict
-from vlakeep.core.errors import CheckpointError, Interrupted, TrainingStopped
+from vlakeep.core.errors import CheckpointError, Interrupted, TrainingStopped, explain
 from vlakeep.core.log import log
 from vlakeep.core.loss_scale import LossScaler
 from vlakeep.core.options import read
@@ -35,7 +35,7 @@ from vlakeep.core.rundir import RunDir, RunLock
 from vlakeep.core.sharded import whole_tree
 from vlakeep.core.signals import NUMBERS, StopVote
 from vlakeep.core.stages import TRAIN
-from vlakeep.core.storage import Storage, need_free
+from vlakeep.core.storage import Storage, find_checkpoint, need_free
 from vlakeep.data import bad
 from vlakeep.data.card import keep, lines, refuse
 from vlakeep.data.loader import make_stream
@@ -44,9 +44,10 @@ from vlakeep.models.adapters import adapter_state, add_lora, load_trainable, sav
 from vlakeep.models.alarms import check_vision
 from vlakeep.models.chain import chain_of_run, keep_chain, merge_chain
 from vlakeep.models.lean import autocast
-from vlakeep.models.load import make_backbone
+from vlakeep.models.load import make_backbone, model_name
 from vlakeep.models.look import look
 from vlakeep.models.sharded_base import refuse_sharding
+from vlakeep.probe.probe_set import ProbeSet
 
 EIGHT_BIT = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}  # classes of bitsandbytes.optim
 
@@ -162,10 +163,7 @@ def run_training(config: Config, storage: Storage) -> Path:
     """
     with Distributed(config.device) as dist, process_settings(config.threads, config.seed, dist.device):
         refuse_early(config, storage, dist)
-        reports = look(config, storage)
-        for line in [line for report in reports for line in lines(report)]:
-            say(dist, line)
-        refuse(reports)
+        reports = look_early(config, storage, dist)
         resumes = config.train.resume and bool(ckpt.list_checkpoints(storage.run_folder(config.name)))
         chain = chain_of_run(config, storage, resumes)
         shards = config.train.sharding == "fsdp" and dist.world > 1
@@ -219,6 +217,36 @@ def refuse_early(config: Config, storage: Storage, dist: Distributed) -> None:
                     log.warning(f"{config.name}: {note}")
         finally:
             lock.release()
+
+
+def look_early(config: Config, storage: Storage, dist: Distributed) -> List[Dict[str, Any]]:
+    """The reports of the data, printed. Raises once for all that is wrong with them, and with what else this run needs when they are."""
+    wrong: List[Exception] = []
+    reports: List[Dict[str, Any]] = []
+    base, method = None, method_class(config.method)
+    try:
+        base = find_checkpoint(config.backbone.checkpoint, storage.cache)
+    except FileNotFoundError as error:
+        wrong.append(error)
+    try:
+        reports = look(config, storage)
+        for line in [line for report in reports for line in lines(report)]:
+            say(dist, line)
+        refuse(reports)
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        wrong.append(error)
+    if wrong and method.needs_offline(config):  # else its `prepare` looks
+        try:
+            ProbeSet(storage.probe_folder(config.probe.name))
+            if base is not None and not config.train.from_run:
+                method.artifact_problems(config, method.artifact_folder(config, storage, model_name(base)), None, None, None)
+        except (OSError, ValueError, KeyError) as error:
+            wrong.append(error)
+    if len(wrong) > 1:
+        raise ValueError("\n".join(map(explain, wrong)))
+    for one in wrong:
+        raise one
+    return reports
 
 
 def _loop(config: Config, dist: Distributed, run: RunDir, backbone, method, stream) -> None:

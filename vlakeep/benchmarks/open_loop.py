@@ -22,6 +22,7 @@ from tqdm import tqdm
 from vlakeep.benchmarks.base import NEVER, Ability, Benchmark
 from vlakeep.benchmarks.records import Records, mean_interval
 from vlakeep.benchmarks.specs import ActionSpec, ObservationSpec
+from vlakeep.core.log import log
 
 NAME = "dataset"
 KIND = "open_loop"
@@ -145,8 +146,15 @@ class OpenLoop(Benchmark):
     @contextmanager
     def opened(self) -> Iterator[None]:
         from vlakeep.benchmarks.trained import open_as_configured
+        from vlakeep.data.card import refuse
         from vlakeep.data.formats import closing_all
+        from vlakeep.models.look import look
 
+        reports = look(self.config, self.storage)  # as before training: what is wrong with labels is wrong with what they are compared with
+        for report in reports:
+            for note in report["notes"]:
+                log.info(f"data {report['name']}: note: {note}")
+        refuse(reports)
         with closing_all(open_as_configured(self.config, self.storage)) as self.datasets:
             self._hold_out(self.datasets)
             widths = {dataset.name: dataset.standard_actions(0).shape[1] for dataset in self.datasets}
@@ -154,6 +162,11 @@ class OpenLoop(Benchmark):
                 raise ValueError(f"--data.datasets have actions of {widths} values, a model speaks one width: evaluate them one by one")
             self.actions = replace(self.actions, dimensions=next(iter(widths.values())))
             yield
+
+    def alarms(self, target) -> List[str]:
+        from vlakeep.benchmarks.trained import crop_alarm, seen_alarm
+
+        return crop_alarm(self.config, self.storage, self.settings) + seen_alarm(self.config, self.storage, self.datasets)
 
     def _hold_out(self, datasets) -> None:
         for dataset in datasets:

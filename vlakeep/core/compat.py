@@ -10,6 +10,8 @@ import sys
 import numpy as np
 import torch
 
+from vlakeep.core.errors import install_extra
+
 NUMPY_1 = "pip install 'numpy<2' 'opencv-python<4.12' 'av<13'   (the newer versions of the other two want NumPy 2)"
 
 _SCHEMAS = {
@@ -57,5 +59,5 @@ def import_bitsandbytes(key: str, instead: str):
     try:
         return importlib.import_module("bitsandbytes")
     except ImportError as error:
-        raise ValueError(f"{key}: the package bitsandbytes cannot be loaded ({error}): pip install 'vlakeep[bitsandbytes]', or "
+        raise ValueError(f"{key}: the package bitsandbytes cannot be loaded ({error}): {install_extra('bitsandbytes')}, or "
                          f"{instead}") from error

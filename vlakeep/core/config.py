@@ -200,6 +200,9 @@ class GainsConfig:
     balance: bool = True
     # Further probes whose coverage is reported: what shall be kept.
     keep: List[str] = field(default_factory=list)
+    # With train.from_run: spectra and answers of the base before the first of these runs, in place of an artefact of its own. The budget
+    # then counts all tasks together.
+    of_first: bool = False
 
 
 @dataclass

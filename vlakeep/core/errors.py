@@ -3,6 +3,7 @@
 import errno
 import re
 import shlex
+from pathlib import Path
 
 
 class StorageError(ValueError):
@@ -72,6 +73,23 @@ def is_disk_full(error: BaseException) -> bool:
 def quoted(place) -> str:
     """A path, or a name, as a shell reads it as one word: what is printed as part of a command is copied into one."""
     return shlex.quote(str(place))
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file is what a git clone leaves in the place of a large file when git-lfs did not run."""
+    path = Path(path)
+    if path.stat().st_size > 1024:
+        return False
+    with open(path, "rb") as file:
+        return file.read(40).startswith(b"version https://git-lfs")
+
+
+def install_extra(extra: str) -> str:
+    """The pip command for an extra of this package, which is on no index: from the clone that it runs from, or to be run in one."""
+    clone = Path(__file__).resolve().parents[2]
+    if (clone / "pyproject.toml").is_file():
+        return f"pip install -e {quoted(f'{clone}[{extra}]')}"
+    return f"pip install -e '.[{extra}]' (in a clone of vlakeep)"
 
 
 def human_bytes(count: float) -> str:

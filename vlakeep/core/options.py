@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+from functools import lru_cache
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
@@ -106,6 +107,11 @@ def names(text: str) -> List[str]:
 def numbers(text: str) -> List[float]:
     """Finite numbers, 0 or above, with commas between them."""
     return [number()(word) for word in names(text)]
+
+
+def wholes(text: str) -> List[int]:
+    """Whole numbers, 0 or above, with commas between them."""
+    return [whole(0)(word) for word in names(text)]
 
 
 # Finding stages
@@ -296,6 +302,7 @@ def _choices(choices: Sequence[str]) -> str:
     return "One of " + ", ".join(choices) if choices else ""
 
 
+@lru_cache(maxsize=None)  # inspect parses the whole file for each class
 def _comments(cls) -> Dict[str, str]:
     found, block = {}, []
     for line in inspect.getsource(cls).splitlines():

@@ -1,7 +1,7 @@
 """The stages of no single benchmark: what each reads (options.py says how it is written down)."""
 
 from vlakeep.core.hardware import NAMES
-from vlakeep.core.options import Option, Stage, names, number, numbers, together, whole
+from vlakeep.core.options import Option, Stage, names, number, numbers, together, whole, wholes
 from vlakeep.core.storage import KEYS
 
 FOLDERS = " ".join(["root", *KEYS])
@@ -16,16 +16,21 @@ HARDWARE = Option("--hardware", None, "The card: data type, attention, micro-bat
 
 AUDIT = Stage("audit-probe", "vlakeep.openvla.audit", "print token by token what of a probe prompt counts as instruction",
               f"{FOLDERS} backbone -backbone.quantisation probe")
+PROBE_ADD = Stage("probe-add", "vlakeep.probe.extend", "a probe with frames of data sets beside its items, for a stream of tasks",
+                  f"{FOLDERS} probe {SOURCES}", own=(
+    Option("--to", None, "Name of the probe that is written.", required=True),
+    Option("--frames", 64, "Frames of each data set.", whole())))
 OFFLINE = Stage(
     "offline", "vlakeep.offline", "the frozen teacher's ICSM subspaces and Thermostat statistics, once per base model",
     f"{FOLDERS} method options {STATE} backbone lora.layers lora.modules {SOURCES} probe icsm {SPECTRUM} gains.keep gains.steepness "
-    "train.from_run", own=(HARDWARE,))
+    "gains.of_first train.from_run", own=(HARDWARE,))
 TRAIN = Stage("train", "vlakeep.train", "fine-tune LoRA adapters, plain (baseline) or with the method",
               f"{FOLDERS} name method options {STATE} backbone lora data probe icsm hsw gains -gains.keep thermostat train",
               own=(HARDWARE,))
 EVALUATE = Stage("evaluate", "vlakeep.evaluate", "new skill, old abilities and drift of a run, one record per trial",
                  f"{FOLDERS} device threads backbone {SOURCES} data.image_aug probe icsm.layers icsm.batch_size evaluate",
-                 own=(HARDWARE,))
+                 own=(HARDWARE, Option("--as", None, "Name under which the evaluation is kept, CELL or GROUP/CELL, such as one of the base "
+                                       "with other settings; null takes the target's.")))
 PREFLIGHT = Stage("preflight", "vlakeep.preflight", "check everything a stage needs, and say how to mend what is missing",
                   together(OFFLINE, TRAIN, EVALUATE), own=(
     Option("--stage", "train", "The stage whose inputs are checked.", choices=("offline", "train", "evaluate")),
@@ -48,7 +53,18 @@ STUDY = Stage("study", "vlakeep.study", "arms x tasks x rates x seeds, trained a
     Option("--workers", 1, "Cells that run at a time.", whole()),
     Option("--dry-run", False, "Show the cells, what each has still to do, what it costs and what is missing; do nothing.", bool),
     Option("--table", False, "Write the tables of what is done; run nothing.", bool),
-    Option("--cell", None, "Run this cell alone, in this process.")))
+    Option("--report", False, "Write the report of what is done: a page, tables and figures; run nothing.", bool),
+    Option("--out", None, "Folder of the report; null takes `report` in the study's folder."),
+    Option("--cell", None, "Run this cell alone, in this process."),
+    Option("--arms", [], "Only these arms, with commas between them.", names),
+    Option("--tasks", [], "Only these tasks.", names),
+    Option("--rates", [], "Only these learning rates.", numbers),
+    Option("--seeds", [], "Only these training seeds.", wholes),
+    Option("--part", 1, "Which of --parts shares of the cells is run, counted from 1; each on a machine of its own.", whole()),
+    Option("--parts", 1, "Shares into which the cells are dealt out.", whole()),
+    Option("--seconds", None, "Start no cell after so many seconds; those that run are finished.", number(above=True)),
+    Option("--export", None, "Write the records of all cells that are done to this file, and with each cell that ends.", str),
+    Option("--import", [], "Take in records that --export wrote elsewhere; these files, with commas between them. Runs nothing.", names)))
 PLAN = Stage("plan", "vlakeep.plan", "peak memory and time of every stage on a card, and what to change when it does not fit",
              together(OFFLINE, TRAIN, EVALUATE, EXPORT), own=(
     HARDWARE, Option("--gpus", 1, "GPUs that train side by side, each with the whole frozen model.", whole()),
@@ -59,4 +75,4 @@ STORAGE_CHECK = Stage("storage-check", "vlakeep.preflight", "check that all big 
                       FOLDERS, (LARGE,), "storage_check")
 DEMO = Stage("demo", "vlakeep.demo", "the whole pipeline on the small model that ships with vlakeep, in minutes on a CPU",
              together(OFFLINE, TRAIN, EVALUATE) + " -name -train.save_every -train.keep_last -evaluate.target", file=False)
-STAGES = (DEMO, PLAN, PREFLIGHT, STORAGE_CHECK, FETCH, AUDIT, OFFLINE, TRAIN, EVALUATE, REPORT, EXPORT, INTERPOLATE, STUDY)
+STAGES = (DEMO, PLAN, PREFLIGHT, STORAGE_CHECK, FETCH, AUDIT, PROBE_ADD, OFFLINE, TRAIN, EVALUATE, REPORT, EXPORT, INTERPOLATE, STUDY)

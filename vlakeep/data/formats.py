@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Type, Union
 
+from vlakeep.core.errors import quoted
 from vlakeep.data.conventions import find_card
 from vlakeep.data.dataset import USUAL, Conventions, DemoDataset
 from vlakeep.data.hdf5 import Hdf5Dataset, demo_files
@@ -21,19 +22,27 @@ from vlakeep.data.sample import ONE_PICTURE, SampleSpec
 FORMATS: Dict[str, Type[Any]] = {"rlds": RldsDataset, "hdf5": Hdf5Dataset, "lerobot": LeRobotDataset}
 
 
-def find_format(folder) -> str:
-    """`rlds`, `hdf5` or `lerobot`. FileNotFoundError says what was looked for, ValueError when there is more than one."""
-    folder = Path(folder)
+def _kinds(folder: Path) -> List[str]:
     found = {
         "rlds": (folder / "dataset_info.json").is_file() or any(folder.glob("*/dataset_info.json")),
         "hdf5": bool(demo_files(folder)),
         "lerobot": (folder / INFO).is_file(),
     }
-    kinds = [kind for kind, there in found.items() if there]
+    return [kind for kind, there in found.items() if there]
+
+
+def find_format(folder) -> str:
+    """`rlds`, `hdf5` or `lerobot`. FileNotFoundError says what was looked for, ValueError when there is more than one."""
+    folder = Path(folder)
+    kinds = _kinds(folder)
     if len(kinds) > 1:
         raise ValueError(f"{folder} holds files of several formats ({', '.join(kinds)}); keep one format to a folder")
     if not kinds:
         names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        deeper = [path for path in sorted(folder.glob("*/")) if path.is_dir() and _kinds(path)]
+        if deeper:
+            inside = quoted(f"[{folder.name}/{deeper[0].name}]")
+            raise FileNotFoundError(f"no data set at {folder}, but one in {deeper[0]}: name it, --data.datasets {inside}, or move it up")
         there = (f"it holds {', '.join(names[:5])}{', ...' if names[5:] else ''}" if names
                  else "it is empty" if folder.is_dir() else "it does not exist")
         raise FileNotFoundError(

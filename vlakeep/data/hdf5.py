@@ -25,7 +25,7 @@ from tqdm import tqdm
 from vlakeep.data.bad import refuse
 from vlakeep.data.conventions import FILE, DataCard
 from vlakeep.data.dataset import USUAL, Conventions, DemoDataset, EpisodeIndex, IndexBuilder, cached_index, optional
-from vlakeep.data.images import decode_image, encode_jpeg
+from vlakeep.data.images import decode_image, encode_jpeg, of_one_colour
 from vlakeep.data.suggest import missing_keys
 
 FILES = ("*.hdf5", "*.h5")
@@ -33,6 +33,8 @@ _CAMERA = "agentview_rgb"
 _STATES = ("ee_states", "gripper_states")  # which the builder of the official RLDS sets joins to `state`
 _BAR_FROM_FILES = 20
 _AGAIN = "copy, download or make the file again"
+_LAYOUT = ("this is not the layout of LIBERO and robomimic (data/demo_0/actions, data/demo_0/obs/CAMERA); bring the episodes into it, or "
+           "convert them to RLDS or LeRobot (docs/bring-your-own-data.md)")
 
 
 def demo_files(folder) -> List[Path]:
@@ -103,7 +105,10 @@ def _read_demo(demo, camera: str, where: str, card: Optional[DataCard] = None) -
     images = _member(obs, camera, f"{where}/obs", "choose a camera with --data.camera, or `camera:` in the data card")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(f"{where}/obs/{camera}: {images.dtype} {list(images.shape)} are no pictures (uint8 [T, H, W, 3]); choose another "
-                         "camera with --data.camera, or store three channels of 8 bits: several cameras are several keys")
+                         "camera with --data.camera, or store three channels of 8 bits, decoded: several cameras are several keys")
+    if len(images) and of_one_colour(images[t] for t in (0, len(images) // 2, -1)):
+        raise ValueError(f"{where}/obs/{camera}: the first, the middle and the last picture are of one colour; choose another camera with "
+                         "--data.camera or `camera:` in the data card, or take this demonstration out of the file")
     parts = [demo[key][()] for key in keys]
     if card is not None:
         parts = [part.reshape(len(part), -1) for part in parts]
@@ -136,24 +141,27 @@ def _told(error: Exception, where: str) -> str:
 
 def _read_file(path: Path, number: int, camera: str, state: Optional[Sequence[str]], card: Optional[DataCard],
                read: Dict[Tuple[int, int], Any]) -> None:
-    """Fill `read` with (actions, text, where, upside down, states) of every demonstration; actions are the reason where there are none."""
+    """Fill `read` with (actions, text, where, upside down, states, key) of every demonstration; actions are the reason if it has none."""
     with _open(path) as file:
-        data = _member(file, "data", str(path))
-        numbers = [int(found[1]) for found in (re.fullmatch(r"demo_(\d+)", key) for key in data) if found]
-        if not numbers:
+        data = _member(file, "data", str(path), _LAYOUT)
+        numbered = [found for found in (re.fullmatch(r"demo_(\d+)", key) for key in data) if found]
+        keys = {int(found[1]): found[0] for found in numbered}
+        if len(keys) < len(numbered):
+            raise ValueError(f"{path}: data holds two groups of one number among {', '.join(found[0] for found in numbered)}; rename one")
+        if not keys:
             raise ValueError(f"{path}: data holds no demo_0, demo_1, ...; it holds {', '.join(data) or 'nothing'}; call its groups so")
         text = language_of(path, data.attrs.get("problem_info"))
         upside_down = data.attrs.get("macros_image_convention", "opengl") != "opencv"  # robosuite's default
-        for demo in numbers:
-            where, states = f"{path}: demo_{demo}", None
+        for demo, key in keys.items():
+            where, states = f"{path}: {key}", None
             actions: Any = None
             try:
-                actions = _read_demo(data[f"demo_{demo}"], camera, where, card)
-                text = _text_of(data[f"demo_{demo}"], data, card.text, where) if card and card.text else text
-                states = None if state is None else _read_state(data[f"demo_{demo}"], state, where)
+                actions = _read_demo(data[key], camera, where, card)
+                text = _text_of(data[key], data, card.text, where) if card and card.text else text
+                states = None if state is None else _read_state(data[key], state, where)
             except (ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError) as error:
                 actions = _told(error, where)
-            read[demo, number] = (actions, text, where, upside_down, states)
+            read[demo, number] = (actions, text, where, upside_down, states, key)
 
 
 def build_index(files: List[Path], camera: str, name: str, state: Optional[Sequence[str]] = None,
@@ -168,7 +176,7 @@ def build_index(files: List[Path], camera: str, name: str, state: Optional[Seque
             builder.leave_out(_told(error, str(path)), 0)  # how many it held nobody knows
     demos = sorted(read)
     for key in demos:
-        actions, text, where, _, states = read[key]
+        actions, text, where, _, states, _ = read[key]
         try:
             if isinstance(actions, str):
                 raise ValueError(actions)
@@ -177,6 +185,7 @@ def build_index(files: List[Path], camera: str, name: str, state: Optional[Seque
             builder.leave_out(str(error))
     return builder.index({"demo_E": np.array([demo for demo, _ in demos], dtype=np.int32),
                           "file_E": np.array([file for _, file in demos], dtype=np.int32),
+                          "key_E": np.array([read[key][5] for key in demos]),
                           "upside_down_E": np.array([read[key][3] for key in demos], dtype=bool)})
 
 
@@ -217,14 +226,14 @@ class Hdf5Dataset(DemoDataset):
 
     def _picture(self, number: int, row: int, frame: int, where: str) -> np.ndarray:
         places = self.index.places
-        file, demo = int(places["file_E"][number]), int(places["demo_E"][number])
+        file, demo = int(places["file_E"][number]), str(places["key_E"][number])
         try:
             with self._lock:
                 if file not in self._open_files:
                     self._open_files[file] = _open(self._paths[file])
-                image = self._open_files[file][f"data/demo_{demo}/obs/{self._camera}"][frame]
+                image = self._open_files[file][f"data/{demo}/obs/{self._camera}"][frame]
         except (OSError, KeyError, ValueError, IndexError) as error:
-            raise ValueError(f"{where}: {self._paths[file]}: demo_{demo}, frame {frame} cannot be read ({error}); the file has "
+            raise ValueError(f"{where}: {self._paths[file]}: {demo}, frame {frame} cannot be read ({error}); the file has "
                              f"changed since it was indexed or is damaged, so {_AGAIN}") from error
         return image if places["upside_down_E"][number] else image[::-1]  # as the simulator's OpenGL gives it
 

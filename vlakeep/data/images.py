@@ -10,12 +10,36 @@ Axes: H W pixels, C colours.
 
 import functools
 import io
-from typing import Tuple
+import struct
+from typing import Iterable, Tuple
 
 import numpy as np
 from PIL import Image
 
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG"
+
+
+def is_picture(head: bytes) -> bool:
+    """Whether bytes begin as those of a JPEG or PNG do."""
+    return head[:2] == _JPEG or head[:4] == _PNG
+
+
+def of_one_colour(pictures: Iterable[np.ndarray]) -> bool:
+    """Whether each of these pictures [H, W, C] shows one colour and nothing else."""
+    return all((picture == picture[0, 0]).all() for picture in pictures)
+
+
+def may_be_of_one_colour(data: bytes) -> bool:
+    """Whether JPEG or PNG bytes are so few for the picture's size that it is worth decoding them to see."""
+    try:
+        if data[:4] == _PNG:
+            width, height = struct.unpack(">II", data[16:24])
+        else:
+            import simplejpeg
+            height, width = simplejpeg.decode_jpeg_header(data)[:2]
+    except (ValueError, struct.error):  # a damaged one is found when it is decoded
+        return False
+    return len(data) < 1000 + 0.03 * width * height
 
 
 class _TooDeep(ValueError):

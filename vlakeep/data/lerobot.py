@@ -67,8 +67,13 @@ class Info:
                                                     video_key=self.camera)
 
 
+def _is_depth(feature: dict) -> bool:
+    told = feature.get("info") or feature.get("video_info") or {}
+    return bool(told.get("is_depth_map") or told.get("video.is_depth_map"))
+
+
 def _choose_camera(features: dict, wanted: Optional[str], where: str) -> str:
-    cameras = [key for key, value in features.items() if value.get("dtype") in ("image", "video")]
+    cameras = [key for key, value in features.items() if value.get("dtype") in ("image", "video") and not _is_depth(value)]
     names = {key: key.split(".")[-1] for key in cameras}
     if wanted is not None:
         found = [key for key in cameras if key == wanted] or [key for key in cameras if names[key] == wanted]
@@ -78,6 +83,8 @@ def _choose_camera(features: dict, wanted: Optional[str], where: str) -> str:
         found = next((hits for hits in ([key for key in cameras if names[key] == usual] for usual in _CAMERAS) if hits), [])
     if len(found) != 1:
         told = f"--data.camera {wanted} names none or several" if wanted else "which one to use is not clear"
+        depth = [key for key, value in features.items() if _is_depth(value)]
+        told += f" ({', '.join(depth)}: depth, is_depth_map, which is no colour picture)" if depth else ""
         raise ValueError(f"{where}: of the cameras {', '.join(cameras) or '(none)'}, {told}; choose with --data.camera, or "
                          f"`camera:` in the set's {FILE}")
     return found[0]
@@ -147,7 +154,7 @@ def _parquet(path: Path, columns=None, unread=()):
             raise ValueError(f"{path}: no column {', '.join(missing)} among {', '.join(file.schema_arrow.names)}; "
                              f"name the columns that are there with `actions:` or `text:` in the set's {FILE}, or {_AGAIN}")
         return file.read(columns=columns)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as parquet ({error}); {_AGAIN}") from error
 
 
@@ -179,7 +186,7 @@ def read_tasks(info: Info) -> Dict[int, str]:
                          f"call the column of the texts `task`, or {_AGAIN}")
     try:
         return _texts(list(zip(table["task_index"].to_pylist(), table[texts[0]].to_pylist())))
-    except TypeError as error:
+    except (TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{info.folder}/meta/tasks.parquet: a row is no task_index and text ({error}); {_AGAIN}") from error
 
 
@@ -228,7 +235,11 @@ def read_places(info: Info) -> List[_Place]:
             raise TypeError(f"numbers such as those of {wrong[0]}")
     except (KeyError, TypeError) as error:
         raise ValueError(f"{info.folder}/meta: the list of episodes lacks {error}; {_AGAIN}") from error
-    return sorted(places, key=lambda place: place.episode)
+    places.sort(key=lambda place: place.episode)
+    twice = next((one.episode for one, after in zip(places, places[1:]) if one.episode == after.episode), None)
+    if twice is not None:
+        raise ValueError(f"{info.folder}/meta: the list of episodes holds episode {twice} twice; take one out, or {_AGAIN}")
+    return places
 
 
 def _actions(column, shape: Sequence[int], where: str, what: str = "action") -> np.ndarray:
@@ -342,6 +353,7 @@ def build_index(info: Info, name: str) -> EpisodeIndex:
     return builder.index({
         "data_E2": np.array([place.data for place in places], dtype=np.int64), "row_E": np.array(rows, dtype=np.int64),
         "video_E2": np.array([place.video for place in places], dtype=np.int64),
+        "number_E": np.array([place.episode for place in places], dtype=np.int64),
         "start_seconds_E": np.array([place.start for place in places], dtype=np.float64),
         "seconds_N": np.concatenate(times or [np.empty(0)])})
 
@@ -377,24 +389,30 @@ class LeRobotDataset(DemoDataset):
         super().__init__(folder, name, index, self._split(split, index, skip_bad), fraction, conventions)
 
     def _split(self, split: str, index: EpisodeIndex, skip_bad: bool) -> Tuple[int, int]:
-        count = len(index.start_E) - 1
+        number_E = index.places["number_E"]
+        count = len(number_E)
         splits = self._info.splits or {"train": f"0:{count}"}
         if split not in splits:
-            raise ValueError(f"{self._info.folder} has no split {split!r}, only {', '.join(splits)}")
+            raise ValueError(f"{self._info.folder} has no split {split!r}, only {', '.join(splits)}; write it to `splits` of "
+                             f'{self._info.folder}/{INFO}, such as "{split}": "0:{count}"')
         try:
             start, end = (int(n) for n in splits[split].split(":"))
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{self._info.folder}/{INFO}: split {split!r} is {splits[split]!r} and not 'first:end'; "
                              f"correct it there, such as '0:{count}'") from error
         told = f"{self._info.folder}/{INFO}: split {split!r} is {start}:{end} of {count} episodes"
-        if not 0 <= start < min(end, count):
+        # By the numbers of the episodes, lest one that was taken out moves others into another split; a single split may be all there is.
+        whole = len(splits) == 1 and (start, end) == (0, count)
+        first, last = (start, end) if whole else (int(at) for at in np.searchsorted(number_E, [start, end]))
+        if not 0 <= start < end or first == last:
             raise ValueError(f"{told}; {_AGAIN}")
-        if end > count:  # some were taken out by hand
+        lacking = end - start - (last - first)
+        if lacking:  # some were taken out by hand
             if not skip_bad:
-                raise ValueError(f'{told}; write "{start}:{count}" there, or {_AGAIN}. To train with those that are there: {OPTION}')
-            index.bad[told] = end - count
-            end = count
-        return start, end - start
+                write = f'write "0:{count}" there, or ' if len(splits) == 1 and start == 0 else ""
+                raise ValueError(f"{told}, and {lacking} of them not there; {write}{_AGAIN}. To train with those that are there: {OPTION}")
+            index.bad[told] = lacking
+        return first, last - first
 
     def last_of_files(self) -> List[int]:
         if not self._info.video:

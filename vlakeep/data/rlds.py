@@ -8,8 +8,10 @@ As officially, statistics are taken over all splits.
 Axes: E episodes, N frames.
 """
 
+import hashlib
 import json
 import os
+import re
 import threading
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
@@ -18,14 +20,16 @@ import numpy as np
 from tqdm import tqdm
 
 from vlakeep.data.bad import OPTION, SHOWN, refuse
-from vlakeep.data.conventions import DataCard
-from vlakeep.data.dataset import USUAL, Conventions, DemoDataset, EpisodeIndex, IndexBuilder, cached_index
-from vlakeep.data.images import decode_image
+from vlakeep.data.conventions import FILE, DataCard
+from vlakeep.data.dataset import CONTENT, USUAL, Conventions, DemoDataset, EpisodeIndex, IndexBuilder, cached_index
+from vlakeep.data.images import decode_image, is_picture, may_be_of_one_colour, of_one_colour
 from vlakeep.data.suggest import missing_keys
-from vlakeep.data.tfrecord import RecordError, parse_example, scan_records
+from vlakeep.data.tfrecord import RecordError, masked_crc32c, parse_example, scan_records
 
 _BAR_FROM_BYTES = 64 << 20  # a smaller data set is indexed within a second
+MOST_EPISODES = 10_000_000  # of a shard; a damaged number must not become a list of that length
 _ACTION, _LANGUAGE, _IMAGES = "steps/action", "steps/language_instruction", "steps/observation/"
+_OTHER = f"choose another camera with --data.camera or `camera:` in the set's {FILE}, or leave this episode out when the set is made"
 _STATES = ("state", "proprio")  # what converters call the robot's state
 
 
@@ -52,7 +56,7 @@ def read_info(version: Path, skip_bad: bool = False) -> Tuple[str, Dict[str, Tup
             raise TypeError(f"the name is {name!r}")
         for split in info["splits"]:
             lengths = [int(n) for n in split["shardLengths"]]
-            if min(lengths, default=0) < 0:
+            if not 0 <= min(lengths, default=0) <= max(lengths, default=0) <= MOST_EPISODES:
                 raise ValueError(f"shardLengths are {lengths}")
             template = split.get("filepathTemplate", "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}")
             shards = [version / template.format(
@@ -61,7 +65,7 @@ def read_info(version: Path, skip_bad: bool = False) -> Tuple[str, Dict[str, Tup
             ) for i in range(len(lengths))]
             splits[split["name"]] = (shards, lengths)
         missing = [shard.name for shards, _ in splits.values() for shard in shards if not shard.is_file()]
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError, OverflowError) as error:
         raise ValueError(f"{path} cannot be read ({error!r}); download or make the data set again") from error
     if info.get("fileFormat", "tfrecord") != "tfrecord":
         raise ValueError(f"{path} says fileFormat {info['fileFormat']!r}, which is not read; only tfrecord is. Write the set again with "
@@ -88,12 +92,33 @@ def _read_state(features, names: Sequence[str], steps: int) -> np.ndarray:
     return np.concatenate([part.reshape(steps, -1) for part in parts], axis=1)
 
 
+def _show_nothing(encoded: List[bytes]) -> bool:
+    """Whether each of these pictures is of one colour; they are decoded only if all are suspiciously small."""
+    try:
+        return all(map(may_be_of_one_colour, encoded)) and of_one_colour(map(decode_image, encoded))
+    except ValueError:  # a damaged one is found when it is decoded for a sample
+        return False
+
+
+def _one_a_frame(texts: List[str], steps: int, keys: "Keys") -> List[str]:
+    """The text that is meant of several of each frame. ValueError where that is not said."""
+    each, rest = divmod(len(texts), steps or 1)
+    if each < 2 or rest:
+        return texts
+    if keys.text_number is None or keys.text_number >= each:
+        short = keys.text.replace("steps/", "", 1)
+        raise ValueError(f"{keys.text!r} holds {each} texts a frame, {texts[:each]}: say which one in the set's {FILE}, such as "
+                         f"`text: {short}[0]`")
+    return texts[keys.text_number::each]
+
+
 class Keys(NamedTuple):
     """What the features of an episode are called."""
 
     image: str
     actions: Tuple[str, ...] = (_ACTION,)
     text: str = _LANGUAGE
+    text_number: Optional[int] = None  # which one, where a frame has several
     text_needed: bool = True  # False: the data card has words for episodes without
 
     @classmethod
@@ -106,8 +131,10 @@ class Keys(NamedTuple):
         image = whole(image) if image.startswith(("steps/", "observation/")) else _IMAGES + image
         if card is None:
             return cls(image)
-        text = whole(card.text) if card.text else _LANGUAGE
-        return cls(image, tuple(map(whole, card.actions)) or (_ACTION,), text, not card.instruction)
+        named = re.fullmatch(r"(.+?)(?:\[(\d+)\])?", card.text or _LANGUAGE)
+        assert named  # of any word
+        number = None if named[2] is None else int(named[2])
+        return cls(image, tuple(map(whole, card.actions)) or (_ACTION,), whole(named[1]), number, not card.instruction)
 
 
 def _kind(feature) -> str:
@@ -126,14 +153,22 @@ def _read_episode(payload: bytes, keys: Keys, folder="", state: Optional[Sequenc
         raise ValueError(missing_keys("the episode", missing, {name: _kind(one) for name, one in features.items()}, folder))
     pictures = features[keys.image].ranges
     steps, parts = len(pictures), [features[key] for key in keys.actions]
+    strange = next((t for t, (a, b) in enumerate(pictures) if not is_picture(payload[a:min(b, a + 4)])), -1)
+    if strange >= 0:
+        a, b = pictures[strange]
+        raise ValueError(f"{keys.image!r} of step {strange}: {b - a} bytes that are neither JPEG nor PNG (they start with "
+                         f"{payload[a:min(b, a + 4)]!r}); {_OTHER}")
     values = [one.ints().astype(np.float32) if one.kind == "int64" else one.floats() for one in parts]
     texts = [text.decode("utf-8", errors="replace") for text in features[keys.text].bytes()] if has_text else [""] * steps
     texts = texts * steps if keys.text.startswith("episode_metadata/") and len(texts) == 1 else texts
+    texts = _one_a_frame(texts, steps, keys)
     sizes = [len(one) for one in values]
     if steps == 0 or len(texts) != steps or any(size % steps or not size for size in sizes):
         told = sizes[0] if len(sizes) == 1 else sizes
         raise ValueError(f"{steps} pictures, {len(texts)} instructions and {told} action values do not make equal steps; mend or leave out "
                          "this episode when the set is made, or name other keys in its data card (docs/bring-your-own-data.md)")
+    if _show_nothing([payload[a:b] for a, b in (pictures[0], pictures[steps // 2], pictures[-1])]):
+        raise ValueError(f"{keys.image!r}: the first, the middle and the last picture are of one colour; {_OTHER}")
     states = None if state is None else _read_state(features, state, steps)
     return np.concatenate([one.reshape(steps, -1) for one in values], axis=1), texts, pictures, states
 
@@ -141,6 +176,7 @@ def _read_episode(payload: bytes, keys: Keys, folder="", state: Optional[Sequenc
 def build_index(shards: List[Path], episodes: List[int], keys: Keys, name: str, state: Optional[Sequence[str]] = None) -> EpisodeIndex:
     """Read and check every shard. state: None reads none, () the usual one. RecordError and ValueError name file, record and byte."""
     builder, shard_E = IndexBuilder(name), []
+    content = hashlib.sha256()
     offsets: List[np.ndarray] = []
     sizes: List[np.ndarray] = []
     total = sum(shard.stat().st_size for shard in shards if shard.is_file())
@@ -163,6 +199,7 @@ def build_index(shards: List[Path], episodes: List[int], keys: Keys, name: str, 
                 except ValueError as error:
                     builder.leave_out(str(error))
                     continue
+                content.update(masked_crc32c(payload).to_bytes(4, "little"))
                 offsets.append(np.array([start + a for a, _ in pictures], dtype=np.int64))
                 sizes.append(np.array([b - a for a, b in pictures], dtype=np.int32))
                 bar.update(len(payload))
@@ -172,7 +209,8 @@ def build_index(shards: List[Path], episodes: List[int], keys: Keys, name: str, 
             if record + 1 < expected:
                 builder.leave_out(told, expected - record - 1)
     # shard of each episode, byte offset of each frame's encoded picture in it, and its bytes
-    return builder.index({"shard_E": np.array(shard_E, dtype=np.int32), "offset_N": np.concatenate(offsets or [np.empty(0)]),
+    return builder.index({CONTENT: np.array(content.hexdigest()),
+                          "shard_E": np.array(shard_E, dtype=np.int32), "offset_N": np.concatenate(offsets or [np.empty(0)]),
                           "length_N": np.concatenate(sizes or [np.empty(0)])})
 
 
@@ -192,7 +230,8 @@ class RldsDataset(DemoDataset):
         version = find_version(folder)
         name, splits = read_info(version, skip_bad)
         if split not in splits:
-            raise ValueError(f"{version} has no split {split!r}, only {', '.join(splits)}")
+            raise ValueError(f"{version} has no split {split!r}, only {', '.join(splits)}; make the set again with one, or call one so "
+                             "in its dataset_info.json and in the names of its files")
         self._files: Dict[int, int] = {}
         self._lock = threading.Lock()
         self._shards = [shard for shards, _ in splits.values() for shard in shards]

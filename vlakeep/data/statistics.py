@@ -58,6 +58,10 @@ def standardise(actions_NA: np.ndarray, name: str, gripper: Optional[str] = None
         if transform is libero_transform and values_N.min() > -0.5:  # also 0 and 1 with rounding noise
             raise ValueError(f"data set {name!r}: the gripper values lie in [{values_N.min():g}, {values_N.max():g}], while LIBERO's go "
                              f"from -1 (open) to +1 (close); say what they mean: {choices(values_N)}")
+        one = usual_gripper("libero" if transform is libero_transform else "standard", width)
+        problem = gripper_problem(values_N, one)
+        if problem:
+            raise ValueError(f"data set {name!r}: of the gripper {problem} (by the set's name); say what they mean: {choices(values_N)}")
         return transform(actions_NA)
     one = usual_gripper(gripper, width)
     problem = gripper_problem(values_N, one)

@@ -35,13 +35,14 @@ def _ends(values_N: np.ndarray) -> float:
 def guess_grippers(actions_NA: np.ndarray, start_E: np.ndarray, names: Sequence[str] = ()) -> List[Tuple[int, float, float, str]]:
     """(dimension, open, closed, evidence) of each value that looks like a gripper: by its name, else by values at two ends."""
     width, found = actions_NA.shape[1], []
+    begin_E = start_E[:-1][np.diff(start_E) > 0]  # an episode that is left out has no frame
     named = [d for d, name in enumerate(names) if len(names) == width and _GRIPPER_NAME.search(name)]
     for dimension in named or range(width):
         values_N = actions_NA[:, dimension]
         share = _ends(values_N)
         if not named and share < _TWO_VALUED:
             continue
-        first = float(np.median(values_N[start_E[:-1]]))
+        first = float(np.median(values_N[begin_E]))
         low, high = (float(end) for end in np.quantile(values_N, [0.0, 1.0]))
         usual = [(a, b) for a, b in ((0, 1), (-1, 1), (0, 100), (0, 255)) if abs(low - a) < 0.1 * (b - a) > abs(high - b)]
         low, high = usual[0] if usual else (low, high)
@@ -49,7 +50,7 @@ def guess_grippers(actions_NA: np.ndarray, start_E: np.ndarray, names: Sequence[
         why = f"called {names[dimension]}" if named else f"{100 * share:.0f} % of its values are near {low:g} or {high:g}"
         found.append((dimension, opened, closed, f"{why}; open is where most episodes begin ({first:g}): check it"))
     if not found and not names:
-        values_N, first = actions_NA[:, -1], float(np.median(actions_NA[start_E[:-1], -1]))
+        values_N, first = actions_NA[:, -1], float(np.median(actions_NA[begin_E, -1]))
         low, high = float(values_N.min()), float(values_N.max())
         for b in (1, 100, 255):
             if -0.1 * b < low < 0.3 * b and 0.7 * b < high < 1.1 * b:

@@ -16,6 +16,7 @@ import numpy as np
 
 _HEADER, _FOOTER = struct.Struct("<QI"), struct.Struct("<I")
 HEADER_BYTES, FRAME_BYTES = _HEADER.size, _HEADER.size + _FOOTER.size  # 12 before the payload, 16 around it
+_COMPRESSED = (b"\x1f\x8b", b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda")  # gzip, zlib: how such a file begins
 _LENGTH_DELIMITED, _FIXED32, _FIXED64, _VARINT = 2, 5, 1, 0
 
 
@@ -54,8 +55,9 @@ def scan_records(path, check: bool = True) -> Iterator[Tuple[int, bytes, str]]:
                 return
             length, length_crc = _HEADER.unpack(header)
             if check and masked_crc32c(header[:8]) != length_crc:
-                yield offset, b"", (f"{where}: checksum of the length does not match, so this is no TFRecord or it is damaged; "
-                                    "copy or make the file again")
+                what = ("it is compressed, which is not read: decompress it (gzip, zlib)" if not record and header[:2] in _COMPRESSED
+                        else "so this is no TFRecord or it is damaged; copy or make the file again")
+                yield offset, b"", f"{where}: checksum of the length does not match, {what}"
                 return
             if offset + FRAME_BYTES + length > size:
                 yield offset, b"", (f"{where} is truncated: it needs {FRAME_BYTES + length} bytes and the file ends after "
@@ -137,6 +139,8 @@ class Feature:
 
 
 def _varint(data: bytes, position: int, end: int) -> Tuple[int, int]:
+    if position < end and data[position] < 0x80:  # nearly all of them
+        return data[position], position + 1
     value = shift = 0
     while True:
         if position >= end or shift > 63:

@@ -14,9 +14,10 @@ import sys
 from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Optional
 
+from vlakeep.core.errors import install_extra
 from vlakeep.core.findings import GREEN, RED, YELLOW, Line
 
-INSTALL = "make libero   (in an environment of your own: pip install 'vlakeep[libero]')"
+INSTALL = f"make libero in the clone   (in an environment of your own: {install_extra('libero')})"
 OSMESA = "apt-get install -y --no-install-recommends libosmesa6"
 # What renders as the official training data were: pictures of mujoco 3 are darker (mean grey 102 against 138 on one scene).
 OFFICIAL_MUJOCO = "2.3.7"

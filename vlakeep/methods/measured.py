@@ -21,6 +21,7 @@ from vlakeep.methods.graded import Graded
 from vlakeep.models.quantised import plain_weight
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.teacher.answers import Part, run_below
+from vlakeep.thermostat.loop import Loop
 
 
 class Measured(Graded):
@@ -46,6 +47,7 @@ class Measured(Graded):
     def attach(self, backbone) -> None:
         if self._config.thermostat.enabled:
             self._sensors = self._make_sensors(backbone)
+            self._loop = Loop(self._sensors["kl"].measure, None, self._act)
 
     @classmethod
     def problems(cls, config: Config) -> List[str]:

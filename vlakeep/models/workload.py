@@ -236,7 +236,8 @@ class Workload:
         if numbers.recompute:
             found = found + self.layer_work(tokens, count=above) + self.lora_work(adapters.leaves, adapters.rank, tokens,
                                                                                   len(adapters.layers), numbers.converts)
-        return found + (Work(stream=UNPACK * self.layer_parameters, kernels=8 * len(self.linears)).times(passes) if numbers.packed else Work())
+        unpacked = Work(stream=UNPACK * self.layer_parameters, kernels=8 * len(self.linears)).times(passes)
+        return found + (unpacked if numbers.packed else Work())
 
     def optimizer_step(self, parameters: int, clip: bool = True) -> Work:
         """AdamW: weight, gradient and two moments read, three written; the norm reads the gradient, the clip writes it."""

@@ -2,7 +2,7 @@
 
     vlakeep verify-pi0-fast --checkpoint FOLDER                                    loss in both layouts, answers, codec: no lerobot needed
     vlakeep verify-pi0-fast --checkpoint FOLDER --data DATASET --frames 100        the same on real frames of a data set
-    vlakeep verify-pi0-fast --checkpoint FOLDER --lerobot                          in lerobot's environment: weights, loss, chunks
+    vlakeep verify-pi0-fast --checkpoint FOLDER --lerobot                          in lerobot's environment: weights, loss, logits, chunks
 
 The first thing to run with real weights: which layout a checkpoint speaks is documented nowhere, and the loss on real frames tells. lerobot
 needs Python 3.12 (pip install "lerobot[pi,peft]==0.6.1" into an environment of its own, then vlakeep beside it); its from_pretrained gives
@@ -12,9 +12,10 @@ Exit status: 0 when all lines are within tolerance, 1 when one is not, 2 when so
 """
 
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, Iterator, List, Tuple
 
 import numpy as np
 import torch
@@ -31,11 +32,11 @@ from vlakeep.parity.golden import UNCHECKED, difference
 from vlakeep.parity.stages import PI0_FAST
 from vlakeep.parity.verify_golden import print_rows
 from vlakeep.pi0_fast import format as checkpoint_format
-from vlakeep.pi0_fast.model import EMBEDDING, HEAD
-from vlakeep.pi0_fast.processor import Pi0FastBatch
+from vlakeep.pi0_fast.model import EMBEDDING, HEAD, Sizes
+from vlakeep.pi0_fast.processor import CODEC, TEXT, Pi0FastBatch, beside
 from vlakeep.pi0_fast.prompts import LAYOUTS
 
-LOSS, CHUNK = {"float32": 1e-4, "bfloat16": 2e-2}, 1e-5
+LOSS, LOGITS, CHUNK = {"float32": 1e-4, "bfloat16": 2e-2}, {"float32": 1e-3, "bfloat16": 0.5}, 1e-5
 INSTALL = ('lerobot cannot be imported ({error}): in an environment of its own with Python 3.12, pip install "lerobot[pi,peft]==0.6.1" and '
            "vlakeep, and run this command there; without --lerobot everything else is checked")
 
@@ -77,8 +78,17 @@ def lerobot_batch(processor, batch: Pi0FastBatch, samples: List[Sample]) -> Dict
     return {**found, **masks}
 
 
+def our_logits(backbone, batch: Pi0FastBatch) -> torch.Tensor:
+    """Logits [N, V] that predict the labelled tokens, row by row."""
+    prefix = backbone.embed(batch)
+    normed_BSD = backbone.run_layers(prefix)
+    columns_BL = backbone.text_columns(prefix, batch.input_ids.shape[1])
+    rows_N, places_N = (batch.labels != IGNORE_INDEX).to(columns_BL.device).nonzero(as_tuple=True)
+    return backbone.logits(normed_BSD[rows_N, columns_BL[rows_N, places_N] - 1]).float()
+
+
 def judge_policy(backbone, policy, samples: List[Sample], dtype: str) -> List[Row]:
-    """Weights, loss and chunks of lerobot's policy against ours, in lerobot's layout."""
+    """Weights, loss, logits and chunks of lerobot's policy against ours, in lerobot's layout."""
     stored = {checkpoint_format.tensor_name(name): tensor for name, tensor in read_tensors(weight_files(backbone.checkpoint))}
     one = stored.get(EMBEDDING, stored.get(HEAD))
     stored = {EMBEDDING: one, HEAD: one, **stored}
@@ -88,9 +98,14 @@ def judge_policy(backbone, policy, samples: List[Sample], dtype: str) -> List[Ro
     rows = [Row("lerobot: tensors that are not the file's", float(len(wrong)), 0, ", ".join(wrong[:3]))]
     processor, batch = backbone.processor, backbone.processor.encode_batch(samples)
     given = {name: value.to(backbone.device) for name, value in lerobot_batch(processor, batch, samples).items()}
+    said: List[torch.Tensor] = []  # what lerobot's lm_head gives, one column for each action token
+    hook = policy.model.paligemma_with_expert.paligemma.lm_head.register_forward_hook(lambda module, args, out: said.append(out))
     with torch.no_grad():
         loss, _ = policy.forward(given)
+        hook.remove()
         rows.append(Row("lerobot: loss", abs(float(loss) - float(backbone(batch).loss)), LOSS[dtype]))
+        theirs_NV = said[0][:, :-1][given["action.token_mask"][:, 1:]].float()
+        rows.append(Row("lerobot: logits of the answer", difference(our_logits(backbone, batch), theirs_NV), LOGITS[dtype]))
         chunks = policy.predict_action_chunk(given)
         ids, _ = backbone.generate(processor.encode_prompts(samples), backbone.action_tokens(), bos_in_prefix=True)
     ours = processor.decode_actions(ids.cpu().numpy())[:, :chunks.shape[1]]
@@ -99,33 +114,64 @@ def judge_policy(backbone, policy, samples: List[Sample], dtype: str) -> List[Ro
     return rows
 
 
-def lerobot_policy(folder: Path, config: dict, device, dtype: str) -> Any:
-    """lerobot's policy with the weights of the folder. ImportError without lerobot; ValueError for sizes that it cannot have."""
-    if "sizes" in config:
-        raise ValueError(f"{folder / checkpoint_format.SIZES_FILE}: lerobot knows only the sizes of gemma_2b and gemma_300m, so "
-                         "that it cannot load this model; leave out --lerobot")
-    from lerobot.configs.policies import PreTrainedConfig
+@contextmanager
+def lerobot_classes(folder: Path, config: dict) -> Iterator[Any]:
+    """lerobot's modeling_pi0_fast, in which the two names of the configuration mean the folders beside the checkpoint, and a model may have
+    the sizes of sizes.json. All methods are lerobot's. ImportError without lerobot.
+
+    The published codec comes as remote code; lerobot's own copy of that class reads the same two files, and it stands for AutoProcessor.
+    lerobot has the sizes of two variants in its constructor; where sizes.json names others, a constructor of these sizes stands for it.
+    """
     from lerobot.policies.molmoact2.molmoact2_hf_model.action_tokenizer import UniversalActionProcessor
     from lerobot.policies.pi0_fast import modeling_pi0_fast
+    from lerobot.processor import tokenizer_processor
 
-    from vlakeep.pi0_fast.processor import CODEC, TEXT, beside
+    codec = str(beside(folder, config["action_tokenizer_name"], CODEC, "FAST codec"))
 
     class Local:
-        """The published codec comes as remote code; lerobot's own copy of the class reads the same two files."""
+        from_pretrained = staticmethod(lambda name, **_: UniversalActionProcessor.from_pretrained_local(codec))
 
-        from_pretrained = staticmethod(lambda name, **_: UniversalActionProcessor.from_pretrained_local(str(codec)))
-
-    text, codec = beside(folder, config["text_tokenizer_name"], TEXT, "text tokenizer"), beside(
-        folder, config["action_tokenizer_name"], CODEC, "FAST codec")
-    settings = PreTrainedConfig.from_pretrained(str(folder))
-    settings.text_tokenizer_name, settings.device, settings.dtype = str(text), str(device), dtype
-    settings.validate_action_token_prefix, settings.gradient_checkpointing = False, False
-    before = modeling_pi0_fast.AutoProcessor
-    modeling_pi0_fast.AutoProcessor = Local
+    places: List[Tuple[Any, str, type]] = [(modeling_pi0_fast, "AutoProcessor", Local), (tokenizer_processor, "AutoProcessor", Local)]
+    if "sizes" in config:
+        places.append((modeling_pi0_fast, "PI0FastPaliGemma", _in_sizes(modeling_pi0_fast, checkpoint_format.sizes_of(config))))
+    before = [(module, name, getattr(module, name)) for module, name, _ in places]
     try:
-        return modeling_pi0_fast.PI0FastPolicy.from_pretrained(str(folder), config=settings).eval()
+        for module, name, value in places:
+            setattr(module, name, value)
+        yield modeling_pi0_fast
     finally:
-        modeling_pi0_fast.AutoProcessor = before
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
+def _in_sizes(modeling, sizes: Sizes) -> type:
+    vision = sizes.vision
+    text = dict(vocab_size=sizes.vocab_size, hidden_size=sizes.width, intermediate_size=sizes.mlp_dim, num_hidden_layers=sizes.depth,
+                num_attention_heads=sizes.num_heads, num_key_value_heads=sizes.num_kv_heads, head_dim=sizes.head_dim,
+                hidden_activation="gelu_pytorch_tanh", use_adarms=False, adarms_cond_dim=None)
+    tower = dict(vision._asdict(), projection_dim=sizes.width, vision_use_head=False, hidden_act="gelu_pytorch_tanh")
+
+    class InSizes(modeling.PI0FastPaliGemma):
+        def __init__(self, vlm_config, use_adarms=None, precision="bfloat16"):
+            torch.nn.Module.__init__(self)
+            whole = modeling.CONFIG_MAPPING["paligemma"](text_config=dict(text, model_type="gemma"),
+                                                         vision_config=dict(tower, model_type="siglip_vision_model"),
+                                                         projection_dim=sizes.width, image_token_index=sizes.vocab_size)
+            self.paligemma = modeling.PaliGemmaForConditionalGenerationWithPiGemma(config=whole)
+            self.to_bfloat16_for_selected_params(precision)
+    return InSizes
+
+
+def lerobot_policy(folder: Path, config: dict, device, dtype: str) -> Any:
+    """lerobot's policy with the weights of the folder. ImportError without lerobot."""
+    with lerobot_classes(folder, config) as modeling:
+        from lerobot.configs.policies import PreTrainedConfig
+
+        settings = PreTrainedConfig.from_pretrained(str(folder))
+        settings.text_tokenizer_name = str(beside(folder, config["text_tokenizer_name"], TEXT, "text tokenizer"))
+        settings.device, settings.dtype = str(device), dtype
+        settings.validate_action_token_prefix, settings.gradient_checkpointing = False, False
+        return modeling.PI0FastPolicy.from_pretrained(str(folder), config=settings).eval()
 
 
 def layouts(folder: Path, settings: BackboneConfig, device, samples: List[Sample]) -> List[Tuple[str, float]]:

@@ -51,6 +51,9 @@ PATHS = (" The thin line is the way there: from the base through the run's check
          "step) to its end.")
 
 
+Style = Dict[str, Tuple[str, str, str]]  # arm -> light colour, dark colour, marker
+
+
 class Figure(NamedTuple):
     """A figure of the report. `draw(figure, narrow)` fills a matplotlib figure; sizes in inches."""
 
@@ -62,7 +65,7 @@ class Figure(NamedTuple):
     narrow: Optional[Tuple[float, float]] = None
 
 
-def style_of(comparison: Comparison) -> Dict[str, Tuple[str, str, str]]:
+def style_of(comparison: Comparison) -> Style:
     """(light colour, dark colour, marker) of every arm."""
     extra = iter(MORE * 8)
     return {name: STYLE.get(name) or next(extra) for name in comparison.arms}
@@ -151,7 +154,7 @@ def _success_retention(figure, comparison: Comparison, points: List[Arm], style)
     axes.margins(0.12)
     axes.set_xlabel("mean old ability (%)  \u2192 keeps more")
     axes.set_ylabel("new-skill success (%)  \u2192 learns more")
-    _legend(figure, axes)
+    legend(figure, axes)
 
 
 def _draw_path(axes, comparison: Comparison, arm: Arm, end, colour: str, marker: str) -> None:
@@ -198,7 +201,7 @@ def _forgetting(figure, comparison: Comparison, tuned: List[Arm], base: Arm, sty
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.invert_yaxis()
     axes.set_xlabel("base minus arm (points)  \u2192 forgotten")
-    _legend(figure, axes)
+    legend(figure, axes)
 
 
 class Curve(NamedTuple):
@@ -334,7 +337,7 @@ def _curves(figure, curve: Curve, arms: List[Arm], style) -> None:
     axes.set_ylabel(curve.label)
     handles = [Line2D([], [], color=style[arm.name][0], linewidth=2.2, label=arm.label) for arm in arms]
     handles += [Line2D([], [], color=MUTED, linestyle=line, label=label) for label, line in used.items()]
-    _legend(figure, axes, handles)
+    legend(figure, axes, handles)
 
 
 def _drift_marks(axes, arm: Arm, colour: str, shade: bool) -> None:
@@ -369,7 +372,8 @@ def _thin(steps: List[int], values: List[float], most: int = 400) -> Tuple[List[
     return [steps[i] for i in keep], [values[i] for i in keep]
 
 
-def _legend(figure, axes, handles=None) -> None:
+def legend(figure, axes, handles=None) -> None:
+    """Above the axes; of what they hold, or of these handles."""
     handles = handles or axes.get_legend_handles_labels()[0]
     figure.legend(handles=handles, loc="outside upper left", ncols=2, handlelength=1.8, columnspacing=1.2, borderaxespad=0.2)
 
@@ -407,7 +411,7 @@ def save_files(item: Figure, folder: Path) -> List[Path]:
     return paths
 
 
-def inline_svg(item: Figure, comparison: Comparison, narrow: bool = False) -> str:
+def inline_svg(item: Figure, style: Style, narrow: bool = False) -> str:
     """An <svg> element for HTML: scales to its container, takes its colours and font from the page, refers to nothing outside."""
     prefix = f"{item.name}{'-n' if narrow else ''}-"
     text = _svg(render(item, narrow), prefix)
@@ -421,7 +425,7 @@ def inline_svg(item: Figure, comparison: Comparison, narrow: bool = False) -> st
     text = re.sub(r'href="#', f'href="#{prefix}', text)
     text = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1; font-family: inherit", text)
     colours = dict(INLINE)
-    for name, (light, _, _) in style_of(comparison).items():
+    for name, (light, _, _) in style.items():
         colours[light] = f"var({css_name(name)})"
     for colour, variable in colours.items():
         text = text.replace(colour, variable)

@@ -47,28 +47,29 @@ def mean_of(parts: Iterable[Interval]) -> Optional[Interval]:
     return mean, mean - down, mean + up
 
 
+def t_within(t: float, freedom: int) -> float:
+    """P(|T| <= t) for `freedom` >= 1 degrees of freedom, from the finite series of the distribution."""
+    angle = math.atan(t / math.sqrt(freedom))
+    square, term, total = math.cos(angle) ** 2, 1.0, 0.0
+    odd = freedom % 2
+    for k in range(freedom // 2):
+        total += term
+        term *= square * ((2 * k + 2) / (2 * k + 3) if odd else (2 * k + 1) / (2 * k + 2))
+    if not odd:
+        return math.sin(angle) * total
+    return 2 / math.pi * (angle + math.sin(angle) * math.cos(angle) * total)
+
+
 def t_quantile(freedom: int, level: float = 0.95) -> float:
-    """t with P(|T| <= t) = level for `freedom` >= 1 degrees of freedom, from the finite series of the distribution."""
+    """t with P(|T| <= t) = level for `freedom` >= 1 degrees of freedom."""
     if freedom < 1:
         raise ValueError("a t interval needs at least two values")
-
-    def inside(t: float) -> float:
-        angle = math.atan(t / math.sqrt(freedom))
-        square, term, total = math.cos(angle) ** 2, 1.0, 0.0
-        odd = freedom % 2
-        for k in range(freedom // 2):
-            total += term
-            term *= square * ((2 * k + 2) / (2 * k + 3) if odd else (2 * k + 1) / (2 * k + 2))
-        if not odd:
-            return math.sin(angle) * total
-        return 2 / math.pi * (angle + math.sin(angle) * math.cos(angle) * total)
-
     low, high = 0.0, 2.0
-    while inside(high) < level:
+    while t_within(high, freedom) < level:
         high *= 2
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle) < level else (low, middle)
+        low, high = (middle, high) if t_within(middle, freedom) < level else (low, middle)
     return high
 
 

@@ -8,7 +8,7 @@ from vlakeep.reporting import tables, words
 from vlakeep.reporting.arms import Arm
 from vlakeep.reporting.compare import Comparison
 from vlakeep.reporting.data_cards import data_html
-from vlakeep.reporting.figures import Figure, css_name, inline_svg
+from vlakeep.reporting.figures import Figure, Style, css_name, inline_svg, style_of
 from vlakeep.reporting.page_style import style_sheet
 from vlakeep.reporting.provenance import changes_html, command_lines, provenance_html, reproduce, show_path
 from vlakeep.reporting.seeds import seeds_html
@@ -25,9 +25,9 @@ def page(comparison: Comparison, figures: List[Figure], title: str, seconds: Opt
         ("comparison", "Comparison", _comparison(comparison)),
         ("seeds", "Over seeds", seeds_html(comparison)),
         ("differences", "Differences, paired", _differences(comparison)),
-        ("figures", "Success and forgetting", _figures(comparison, two, "two")),
+        ("figures", "Success and forgetting", figures_html(style_of(comparison), two, "two")),
         ("findings", "What helped and what hurt", _findings(comparison)),
-        ("training", "Training", _figures(comparison, three, "three")),
+        ("training", "Training", figures_html(style_of(comparison), three, "three")),
         ("data", "Data", data_html(comparison)),
         ("provenance", "Provenance", _provenance(comparison)),
         ("reproduce", "Reproduce", _reproduce(comparison, figures, root)),
@@ -39,7 +39,7 @@ def page(comparison: Comparison, figures: List[Figure], title: str, seconds: Opt
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<title>{escape(title)}</title><link rel="icon" href="{ICON}"><style>{style_sheet(comparison)}</style></head><body>'
+        f'<title>{escape(title)}</title><link rel="icon" href="{ICON}"><style>{style_sheet(style_of(comparison))}</style></head><body>'
         f'<header><p class="over">{escape(title)} \u00b7 {time.strftime("%Y-%m-%d")}{took}</p>'
         f"<h1>{escape(words.headline(comparison))}</h1>{_lead(comparison)}{_cards(comparison)}{_warnings(comparison)}<nav>{nav}</nav></header>"
         f"<main>{body}</main><footer>Made by <code>vlakeep report</code>. Numbers without rounding: "
@@ -124,11 +124,12 @@ def _differences(comparison: Comparison) -> str:
     )
 
 
-def _figures(comparison: Comparison, figures: List[Figure], columns: str) -> str:
+def figures_html(style: Style, figures: List[Figure], columns: str) -> str:
+    """A grid of figures with their captions; columns: `two` or `three`."""
     drawn = []
     for figure in figures:
-        svg = f'<div class="wide{" paired" if figure.narrow else ""}">{inline_svg(figure, comparison)}</div>'
-        svg += f'<div class="narrow">{inline_svg(figure, comparison, narrow=True)}</div>' if figure.narrow else ""
+        svg = f'<div class="wide{" paired" if figure.narrow else ""}">{inline_svg(figure, style)}</div>'
+        svg += f'<div class="narrow">{inline_svg(figure, style, narrow=True)}</div>' if figure.narrow else ""
         drawn.append(
             f'<figure class="panel"><h3>{escape(figure.title)}</h3>{svg}'
             f"<figcaption>{escape(figure.caption)}</figcaption></figure>"

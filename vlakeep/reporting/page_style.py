@@ -1,7 +1,6 @@
 """Style sheet of the report page: light and dark, from phones to desktops, nothing loaded from anywhere."""
 
-from vlakeep.reporting.compare import Comparison
-from vlakeep.reporting.figures import css_name, style_of
+from vlakeep.reporting.figures import Style, css_name
 
 CSS = """
 *{box-sizing:border-box}
@@ -139,10 +138,10 @@ DARK = {
 }
 
 
-def style_sheet(comparison: Comparison) -> str:
+def style_sheet(style: Style) -> str:
     """The whole style sheet, with one variable per arm."""
     light, dark = dict(LIGHT), dict(DARK)
-    for name, (day, night, _) in style_of(comparison).items():
+    for name, (day, night, _) in style.items():
         light[css_name(name)[2:]], dark[css_name(name)[2:]] = day, night
 
     def block(values):

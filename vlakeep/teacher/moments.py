@@ -20,10 +20,11 @@ class Moments:
         x_TD = (x if keep is None else x[keep]).reshape(-1, x.shape[-1]).float()
         if root is not None:
             x_TD = x_TD * (root if keep is None else root[keep]).reshape(-1)[:, None]
-        if key in self._sums:
-            self._sums[key].addmm_(x_TD.T, x_TD)
-        else:
-            self._sums[key] = x_TD.T @ x_TD
+        with torch.autocast(x.device.type, enabled=False):  # a forward pass that brings autocast would sum in half precision
+            if key in self._sums:
+                self._sums[key].addmm_(x_TD.T, x_TD)
+            else:
+                self._sums[key] = x_TD.T @ x_TD
 
     def divided(self, weight: float) -> Dict[str, torch.Tensor]:
         """C [D, D] of every input, with this sum of weights."""

@@ -1,0 +1,352 @@
+"""Statistics of a study: against worked examples, closed forms and simulations; the rule that chooses settings; the front; the power."""
+
+import csv
+import io
+import json
+import math
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from vlakeep.core.config import ConfigError
+from vlakeep.core.study import Cell
+from vlakeep.reporting.intervals import t_quantile
+from vlakeep.studies import claims, front, inference, power, report, streams
+from vlakeep.studies.data import Data, Setting
+from vlakeep.studies.records import read_records
+from vlakeep.studies.rule import Rule, choose, families_of, read_rule
+
+
+def made(arm, task, rate, seed, new, old, kl=(0.1, 0.2), first=1000):
+    """A record; `new` and `old` are outcomes, such as "110x"."""
+    trials = {f"new:{task}": {"outcomes": new, "seeds": [first, 1]}, "skill:reach": {"outcomes": old, "seeds": [first, 1]}}
+    return {"format": 1, "study": "x", "cell": f"{arm}-{task}-lr{rate:g}-s{seed}", "arm": arm, "task": task, "rate": rate, "seed": seed,
+            "settings": {}, "evaluate": {}, "weights": "", "trials": trials, "action_kl": list(kl), "drift": 0.0, "probe_kl": 0.0,
+            "curves": {}, "seconds": {"train": 1.0, "evaluate": 1.0}, "made": {}}
+
+
+def cells_of(records, family=None):
+    named = family or {}
+    return [Cell("x", one["arm"], one["task"], one["rate"], one["seed"], None, (), named.get(one["arm"], one["arm"])) for one in records]
+
+
+A, B = Setting("a", 1e-3), Setting("b", 1e-3)
+
+
+def test_differences_are_taken_at_the_same_start_state_of_the_same_seed():
+    data = Data([made("a", "t", 1e-3, 1, "11", "1100"), made("a", "t", 1e-3, 2, "11", "111x"),
+                 made("b", "t", 1e-3, 1, "11", "0110"), made("b", "t", 1e-3, 2, "11", "0111")])
+    block = data.blocks(A, "old", ["t"], [1, 2], minus=B)["skill:reach"]
+    np.testing.assert_array_equal(block, [[1, 0, -1, 0], [1, 0, 0, np.nan]])
+    found = inference.difference(data, A, B, "old", [1, 2], 500)
+    assert found.mean == pytest.approx(1 / 7) and (found.seeds, found.tasks, found.trials) == (2, 1, 7), "a crash is no pair"
+    other = Data([made("a", "t", 1e-3, 1, "11", "11"), made("b", "t", 1e-3, 1, "11", "11", first=5)])
+    with pytest.raises(ValueError, match="a at 0.001 and b at 0.001 were evaluated on other start states of new:t"):
+        other.blocks(A, "new", ["t"], [1], minus=B)
+
+
+def test_tasks_are_averaged_state_by_state_for_what_was_there_before_and_stand_alone_for_what_is_new():
+    data = Data([made("a", "t", 1e-3, 1, "11", "10"), made("a", "u", 1e-3, 1, "00", "11")])
+    np.testing.assert_array_equal(data.blocks(A, "old", ["t", "u"], [1])["skill:reach"], [[1.0, 0.5]])
+    assert {name: block.mean() for name, block in data.blocks(A, "new", ["t", "u"], [1]).items()} == {"new:t": 1.0, "new:u": 0.0}
+    assert data.mean(A, "new", [1]) == 0.5
+    np.testing.assert_allclose(data.blocks(A, "action_kl", ["t", "u"], [1])["action_kl"], [[0.1, 0.2]])
+
+
+def test_only_seeds_that_both_have_of_every_common_task_are_compared():
+    records = [made(arm, task, 1e-3, seed, "1", "1") for arm in "ab" for task in "tu" for seed in (1, 2, 3)]
+    records = [one for one in records if (one["arm"], one["task"], one["seed"]) != ("b", "u", 2)] + [made("a", "v", 1e-3, 1, "1", "1")]
+    assert Data(records).common([A, B], [1, 2, 3]) == (["t", "u"], [1, 3])
+    assert Data(records[:6]).common([A, B], [1, 2, 3]) == ([], [])
+
+
+def crossed(generator, seeds, states, sd_seed, sd_state, sd_rest, mean=0.0):
+    return (mean + sd_seed * generator.normal(size=(seeds, 1)) + sd_state * generator.normal(size=(1, states))
+            + sd_rest * generator.normal(size=(seeds, states)))
+
+
+@pytest.mark.parametrize("parts", [(0.1, 0.0, 0.3), (0.0, 0.3, 0.3), (0.05, 0.1, 0.5)])
+def test_the_interval_holds_the_truth_as_often_as_it_says(parts):
+    """Five trainings, forty states, whatever of the three the noise is."""
+    generator, inside, rounds = np.random.default_rng(5), 0, 300
+    for _ in range(rounds):
+        found = inference.estimate({"one": crossed(generator, 5, 40, *parts)}, 200, 1, binary=False)
+        inside += found.low <= 0 <= found.high
+    assert 0.92 <= inside / rounds, inside / rounds
+
+
+def test_the_standard_error_is_that_of_clusters_where_trials_of_a_training_agree():
+    means = np.array([0.2, 0.5, 0.3, 0.9, 0.6])
+    found = inference.estimate({"one": np.repeat(means[:, None], 30, axis=1)}, 20000, 1, binary=False)
+    assert found.se == pytest.approx(means.std(ddof=1) / math.sqrt(5), rel=0.02), "and not that of 150 trials"
+    assert found.high - found.mean == pytest.approx(t_quantile(4) * found.se)
+    alone = inference.estimate({"one": np.ones((1, 30))}, 100, 1)
+    assert alone.mean == 1.0 and alone.low is None and alone.superior() is None, "one training has no spread"
+
+
+def test_where_every_pair_agrees_the_interval_has_still_a_width():
+    found = inference.estimate({"one": np.zeros((5, 40))}, 200, 1)
+    assert found.se == pytest.approx(math.sqrt(1 / 202 * 201 / 202 / 200)) and found.low < 0 < found.high
+
+
+def test_draws_are_the_same_for_all_settings_and_for_every_call():
+    first = np.random.default_rng(1).random((4, 6))
+    one, two = inference.sample({"skill:a": first}, 50), inference.sample({"skill:a": first + 0.25}, 50)
+    np.testing.assert_allclose(two - one, 0.25)
+    np.testing.assert_array_equal(one, inference.sample({"skill:a": first}, 50))
+
+
+def test_tests_are_those_of_students_t():
+    e = inference.Estimate(0.02, -0.036, 0.076, 0.02, 5, 1, 100)
+    assert e.superior() == pytest.approx(0.373901, abs=1e-5), "t = 1, four degrees of freedom"
+    assert e.superior(higher=False) == 1.0 and e._replace(mean=-0.02).superior() == 1.0, "the wrong side"
+    assert e.not_inferior(0.05) == pytest.approx(0.012448, abs=1e-6), "t = 3.5, one-sided"
+    assert e._replace(mean=-0.06).not_inferior(0.05) == pytest.approx(1 - 0.321665, abs=1e-5), "t = -.5"
+
+
+def test_tests_are_those_of_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    for freedom in (1, 2, 4, 9, 30):
+        for t in (-2.5, -0.3, 0.0, 1.7, 6.0):
+            assert inference.above(t, freedom) == pytest.approx(stats.t.sf(t, freedom), abs=1e-9)
+    for seeds, effect, error in ((3, 0.1, 0.03), (5, 0.02, 0.01), (20, 0.02, 0.02)):
+        c = t_quantile(seeds - 1)
+        expected = stats.nct.sf(c, seeds - 1, effect / error) + stats.nct.cdf(-c, seeds - 1, effect / error)
+        assert power.power(effect, error, seeds) == pytest.approx(expected, abs=2e-4)
+
+
+def test_holm_is_the_step_down_of_the_worked_example():
+    """Four p values of Holm's procedure as textbooks work it out; what is not known takes no part."""
+    found = inference.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005, "e": None})
+    assert found == {"a": pytest.approx(0.03), "b": pytest.approx(0.06), "c": pytest.approx(0.06), "d": pytest.approx(0.02), "e": None}
+    assert inference.holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0}
+    assert inference.both(0.01, 0.2) == 0.2 and inference.both(0.01, None) is None
+
+
+def test_the_rule_takes_what_keeps_most_of_what_learns_enough_on_the_choosing_seeds():
+    """Success and retention of one seed a setting in tens; near is 10 points, so that .8 is enough."""
+    tens = {("plain", 1e-3): (9, 2), ("plain", 2e-3): (8, 4), ("soft", 1e-3): (8, 7), ("soft", 2e-3): (9, 6), ("soft", 4e-3): (7, 10),
+            ("weak", 1e-3): (5, 9), ("weak", 2e-3): (6, 8)}
+    records = [made(arm, "t", rate, seed, *("1" * n + "0" * (10 - n) for n in (values if seed == 1 else (10, 10))))
+               for (arm, rate), values in tens.items() for seed in (1, 2)]
+    rule, families = Rule("soft", "plain", choose=[1], near=0.1), families_of(cells_of(records))
+    found = choose(rule, families, Data(records))
+    assert {name: (one.setting.rate, one.matched) for name, one in found.items()} == {
+        "plain": (2e-3, True), "soft": (1e-3, True), "weak": (2e-3, False)}
+    best = choose(rule, families, Data(records), own_best=True)
+    assert {name: (one.setting.rate, one.matched) for name, one in best.items()} == {
+        "plain": (1e-3, True), "soft": (2e-3, True), "weak": (2e-3, False)}
+    judged = claims.judge(cells_of(records), records, rule)
+    assert judged.seeds == [2] and [one.family for one in judged.matched] == ["plain", "weak"]
+    assert any("weak: no setting comes within 10 points" in note for note in judged.notes)
+    assert claims.best_rival(judged) == "plain" and claims.best_rival(judged, oracles=True) is None
+    together = families_of(cells_of(records, {"weak": "soft"}))
+    assert list(together) == ["plain", "soft"] and len(together["soft"]) == 5, "arms of one family are its settings"
+
+
+@pytest.mark.parametrize("given, words", [
+    ({"subject": "a"}, "`rule.reference` is missing"), ({"subject": "c", "reference": "a"}, "c is no family of the study, which has a, b"),
+    ({"subject": "a", "reference": "b", "choose": [1, 2]}, "none is left"),
+    ({"subject": "a", "reference": "b", "choose": [9]}, "no seed 9"),
+    ({"subject": "a", "reference": "b", "margin": 5}, "`rule.margin` must be a number above 0 and below 1"),
+    ({"subject": "a", "reference": "b", "retention": "x"}, "`rule.retention` must be one of"),
+    ({"subject": "a", "reference": "b", "seeds": []}, "`rule.seeds` is unknown"),
+])
+def test_mistakes_of_a_rule_are_told(given, words):
+    cells = cells_of([made(arm, "t", 1e-3, seed, "1", "1") for arm in "ab" for seed in (1, 2)])
+    with pytest.raises(ConfigError) as caught:
+        read_rule({"rule": given}, cells)
+    assert words in str(caught.value)
+    assert read_rule({}, cells) is None
+
+
+def test_what_is_beaten_and_how_much_a_front_covers():
+    new, kept = np.array([[0.9, 0.8, 0.5, 0.8, 0.9]]), np.array([[0.2, 0.6, 0.9, 0.5, 0.2]])
+    assert front.beaten(new, kept).tolist() == [[False, False, False, True, False]], "equal points beat each other not"
+    assert front.hypervolume(new, kept)[0] == pytest.approx(0.1 * 0.2 + 0.3 * 0.6 + 0.5 * 0.9)
+    points = np.random.default_rng(3).random((2, 1, 7))
+    grid = (np.arange(400) + 0.5) / 400
+    x, y = np.meshgrid(grid, grid)
+    covered = np.zeros_like(x, dtype=bool)
+    for n, r in zip(points[0, 0], points[1, 0]):
+        covered |= (x < n) & (y < r)
+    assert front.hypervolume(points[0], points[1])[0] == pytest.approx(covered.mean(), abs=5e-3)
+
+
+def test_a_front_is_beyond_another_where_it_keeps_more_at_every_success_of_it():
+    own = np.array([[0.9, 0.6]]), np.array([[0.5, 0.8]])
+    assert front.shortfall(own, (np.array([[0.8, 0.5]]), np.array([[0.4, 0.7]])))[0] == pytest.approx(0.1)
+    assert front.shortfall(own, (np.array([[0.91]]), np.array([[0.1]])))[0] == -1, "it learns that much nowhere"
+    assert front.shortfall(own, (np.array([[0.91]]), np.array([[0.1]])), near=0.03)[0] == pytest.approx(0.4)
+
+
+def test_the_probability_of_the_front_is_the_share_of_joint_draws():
+    """b is a, less a tenth of retention at every state: never on the front; c keeps less and learns more in three seeds of four."""
+    records = []
+    for seed, c_new in zip((1, 2, 3, 4), ("1111", "1111", "1111", "0000")):
+        records += [made("a", "t", 1e-3, seed, "1100", "1111"), made("b", "t", 1e-3, seed, "1100", "1110"),
+                    made("c", "t", 1e-3, seed, c_new, "0000")]
+    judged = claims.judge(cells_of(records), records, Rule("a", "b", draws=4000))
+    rows = {row["family"]: row for row in claims.front_rows(judged)}
+    assert rows["a"]["p_on_front"] == 1.0 and rows["c"]["on_front"] and not rows["b"]["on_front"]
+    assert rows["b"]["p_on_front"] == pytest.approx((3 / 4) ** 4, abs=0.03), "where no draw holds the last state it is a's equal"
+    volumes = {row["family"]: row for row in claims.volume_rows(judged)}
+    assert volumes["b"]["beyond_by"] == pytest.approx(0.25) and volumes["b"]["hypervolume"] == pytest.approx(0.5 * 0.75)
+
+
+def test_power_is_that_of_the_tables():
+    assert power.power(0.5, 1 / math.sqrt(34), 34) == pytest.approx(0.8078, abs=1e-3), "34 pairs find half a standard deviation"
+    assert power.power(0.0, 0.1, 10) == pytest.approx(0.05, abs=1e-3), "nothing is found as often as the test errs"
+    parts = power.Parts(seeds=0.25, states=0.0, rest=0.0)
+    assert power.seeds_needed(0.25, parts, 50) == 34 and power.seeds_needed(0.02, power.Parts(0.0, 1.0, 0.0), 50) is None
+    assert parts.error(4, 10) == 0.25 and power.Parts(0.0, 4.0, 9.0).error(9, 4) == pytest.approx(math.sqrt(1.25))
+
+
+def test_variances_are_found_again_where_they_were_planted():
+    generator = np.random.default_rng(2)
+    found = power.parts_of({"one": crossed(generator, 400, 400, 0.1, 0.2, 0.5)})
+    assert found.seeds == pytest.approx(0.01, rel=0.15) and found.states == pytest.approx(0.04, rel=0.15)
+    assert found.rest == pytest.approx(0.25, rel=0.02)
+    two = power.parts_of({name: crossed(generator, 400, 400, 0.0, 0.0, 0.5) for name in "ab"})
+    assert two.rest == pytest.approx(0.125, rel=0.02) and two.seeds < 1e-3, "the mean of two blocks has half of the variance"
+    few = power.parts_of({"one": crossed(generator, 4000, 10, 0.0, 0.0, 0.5)})
+    assert few.seeds < 3e-3, "the luck of ten episodes is no difference between trainings"
+    assert power.parts_of({"one": np.ones((1, 9))}) is None
+
+
+def test_the_claim_needs_both_and_is_adjusted_for_all_families():
+    generator = np.random.default_rng(0)
+    records = []
+    for arm, new, old in (("ours", 0.9, 0.9), ("plain", 0.9, 0.3), ("slow", 0.9, 0.88)):
+        for task in ("t", "u"):
+            for seed in (1, 2, 11, 12, 13, 14, 15, 16):
+                drawn = ["".join("01"[int(generator.random() < p)] for _ in range(100)) for p in (new, old)]
+                records.append(made(arm, task, 1e-3, seed, *drawn))
+    rule = Rule("ours", "plain", choose=[1, 2], margin=0.1, near=0.1)
+    judged = claims.judge(cells_of(records), records, rule)
+    plain, slow = judged.matched
+    assert plain.shown and not slow.shown and plain.p == max(plain.not_worse, plain.keeps_more)
+    assert plain.holm == pytest.approx(2 * plain.p) and slow.holm == pytest.approx(slow.p)
+    text = claims.text(judged)
+    assert "| plain | plain at 0.001 | yes |" in text and "shown" in text and "Reported on seeds 11, 12, 13, 14, 15, 16" in text
+    rows = claims.versus_rows(judged)
+    assert [row["settings"] for row in rows] == ["matched"] * 2 + ["own best"] * 2 and rows[0]["kept"] == judged.matched[0].kept.mean
+    assert set(claims.files(cells_of(records), records, rule)) == {
+        "claims.md", "choices.csv", "claims.csv", "front.csv", "hypervolume.csv", "power.csv"}
+    assert json.dumps(claims.power_rows(judged)) and SimpleNamespace(**claims.choice_rows(judged)[0]).matched
+
+
+# The report
+
+
+def whole(seeds=(1, 2, 11, 12, 13)):
+    """Records of a base and three families, with questions and curves."""
+    generator, records = np.random.default_rng(4), []
+    arms = ("base", (0.0,), 0.0, 0.9), ("plain", (1e-3, 2e-3), 0.9, 0.2), ("ours", (1e-3,), 0.9, 0.85), ("x<_&", (1e-3,), 0.5, 0.9)
+    for arm, rates, new, old in arms:
+        for rate, task, seed in ((r, t, s) for r in rates for t in ("t", "u") for s in (seeds if arm != "base" else (0,))):
+            one = made(arm, task, rate, seed, *("".join("01"[int(generator.random() < p)] for _ in range(20)) for p in (new, old)))
+            one["trials"]["question:left_of"] = one["trials"]["skill:reach"]
+            one["curves"] = {"step": [0, 50, 100], "kl": [0.0, None, 0.01], "loss": [2.0, 1.0, 0.5]}
+            if arm == "ours":
+                one["curves"]["opening"] = [0.1, 0.2, 0.3]
+            one["made"] = {"commit": "0123abc", "hardware": {"gpus": [{"name": "A card"}]}}
+            records.append(one)
+    return records
+
+
+def test_the_report_is_one_page_and_its_numbers_are_those_of_the_records(tmp_path):
+    records, rule = whole(), Rule("ours", "plain", choose=[1, 2], near=0.1, draws=200)
+    cells = cells_of(records)
+    out = report.build(cells, records, rule, tmp_path / "report", ["vlakeep study x.yaml"])
+    text = out.read_text()
+    assert not re.search(r"<script|<link rel=.stylesheet|(src|href)=.(https?:)?//", text), "nothing is loaded"
+    assert "x&lt;_&amp;" in text and "x<_&" not in text
+    for title in ("Arms", "The claim", "Success and forgetting", "Fronts", "Abilities", "Harm", "Over training", "Cost", "Power", "Cells",
+                  "Reproduce"):
+        assert f"<h2>{title}</h2>" in text
+    for name in ("front", "forgetting", "loss", "kl", "opening"):
+        assert (tmp_path / "report" / "figures" / f"{name}.png").is_file() and (tmp_path / "report" / "figures" / f"{name}.svg").is_file()
+    judged = claims.judge(cells, records, rule)
+    plain = judged.matched[0]
+    assert f"{100 * plain.kept.mean:+.1f} [{100 * plain.kept.low:+.1f}" in text and f"ours keeps {100 * plain.kept.mean:+.1f}" in text
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "report" / "tables" / "numbers_claims.csv").read_text())))
+    assert float(rows[0]["kept"]) == plain.kept.mean and rows[0]["family"] == "plain"
+    changes = (tmp_path / "report" / "tables" / "changes.csv").read_text()
+    assert changes.startswith("family,t,reach,left of\n") or changes.startswith("family,new task,reach,left of\n")
+    assert "plain against the base: worse in reach -" in text and "x&lt;_&amp;: no setting comes within 10 points" in text
+    latex = (tmp_path / "report" / "tables" / "arms.tex").read_text()
+    assert r"x$<$\_\&" in latex and latex.count(r"\\") == 1 + 4 and r"\label{tab:arms}" in latex and "%)" not in latex.replace(r"\%", "")
+    cost = (tmp_path / "report" / "tables" / "cost.csv").read_text()
+    assert "ours,1,1.00," in cost and "A card" in cost
+    # Made again from the records that lie beside it, it is the same.
+    again = report.build(cells, read_records(tmp_path / "report" / "records.jsonl"), rule, tmp_path / "again", ["vlakeep study x.yaml"])
+    assert again.read_text() == text
+    (tmp_path / "again" / "mine.txt").write_text("")
+    with pytest.raises(ValueError, match="holds files of something else .mine.txt."):
+        report.build(cells, records, rule, tmp_path / "again")
+
+
+def test_a_report_of_the_first_few_cells_says_what_is_not_known_yet(tmp_path):
+    records = [one for one in whole((1, 11)) if one["arm"] in ("plain", "base") and one["seed"] != 11]
+    cells = cells_of(whole((1, 11)))
+    text = report.build(cells, records, Rule("ours", "plain", choose=[1], draws=200), tmp_path / "report").read_text()
+    assert "ours and plain have no seed in common yet" in text and "without records on the choosing seeds: ours" in text
+
+
+def test_ratios_of_time_are_of_one_machine():
+    records = whole()
+    for one in records:
+        if one["arm"] == "ours":
+            one["made"] = {"hardware": {"gpus": [{"name": "Another"}]}}
+    judged = claims.judge(cells_of(records), records, Rule("ours", "plain", choose=[1, 2], draws=200))
+    assert [row[:3] for row in report.cost(judged).rows][:2] == [["plain", "1", "1.00"], ["ours", "1", ""]]
+
+
+def test_only_families_that_are_named_are_tested():
+    records = whole()
+    judged = claims.judge(cells_of(records), records, Rule("ours", "plain", choose=[1, 2], near=0.1, compare=["plain"], draws=200))
+    assert {one.family: one.holm for one in judged.matched} == {"plain": judged.matched[0].p, "x<_&": None}
+
+
+# Streams
+
+
+def test_metrics_of_a_stream_are_those_of_the_worked_example():
+    """Three tasks, by hand from the definitions."""
+    matrix = np.array([[0.8, 0.1, 0.0], [0.5, 0.9, 0.2], [0.4, 0.6, 1.0]])
+    found = streams.metrics(matrix, base=np.array([0.0, 0.05, 0.1]))
+    assert found == {
+        "average": pytest.approx((0.4 + 0.6 + 1.0) / 3), "learned": pytest.approx((0.8 + 0.9 + 1.0) / 3),
+        "bwt": pytest.approx(((0.4 - 0.8) + (0.6 - 0.9)) / 2),
+        "nbt": pytest.approx((((0.8 - 0.5) + (0.8 - 0.4)) / 2 + (0.9 - 0.6)) / 2),
+        "auc": pytest.approx(((0.8 + 0.5 + 0.4) / 3 + (0.9 + 0.6) / 2 + 1.0) / 3),
+        "fwt": pytest.approx(((0.1 - 0.05) + (0.2 - 0.1)) / 2)}
+    kept = streams.metrics(np.array([[0.9, 0.0], [0.9, 0.7]]))
+    assert kept["nbt"] == kept["bwt"] == 0.0 and "fwt" not in kept
+
+
+def test_a_stream_is_put_together_from_the_records_of_its_cells():
+    def one(arm, seed, position, rates):
+        record = made(arm, "ab"[position], 1e-3, seed, "11", "10")
+        del record["trials"][f"new:{record['task']}"]
+        for name, rate in zip("ab", rates):
+            kind = "new" if name == "ab"[position] else "stream"
+            record["trials"][f"{kind}:{name}"] = {"outcomes": "1" * rate + "0" * (10 - rate), "seeds": [1, 1]}
+        return {**record, "stream": ["a", "b"], "position": position}
+
+    records = [one("base", 0, 0, (0, 1))]
+    for arm, forgotten in (("plain", 6), ("ours", 1)):
+        for seed in (1, 2, 3):
+            records += [one(arm, seed, 0, (9, 1)), one(arm, seed, 1, (9 - forgotten + seed % 2, 8))]
+    found = streams.streams(records[:-1])
+    assert [(one.setting.arm, one.seed) for one in found] == [("plain", 1), ("plain", 2), ("plain", 3), ("ours", 1), ("ours", 2)]
+    np.testing.assert_allclose(found[0].matrix, [[0.9, 0.1], [0.4, 0.8]])
+    assert found[0].old == 0.5, "other tasks of the stream are no old skills"
+    table = streams.values(streams.streams(records), streams.base_of(records))
+    rows = {(row["arm"], row["metric"]): row for row in streams.over_seeds(table, "plain")}
+    assert rows["ours", "nbt"]["mean"] == pytest.approx(0.1 - 2 / 30) and rows["ours", "nbt"]["minus_mean"] == pytest.approx(-0.5)
+    assert rows["ours", "fwt"]["mean"] == pytest.approx(0.0) and "minus_mean" not in rows["plain", "nbt"]
+    assert "| ours at 0.001 | 3 |" in streams.files(records, "plain")["streams.md"] and streams.files(records[:2]) == {}

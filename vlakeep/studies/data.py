@@ -1,0 +1,139 @@
+"""The records of a study as arrays: one number a trial, by setting, measure, training seed and start state.
+
+Axes: S training seeds, I start states. A *block* is what is drawn together: start states of one kind. Old skills and questions are asked at
+the same states after every task, so that tasks are averaged trial by trial first; each new skill has states of its own.
+"""
+
+import warnings
+import zlib
+from functools import lru_cache
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+
+from vlakeep.studies.records import states_of
+
+BASE = "base"
+Blocks = Dict[str, np.ndarray]  # name -> [S, I], NaN where a trial crashed
+
+
+class Setting(NamedTuple):
+    """One way to train: an arm at a learning rate."""
+
+    arm: str
+    rate: float
+
+    def __str__(self) -> str:
+        return f"{self.arm} at {self.rate:g}" if self.rate else self.arm
+
+
+class Data:
+    """The records of a study. Tasks and seeds are in order of appearance and of size."""
+
+    def __init__(self, records: Sequence[Dict[str, Any]]):
+        self._records = {(Setting(one["arm"], one["rate"]), one["task"], one["seed"]): one for one in records}
+        self.tasks = list(dict.fromkeys(one["task"] for one in records))
+        self.seeds = sorted({one["seed"] for one in records if one["arm"] != BASE})
+
+    def all(self) -> List[Dict[str, Any]]:
+        return list(self._records.values())
+
+    def keys(self) -> List[Tuple[Setting, str, int]]:
+        return list(self._records)
+
+    @property
+    def count(self) -> int:
+        return len(self._records)
+
+    def records(self, setting: Setting) -> List[Dict[str, Any]]:
+        return [record for (own, _, _), record in self._records.items() if own == setting]
+
+    def abilities(self, measure: str) -> List[str]:
+        """Names of the trials that make a measure, such as `skill:reach`; a name stands for itself."""
+        names = {name for record in self._records.values() for name in record["trials"]}
+        starts = {"new": ("new:",), "old": ("skill:",), "questions": ("question:",), "all": ("skill:", "question:")}.get(measure)
+        return sorted(name for name in names if name.startswith(starts)) if starts else [measure]
+
+    def complete(self, setting: Setting, seeds: Sequence[int], tasks: Optional[Sequence[str]] = None) -> Tuple[List[str], List[int]]:
+        """(tasks, those of the seeds) of which every combination is there; tasks that no seed has are left out."""
+        if setting.arm == BASE:
+            return [task for task in tasks or self.tasks if (setting, task, 0) in self._records], list(seeds)
+        tasks = [task for task in tasks or self.tasks if any((setting, task, seed) in self._records for seed in seeds)]
+        return tasks, [seed for seed in seeds if tasks and all((setting, task, seed) in self._records for task in tasks)]
+
+    def common(self, settings: Sequence[Setting], seeds: Sequence[int]) -> Tuple[List[str], List[int]]:
+        """(tasks, seeds) of which every combination is there in all the settings: of the tasks those that all of them have."""
+        tasks = self.tasks
+        for setting in settings:
+            tasks = self.complete(setting, seeds, tasks)[0]
+        for setting in settings:
+            seeds = self.complete(setting, seeds, tasks)[1] if tasks else []
+        return tasks, list(seeds)
+
+    def blocks(self, setting: Setting, measure: str, tasks: Sequence[str], seeds: Sequence[int], minus: Optional[Setting] = None) -> Blocks:
+        """Block -> [S, I]; with `minus` the differences, trial by trial at the same start state. ValueError where states differ."""
+        found: Blocks = {}
+        if measure == "action_kl":
+            stacks = {"action_kl": [np.stack([self._kl(setting, minus, task, seed) for seed in seeds]) for task in tasks]}
+        elif measure == "new":
+            stacks = {name: [self._stack(setting, minus, task, name, seeds)] for task in tasks for name in self._new(task)}
+        else:
+            stacks = {name: [self._stack(setting, minus, task, name, seeds) for task in tasks if self._asked(task, name)]
+                      for name in self.abilities(measure)}
+        for name, own in stacks.items():
+            if not own:
+                continue
+            with warnings.catch_warnings():  # a trial that crashed after every task
+                warnings.simplefilter("ignore", RuntimeWarning)
+                found[name] = np.nanmean(np.stack(own), axis=0)
+        return found
+
+    def mean(self, setting: Setting, measure: str, seeds: Sequence[int]) -> Optional[float]:
+        """Over what the setting has of these seeds, blocks alike; None without any."""
+        tasks, own = self.complete(setting, seeds)
+        blocks = self.blocks(setting, measure, tasks, own[:1] if setting.arm == BASE else own) if tasks and own else {}
+        return float(np.mean([np.nanmean(block) for block in blocks.values()])) if blocks else None
+
+    def _new(self, task: str) -> List[str]:
+        return sorted({name for (_, own, _), record in self._records.items() if own == task
+                       for name in record["trials"] if name.startswith("new:")})
+
+    def _asked(self, task: str, name: str) -> bool:
+        return any(name in record["trials"] for (_, own, _), record in self._records.items() if own == task)
+
+    def _record(self, setting: Setting, task: str, seed: int) -> Dict[str, Any]:
+        return self._records[setting, task, 0 if setting.arm == BASE else seed]
+
+    def _stack(self, setting, minus, task: str, name: str, seeds) -> np.ndarray:
+        rows = []
+        for seed in seeds:
+            own = self._record(setting, task, seed)["trials"][name]
+            row = outcomes(own)
+            if minus is not None:
+                other = self._record(minus, task, seed)["trials"][name]
+                if states_of(own) != states_of(other):
+                    raise ValueError(f"{setting} and {minus} were evaluated on other start states of {name} after {task}: "
+                                     "evaluate both with the same --evaluate.seed and --evaluate.episodes")
+                row = row - outcomes(other)
+            rows.append(row)
+        return np.stack(rows)
+
+    def _kl(self, setting, minus, task: str, seed: int) -> np.ndarray:
+        def values(one: Setting) -> np.ndarray:
+            record = self._record(one, task, seed)
+            return np.array(record["action_kl"] or [0.0], dtype=float)  # the base is the teacher
+
+        row = values(setting)
+        return row if minus is None else row - values(minus)
+
+
+def outcomes(trials: Dict[str, Any]) -> np.ndarray:
+    """[I]: 1 success, 0 failure, NaN a crash."""
+    return np.array([np.nan if one == "x" else float(one) for one in trials["outcomes"]])
+
+
+@lru_cache(maxsize=64)
+def weights(key: str, count: int, draws: int) -> np.ndarray:
+    """[draws, count]: how often each of `count` things is in a bootstrap sample; the same for the same key, whatever is compared."""
+    generator = np.random.default_rng([zlib.crc32(key.encode()), count])
+    return generator.multinomial(count, np.full(count, 1 / count), size=draws).astype(float)

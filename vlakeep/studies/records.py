@@ -1,0 +1,203 @@
+"""What a cell of a study leaves, as one line: every outcome, the curves of its training, and what it was made from.
+
+    vlakeep study studies/X.yaml --part 2 --parts 4 --export part2.jsonl       # on another machine
+    vlakeep study studies/X.yaml --import part1.jsonl,part2.jsonl              # where the study is put together
+
+Tables, statistics and report of a study read these records and nothing else, so that cells that ran elsewhere count as those that ran here.
+
+    format, study, cell, arm, task, rate, seed
+    settings     key -> value of what differs from the defaults and decides a number of the run
+    evaluate     the settings of the evaluation (header of its records.jsonl)
+    weights      SHA-256 of the adapter, of the base for the base
+    stream, position    of a stream: its abilities in order, and which of them this cell learned (absent in others)
+    trials       `new:NAME`, `skill:NAME`, `question:NAME`, `stream:NAME` (other tasks of the stream) -> `outcomes`, a digit a trial in the
+                 order of the trials (1 success, 0 failure, x crash), and `seeds` of the start states, [first, step] where they count up
+    action_kl    nats, one per frame; null for the base
+    drift, probe_kl, followed    as in summary.json; the last divergence on the probe
+    curves       logged training values by name, beside `step`
+    seconds      `train`, `evaluate`; in no table that is compared to the byte
+    made         commit, versions, hardware, hashes of what was read
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Optional, Sequence
+
+from vlakeep.core.config import Config, ConfigError, to_dict
+from vlakeep.core.errors import quoted
+from vlakeep.core.sameness import config_differences, flat
+from vlakeep.core.storage import Storage, atomic_write
+from vlakeep.core.study import DONE, Cell, State, evaluation_differences, read_rows
+
+FORMAT = 1
+CURVES = ("loss", "kl", "settled_kl", "opening", "weight", "penalty", "d", "d_ema", "threshold", "gamma", "beta", "kl_new", "grad_norm")
+ROWS = 60  # of a curve, at most about
+GONE = ("name", "root")  # keys that name a place
+
+
+def record_of(cell: Cell, config: Config, storage: Storage, state: State) -> Optional[Dict[str, Any]]:
+    """The record of a cell that is done, from its own files or as it was taken in; None for any other."""
+    if state.kind != DONE or state.record is not None:
+        return state.record if state.kind == DONE else None
+    summary = json.loads((state.evaluation / "summary.json").read_text(encoding="utf-8"))
+    header, rows = _lines(state.evaluation / "records.jsonl")
+    run = storage.run_folder(cell.name)
+    logged = [] if cell.is_base else read_rows(run)
+    kl = [row.get("settled_kl", row.get("kl")) for row in logged if "kl" in row]
+    new = (summary["new_skill"] or {}).get("name")
+    groups = {("skill", new): "new", **{(one["group"], name): "stream" if name in cell.stream else one["group"]
+                                        for name, one in summary["abilities"].items()}}
+    trials = {f"{groups[key]}:{key[1]}": _trials(own) for key, own in _grouped(rows).items() if key in groups}
+    retention = [_finite(row["value"]) for row in rows if row["kind"] == "retention"]
+    return {
+        "format": FORMAT, "study": cell.group, "cell": cell.cell, "arm": cell.arm, "task": cell.task, "rate": cell.rate, "seed": cell.seed,
+        **({"stream": list(cell.stream), "position": cell.position} if cell.stream else {}),
+        "settings": settings_of(config), "evaluate": header["evaluate"], "weights": summary["weights"], "trials": trials,
+        "action_kl": retention or None, "drift": summary.get("drift"), "probe_kl": kl[-1] if kl else None,
+        "followed": summary.get("followed"), "curves": _curves(logged),
+        "seconds": {"train": train_seconds(logged), "evaluate": summary.get("seconds")}, "made": _made(run)}
+
+
+def settings_of(config: Config) -> Dict[str, Any]:
+    """Dotted key -> value of what differs from the defaults, without places."""
+    default = dict(flat(to_dict(Config())))
+    return {key: value for key, value in flat(to_dict(config))
+            if key not in GONE and not key.endswith("_dir") and value != default.get(key) and not key.startswith("export.")}
+
+
+def differences(record: Dict[str, Any], config: Config) -> List[str]:
+    """`key: there -> here` of what decides a number and is another in the record's cell."""
+    there = {**dict(flat(to_dict(Config()))), **record["settings"]}
+    for key in [key for key in there if key.startswith("options.") and key not in record["settings"]]:
+        del there[key]
+    found = [] if record["arm"] == "base" else config_differences(there, to_dict(config))
+    return found + evaluation_differences(record["evaluate"], config)
+
+
+def _lines(path: Path):
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return lines[0]["header"], sorted(lines[1:], key=lambda row: (row["kind"], row["ability"], row["trial"]))
+
+
+def _grouped(rows: Iterable[dict]) -> Dict[tuple, List[dict]]:
+    found: Dict[tuple, List[dict]] = {}
+    for row in rows:
+        if row["kind"] in ("skill", "question"):
+            found.setdefault((row["kind"], row["ability"]), []).append(row)
+    return found
+
+
+def _trials(rows: List[dict]) -> Dict[str, Any]:
+    outcomes = "".join("x" if row["crash"] is not None else str(int(bool(row["success"]))) for row in rows)
+    seeds = [row["seed"] for row in rows]
+    step = seeds[1] - seeds[0] if len(seeds) > 1 else 1
+    return {"outcomes": outcomes, "seeds": [seeds[0], step] if seeds == [seeds[0] + step * i for i in range(len(seeds))] else seeds}
+
+
+def states_of(trials: Dict[str, Any]) -> List[int]:
+    """Seeds of the start states, one a trial."""
+    seeds, count = trials["seeds"], len(trials["outcomes"])
+    return seeds if len(seeds) == count and count > 2 else [seeds[0] + (seeds[1] if len(seeds) > 1 else 1) * i for i in range(count)]
+
+
+def _finite(value) -> Optional[float]:
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def _curves(rows: List[dict]) -> Dict[str, List[Optional[float]]]:
+    """Columns of the log, six digits; where rows are left out, those of a measurement stay."""
+    stride = max(1, len(rows) // ROWS)
+    kept = [row for i, row in enumerate(rows) if i % stride == 0 or i == len(rows) - 1 or "kl" in row or "d" in row]
+    found = {"step": [row["step"] for row in kept]}
+    for key in CURVES:
+        values = [_finite(row.get(key)) for row in kept]
+        if any(value is not None for value in values):
+            found[key] = [None if value is None else float(f"{value:.6g}") for value in values]
+    return found
+
+
+def train_seconds(rows: List[dict]) -> Optional[float]:
+    """What training took. A resumed run counts from zero again: each stretch ends where the next row has less."""
+    times = [row["seconds"] for row in rows if "seconds" in row]
+    return sum(a for a, b in zip(times, [*times[1:], -1.0]) if b < a) if times else None
+
+
+def _made(run: Path) -> Dict[str, Any]:
+    try:
+        session = json.loads((run / "provenance.json").read_text(encoding="utf-8"))["sessions"][-1]
+    except (OSError, ValueError, KeyError, IndexError):
+        return {}
+    hardware = {key: (session.get("hardware") or {}).get(key) for key in ("cpu", "cores", "gpus")}  # no name of a machine
+    return {**{key: session[key] for key in ("commit", "versions", "hashes") if key in session}, "hardware": hardware}
+
+
+# Files
+
+
+def line_of(record: Dict[str, Any]) -> str:
+    return json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n"
+
+
+def write_records(path, records: Sequence[Dict[str, Any]]) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path, "w") as file:
+        file.writelines(line_of(record) for record in records)
+
+
+def read_records(path) -> List[Dict[str, Any]]:
+    """Records of a file; an unfinished last line is left out. ConfigError naming file and line for what is none."""
+    path, found = Path(path), []
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ConfigError(f"the records {path} cannot be read: {error.strerror}; "
+                          f"`vlakeep study STUDY --export {quoted(path)}` writes them") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if record["format"] != FORMAT:
+                raise ValueError(f"format {record['format']}, where {FORMAT} is read")
+            _ = record["study"], record["cell"], record["settings"], record["evaluate"], record["trials"], record["seconds"]
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):  # a process that was killed while it wrote
+                continue
+            raise ConfigError(f"{path}, line {number} is no record of a cell ({error!r}): export it again") from error
+        found.append(record)
+    return found
+
+
+def same(one: Dict[str, Any], two: Dict[str, Any]) -> List[str]:
+    """Names of what differs between two records of a cell, without times and what they were made with."""
+    return [key for key in sorted({**one, **two}) if key not in ("seconds", "made") and one.get(key) != two.get(key)]
+
+
+# What a table says of a cell
+
+
+def values_of(record: Dict[str, Any]) -> Dict[str, Optional[float]]:
+    """Rates in [0, 1], divergences in nats; no times."""
+    found: Dict[str, Any] = {}
+    groups: Dict[str, List[float]] = {}
+    for name, trials in record["trials"].items():
+        rate = rate_of(trials)
+        groups.setdefault(name.partition(":")[0], []).append(rate)
+        if not name.startswith("new:"):
+            found[name] = rate
+    kl = [value for value in record["action_kl"] or [] if value is not None]
+    found.update(new=_mean(groups.get("new")), old=_mean(groups.get("skill")),
+                 worst=min(groups["skill"]) if groups.get("skill") else None, questions=_mean(groups.get("question")),
+                 action_kl=_mean(kl) if record["arm"] != "base" else 0.0, probe_kl=record["probe_kl"])
+    return found
+
+
+def rate_of(trials: Dict[str, Any]) -> float:
+    """Share of successes among trials that did not crash; 0 of none, as in summary.json."""
+    done = trials["outcomes"].replace("x", "")
+    return done.count("1") / len(done) if done else 0.0
+
+
+def _mean(values: Optional[Sequence[float]]) -> Optional[float]:
+    return sum(values) / len(values) if values else None
