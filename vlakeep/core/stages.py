@@ -51,11 +51,17 @@ STUDY = Stage("study", "vlakeep.study", "arms x tasks x rates x seeds, trained a
               file=False, own=(
     Option("study", None, "The study file (core/study.py says what it holds), such as studies/rivals_small.yaml.", required=True),
     Option("--workers", 1, "Cells that run at a time.", whole()),
+    Option("--scheduler", "local", "Where cells run: processes of this machine, a SLURM cluster by submitit, or many machines by Ray.",
+           choices=("local", "slurm", "ray")),
+    Option("--resources", [], "What a cell asks of the scheduler, NAME=VALUE with commas between them, such as num_gpus=0.25.", names),
     Option("--dry-run", False, "Show the cells, what each has still to do, what it costs and what is missing; do nothing.", bool),
     Option("--table", False, "Write the tables of what is done; run nothing.", bool),
     Option("--report", False, "Write the report of what is done: a page, tables and figures; run nothing.", bool),
     Option("--out", None, "Folder of the report; null takes `report` in the study's folder."),
     Option("--cell", None, "Run this cell alone, in this process."),
+    Option("--rerun", 0, "Run so many cells of which there are records again, drawn at random, and compare; the exit status says whether "
+           "all are the same to the bit.", whole()),
+    Option("--again", False, "The study under the name NAME_again, beside what was run; --rerun runs its cells so.", bool),
     Option("--arms", [], "Only these arms, with commas between them.", names),
     Option("--tasks", [], "Only these tasks.", names),
     Option("--rates", [], "Only these learning rates.", numbers),
