@@ -14,6 +14,7 @@ import yaml
 
 from vlakeep.core import log
 from vlakeep.core.config import load_config, to_dict
+from vlakeep.tabletop import rollout
 
 torch.set_num_threads(1)
 log.install()  # tests read what the command line shows
@@ -30,9 +31,9 @@ GRADED = "configs/method_graded.yaml"
 
 
 # Long files first, as far as they were measured: processes that take one file after the other then end together (make test).
-LONG = ["test_evaluate", "test_runs", "test_laws", "test_graded", "test_report", "test_demo", "test_rivals", "test_train", "test_bad_input",
-        "test_methods", "test_closing", "test_protect_loops", "test_signals", "test_pi0_fast_runs", "test_evaluate_libero", "test_tabletop",
-        "test_pi0_fast", "test_open_loop", "test_export", "test_identity", "test_data_formats", "test_fuzz", "test_study", "test_wheel"]
+LONG = ["test_evaluate", "test_runs", "test_graded", "test_report", "test_laws", "test_rivals", "test_demo", "test_tabletop",
+        "test_bad_input", "test_methods", "test_train", "test_open_loop", "test_signals", "test_distillation", "test_closing",
+        "test_evaluate_libero", "test_protect_loops", "test_cli", "test_study", "test_models", "test_identity", "test_pretraining"]
 
 
 def pytest_collection_modifyitems(items):
@@ -111,6 +112,11 @@ def own_evaluations(world, tmp_path_factory):
             swap(own, others)
 
     return context
+
+
+def cut_episodes(patch):
+    """Episodes of a single step, where what is played is compared with nothing or with itself; the header says the usual lengths."""
+    patch.setattr(rollout, "MAX_STEPS", dict.fromkeys(rollout.MAX_STEPS, 1))
 
 
 def read_evaluation(folder):

@@ -24,24 +24,42 @@ def _run(argv, environ, log):
     sys.exit(cli.main())
 
 
-def start(argv, log, **environ):
-    """A process that runs `vlakeep ARGV` with these variables set; what it says goes to the file `log`."""
-    process = FORKS.Process(target=_run, args=([str(a) for a in argv], environ, str(log)))
+def _start(target, *args):
+    process = FORKS.Process(target=target, args=args)
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
         process.start()
     return process
 
 
-def free_port():
+def start(argv, log, **environ):
+    """A process that runs `vlakeep ARGV` with these variables set; what it says goes to the file `log`."""
+    return _start(_run, [str(a) for a in argv], environ, str(log))
+
+
+def _ranks():
+    """What torchrun tells two processes; test_signals.py has torchrun itself."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+        port = str(free.getsockname()[1])
+    return [dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in "01"]
 
 
-def two_ranks(argv, folder):
-    """`vlakeep ARGV` in two processes with the variables that torchrun gives them, to its end; test_signals.py has torchrun itself."""
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [start(argv, folder / rank, RANK=rank, LOCAL_RANK=rank, **place) for rank in "01"]
-    for rank, process in zip("01", ranks):
+def _ranked(environ, body, args):
+    os.environ.update(environ)
+    body(*args)
+
+
+def two_ranks(body, *args):
+    """body(*args), a function of a module, in two processes that Distributed finds to be one job, to the end of both."""
+    processes = [_start(_ranked, environ, body, args) for environ in _ranks()]
+    [process.join(120) for process in processes]
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def run_two_ranks(argv, folder):
+    """`vlakeep ARGV` in two such processes."""
+    logs = [folder / "rank0", folder / "rank1"]
+    processes = [start(argv, log, **environ) for log, environ in zip(logs, _ranks())]
+    for process, log in zip(processes, logs):
         process.join(300)
-        assert process.exitcode == 0, (folder / rank).read_text()[-3000:]
+        assert process.exitcode == 0, log.read_text()[-3000:]

@@ -224,6 +224,15 @@ def test_gradient_checkpointing_changes_no_gradient(folder):
     assert torch.equal(*grads)
 
 
+def test_initial_weights_are_not_drawn_where_none_are_held(folder, monkeypatch):
+    """torch does that in Python for tensors without memory, which takes longer than reading the real ones."""
+    drawn, draw = [], torch.Tensor.normal_
+    monkeypatch.setattr(torch.Tensor, "normal_", lambda tensor, *args, **more: drawn.append(tensor.is_meta) or draw(tensor, *args, **more))
+    torch.nn.init.normal_(torch.zeros(2))
+    make_backbone(str(folder))
+    assert drawn == [False]
+
+
 def test_padding_and_neighbours_change_nothing(backbone):
     batch = encode_batch(samples(), backbone.processor)
     with torch.no_grad():

@@ -13,7 +13,7 @@ import pytest
 from vlakeep.core.config import ConfigError
 from vlakeep.core.study import Cell
 from vlakeep.reporting.intervals import t_quantile
-from vlakeep.studies import claims, front, inference, power, report
+from vlakeep.studies import claims, front, inference, power, report, streams
 from vlakeep.studies.data import Data, Setting
 from vlakeep.studies.records import read_records
 from vlakeep.studies.rule import Rule, choose, families_of, read_rule
@@ -309,3 +309,44 @@ def test_only_families_that_are_named_are_tested():
     records = whole()
     judged = claims.judge(cells_of(records), records, Rule("ours", "plain", choose=[1, 2], near=0.1, compare=["plain"], draws=200))
     assert {one.family: one.holm for one in judged.matched} == {"plain": judged.matched[0].p, "x<_&": None}
+
+
+# Streams
+
+
+def test_metrics_of_a_stream_are_those_of_the_worked_example():
+    """Three tasks, by hand from the definitions."""
+    matrix = np.array([[0.8, 0.1, 0.0], [0.5, 0.9, 0.2], [0.4, 0.6, 1.0]])
+    found = streams.metrics(matrix, base=np.array([0.0, 0.05, 0.1]))
+    assert found == {
+        "average": pytest.approx((0.4 + 0.6 + 1.0) / 3), "learned": pytest.approx((0.8 + 0.9 + 1.0) / 3),
+        "bwt": pytest.approx(((0.4 - 0.8) + (0.6 - 0.9)) / 2),
+        "nbt": pytest.approx((((0.8 - 0.5) + (0.8 - 0.4)) / 2 + (0.9 - 0.6)) / 2),
+        "auc": pytest.approx(((0.8 + 0.5 + 0.4) / 3 + (0.9 + 0.6) / 2 + 1.0) / 3),
+        "fwt": pytest.approx(((0.1 - 0.05) + (0.2 - 0.1)) / 2)}
+    kept = streams.metrics(np.array([[0.9, 0.0], [0.9, 0.7]]))
+    assert kept["nbt"] == kept["bwt"] == 0.0 and "fwt" not in kept
+
+
+def test_a_stream_is_put_together_from_the_records_of_its_cells():
+    def one(arm, seed, position, rates):
+        record = made(arm, "ab"[position], 1e-3, seed, "11", "10")
+        del record["trials"][f"new:{record['task']}"]
+        for name, rate in zip("ab", rates):
+            kind = "new" if name == "ab"[position] else "stream"
+            record["trials"][f"{kind}:{name}"] = {"outcomes": "1" * rate + "0" * (10 - rate), "seeds": [1, 1]}
+        return {**record, "stream": ["a", "b"], "position": position}
+
+    records = [one("base", 0, 0, (0, 1))]
+    for arm, forgotten in (("plain", 6), ("ours", 1)):
+        for seed in (1, 2, 3):
+            records += [one(arm, seed, 0, (9, 1)), one(arm, seed, 1, (9 - forgotten + seed % 2, 8))]
+    found = streams.streams(records[:-1])
+    assert [(one.setting.arm, one.seed) for one in found] == [("plain", 1), ("plain", 2), ("plain", 3), ("ours", 1), ("ours", 2)]
+    np.testing.assert_allclose(found[0].matrix, [[0.9, 0.1], [0.4, 0.8]])
+    assert found[0].old == 0.5, "other tasks of the stream are no old skills"
+    table = streams.values(streams.streams(records), streams.base_of(records))
+    rows = {(row["arm"], row["metric"]): row for row in streams.over_seeds(table, "plain")}
+    assert rows["ours", "nbt"]["mean"] == pytest.approx(0.1 - 2 / 30) and rows["ours", "nbt"]["minus_mean"] == pytest.approx(-0.5)
+    assert rows["ours", "fwt"]["mean"] == pytest.approx(0.0) and "minus_mean" not in rows["plain", "nbt"]
+    assert "| ours at 0.001 | 3 |" in streams.files(records, "plain")["streams.md"] and streams.files(records[:2]) == {}

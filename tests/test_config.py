@@ -31,6 +31,16 @@ def test_command_line_over_file_over_default(tmp_path):
     assert load_config(None, ["--thermostat.gamma_min", "0.1"]).thermostat.gamma_min == 0.1
 
 
+def test_one_configuration_leaves_nothing_in_the_next():
+    """They are read by one parser."""
+    first = load_config("method_graded", ["--data.datasets", "[a]", "--lora.layers", "last:1", "--train.steps", "3"])
+    first.data.datasets.append("b")
+    first.options["y"] = 2
+    again = load_config(None, [])
+    assert again == Config() and again.options == {} and again.data.datasets == Config().data.datasets
+    assert load_config("method_graded", ["--train.steps", "3"]) != first
+
+
 def test_a_configuration_that_ships_is_found_by_name_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shipped = load_config(str(SHIPPED / "method_icsm_hsw_thermostat.yaml"))
@@ -53,6 +63,7 @@ def test_a_configuration_that_ships_is_found_by_name_from_any_folder(tmp_path, m
         ("train: {learning_rate: 1}\nlora: {rnak: 1}\n", "(?s)train.learning_rate.*lora.rnak.*did you mean `lora.rank`"),
         ("train: {lr: fast}\n", "wrong type.*lr"),
         ("train: [1\n", "not valid YAML"),
+        ("seed: null\n", "wrong type: --seed must be a whole number, not null"),
         ("- 1\n", "`key: value` pairs"),
         ("train: {lr: -1, steps: 0}\nhsw: {beta: 0}\n", "(?s)hsw.beta|train.steps"),
     ],
@@ -115,31 +126,33 @@ def test_defaults_are_sound_and_every_key_is_known():
 CHECKING = ("config.py", "ranges.py", "checks.py", "preflight.py")  # they look at a value, and do nothing with it
 
 
-def unread(trees):
+def unread(found):
     """Keys that no attribute reads; folders are asked for by the names that storage.KEYS lists."""
-    return sorted({key for section in FIELDS for key in keys_of(section)} - set(Reads(trees).nodes) - set(KEYS))
+    return sorted({key for section in FIELDS for key in keys_of(section)} - set(found.nodes) - set(KEYS))
 
 
 def keys_of(section):
     return {f"{section}.{field}" if section else field for field in FIELDS[section]}
 
 
-def sources():
-    return [ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES if path.name not in CHECKING]
+@pytest.fixture(scope="module")
+def read():
+    """(sources, what is found in them)."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES if path.name not in CHECKING]
+    return trees, Reads(trees)
 
 
-def test_no_key_is_accepted_and_ignored():
+def test_no_key_is_accepted_and_ignored(read):
     """Every field is read, outside the files that only check values, from something that holds its section."""
-    assert unread(sources()) == [] and set(KEYS) < FIELDS[""]
+    assert unread(read[1]) == [] and set(KEYS) < FIELDS[""]
 
 
-def test_a_key_that_is_no_longer_read_is_found():
+def test_a_key_that_is_no_longer_read_is_found(read):
     """Whatever else is called alike: other sections have a seed, workers and layers too."""
-    trees, gone = sources(), ["data.workers", "evaluate.seed", "icsm.layers", "thermostat.dead_band", "threads"]
-    found = Reads(trees).nodes
-    for node in (node for key in gone for node in found[key]):
+    (trees, found), gone = read, ["data.workers", "evaluate.seed", "icsm.layers", "thermostat.dead_band", "threads"]
+    for node in (node for key in gone for node in found.nodes[key]):
         node.attr = "nothing"
-    assert unread(trees) == gone
+    assert unread(Reads(trees)) == gone
 
 
 def _value(config, key):

@@ -138,6 +138,25 @@ def test_resume_with_other_settings_is_refused(stream, options, flag):
         stream(**options).load_state_dict(stream().state_dict())
 
 
+def test_resume_with_other_pictures_is_refused(stream, tmp_path, processor):  # noqa: F811
+    """Rendered again under the same names: actions and texts, which the data's fingerprint is of, are the same."""
+    for i, name in enumerate(NAMES):
+        episodes = make_episodes(6, size=20, seed=i)
+        episodes[-1].images[-1, 0, 0, 0] ^= 1
+        write_rlds(tmp_path, name, episodes if name == NAMES[-1] else make_episodes(6, size=20, seed=i))
+    others = BatchStream(open_datasets(tmp_path, NAMES, cache_dir=tmp_path / "cache"), processor, 3, 1, shuffle_buffer=10)
+    again = BatchStream(open_datasets(tmp_path, NAMES, cache_dir=tmp_path / "cache"), processor, 3, 1, shuffle_buffer=10)
+    whole = stream()
+    assert others.fingerprints == whole.fingerprints
+    with pytest.raises(ValueError, match=f"the pictures of {NAMES[-1]} are not those"):
+        others.load_state_dict(json.loads(json.dumps(whole.state_dict())))
+    again.load_state_dict(json.loads(json.dumps(others.state_dict())))  # from the kept index
+    earlier = {key: value for key, value in whole.state_dict().items() if key != "pictures"}  # of a run that did not know of it
+    others.load_state_dict(earlier)
+    for one in (others, again):
+        one.close()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_picture_stops_the_stream_at_its_batch(stream, workers, monkeypatch):
     made = stream(workers=workers)

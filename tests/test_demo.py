@@ -5,7 +5,7 @@ import json
 
 import pytest
 import yaml
-from conftest import EVALUATION, METHOD, SMALL, read_evaluation
+from conftest import EVALUATION, METHOD, SMALL, cut_episodes, read_evaluation
 
 from vlakeep import demo, train
 from vlakeep.benchmarks.records import wilson
@@ -18,7 +18,6 @@ from vlakeep.reporting.arms import load_arms
 from vlakeep.reporting.compare import Comparison
 from vlakeep.reporting.figures import CURVES
 from vlakeep.tabletop import data as tabletop_data
-from vlakeep.tabletop import rollout
 from vlakeep.train import run_training
 
 ARMS = ["base", "baseline", "method", "graded"]
@@ -35,7 +34,7 @@ def root(tmp_path_factory):
         (root / place / "records.jsonl").write_text(f"of {place}\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tabletop_data, "EPISODES", 12)
-        patch.setattr(rollout, "MAX_STEPS", dict.fromkeys(rollout.MAX_STEPS, 3))  # what is played here is compared with nothing
+        cut_episodes(patch)
         patch.setattr(demo, "ON_THE_WAY", ["--evaluate.episodes", "1", "--evaluate.questions_per_kind", "2",
                                            "--evaluate.retention_frames", "2"])
         assert demo.main([*BRIEF, *EVALUATION, "--evaluate.episodes", "2", "--thermostat.gamma_max", "0.7", "--root", str(root)]) == 0
@@ -104,6 +103,7 @@ def test_an_arm_that_stops_before_its_first_checkpoint_is_in_the_report(tmp_path
             run.log(1, {"loss": 2.0})
             raise TrainingStopped("hidden states blew up")
 
+    cut_episodes(monkeypatch)
     monkeypatch.setattr(train, "run_training", stopping)
     monkeypatch.setattr(tabletop_data, "EPISODES", 12)
     monkeypatch.setattr(demo, "ARMS", {arm: ("baseline_lora", []) for arm in ("baseline", "method")})

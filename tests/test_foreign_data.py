@@ -173,6 +173,23 @@ def test_demonstrations_are_read_by_their_own_names(tmp_path):
         open_dataset(write_demos(tmp_path / "c" / "libero_x" / "x_demo.hdf5", ["data/demo_1", "data/demo_01"]))
 
 
+def test_pictures_that_are_turned_without_being_asked_for_are_told(tmp_path):
+    """robomimic's stand upright and are called agentview_image, LIBERO's on their heads and agentview_rgb."""
+    folder = write_demos(tmp_path / "libero_x" / "x_demo.hdf5", ["data/demo_0", "data/demo_1"])
+    with h5py.File(folder / "x_demo.hdf5", "r+") as file:
+        for demo in file["data"].values():
+            demo.copy("obs/agentview_rgb", "obs/agentview_image")
+
+    def told(**conventions):
+        report = card.look_at(open_dataset(folder, conventions=Conventions(**conventions)))
+        return [note for note in report["notes"] if "turned" in note], any("turned by 180" in line for line in card.lines(report)[:2])
+
+    (note,), line = told(camera="agentview_image")
+    assert line and "agentview_image are turned by 180 degrees" in note and "rotate: false" in note
+    assert told() == ([], True) and told(camera="agentview_image", rotate=True) == ([], True)
+    assert told(camera="agentview_image", rotate=False) == ([], False)
+
+
 def test_demonstrations_that_show_nothing_are_found(tmp_path):
     folder = write_demos(tmp_path / "libero_x" / "x_demo.hdf5", ["data/demo_0", "data/demo_1"])
     with h5py.File(folder / "x_demo.hdf5", "r+") as file:
@@ -197,3 +214,26 @@ def test_a_missing_split_is_told_what_to_write(written, tmp_path):  # noqa: F811
     said = "{" + str(error.value).partition("such as ")[2] + "}"
     edit_json("meta/info.json", lambda info: info.update(splits=json.loads(said)))(folder)
     assert len(open_dataset(folder)) == 3
+
+
+@pytest.mark.parametrize("lengths", [[float("inf")], [4294967295], [9.2e18], [-1]])
+def test_a_damaged_number_of_episodes_becomes_no_list_of_that_length(tmp_path, lengths):
+    version, _ = rlds(tmp_path)
+    info = json.loads((version / "dataset_info.json").read_text())
+    info["splits"][0]["shardLengths"] = lengths
+    (version / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match="dataset_info.json cannot be read"):
+        open_dataset(version, skip_bad=True)
+
+
+def test_names_that_are_no_text_and_videos_of_no_codec_are_damaged_files(written, tmp_path):  # noqa: F811
+    folder = copy(written, "v3.0-png", tmp_path)
+    path, = (folder / "meta/episodes").rglob("*.parquet")
+    path.write_bytes(path.read_bytes().replace(b"length", b"len\xe5th"))
+    with pytest.raises(ValueError, match=f"{path.name} cannot be read as parquet .*utf-8"):
+        open_dataset(folder)
+    folder = copy(written, "v2.1-rgb", tmp_path / "video")
+    for video in folder.rglob("*.mp4"):
+        video.write_bytes(video.read_bytes().replace(b"avc1", b"\0\0\0\1"))
+    with pytest.raises(ValueError, match="cannot be opened as a video .no decoder for it, or no time base"):
+        open_dataset(folder)

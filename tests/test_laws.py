@@ -165,7 +165,7 @@ def test_two_processes_are_one_process_with_two_micro_batches_bitwise(world, tmp
     """(g0 + g1) / 2 either way: the sample order does not depend on the number of processes, and halving is exact."""
     storage, make_config = world
     one = run_training(make_config(METHOD, "--name", "law-one", "--train.accumulation", 2), storage)
-    forked.two_ranks(command(storage.root, "--config", METHOD, "--name", "law-two"), tmp_path)
+    forked.run_two_ranks(command(storage.root, "--config", METHOD, "--name", "law-two"), tmp_path)
     assert final_adapter(storage.run_folder("law-two")) == final_adapter(one)
 
 

@@ -1,10 +1,7 @@
 """Loss scaling for float16: it changes no bit of what a step does, surgery and loop included, and skips alike on all ranks."""
 
 import math
-import os
-import sys
 from contextlib import closing
-from unittest import mock
 
 import forked
 import pytest
@@ -116,19 +113,14 @@ def test_a_step_in_float16_is_that_of_float32_within_its_rounding(world):
     assert (half == 0).float().mean() <= (exact == 0).float().mean() + 0.001, "gradients have vanished"
 
 
-def _rank(rank, port, folder):
+def _rank(folder):
     """One of two processes whose gradients stay its own, as those of sharded parameters do; the second one's overflows once."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    with Distributed("cpu", timeout_s=60):
-        trail, scaler = stepped([1.0, math.inf if rank else 1.0, 1.0], factor=64.0)
-        (folder / str(rank)).write_text(f"{trail} {scaler.state_dict()}")
+    with Distributed("cpu", timeout_s=60) as job:
+        trail, scaler = stepped([1.0, math.inf if job.rank else 1.0, 1.0], factor=64.0)
+        (folder / str(job.rank)).write_text(f"{trail} {scaler.state_dict()}")
 
 
 def test_ranks_skip_a_step_together(tmp_path):
-    port = forked.free_port()
-    ranks = [forked.FORKS.Process(target=_rank, args=(rank, port, tmp_path)) for rank in range(2)]
-    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
-        [process.start() for process in ranks]
-    [process.join(60) for process in ranks]
+    forked.two_ranks(_rank, tmp_path)
     said = [(tmp_path / str(rank)).read_text() for rank in range(2)]
     assert said[0] == said[1] == "[-1.0, -1.0, -2.0] {'scale': 32.0, '_growth_tracker': 1, 'skipped': 1}"

@@ -1,8 +1,10 @@
 """Benchmark `dataset`: held-out frames of demonstrations in every format, each figure against an independent computation."""
 
+import shutil
 
 import numpy as np
 import pytest
+import yaml
 from conftest import BASELINE, read_evaluation
 
 from vlakeep import checks, evaluate, preflight
@@ -126,6 +128,36 @@ def test_it_goes_on_where_it_stopped_and_refuses_another_share(world, run, tmp_p
     for other, named in ((["--data.train_fraction", "0.6"], "data"), (["--evaluate.center_crop", "true"], "center_crop")):
         with pytest.raises(ValueError, match=named):
             run_evaluation(make_config(BASELINE, *BRIEF, "--evaluate.target", run.name, *other), storage, tmp_path / "part")
+
+
+def test_episodes_that_the_run_has_seen_are_no_held_out_ones(world, run, tmp_path):
+    storage, make_config = world
+    told = yaml.safe_load((run / "config.yaml").read_text())["data"]
+    assert told["train_fraction"] == 1.0 and not told["image_aug"]
+
+    def alarms(*more):
+        config = make_config(BASELINE, *BRIEF, *more)
+        benchmark = open_loop.OpenLoop(config, storage)
+        with benchmark.opened():
+            return benchmark.alarms(None)
+
+    whole = len(open_dataset(storage.data / "tabletop_corner", 1.0, storage.cache))
+    line, = alarms("--evaluate.target", run.name)
+    assert line.startswith(f"{whole - round(0.5 * whole)} of {whole - round(0.5 * whole)} episodes of tabletop_corner are not held out") \
+        and "trained on 100 %" in line
+    assert alarms("--evaluate.target", "base") == []
+    crop, _ = alarms("--evaluate.target", run.name, "--evaluate.center_crop", "true")
+    assert "without random crops" in crop
+    copied = shutil.copytree(run, storage.runs / "half-seen")
+    try:
+        for share, seen in ((0.5, 0), (0.6, round(0.6 * whole) - round(0.5 * whole))):
+            text = (run / "config.yaml").read_text().replace("train_fraction: 1.0", f"train_fraction: {share}")
+            (copied / "config.yaml").write_text(text)
+            found = alarms("--evaluate.target", "half-seen")
+            assert len(found) == bool(seen) and (not seen or found[0].startswith(f"{seen} of"))
+            assert not seen or "--data.train_fraction 0.6 fits it" in found[0]
+    finally:
+        shutil.rmtree(copied)
 
 
 def test_what_cannot_be_held_out_is_said(world):

@@ -3,9 +3,12 @@ export. The data are those of test_model_inputs.py."""
 
 import json
 import shutil
+import tempfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import BASELINE, GRADED, METHOD, final_adapter, read_evaluation
 from test_model_inputs import NAME, STEPS, configured, episodes, probe_samples, written  # noqa: F401 (two of them are fixtures)
 
@@ -20,9 +23,12 @@ from vlakeep.models.load import make_backbone
 from vlakeep.offline import run_offline
 from vlakeep.openvla import audit
 from vlakeep.pi0_fast.model import DECODER
-from vlakeep.pi0_fast.tiny import make_folder
+from vlakeep.pi0_fast.tiny import SMALL, make_folder
 from vlakeep.preflight import main as preflight
 from vlakeep.probe.probe_set import write_probe
+from vlakeep.tabletop import benchmark as tabletop
+from vlakeep.tabletop.data import write_tabletop_data
+from vlakeep.tabletop.pretrain_pi0_fast import batches, normalised
 from vlakeep.tabletop.pretrain_pi0_fast import main as pretrain
 from vlakeep.teacher.folder import ArtifactError
 from vlakeep.train import run_training
@@ -98,6 +104,23 @@ def test_held_out_episodes_are_judged_and_an_export_is_lerobots(runs, tmp_path, 
     assert config["input_features"]["observation.state"]["shape"] == [2] and config["output_features"]["action"]["shape"] == [3]
     assert config["normalization_mapping"]["ACTION"] == "QUANTILES" and "layout" not in config
     assert set(json.loads((out / "dataset_stats.json").read_text())) == {"action", "observation.state"}
+    before, behind = (json.loads((out / f"policy_{kind}processor.json").read_text()) for kind in ("pre", "post"))
+    assert [step["registry_name"] for step in before["steps"]] == [
+        "rename_observations_processor", "to_batch_processor", "relative_actions_processor", "normalizer_processor",
+        "pi0_fast_prepare_state_tokenizer_processor_step", "tokenizer_processor", "action_tokenizer_processor", "device_processor"]
+    assert [step["registry_name"] for step in behind["steps"]] == [
+        "unnormalizer_processor", "absolute_actions_processor", "device_processor"]
+    assert before["steps"][3]["config"]["features"] == {**config["input_features"], **config["output_features"]}
+    # A reader that has lerobot's files alone scales as the run did: the gripper, which is 0 or 1, not at all.
+    own = make_backbone(out).norm_stats[NAME]
+    for name in ("dataset_statistics.json", "dataset_stats.json"):
+        (out / name).rename(tmp_path / name)
+    (theirs,) = make_backbone(out).norm_stats.values()
+    for name, end in (("q01", -1.0), ("q99", 1.0)):
+        assert np.allclose(theirs["action"][name], [*own["action"][name][:2], end])
+        assert np.allclose(theirs["proprio"][name], own["proprio"][name])
+    for name in ("dataset_statistics.json", "dataset_stats.json"):
+        (tmp_path / name).rename(out / name)
     merged = make_backbone(out)
     data, = open_configured(configured("rlds"), storage.data, tmp_path, merged.processor.spec)
     chunks, _ = merged.attempt_chunks(merged.processor.encode_prompts([data.frame(0, 0)]))
@@ -122,16 +145,54 @@ def test_preflight_and_audit_know_it(runs, capsys, monkeypatch):
     assert "4decoderlayers,D=32" in "".join(said.replace("│", "").replace("┃", "").split()), said
 
 
-def test_a_small_one_is_made_for_the_tabletop_and_plays_chunks(tmp_path):
-    assert pretrain(["--out", str(tmp_path / "pi0"), "--minutes", "0.001", "--episodes", "1", "--questions", "20", "--device", "cpu",
-                     "--batch", "4", "--hidden", "32", "--mlp", "32", "--layers", "4", "--heads", "2"]) == 0
+def test_a_small_one_is_made_for_the_tabletop_learns_a_skill_and_plays_chunks(tmp_path):
+    assert pretrain(["--out", str(tmp_path / "pi0"), "--minutes", "0.001", "--frames", "120", "--processes", "1", "--device", "cpu",
+                     "--batch", "4", "--hidden", "32", "--mlp", "32", "--layers", "4", "--heads", "2", "--codes", "192"]) == 0
     provenance = json.loads((tmp_path / "pi0" / "PROVENANCE.json").read_text())
-    assert provenance["steps"] >= 1 and "model.safetensors" in provenance["sha256"]
+    assert provenance["steps"] >= 1 and {"model.safetensors", "action_tokenizer/tokenizer.json"} <= set(provenance["sha256"])
     config = load_config(BASELINE, [
-        "--root", str(tmp_path), "--threads", "1", "--device", "cpu", "--backbone.checkpoint", str(tmp_path / "pi0"), "--evaluate.target",
-        "base", "--evaluate.skills", "[reach]", "--evaluate.episodes", "1", "--evaluate.questions", "[color]",
-        "--evaluate.questions_per_kind", "2"])
-    folder = run_evaluation(config, Storage.from_config(config))
-    rows, _ = read_evaluation(folder)
-    assert [row["ability"] for row in rows if row["kind"] == "skill"] == ["reach"] and not any(row["crash"] for row in rows)
-    assert json.loads((folder / "records.jsonl").read_text().splitlines()[0])["header"]["model"]["chunk"] == 4
+        "--root", str(tmp_path), "--threads", "1", "--device", "cpu", "--backbone.checkpoint", str(tmp_path / "pi0"), "--name", "plain",
+        "--evaluate.target", "plain", "--evaluate.skills", "[reach, corner]", "--evaluate.episodes", "1", "--evaluate.questions", "[color]",
+        "--evaluate.questions_per_kind", "2", "--evaluate.retention_frames", "3", "--probe.size", "12", "--train.steps", "2",
+        "--train.batch_size", "2", "--train.save_every", "2", "--train.warmup", "0", "--train.schedule", "constant",
+        "--evaluate.chunk", "2"])
+    storage = Storage.from_config(config)
+    write_tabletop_data(config, storage, episodes=2)
+    run_training(config, storage)
+    folder = run_evaluation(config, storage, drift=False)
+    rows, summary = read_evaluation(folder)
+    assert {row["ability"] for row in rows if row["kind"] == "skill"} == {"reach", "corner"} and not any(row["crash"] for row in rows)
+    assert summary["retention_kl"]["n"] == 3 and summary["retention_kl"]["mean"] > 0
+    assert json.loads((folder / "records.jsonl").read_text().splitlines()[0])["header"]["model"]["chunk"] == 2  # played of 4
+
+
+def test_pretraining_makes_the_batches_of_the_processor():
+    """What lies on the device is, row by row, what the processor makes of the same samples."""
+    frames = tabletop.mixed_frames(40, tabletop.PRETRAINING, questions=0.4, chunk=4)
+    samples, statistics = normalised(frames.samples())
+    assert np.array_equal(statistics["action"]["q99"][:3], [1, 1, 1]) and len({sample.question for sample in samples}) == 2
+    with tempfile.TemporaryDirectory() as folder:
+        chunks = [sample.action for sample in samples if sample.action is not None]
+        make_folder(folder, [*tabletop.corpus(), *tabletop.words()], chunks, {}, ("top",), sizes=SMALL._replace(
+            vision=SMALL.vision._replace(image_size=64, patch_size=16)))
+        processor = make_backbone(folder).processor
+    picked = [0, 7, 7, 31]
+    made = batches(frames.images, samples, processor, SimpleNamespace(device="cpu", batch=4))(torch.tensor(picked))
+    own = processor.encode_batch([samples[i] for i in picked])
+    length = own.input_ids.shape[1]
+    assert made.input_ids.shape[1] % 8 == 0 and not made.attention_mask[:, length:].any() and made.longest >= own.longest
+    for name in ("input_ids", "attention_mask", "labels"):
+        assert torch.equal(getattr(made, name)[:, :length], getattr(own, name)), name
+    assert torch.equal(made.prefix, own.prefix) and torch.equal(made.cameras, own.cameras)
+    assert torch.allclose(made.pixel_values, own.pixel_values, atol=1e-6)
+
+
+def test_labels_of_pretraining_are_what_the_undisturbed_expert_does():
+    world = tabletop.TabletopWorld(["reach", "place"], [3, 4])
+    planned = tabletop.planned(world, 3)
+    for t in range(3):
+        assert np.array_equal(planned[:, t], tabletop.expert_actions(world))
+        world.step(planned[:, t])
+    frames = [tabletop.mixed_frames(20, 5, questions=0.3, chunk=chunk) for chunk in (0, 3)]
+    assert np.array_equal(frames[0].images, frames[1].images) and frames[0].answers == frames[1].answers
+    assert np.array_equal(frames[0].actions, frames[1].actions[:, 0])

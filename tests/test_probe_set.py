@@ -68,6 +68,13 @@ def test_missing_and_truncated_files(folder, name):
         ProbeSet(folder)
 
 
+def test_a_header_that_is_no_python_is_a_damaged_file(folder):
+    path = folder / "images.npy"
+    path.write_bytes(path.read_bytes().replace(b"}", b"[", 1))
+    with pytest.raises(ProbeError, match="images.npy"):
+        ProbeSet(folder)
+
+
 def test_pickled_images_are_not_loaded(folder):
     np.save(folder / "images.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(ProbeError, match="images.npy"):

@@ -1,5 +1,6 @@
 """Run folders: one run each, resumed only with the same configuration; provenance and metrics survive whatever ends the run."""
 
+import errno
 import json
 import math
 import os
@@ -7,11 +8,13 @@ import signal
 import subprocess
 import sys
 
+import forked
 import pytest
 import torch
 import yaml
 from test_storage import file_size_limit, names
 
+from vlakeep.core import locks
 from vlakeep.core.checkpoint import save_checkpoint
 from vlakeep.core.config import Config
 from vlakeep.core.errors import DiskFull, RunDirError
@@ -244,16 +247,24 @@ def test_processes_other_than_the_main_one_write_nothing(storage):
     assert not run.folder.exists()
 
 
-PAIR = """
-import sys
-from vlakeep.core.config import Config
-from vlakeep.core.parallel import Distributed
-from vlakeep.core.rundir import RunDir
-from vlakeep.core.storage import Storage
-config = Config(name="a", root=sys.argv[1])
-config.train.resume, config.train.tensorboard = True, False
-with Distributed("cpu") as dist:
-    with RunDir.open(Storage.from_config(config), config, dist) as run:
+@pytest.mark.parametrize("number, taken", [(errno.EAGAIN, True), (errno.EACCES, True), (errno.ENOLCK, False), (errno.ENOSYS, False)])
+def test_a_lock_that_another_has_is_told_from_a_disk_without_locks(tmp_path, monkeypatch, number, taken):
+    def refuse(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(locks.fcntl, "flock", refuse)
+    with open(tmp_path / "lock", "w") as file:
+        if taken:
+            with pytest.raises(BlockingIOError):
+                locks.lock(file)
+        else:
+            assert locks.lock(file).errno == number
+
+
+def _pair(root):
+    config = Config(name="a", root=root)
+    config.train.resume, config.train.tensorboard = True, False
+    with Distributed("cpu", timeout_s=60) as dist, RunDir.open(Storage.from_config(config), config, dist) as run:
         gathered = dist.gather({"rank": dist.rank, "x": float("nan")})
         assert [g["rank"] for g in gathered] == [0, 1]
         assert dist.mean_metrics({"b": dist.rank, "a": 3.0}) == {"b": 0.5, "a": 3.0}
@@ -262,28 +273,10 @@ with Distributed("cpu") as dist:
         dist.barrier()
         assert run.resume_from.name == "step_000002"
         run.log(3, {"loss": 0.0})
-"""
 
 
-def test_two_processes_open_one_run(storage, tmp_path):
+def test_two_processes_open_one_run(storage):
     run = short_run(storage, make(), 3, save_at=[2])
-    (tmp_path / "pair.py").write_text(PAIR)
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            str(tmp_path / "pair.py"),
-            str(storage.root),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=dict(os.environ, PYTHONPATH=os.getcwd()),
-    )
-    assert done.returncode == 0, done.stderr
+    forked.two_ranks(_pair, str(storage.root))
     assert [row["step"] for row in read_metrics(run.folder)] == [1, 2, 3]
     assert provenance(run)["sessions"][-1]["world"] == 2

@@ -16,7 +16,7 @@ from test_layout import PACKAGE, REPO
 
 import vlakeep
 
-LIMIT_BYTES = 10 << 20
+LIMIT_BYTES = 16 << 20
 GIT = ["git", "-c", "user.name=t", "-c", "user.email=t@t"]
 
 

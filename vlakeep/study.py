@@ -5,6 +5,7 @@
     vlakeep study studies/rivals_small.yaml --cell gpm-corner-lr0.002-s11      # one cell, as a job of a cluster calls it
     vlakeep study studies/rivals_small.yaml --table
     vlakeep study studies/rivals_small.yaml --report
+    vlakeep study studies/rivals_small.yaml --rerun 3                 # random cells once more, against their records
     vlakeep study studies/rivals_small.yaml --part 1 --parts 4 --seconds 500 --export part1.jsonl      # on one machine of four
     vlakeep study studies/rivals_small.yaml --import part1.jsonl,part2.jsonl
 
@@ -37,9 +38,10 @@ from vlakeep.core.stages import STUDY
 from vlakeep.core.storage import Storage, atomic_write, find_checkpoint
 from vlakeep.core.study import DONE, OPEN, OTHER, Cell, State, look, named, read_study, read_tree, share
 from vlakeep.models.load import model_name
-from vlakeep.studies import claims, report, tables
+from vlakeep.studies import again, claims, report, streams, tables
 from vlakeep.studies.records import differences, line_of, read_records, record_of, same, write_records
 from vlakeep.studies.rule import read_rule
+from vlakeep.studies.schedulers import scheduler
 
 TAIL = 6  # lines of a failed cell's log that are shown
 
@@ -78,9 +80,9 @@ class Study(NamedTuple):
         return self.storage.run_folder(self.cells[0].group) / "study"
 
 
-def open_study(file: str, folders: Sequence[str]) -> Study:
+def open_study(file: str, folders: Sequence[str], again: bool = False) -> Study:
     """ConfigError with the mistakes of all cells and of the rule."""
-    cells, configs, wrong = read_study(file), {}, {}
+    cells, configs, wrong = read_study(file, again), {}, {}
     read_rule(read_tree(file), cells)
     for cell in cells:
         try:
@@ -97,10 +99,16 @@ def artefacts(study: Study) -> Dict[Path, List[Cell]]:
     found: Dict[Path, List[Cell]] = {}
     for cell, config in study.configs.items():
         kind = method_class(config.method)
-        if kind.needs_offline(config):
+        if kind.needs_offline(config) and not cell.makes_artefact:
             base = model_name(find_checkpoint(config.backbone.checkpoint, study.storage.cache))
             found.setdefault(kind.artifact_folder(config, study.storage, base), []).append(cell)
     return found
+
+
+def probes(study: Study, cells: Sequence[Cell]) -> Dict[str, List[str]]:
+    """Probe that a stream needs and that is not there -> the command that makes it."""
+    return {study.configs[cell].probe.name: cell.probe_add() for cell in cells
+            if cell.added and cell.makes_artefact and not study.storage.probe_folder(study.configs[cell].probe.name).is_dir()}
 
 
 def missing(study: Study, cells: Sequence[Cell]) -> List[str]:
@@ -112,7 +120,8 @@ def missing(study: Study, cells: Sequence[Cell]) -> List[str]:
         if data not in seen:
             seen.add(data)
             found = checks.check_data(config, study.storage)
-            found += checks.check_probe(config, study.storage)[0] if method_class(config.method).needs_offline(config) else []
+            if method_class(config.method).needs_offline(config) and not cell.added:
+                found += checks.check_probe(config, study.storage)[0]
             lines += [f"{line.what}: {line.where}\n    {line.remedy}" for line in found if line.status == checks.RED]
     return list(dict.fromkeys(lines))
 
@@ -125,6 +134,8 @@ def show_plan(study: Study) -> None:
     """Cells and how far they are, their commands, the cost, what is missing."""
     states = study.states()
     todo = [cell for cell in study.cells if states[cell].kind not in (DONE, OTHER)]
+    for words in probes(study, todo).values():
+        print(f"first    {command(*words, *study.folders)}")
     for folder, cells in artefacts(study).items():
         if not folder.is_dir() and any(cell in todo for cell in cells):
             print(f"first    {command(*cells[0].offline(), *study.folders)}")
@@ -219,6 +230,10 @@ def run_study(study: Study, workers: int, launch: Optional[Callable[[List[str], 
     if export:
         write_records(export, study.records())
     log.info(f"{study.cells[0].group}: {len(study.cells)} cells, {len(study.cells) - len(todo)} of them done")
+    for number, (name, words) in enumerate(probes(study, todo).items()):
+        if launcher([*words, *study.folders], logs / f"probe-{number}.log"):
+            failed.update({cell.cell: f"its probe {name} could not be made, see {logs / f'probe-{number}.log'}" for cell in todo
+                           if study.configs[cell].probe.name == name})
     for number, (folder, cells) in enumerate(artefacts(study).items()):
         waiting = [cell for cell in cells if cell in todo]
         if not folder.is_dir() and waiting:
@@ -226,35 +241,46 @@ def run_study(study: Study, workers: int, launch: Optional[Callable[[List[str], 
             if status:
                 why = _why(status, logs / f"offline-{number}.log")
                 failed.update({cell.cell: f"its artefact {folder.name} could not be made: {why}" for cell in waiting})
-    started, ended, left_out = time.perf_counter(), 0, 0
+    started, ended = time.perf_counter(), 0
     queued = [cell for cell in todo if cell.cell not in failed]
+    chains: Dict[Any, List[Cell]] = {}
+    for cell in queued:
+        chains.setdefault(cell.chain, []).append(cell)
+    told = threading.Lock()
 
-    def start(cell: Cell) -> Optional[int]:
-        if most is not None and time.perf_counter() - begun > most:
-            return None
-        return launcher(["study", study.file, "--cell", cell.cell, *study.folders], logs / f"{cell.cell}.log")
+    def ran(cell: Cell, status: int) -> bool:
+        """Tell how a cell ended; whether it is done."""
+        nonlocal ended
+        with told:
+            ended += 1
+            state = look(cell, study.configs[cell], study.storage)
+            if state.kind == DONE and export:
+                with open(export, "a", encoding="utf-8") as file:
+                    file.write(line_of(record_of(cell, study.configs[cell], study.storage, state)))
+            if status or state.kind != DONE:
+                failed[cell.cell] = _why(status, logs / f"{cell.cell}.log")
+            # All workers are busy until the last cells, so that the mean time per ended cell holds for those that are left.
+            left = (time.perf_counter() - started) / ended * (len(queued) - ended)
+            log.info(f"[{ended}/{len(queued)}, about {human(left)} left] {cell.cell}: "
+                     + (f"FAILED, {failed[cell.cell]}" if cell.cell in failed else "done"))
+            return cell.cell not in failed
+
+    def start(chain: List[Cell]) -> int:
+        """Run cells one after the other; how many were not started."""
+        for number, cell in enumerate(chain):
+            if most is not None and time.perf_counter() - begun > most:
+                return len(chain) - number
+            if not ran(cell, launcher(cell_words(study, cell), logs / f"{cell.cell}.log")):
+                failed.update({later.cell: f"the run before it failed: {cell.cell}" for later in chain[number + 1:]})
+                break
+        return 0
 
     with ThreadPoolExecutor(workers) as pool:
-        jobs = {pool.submit(start, cell): cell for cell in queued}
+        jobs = [pool.submit(start, chain) for chain in chains.values()]
         try:
-            for job in as_completed(jobs):
-                cell, status = jobs[job], job.result()
-                if status is None:
-                    left_out += 1
-                    continue
-                ended += 1
-                state = look(cell, study.configs[cell], study.storage)
-                if state.kind == DONE and export:
-                    with open(export, "a", encoding="utf-8") as file:
-                        file.write(line_of(record_of(cell, study.configs[cell], study.storage, state)))
-                if status or state.kind != DONE:
-                    failed[cell.cell] = _why(status, logs / f"{cell.cell}.log")
-                # All workers are busy until the last cells, so that the mean time per ended cell holds for those that are left.
-                left = (time.perf_counter() - started) / ended * (len(queued) - ended)
-                log.info(f"[{ended}/{len(queued)}, about {human(left)} left] {cell.cell}: "
-                         + (f"FAILED, {failed[cell.cell]}" if cell.cell in failed else "done"))
+            left_out = sum(job.result() for job in as_completed(jobs))
         except BaseException:
-            if isinstance(launcher, Launcher):
+            if hasattr(launcher, "stop"):
                 launcher.stop()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
@@ -264,6 +290,22 @@ def run_study(study: Study, workers: int, launch: Optional[Callable[[List[str], 
         write_records(export, study.records())
     write_tables(study)
     return failed
+
+
+def rerun(study: Study, count: int, workers: int, launch: Optional[Callable[[List[str], Path], int]] = None,
+          seed: Optional[int] = None) -> int:
+    """Run `count` cells of which there are records again, under the name NAME_again, and show how they compare; 1 unless all are the
+    same."""
+    records = {record["cell"]: record for record in study.records()}
+    chosen = {cell.cell for cell in again.drawn([cell for cell in study.cells if cell.cell in records], count, seed)}
+    second = open_study(study.file, study.folders, again=True)
+    second = second._replace(cells=[cell for cell in second.cells if cell.cell in chosen])
+    failed = run_study(second, workers, launch)
+    found = {record["cell"]: again.compared(records[record["cell"]], record) for record in second.records() if record["cell"] in records}
+    print(again.table(found).markdown(), end="")
+    for cell, why in failed.items():
+        log.warning(f"FAILED {cell}: {why}")
+    return 1 if failed or not found or any(one["differs"] for one in found.values()) else 0
 
 
 def take_in(study: Study, files: Sequence[str]) -> str:
@@ -288,6 +330,12 @@ def take_in(study: Study, files: Sequence[str]) -> str:
     write_records(study.storage.guard_write(study.folder(), what="records") / "imported.jsonl",
                   [found[cell.cell] for cell in study.cells if cell.cell in found])
     return f"{len(found) - before} cells taken in" + (f"; {foreign} records are of cells that the study does not have" if foreign else "")
+
+
+def cell_words(study: Study, cell: Cell) -> List[str]:
+    """The command line that runs a cell."""
+    beside = ["--again"] if cell.group.endswith("_again") and read_tree(study.file)["name"] != cell.group else []
+    return ["study", study.file, "--cell", cell.cell, *beside, *study.folders]
 
 
 def _gpus() -> int:
@@ -315,7 +363,9 @@ def write_tables(study: Study) -> str:
     if rule is not None:
         files.update(claims.files(study.cells, records, rule))
         text += "\n" + files["claims.md"]
-    for name, content in files.items():
+    found = streams.files(records, rule.reference if rule else None)
+    text += "\n" + found["streams.md"] if found else ""
+    for name, content in {**files, **found}.items():
         with atomic_write(folder / name, "w") as file:
             file.write(content)
     return text
@@ -334,7 +384,7 @@ def write_report(study: Study, out: Path) -> Path:
 
 def main(argv: List[str]) -> int:
     args, _, folders = split(STUDY, argv)
-    study = open_study(args.study, folders)
+    study = open_study(args.study, folders, args.again)
     if args.cell:
         found = [cell for cell in study.cells if cell.cell == args.cell]
         if not found:
@@ -350,12 +400,15 @@ def main(argv: List[str]) -> int:
     if args.report:
         print(write_report(study, Path(args.out or study.folder() / "report")))
         return 0
+    launch = scheduler(args.scheduler, some.storage.root, some.folder() / "logs" / "jobs", args.resources)
+    if args.rerun:
+        return rerun(some, args.rerun, args.workers, launch)
     failed: Dict[str, str] = {}
     if not args.table and not taken:
         lacking = missing(some, [cell for cell, state in some.states().items() if state.kind == OPEN])
         if lacking:
             raise ConfigError("what the study needs is missing:\n" + "\n".join(lacking))
-        failed = run_study(some, args.workers, most=args.seconds, export=Path(args.export) if args.export else None)
+        failed = run_study(some, args.workers, launch, most=args.seconds, export=Path(args.export) if args.export else None)
         for cell, why in failed.items():
             log.warning(f"FAILED {cell}: {why}")
     elif args.export:

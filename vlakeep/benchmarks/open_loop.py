@@ -153,7 +153,7 @@ class OpenLoop(Benchmark):
         reports = look(self.config, self.storage)  # as before training: what is wrong with labels is wrong with what they are compared with
         for report in reports:
             for note in report["notes"]:
-                log.info(f"{report['name']}: {note}")
+                log.info(f"data {report['name']}: note: {note}")
         refuse(reports)
         with closing_all(open_as_configured(self.config, self.storage)) as self.datasets:
             self._hold_out(self.datasets)
@@ -162,6 +162,11 @@ class OpenLoop(Benchmark):
                 raise ValueError(f"--data.datasets have actions of {widths} values, a model speaks one width: evaluate them one by one")
             self.actions = replace(self.actions, dimensions=next(iter(widths.values())))
             yield
+
+    def alarms(self, target) -> List[str]:
+        from vlakeep.benchmarks.trained import crop_alarm, seen_alarm
+
+        return crop_alarm(self.config, self.storage, self.settings) + seen_alarm(self.config, self.storage, self.datasets)
 
     def _hold_out(self, datasets) -> None:
         for dataset in datasets:

@@ -31,6 +31,19 @@ def crop_alarm(config: Config, storage: Storage, settings) -> List[str]:
             f"--evaluate.center_crop {'true' if trained else 'false'} fits it"]
 
 
+def seen_alarm(config: Config, storage: Storage, datasets: List[DemoDataset]) -> List[str]:
+    """A line per data set of which some episodes are held out here that the run was trained on; reads the run's own configuration."""
+    trained = trained_data(config, storage)
+    share, found = trained.get("train_fraction", 1.0), []
+    for name, dataset in zip(config.data.datasets, datasets):
+        seen = int(dataset.seen(share).sum()) if name in (trained.get("datasets") or []) else 0
+        if seen:
+            fits = "train it on less" if share == 1 else f"--data.train_fraction {share:g} fits it"
+            found.append(f"{seen} of {len(dataset)} episodes of {name} are not held out: the run was trained on {100 * share:g} % of it "
+                         f"(data.train_fraction {share:g}); {fits}")
+    return found
+
+
 def check_conventions(config: Config, storage: Storage) -> None:
     """ValueError when a data set is read in another way here (camera, gripper, rotate, its card) than in the training of the run."""
     trained = trained_data(config, storage)

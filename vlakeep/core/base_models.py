@@ -1,4 +1,4 @@
-"""Which folder the name of a base model means: the one that ships, a path, or `owner/name` below the cache; never a guess among several.
+"""Which folder the name of a base model means: one that ships, a path, or `owner/name` below the cache; never a guess among several.
 
     cache_dir/<owner>/<name>/                                   what `vlakeep fetch` writes
     cache_dir/<name>/                                           a folder that someone has put there; its name is all of it
@@ -14,7 +14,7 @@ from typing import List, Optional, Tuple
 from vlakeep.core.errors import quoted
 
 PACKAGE = Path(__file__).resolve().parents[1]
-SHIPPED = "tabletop-base"
+SHIPPED = {"tabletop-base": "pretrain-tabletop", "tabletop-pi0": "pretrain-tabletop-pi0"}  # part of the package -> the stage that made it
 _OF_THE_HUB = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
 
 
@@ -28,9 +28,9 @@ def find_checkpoint(name: str, cache: Path) -> Path:
     Raises FileNotFoundError with the command that fetches it, AmbiguousModel where several different folders answer to the name.
     """
     cache = Path(cache)
-    if name == SHIPPED:
-        places, remedy = [PACKAGE / "assets" / name], "it is part of the package; install vlakeep again, or rebuild it with " \
-            "`vlakeep pretrain-tabletop`"
+    if name in SHIPPED:
+        places = [PACKAGE / "assets" / name]
+        remedy = f"it is part of the package; install vlakeep again, or rebuild it with `vlakeep {SHIPPED[name]} --out {quoted(places[0])}`"
     else:
         places, remedy = _places(name, cache)
     found: List[Path] = []

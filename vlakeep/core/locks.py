@@ -1,5 +1,6 @@
 """Exclusive locks on files, of which the kernel drops those of a process that dies: a stale file locks nothing."""
 
+import errno
 import fcntl
 from typing import IO, Optional
 
@@ -9,8 +10,8 @@ def lock(file: IO) -> Optional[OSError]:
     no locks, as some of a network, is returned."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
     except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):  # EACCES: where flock is made of record locks, as POSIX allows for these
+            raise BlockingIOError(*error.args) from None
         return error
     return None

@@ -16,10 +16,14 @@ HARDWARE = Option("--hardware", None, "The card: data type, attention, micro-bat
 
 AUDIT = Stage("audit-probe", "vlakeep.openvla.audit", "print token by token what of a probe prompt counts as instruction",
               f"{FOLDERS} backbone probe")
+PROBE_ADD = Stage("probe-add", "vlakeep.probe.extend", "a probe with frames of data sets beside its items, for a stream of tasks",
+                  f"{FOLDERS} probe {SOURCES}", own=(
+    Option("--to", None, "Name of the probe that is written.", required=True),
+    Option("--frames", 64, "Frames of each data set.", whole())))
 OFFLINE = Stage(
     "offline", "vlakeep.offline", "the frozen teacher's ICSM subspaces and Thermostat statistics, once per base model",
     f"{FOLDERS} method options {STATE} backbone lora.layers lora.modules {SOURCES} probe icsm {SPECTRUM} gains.keep gains.steepness "
-    "train.from_run", own=(HARDWARE,))
+    "gains.of_first train.from_run", own=(HARDWARE,))
 TRAIN = Stage("train", "vlakeep.train", "fine-tune LoRA adapters, plain (baseline) or with the method",
               f"{FOLDERS} name method options {STATE} backbone lora data probe icsm hsw gains -gains.keep thermostat train",
               own=(HARDWARE,))
@@ -47,11 +51,17 @@ STUDY = Stage("study", "vlakeep.study", "arms x tasks x rates x seeds, trained a
               file=False, own=(
     Option("study", None, "The study file (core/study.py says what it holds), such as studies/rivals_small.yaml.", required=True),
     Option("--workers", 1, "Cells that run at a time.", whole()),
+    Option("--scheduler", "local", "Where cells run: processes of this machine, a SLURM cluster by submitit, or many machines by Ray.",
+           choices=("local", "slurm", "ray")),
+    Option("--resources", [], "What a cell asks of the scheduler, NAME=VALUE with commas between them, such as num_gpus=0.25.", names),
     Option("--dry-run", False, "Show the cells, what each has still to do, what it costs and what is missing; do nothing.", bool),
     Option("--table", False, "Write the tables of what is done; run nothing.", bool),
     Option("--report", False, "Write the report of what is done: a page, tables and figures; run nothing.", bool),
     Option("--out", None, "Folder of the report; null takes `report` in the study's folder."),
     Option("--cell", None, "Run this cell alone, in this process."),
+    Option("--rerun", 0, "Run so many cells of which there are records again, drawn at random, and compare; the exit status says whether "
+           "all are the same to the bit.", whole()),
+    Option("--again", False, "The study under the name NAME_again, beside what was run; --rerun runs its cells so.", bool),
     Option("--arms", [], "Only these arms, with commas between them.", names),
     Option("--tasks", [], "Only these tasks.", names),
     Option("--rates", [], "Only these learning rates.", numbers),
@@ -71,4 +81,4 @@ STORAGE_CHECK = Stage("storage-check", "vlakeep.preflight", "check that all big 
                       FOLDERS, (LARGE,), "storage_check")
 DEMO = Stage("demo", "vlakeep.demo", "the whole pipeline on the small model that ships with vlakeep, in minutes on a CPU",
              together(OFFLINE, TRAIN, EVALUATE) + " -name -train.save_every -train.keep_last -evaluate.target", file=False)
-STAGES = (DEMO, PLAN, PREFLIGHT, STORAGE_CHECK, FETCH, AUDIT, OFFLINE, TRAIN, EVALUATE, REPORT, EXPORT, INTERPOLATE, STUDY)
+STAGES = (DEMO, PLAN, PREFLIGHT, STORAGE_CHECK, FETCH, AUDIT, PROBE_ADD, OFFLINE, TRAIN, EVALUATE, REPORT, EXPORT, INTERPOLATE, STUDY)

@@ -10,7 +10,11 @@
       base: {config: configs/baseline_lora.yaml}       # the model before training: one cell a task, without rate and seed
       plain: {config: configs/baseline_lora.yaml}
       gpm: {config: configs/rivals/gpm.yaml, options.energy: 0.99, rates: [2.0e-3], family: gpm}
-    rule: {subject: [graded], reference: plain, choose: [1, 2, 3]}    # studies/rule.py
+    rule: {subject: graded, reference: plain, choose: [1, 2, 3]}    # studies/rule.py
+    stream: [corner, path]            # tasks in this order, each trained on the run of the one before; or {order: [...], frames: 64}
+
+In a stream the key `bases` of an arm says what protects from the second task on: `accumulated`, an artefact of the run before, of a probe
+with frames of each task that was learned (probe-add); `estimated`, one of the run before and the probe as it was; `kept`, that of the base.
 
 A later key overrides an earlier one: the arm's configuration, settings, task, arm, rate and seed. Arms of one `family` are settings of one
 method. What is done is read from the files of the cell alone (`look`), so that a study may be stopped anywhere, run in parts, and by
@@ -21,7 +25,7 @@ import copy
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
@@ -32,11 +36,15 @@ from vlakeep.core.checkpoint import latest_intact, list_checkpoints
 from vlakeep.core.config import Config, ConfigError, load_config, to_dict
 from vlakeep.core.names import find_evaluation
 from vlakeep.core.options import Stage
+from vlakeep.core.registry import method_class
 from vlakeep.core.rundir import config_differences, read_metrics
-from vlakeep.core.stages import EVALUATE, OFFLINE, TRAIN
+from vlakeep.core.stages import EVALUATE, OFFLINE, PROBE_ADD, TRAIN
 from vlakeep.core.storage import Storage
 
-KEYS = {"name": str, "settings": dict, "seeds": list, "rates": list, "tasks": dict, "arms": dict, "rule": dict}
+KEYS: Dict[str, Any] = {"name": str, "settings": dict, "seeds": list, "rates": list, "tasks": dict, "arms": dict,
+                        "rule": dict, "stream": (list, dict)}
+BASES = ("accumulated", "estimated", "kept")
+FRAMES = 64  # of each task that was learned, in the probe
 BASE = "base"  # the arm of this name is no run
 OPEN, BEGUN, TRAINED, DONE, OTHER = "open", "begun", "trained", "done", "other configuration"
 
@@ -53,6 +61,12 @@ class Cell:
     file: Optional[str]
     pairs: Tuple[Tuple[str, Any], ...] = field(hash=False)  # lists among its values
     family: str = ""
+    # In a stream: the abilities of its tasks, which this one is, the run before, and what the probe has to have beside its items.
+    stream: Tuple[str, ...] = ()
+    position: int = 0
+    before: str = ""
+    bases: str = ""
+    added: Tuple[Tuple[str, Any], ...] = field(default=(), hash=False)
 
     @property
     def name(self) -> str:
@@ -61,6 +75,11 @@ class Cell:
     @property
     def cell(self) -> str:
         return f"base-{self.task}" if self.is_base else f"{self.arm}-{self.task}-lr{self.rate:g}-s{self.seed}"
+
+    @property
+    def chain(self) -> Tuple[Any, ...]:
+        """What has to run one after the other, and on one machine."""
+        return (self.arm, self.rate, self.seed) if self.stream and not self.is_base else (self.cell,)
 
     @property
     def is_base(self) -> bool:
@@ -81,11 +100,15 @@ class Cell:
 
     def config(self, more: Sequence[str] = ()) -> Config:
         """Raises ConfigError. Reading YAML and words takes long against thousands of cells: those of an arm and a task share it."""
-        shared = {key: value for key, value in self.pairs if key not in ("seed", "train.lr")}
+        alone = ("seed", "train.lr", "train.from_run", "gains.name", "icsm.name") if self.before else ("seed", "train.lr")
+        shared = {key: value for key, value in self.pairs if key not in alone}
         found = copy.deepcopy(_parsed(self.file, tuple((key, said(value)) for key, value in shared.items()), tuple(more)))
         found.name, found.evaluate.target = self.name, self.target
         if not self.is_base:
             found.seed, found.train.lr = self.seed, self.rate
+        own = dict(self.pairs)
+        if self.before:
+            found.train.from_run, found.gains.name, found.icsm.name = self.before, own.get("gains.name"), own.get("icsm.name")
         return found
 
     def commands(self, state: str) -> List[List[str]]:
@@ -94,7 +117,24 @@ class Cell:
         evaluate = ["evaluate", *self.arguments(EVALUATE, [("evaluate.target", self.target)])]
         if self.is_base:
             return [[*evaluate, "--as", self.name]] if state == OPEN else []
+        if state == OPEN and self.makes_artefact:
+            return [self.offline(), train, evaluate]
         return {OPEN: [train, evaluate], BEGUN: [train, evaluate], TRAINED: [evaluate]}.get(state, [])
+
+    @property
+    def makes_artefact(self) -> bool:
+        """Whether it is of the run before, and so of this cell alone."""
+        if not self.before or self.bases == "kept":
+            return False
+        config = self.config()
+        return method_class(config.method).needs_offline(config)
+
+    def probe_add(self) -> List[str]:
+        """The command that makes the probe of a cell in a stream; [] where it is the study's own."""
+        if not self.added:
+            return []
+        arguments = self.arguments(PROBE_ADD)
+        return ["probe-add", *arguments, *(word for key, value in self.added for word in (f"--{key}", said(value)))]
 
     def offline(self) -> List[str]:
         return ["offline", *self.arguments(OFFLINE)]
@@ -135,9 +175,12 @@ def read_tree(path) -> Dict[str, Any]:
     return tree
 
 
-def read_study(path) -> List[Cell]:
-    """The cells of a study file, in the order arms, tasks, rates, seeds. ConfigError with every mistake that is seen."""
+def read_study(path, again: bool = False) -> List[Cell]:
+    """The cells of a study file, in the order arms, tasks, rates, seeds. ConfigError with every mistake that is seen.
+
+    again: under the name NAME_again, beside those that were run."""
     file, tree, cells = Path(path), read_tree(path), []
+    tree["name"] += "_again" if again else ""
     for arm, own in tree["arms"].items():
         own = dict(own or {})
         config, rates = own.pop("config", None), own.pop("rates", tree.get("rates") or [None])
@@ -153,10 +196,46 @@ def read_study(path) -> List[Cell]:
                     pairs.update({} if rate is None else {"train.lr": float(rate)})
                     rate_of = float(rate) if rate is not None else _rate(config, pairs)
                     cells.append(Cell(tree["name"], arm, task, rate_of, int(seed), config, tuple(pairs.items()), str(family)))
+    cells = _stream(tree, cells)
     twice = sorted(name for name, count in Counter(cell.name for cell in cells).items() if count > 1)
     if twice:
         raise ConfigError(f"{file}: two cells have the name {twice[0]}")
     return cells
+
+
+def _stream(tree: Dict[str, Any], cells: List[Cell]) -> List[Cell]:
+    """Cells one behind the other, where the study is a stream."""
+    given = tree.get("stream")
+    if not given:
+        return cells
+    order, frames = (given, FRAMES) if isinstance(given, list) else (given["order"], given.get("frames", FRAMES))
+    names = tuple(dict({**(tree.get("settings") or {}), **(tree["tasks"][task] or {})}).get("evaluate.new_skill", task) for task in order)
+    by_chain = {(cell.arm, cell.rate, cell.seed, cell.task): cell for cell in cells}
+    found = []
+    for arm, rate, seed in dict.fromkeys((cell.arm, cell.rate, cell.seed) for cell in cells):
+        before: Optional[Cell] = None
+        learned: List[str] = []
+        for position, task in enumerate(order):
+            cell = by_chain[arm, rate, seed, task]
+            own = dict(cell.pairs)
+            bases, sets, added = own.pop("bases", BASES[0]), list(own.get("data.datasets") or []), {}
+            config = replace(cell, pairs=tuple(own.items())).config()
+            if before is not None and arm != BASE:
+                own["train.from_run"] = before.name
+                if bases == "kept":
+                    own["gains.of_first"] = True
+                else:
+                    own["gains.name"] = own["icsm.name"] = f"{cell.group}.{cell.cell}"
+                if bases == "accumulated":
+                    added = {"data.datasets": list(learned), "to": "+".join([config.probe.name, *learned]), "frames": frames,
+                             "probe.name": config.probe.name, "probe.size": config.probe.size}
+                    own["probe.name"], own["probe.size"] = added["to"], config.probe.size + frames * len(learned)
+            cell = replace(cell, pairs=tuple(own.items()), stream=names, position=position, before=own.get("train.from_run", ""),
+                           bases=bases, added=tuple(added.items()))
+            found.append(cell)
+            before = cell
+            learned += sets
+    return found
 
 
 def _rate(config: Optional[str], pairs: Dict[str, Any]) -> float:
@@ -168,7 +247,7 @@ def _mistakes(tree) -> List[str]:
         return ["must hold the keys " + ", ".join(KEYS)]
     wrong = [f"unknown key `{key}`; there are {', '.join(KEYS)}" for key in tree if key not in KEYS]
     wrong += [f"`{key}` is missing" for key in ("name", "seeds", "tasks", "arms") if not tree.get(key)]
-    wrong += [f"`{key}` must be a {kind.__name__}" for key, kind in KEYS.items()
+    wrong += [f"`{key}` must be a {'list' if isinstance(kind, tuple) else kind.__name__}" for key, kind in KEYS.items()
               if tree.get(key) is not None and not isinstance(tree[key], kind)]
     if wrong:
         return wrong
@@ -176,6 +255,12 @@ def _mistakes(tree) -> List[str]:
         wrong += [f"`{what}.{name}`: a name is of letters, digits, dots and underscores, as it becomes part of the name of a run"
                   for name in tree[what] if not re.fullmatch(r"[A-Za-z0-9_.]*[A-Za-z0-9_]", str(name))]
         wrong += [f"`{what}.{name}` must hold keys" for name, own in tree[what].items() if own is not None and not isinstance(own, dict)]
+    order = (tree.get("stream") or {}).get("order") if isinstance(tree.get("stream"), dict) else tree.get("stream")
+    if tree.get("stream") is not None and (not isinstance(order, list) or len(order) < 2 or len(set(map(str, order))) < len(order)):
+        wrong.append("`stream` must be a list of at least two tasks, or have one as its `order`")
+    wrong += [f"`stream`: {task} is none of the tasks" for task in order or [] if task not in tree["tasks"]]
+    wrong += [f"`arms.{name}.bases` must be one of {', '.join(BASES)}" for name, own in tree["arms"].items()
+              if isinstance(own, dict) and "bases" in own and (own["bases"] not in BASES or not order)]
     wrong += [f"`seeds`: {seed!r} is no whole number, 0 or above" for seed in tree["seeds"] if type(seed) is not int or seed < 0]
     rates = [rate for own in [tree, *(own for own in tree["arms"].values() if isinstance(own, dict))] for rate in own.get("rates") or []]
     wrong += [f"`rates`: {rate!r} is no number above 0 (YAML reads 1e-3 as a word: write 1.0e-3)" for rate in rates
@@ -216,10 +301,12 @@ def named(cells: Sequence[Cell], arms: Sequence[str] = (), tasks: Sequence[str] 
 
 
 def share(cells: Sequence[Cell], part: int, parts: int) -> List[Cell]:
-    """The part-th of `parts` shares, counted from 1. Cells are dealt out in turn: neighbours, which take alike, go to different shares."""
+    """The part-th of `parts` shares, counted from 1. Cells are dealt out in turn: neighbours, which take alike, go to different shares.
+    Those of a stream stay together."""
     if not 1 <= part <= parts:
         raise ConfigError(f"--part {part}: must be from 1 to --parts, {parts}")
-    return list(cells[part - 1::parts])
+    own = set(list(dict.fromkeys(cell.chain for cell in cells))[part - 1::parts])
+    return [cell for cell in cells if cell.chain in own]
 
 
 def read_rows(run: Path) -> List[dict]:

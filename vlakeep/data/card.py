@@ -28,7 +28,7 @@ from vlakeep.data.formats import closing_all, open_configured
 from vlakeep.data.statistics import unnormalise
 from vlakeep.data.suggest import _GRIPPER_NAME
 
-_FORMAT = 2
+_FORMAT = 3
 BINS = 255  # of an action value, as the official tokenizer has them
 _EPISODES, _FILES = 8, 64  # episodes whose pictures are looked at, and video files whose end is
 _CLIPPED, _MOST_CLIPPED = 0.025, 0.2  # own quantiles clip at most 0.02; statistics that clip a fifth are not of this robot
@@ -161,6 +161,13 @@ def _sheet(pictures: List[np.ndarray]) -> bytes:
     return out.getvalue()
 
 
+def _turned_by(dataset: DemoDataset) -> str:
+    """Why pictures are turned by 180 degrees: said, the format's way, or the format's way although the camera is not called as there."""
+    if dataset.conventions.rotate is not None:
+        return "said"
+    return "format" if (dataset.conventions.camera or "_rgb").endswith("_rgb") else "guess"
+
+
 def look_at(dataset: DemoDataset, prompt: Optional[Prompt] = None, known: Optional[Dict[str, int]] = None) -> Dict[str, Any]:
     """The report of an open data set. known: widths of the base's action statistics by key. Raises what reading a picture raises."""
     card, usual = dataset.conventions.card, dataset.index
@@ -171,7 +178,8 @@ def look_at(dataset: DemoDataset, prompt: Optional[Prompt] = None, known: Option
         "episodes": len(dataset), "episodes_in_files": len(usual.start_E) - 1, "unlabelled": dataset.unlabelled,
         "frames": dataset.num_frames, "frame_rate": (card.frame_rate if card else None) or dataset.fps,
         "shortest": int(dataset.lengths.min()), "longest": int(dataset.lengths.max()),
-        "camera": dataset.conventions.camera, "pictures": pictures, "texts": _texts(dataset, prompt),
+        "camera": dataset.conventions.camera, "turned": dataset.turned, "turned_by": _turned_by(dataset),
+        "pictures": pictures, "texts": _texts(dataset, prompt),
         "arms": card.arms if card else 1, "chunk": card.chunk if card else 1, "grippers": _grippers(dataset),
         "dimensions": _dimensions(dataset), "degenerate": dataset.conventions.degenerate or "demonstrated",
         "own_statistics": dataset.own_statistics, "widths_of_base": sorted(set((known or {}).values())),
@@ -238,11 +246,16 @@ def _notes(report: Dict[str, Any]) -> List[str]:
             found.append(f"{_called(one)}: {100 * one['clipped']:.1f} % of the values lie outside the statistics and are clipped")
         if one["gripper"] and 0 < one["clipped"] <= _MOST_CLIPPED:
             found.append(f"{_called(one)}: {100 * one['clipped']:.2g} % of the values go past its ends and are cut there")
+    if report["turned"] and report["turned_by"] == "guess":
+        found.append(f"pictures of {report['camera']} are turned by 180 degrees, as LIBERO's have to be; robomimic's stand upright: look "
+                     "at the thumbnails, and say `rotate: false` in the data card (--data.rotate false), or true")
     for one in report["grippers"]:
         name, ends = f"the gripper, dimension {one['dimension']},", f"{one['open']:g} open and {one['closed']:g} closed"
         if one["moves"] and one["begin_open"] < 0.1 and one["end_open"] > 0.9:
+            change = ("exchange open and closed there" if one["how"].startswith("declared") else
+                      f"give --data.gripper {one['closed']:g}/{one['open']:g}, or declare it in a data card")
             found.append(f"{name} begins closed and ends open in nearly every episode, {ends} ({one['how']}): if it is the other way "
-                         f"round, exchange open and closed in the data card, or give --data.gripper {one['closed']:g}/{one['open']:g}")
+                         f"round, {change}")
         if one["moves"] and one["way"] < _WAY:
             found.append(f"{name} moves over {100 * one['way']:.1f} % of its way only, {ends}: check both values")
         if one["moves"] and one["share_open"] + one["share_closed"] < 0.5:
@@ -278,14 +291,15 @@ def lines(report: Dict[str, Any]) -> List[str]:
             f"{report['episodes_in_files']} episodes, {report['frames']} frames ({report['shortest']} to {report['longest']} each), "
             + (f"{rate:g} frames a second" if rate else "frame rate not said"),
             f"  camera {report['camera'] or '(usual)'}: {', '.join(pictures['sizes'])}, mean {_numbers(pictures['mean'])}, spread "
-            f"{_numbers(pictures['spread'])} of {pictures['looked_at']} pictures",
+            f"{_numbers(pictures['spread'])} of {pictures['looked_at']} pictures{', turned by 180 degrees' if report['turned'] else ''}",
             f"  texts: {texts['count']}{tokens}, {texts['blank_frames']} frames without",
             f"  action: {len(report['dimensions'])} values, {report['arms']} arm(s)"
             + (f", the first of {report['chunk']} a frame" if report["chunk"] > 1 else "")
             + f", {'declared in ' + report['card'] if report['card'] else 'no data card'}"]
-    for one in report["dimensions"]:
-        name = one["name"] or ("gripper" if one["gripper"] else "")
-        said.append(f"    {one['dimension']:2d} {name:12s} [{one['min']:9.4g}, {one['max']:9.4g}]  q01 {one['q01']:9.4g}  q99 "
+    names = [one["name"] or ("gripper" if one["gripper"] else "") for one in report["dimensions"]]
+    wide = max(map(len, names))
+    for one, name in zip(report["dimensions"], names):
+        said.append(f"    {one['dimension']:2d} {name:{wide}s} [{one['min']:9.4g}, {one['max']:9.4g}]  q01 {one['q01']:9.4g}  q99 "
                     f"{one['q99']:9.4g}  clipped {100 * one['clipped']:.1f} %  back within {one['error']:.2g}  {one['kind']}".rstrip())
     for one in report["grippers"]:
         commands = ", as commands" if one["relative"] else ""

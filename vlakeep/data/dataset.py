@@ -24,8 +24,9 @@ from vlakeep.data.degenerate import demonstrated, kinds
 from vlakeep.data.sample import ONE_PICTURE, Episode, Sample, SampleSpec
 from vlakeep.data.statistics import action_statistics, normalise, normalise_state, standardise, state_statistics
 
-_INDEX_FORMAT = 3
+_INDEX_FORMAT = 4
 _CORE = ("start_E", "text_N", "actions_NA", "texts")
+CONTENT = "content"  # among the places of an index: a hash of all that its episodes hold, pictures too, where that costs nothing
 STATES = "state_NQ"  # among the places of an index, for models that take the robot's state
 
 
@@ -296,10 +297,13 @@ class DemoDataset:
                                  "download or make the data set again")
         self.spec, self._views = spec, views
 
+    def seen(self, fraction: float) -> np.ndarray:
+        """bool [E]: which of the usable episodes a training on this share of the split, opened whole here, has seen."""
+        return self._numbers - self._before < int(round(round(fraction * 100, 9) * self.split_episodes / 100))
+
     def leave_out(self, fraction: float) -> None:
         """Keep only the episodes that a training on this share of the split, opened whole here, has not seen. ValueError without any."""
-        seen = int(round(round(fraction * 100, 9) * self.split_episodes / 100))
-        kept_E = self._numbers - self._before >= seen
+        kept_E = ~self.seen(fraction)
         if not kept_E.any():
             raise ValueError(f"{self.folder}: no episode of {self.split_episodes} is held out with --data.train_fraction {fraction}; train "
                              "and evaluate with a smaller one, such as 0.9")
@@ -373,9 +377,13 @@ class DemoDataset:
         """uint8 [H, W, 3] as stored. number: episode of the index; row: frame of the index. Called from several threads."""
         raise NotImplementedError
 
+    @property
+    def turned(self) -> bool:
+        """Whether pictures are turned by 180 degrees."""
+        return self.rotated if self.conventions.rotate is None else self.conventions.rotate
+
     def _upright(self, image_HWC: np.ndarray) -> np.ndarray:
-        rotate = self.rotated if self.conventions.rotate is None else self.conventions.rotate
-        return np.ascontiguousarray(image_HWC[::-1, ::-1]) if rotate else image_HWC
+        return np.ascontiguousarray(image_HWC[::-1, ::-1]) if self.turned else image_HWC
 
     def image(self, episode: int, frame: int) -> np.ndarray:
         """uint8 [H, W, 3]: upright, not resized."""
@@ -420,6 +428,11 @@ class DemoDataset:
         if self._states_NQ is not None:
             digest.update(np.ascontiguousarray(self._states_NQ).tobytes())
         return digest.hexdigest()
+
+    @property
+    def content(self) -> str:
+        """Hash of everything that the episodes hold, pictures too; empty where only reading all of it again would tell."""
+        return str(self.index.places.get(CONTENT, ""))
 
     def close(self) -> None:
         """Close the files; a picture that is asked for later opens them again."""

@@ -154,7 +154,7 @@ def _parquet(path: Path, columns=None, unread=()):
             raise ValueError(f"{path}: no column {', '.join(missing)} among {', '.join(file.schema_arrow.names)}; "
                              f"name the columns that are there with `actions:` or `text:` in the set's {FILE}, or {_AGAIN}")
         return file.read(columns=columns)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as parquet ({error}); {_AGAIN}") from error
 
 
@@ -186,7 +186,7 @@ def read_tasks(info: Info) -> Dict[int, str]:
                          f"call the column of the texts `task`, or {_AGAIN}")
     try:
         return _texts(list(zip(table["task_index"].to_pylist(), table[texts[0]].to_pylist())))
-    except TypeError as error:
+    except (TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{info.folder}/meta/tasks.parquet: a row is no task_index and text ({error}); {_AGAIN}") from error
 
 

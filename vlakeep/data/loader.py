@@ -50,6 +50,7 @@ class BatchStream:
         self.fingerprints: Dict[str, str] = {d.name: d.fingerprint() for d in datasets}
         identity = [[self.fingerprints[d.name] for d in datasets], shuffle_buffer, image_aug]
         self._fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        self._content: Dict[str, str] = {d.name: d.content for d in datasets if d.content}
         self._round = 0  # global micro-batches handed out before the current round, by all processes together
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode") if workers else None
         self._workers, self._ahead = workers, deque()
@@ -114,7 +115,7 @@ class BatchStream:
     def state_dict(self) -> Dict:
         """JSON-serialisable position; the same in every process that has taken the same number of batches."""
         return {"format": _STATE_FORMAT, "micro_batches": self._round, "batch_size": self._batch_size, "seed": self._seed,
-                "data": self._fingerprint}
+                "data": self._fingerprint, "pictures": self._content}
 
     def load_state_dict(self, state: Dict) -> None:
         """Continue after the batches of `state`. ValueError when data, seed or batch size are not those of the saved run."""
@@ -122,6 +123,10 @@ class BatchStream:
         names = {"format": "the format of the saved position", "batch_size": "--train.batch_size", "seed": "--seed",
                  "data": "the data sets or their format, --data.train_fraction, --data.camera, --data.cameras, --data.state, "
                          "--data.gripper, --data.rotate, --data.statistics, --data.shuffle_buffer or --data.image_aug"}
+        others = [name for name, content in self._content.items() if (state.get("pictures") or {}).get(name, content) != content]
+        if others and state.get("data") == mine["data"]:
+            raise ValueError(f"the pictures of {', '.join(others)} are not those that the saved run was trained on, though actions and "
+                             "texts are: put the files back as they were, or train under another --name")
         changed = [f"{text} ({state.get(key)!r} saved, {mine[key]!r} now)"
                    for key, text in names.items() if state.get(key) != mine[key]]
         if changed:

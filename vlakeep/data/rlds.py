@@ -8,6 +8,7 @@ As officially, statistics are taken over all splits.
 Axes: E episodes, N frames.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -20,12 +21,13 @@ from tqdm import tqdm
 
 from vlakeep.data.bad import OPTION, SHOWN, refuse
 from vlakeep.data.conventions import FILE, DataCard
-from vlakeep.data.dataset import USUAL, Conventions, DemoDataset, EpisodeIndex, IndexBuilder, cached_index
+from vlakeep.data.dataset import CONTENT, USUAL, Conventions, DemoDataset, EpisodeIndex, IndexBuilder, cached_index
 from vlakeep.data.images import decode_image, is_picture, may_be_of_one_colour, of_one_colour
 from vlakeep.data.suggest import missing_keys
-from vlakeep.data.tfrecord import RecordError, parse_example, scan_records
+from vlakeep.data.tfrecord import RecordError, masked_crc32c, parse_example, scan_records
 
 _BAR_FROM_BYTES = 64 << 20  # a smaller data set is indexed within a second
+MOST_EPISODES = 10_000_000  # of a shard; a damaged number must not become a list of that length
 _ACTION, _LANGUAGE, _IMAGES = "steps/action", "steps/language_instruction", "steps/observation/"
 _OTHER = f"choose another camera with --data.camera or `camera:` in the set's {FILE}, or leave this episode out when the set is made"
 _STATES = ("state", "proprio")  # what converters call the robot's state
@@ -54,7 +56,7 @@ def read_info(version: Path, skip_bad: bool = False) -> Tuple[str, Dict[str, Tup
             raise TypeError(f"the name is {name!r}")
         for split in info["splits"]:
             lengths = [int(n) for n in split["shardLengths"]]
-            if min(lengths, default=0) < 0:
+            if not 0 <= min(lengths, default=0) <= max(lengths, default=0) <= MOST_EPISODES:
                 raise ValueError(f"shardLengths are {lengths}")
             template = split.get("filepathTemplate", "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}")
             shards = [version / template.format(
@@ -63,7 +65,7 @@ def read_info(version: Path, skip_bad: bool = False) -> Tuple[str, Dict[str, Tup
             ) for i in range(len(lengths))]
             splits[split["name"]] = (shards, lengths)
         missing = [shard.name for shards, _ in splits.values() for shard in shards if not shard.is_file()]
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError, OverflowError) as error:
         raise ValueError(f"{path} cannot be read ({error!r}); download or make the data set again") from error
     if info.get("fileFormat", "tfrecord") != "tfrecord":
         raise ValueError(f"{path} says fileFormat {info['fileFormat']!r}, which is not read; only tfrecord is. Write the set again with "
@@ -174,6 +176,7 @@ def _read_episode(payload: bytes, keys: Keys, folder="", state: Optional[Sequenc
 def build_index(shards: List[Path], episodes: List[int], keys: Keys, name: str, state: Optional[Sequence[str]] = None) -> EpisodeIndex:
     """Read and check every shard. state: None reads none, () the usual one. RecordError and ValueError name file, record and byte."""
     builder, shard_E = IndexBuilder(name), []
+    content = hashlib.sha256()
     offsets: List[np.ndarray] = []
     sizes: List[np.ndarray] = []
     total = sum(shard.stat().st_size for shard in shards if shard.is_file())
@@ -196,6 +199,7 @@ def build_index(shards: List[Path], episodes: List[int], keys: Keys, name: str, 
                 except ValueError as error:
                     builder.leave_out(str(error))
                     continue
+                content.update(masked_crc32c(payload).to_bytes(4, "little"))
                 offsets.append(np.array([start + a for a, _ in pictures], dtype=np.int64))
                 sizes.append(np.array([b - a for a, b in pictures], dtype=np.int32))
                 bar.update(len(payload))
@@ -205,7 +209,8 @@ def build_index(shards: List[Path], episodes: List[int], keys: Keys, name: str, 
             if record + 1 < expected:
                 builder.leave_out(told, expected - record - 1)
     # shard of each episode, byte offset of each frame's encoded picture in it, and its bytes
-    return builder.index({"shard_E": np.array(shard_E, dtype=np.int32), "offset_N": np.concatenate(offsets or [np.empty(0)]),
+    return builder.index({CONTENT: np.array(content.hexdigest()),
+                          "shard_E": np.array(shard_E, dtype=np.int32), "offset_N": np.concatenate(offsets or [np.empty(0)]),
                           "length_N": np.concatenate(sizes or [np.empty(0)])})
 
 

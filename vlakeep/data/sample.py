@@ -97,6 +97,7 @@ class Episode:
     language: str
     state: Optional[np.ndarray] = None  # float32 [T, S]; None writes zeros of LIBERO's width 8
     file_path: str = ""
+    wrist: Optional[np.ndarray] = None  # uint8 [T, h, w, 3]: a second camera, on the hand; None writes none
 
 
 @dataclass

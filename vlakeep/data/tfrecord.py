@@ -139,6 +139,8 @@ class Feature:
 
 
 def _varint(data: bytes, position: int, end: int) -> Tuple[int, int]:
+    if position < end and data[position] < 0x80:  # nearly all of them
+        return data[position], position + 1
     value = shift = 0
     while True:
         if position >= end or shift > 63:

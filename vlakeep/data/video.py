@@ -7,6 +7,7 @@ import re
 import threading
 from collections import OrderedDict
 from pathlib import Path
+from typing import Tuple
 
 import numpy as np
 
@@ -25,13 +26,22 @@ def _open(path: Path):
             raise ValueError("no video stream")
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be opened as a video ({error}); {_AGAIN}") from error
-    kind = str(container.streams.video[0].codec_context.pix_fmt or "")
+    codec = container.streams.video[0].codec_context
+    if codec is None or not container.streams.video[0].time_base:  # a damaged header names none that there is
+        container.close()
+        raise ValueError(f"{path} cannot be opened as a video (no decoder for it, or no time base); {_AGAIN}")
+    kind = str(codec.pix_fmt or "")
     if re.fullmatch(r"gray(9|1\d|f).*", kind):  # which a conversion to colour would cut to grey levels without meaning
         container.close()
         raise ValueError(f"{path}: a video of more than 8 bits of grey ({kind}), such as depth, holds no colour pictures: choose another "
                          "camera with --data.camera or `camera:` in the data card")
-    container.streams.video[0].codec_context.thread_count = 1  # data.workers is the number of threads
+    codec.thread_count = 1  # data.workers is the number of threads
     return container
+
+
+def _time_base(stream) -> Tuple[int, int]:
+    """Seconds of a tick as a fraction: ticks * up / down is rounded once, as Fraction is, in a tenth of the time."""
+    return stream.time_base.numerator, stream.time_base.denominator
 
 
 def video_times(path: Path) -> np.ndarray:
@@ -40,10 +50,11 @@ def video_times(path: Path) -> np.ndarray:
     av = optional("av", "lerobot", f"reading {path}")
     with _open(path) as container:
         stream, times = container.streams.video[0], []
+        up, down = _time_base(stream)
         try:
             for packet in container.demux(stream):
                 if packet.pts is not None and packet.size:
-                    times.append(float(packet.pts * stream.time_base))
+                    times.append(packet.pts * up / down)
         except (av.error.FFmpegError, OSError):
             pass  # what comes before the damage is there
         return np.sort(np.array(times, dtype=np.float64))
@@ -89,11 +100,12 @@ class VideoReader:
             raise FileNotFoundError(f"{where}: {path} is missing; {_AGAIN}")
         container = self._container(path)
         stream, last = container.streams.video[0], None
+        up, down = _time_base(stream)
         try:
             # To the key frame before; from there on every frame is decoded until the one that is wanted.
             container.seek(int((seconds + self._tolerance) / stream.time_base), stream=stream, backward=True)
             for picture in container.decode(stream):
-                last = float((picture.pts or 0) * stream.time_base)
+                last = (picture.pts or 0) * up / down
                 if last >= seconds - self._tolerance:
                     break
             if last is not None and abs(last - seconds) <= self._tolerance:

@@ -1,12 +1,13 @@
 """Write episodes as an RLDS data set (TFRecord shards, dataset_info.json, features.json) that tensorflow_datasets reads too.
 
-The features are those of the LIBERO sets (moojink/rlds_dataset_builder) without the wrist camera and the joint state.
+The features are those of the LIBERO sets (moojink/rlds_dataset_builder) without the joint state; the wrist camera is there where episodes
+have one.
 Axes: T frames, H W pixels, A action and S state dimensions.
 """
 
 import json
 from pathlib import Path
-from typing import Iterable
+from typing import Iterable, Tuple
 
 import numpy as np
 
@@ -32,14 +33,19 @@ def _dictionary(features: dict) -> dict:
     return {"pythonClassName": _CLASS + "features_dict.FeaturesDict", "featuresDict": {"features": features}}
 
 
-def _features_json(height: int, width: int, actions: int, states: int, image_format: str) -> dict:
+def _picture(size: Tuple[int, ...], image_format: str) -> dict:
+    return {"pythonClassName": _CLASS + "image_feature.Image", "image": {
+        "shape": {"dimensions": [*map(str, size), "3"]}, "dtype": "uint8", "encodingFormat": image_format}}
+
+
+def _features_json(picture: Tuple[int, ...], wrist: Tuple[int, ...], actions: int, states: int, image_format: str) -> dict:
+    """picture, wrist: height and width; none of the wrist's where it has no camera."""
     text = {"pythonClassName": _CLASS + "text_feature.Text", "text": {}}
-    image = {"pythonClassName": _CLASS + "image_feature.Image", "image": {
-        "shape": {"dimensions": [str(height), str(width), "3"]}, "dtype": "uint8", "encodingFormat": image_format}}
+    pictures = {name: _picture(size, image_format) for name, size in (("image", picture), ("wrist_image", wrist)) if size}
     steps = _dictionary({
         "reward": _scalar("float32"), "discount": _scalar("float32"),
         "is_first": _scalar("bool"), "is_last": _scalar("bool"), "is_terminal": _scalar("bool"),
-        "observation": _dictionary({"image": image, "state": _tensor(states)}),
+        "observation": _dictionary({**pictures, "state": _tensor(states)}),
         "language_instruction": text, "action": _tensor(actions),
     })
     dataset = {"pythonClassName": _CLASS + "dataset_feature.Dataset", "sequence": {"feature": steps, "length": "-1"}}
@@ -51,6 +57,9 @@ def _check(episode: Episode, number: int, name: str) -> None:
     where = f"episode {number} of {name}"
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
         raise ValueError(f"{where}: images must be uint8 [T, H, W, 3] with T >= 1, not {images.dtype} {list(images.shape)}")
+    if episode.wrist is not None and (episode.wrist.dtype != np.uint8 or episode.wrist.ndim != 4 or len(episode.wrist) != len(images)):
+        raise ValueError(f"{where}: wrist must be uint8 [T, H, W, 3] with T = {len(images)}, not {episode.wrist.dtype} "
+                         f"{list(episode.wrist.shape)}")
     if actions.ndim != 2 or len(actions) != len(images):
         raise ValueError(f"{where}: actions must be [T, A] with T = {len(images)}, not {list(actions.shape)}")
     bad = np.flatnonzero(~np.isfinite(actions).all(axis=1))
@@ -64,8 +73,9 @@ def _example(episode: Episode, encode) -> bytes:
     steps = len(episode.images)
     state = np.zeros((steps, _STATE_WIDTH), np.float32) if episode.state is None else np.asarray(episode.state, np.float32)
     at_end = np.arange(steps) == steps - 1
+    wrist = {} if episode.wrist is None else {"steps/observation/wrist_image": [encode(image) for image in episode.wrist]}
     return write_example({
-        "steps/observation/image": [encode(image) for image in episode.images],
+        "steps/observation/image": [encode(image) for image in episode.images], **wrist,
         "steps/observation/state": state.reshape(-1),
         "steps/action": np.asarray(episode.actions, np.float32).reshape(-1),
         "steps/language_instruction": [episode.language.encode("utf-8")] * steps,
@@ -100,10 +110,11 @@ def _fill(partial: Path, name: str, episodes, encode, image_format: str, version
         for number, episode in enumerate(episodes):
             _check(episode, number, name)
             state_width = _STATE_WIDTH if episode.state is None else episode.state.shape[1]
-            widths = (*episode.images.shape[1:3], episode.actions.shape[1], state_width)
+            wrist = () if episode.wrist is None else episode.wrist.shape[1:3]
+            widths = (episode.images.shape[1:3], wrist, episode.actions.shape[1], state_width)
             shape = shape or widths
             if widths != shape:
-                raise ValueError(f"episode {number} of {name} has (height, width, action, state) sizes {widths}, the first "
+                raise ValueError(f"episode {number} of {name} has (picture, wrist, action, state) sizes {widths}, the first "
                                  f"{shape}")
             if writer is None:
                 writer = RecordWriter(partial / f"shard-{len(lengths)}").__enter__()
@@ -116,8 +127,7 @@ def _fill(partial: Path, name: str, episodes, encode, image_format: str, version
             raise ValueError(f"data set {name} would have no episodes")
         for i in range(len(lengths)):
             (partial / f"shard-{i}").rename(partial / f"{name}-train.tfrecord-{i:05d}-of-{len(lengths):05d}")
-        height, width, actions, states = shape
-        features = _features_json(height, width, actions, states, image_format)
+        features = _features_json(*shape, image_format)
         (partial / "features.json").write_text(json.dumps(features, indent=4))
         (partial / "dataset_info.json").write_text(json.dumps({
             "description": f"{name}, written by vlakeep", "fileFormat": "tfrecord", "moduleName": "vlakeep.data.writer",

@@ -50,6 +50,8 @@ class Graded(Method):
 
     @classmethod
     def artifact_folder(cls, config: Config, storage: Storage, backbone_name: str, weights_sha256: Optional[str] = None) -> Path:
+        if config.gains.of_first:
+            backbone_name, weights_sha256 = backbone_name.partition("+")[0], None
         return graded_offline.artifact_folder(config, storage, backbone_name, weights_sha256)
 
     @classmethod
@@ -68,7 +70,8 @@ class Graded(Method):
             return cls(config, None, None), {}
         probe = ProbeSet(storage.probe_folder(config.probe.name))
         folder = cls.artifact_folder(config, storage, backbone.name, backbone.weights_sha256)
-        problems = cls.artifact_problems(config, folder, backbone.weights_sha256, probe.sha256, backbone.num_layers)
+        weights = None if config.gains.of_first else backbone.weights_sha256
+        problems = cls.artifact_problems(config, folder, weights, probe.sha256, backbone.num_layers)
         problems += recorded_problems(folder, load_artifact(folder).meta, backbone.recorded())
         if problems:
             raise ArtifactError("\n".join(problems))
@@ -84,7 +87,7 @@ class Graded(Method):
             chosen = [items[i] for i in rows]
             sensor = KLSensor(backbone, Answered(*[value[rows] for value in answered]),
                               batched(probe.samples(chosen), backbone.processor, size), size,
-                              graded_offline.item_weights(config, probe.kinds(chosen)))
+                              graded_offline.sensor_weights(config, probe.kinds(chosen)))
             new = graded_offline.new_samples(config, storage, graded_offline.picture_size(backbone), max(1, count // 4),
                                              backbone.processor.spec)
             samples = [sample for group in new.values() for sample in group]

@@ -201,8 +201,9 @@ class _InPlaceOnMeta(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name = function.__name__
         in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
-        if in_place and args and isinstance(args[0], torch.Tensor) and args[0].is_meta:
-            return args[0]
+        first = args[0] if args else (kwargs or {}).get("tensor")  # torch.nn.init hands itself on by keyword
+        if in_place and isinstance(first, torch.Tensor) and first.is_meta:
+            return first
         return function(*args, **(kwargs or {}))
 
 

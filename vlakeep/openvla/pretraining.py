@@ -1,7 +1,8 @@
-"""Training a small model of the OpenVLA architecture from nothing, with all parameters, on samples that lie on the device.
+"""Training a small model from nothing, with all parameters, on samples that lie on the device.
 
-The two stages that build the models of this project use it: pretrain-tabletop and pretrain-libero. Fine-tuning does not; it goes
-through the training loop of vlakeep/train.py.
+The stages that build the models of this project use it: pretrain-tabletop and pretrain-libero for the OpenVLA architecture,
+pretrain-tabletop-pi0 for the part that knows none (optimise, save). Fine-tuning does not; it goes through the training loop of
+vlakeep/train.py.
 """
 
 import hashlib
@@ -44,11 +45,7 @@ def model_config(args, image_size: int, vit: str) -> dict:
 
 def new_model(args, corpus: List[str], words: List[str], image_size: int, vit: str):
     """(backbone on the device, processor) of a model with random weights, whose files are written to args.out."""
-    torch.manual_seed(args.seed)
-    if args.device == "cuda":
-        torch.cuda.set_device(0)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    args.out.mkdir(parents=True, exist_ok=True)
+    prepare(args)
     build_tiny_tokenizer(corpus, words, args.out, args.vocab, image_size)
     init_checkpoint(model_config(args, image_size, vit), args.out, seed=args.seed)
     backbone = make_backbone(BackboneConfig(checkpoint=str(args.out)), torch.device(args.device))
@@ -83,6 +80,15 @@ class Normalise:
     def __call__(self, images_BHWC: torch.Tensor) -> torch.Tensor:
         x = images_BHWC.permute(0, 3, 1, 2).float() / 255
         return torch.cat([(x - mean) / std for mean, std in self._views], dim=1)
+
+
+def prepare(args) -> None:
+    """Seed, card and arithmetic of a training from nothing, and its folder."""
+    torch.manual_seed(args.seed)
+    if args.device == "cuda":
+        torch.cuda.set_device(0)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    args.out.mkdir(parents=True, exist_ok=True)
 
 
 def compile_layers(openvla) -> None:
@@ -151,7 +157,7 @@ def fit(backbone, processor, samples, pictures: Callable, args, share: Optional[
     pictures(pick_B): [B, H, W, 3] from 0 to 255 of those samples, on the device. share: part of each batch that is drawn from the
     samples with an answer, whatever their number; None draws from all alike.
     """
-    device, cuda = torch.device(args.device), args.device == "cuda"
+    device = torch.device(args.device)
     ids_NL, labels_NL = (t.to(device) for t in token_matrix(samples, processor))
     first_label = int((labels_NL != IGNORE_INDEX).any(0).int().argmax())
     normalise = Normalise(processor, device)
@@ -160,9 +166,15 @@ def fit(backbone, processor, samples, pictures: Callable, args, share: Optional[
         return Batch(input_ids=ids_NL[pick_B], attention_mask=ids_NL[pick_B] != processor.pad_token_id, labels=labels_NL[pick_B],
                      pixel_values=normalise(pictures(pick_B)), dataset_names=[""] * args.batch, first_label=first_label)
 
-    backbone.train()
     if args.compile:
         compile_layers(backbone.openvla)
+    return optimise(backbone, samples, make_batch, args, share)
+
+
+def optimise(backbone, samples, make_batch: Callable, args, share: Optional[float] = None) -> Dict:
+    """The optimisation of `fit`, on the batches [B] that make_batch(pick_B) gives: whatever model reads them."""
+    device, cuda = torch.device(args.device), args.device == "cuda"
+    backbone.train()
     step = Step(backbone, make_optimizer(backbone, args.lr, cuda), make_batch, args.batch, device)
     pick = picker(samples, args.batch, share, torch.Generator(device=device).manual_seed(args.seed), device)
     begin, count, seconds, curve = time.perf_counter(), 0, args.minutes * 60, []
@@ -205,7 +217,8 @@ def save(backbone, args, command: str, trained: Dict, **facts) -> None:
         "command": command, "seed": args.seed, "batch": args.batch, "minutes": args.minutes, **facts,
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu", **trained,
         "versions": library_versions(), "commit": source_commit(),
-        "sha256": {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(args.out.glob("*")) if f.name != "PROVENANCE.json"},
+        "sha256": {f.relative_to(args.out).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest()
+                   for f in sorted(args.out.rglob("*")) if f.is_file() and f.name != "PROVENANCE.json"},
     }
     (args.out / "PROVENANCE.json").write_text(json.dumps(provenance, indent=1) + "\n")
     print(f"wrote {args.out}: {trained['steps']} steps")

@@ -131,7 +131,7 @@ def lerobot_classes(folder: Path, config: dict) -> Iterator[Any]:
     class Local:
         from_pretrained = staticmethod(lambda name, **_: UniversalActionProcessor.from_pretrained_local(codec))
 
-    places = [(modeling_pi0_fast, "AutoProcessor", Local), (tokenizer_processor, "AutoProcessor", Local)]
+    places: List[Tuple[Any, str, type]] = [(modeling_pi0_fast, "AutoProcessor", Local), (tokenizer_processor, "AutoProcessor", Local)]
     if "sizes" in config:
         places.append((modeling_pi0_fast, "PI0FastPaliGemma", _in_sizes(modeling_pi0_fast, checkpoint_format.sizes_of(config))))
     before = [(module, name, getattr(module, name)) for module, name, _ in places]

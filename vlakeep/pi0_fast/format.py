@@ -5,6 +5,7 @@
     model.safetensors           or shards with an index; with or without the leading `model.`, with both vocabularies or with one
     dataset_statistics.json     ours, by data set; else dataset_stats.json or the state of lerobot's normaliser step
     text_tokenizer/ action_tokenizer/   or what config.json calls them: folders here, or names in the hub's cache
+    policy_*processor*          lerobot's pipelines (pipelines.py), of a model whose statistics are known
     vlakeep_pi0_fast.json       {"layout"}: what lerobot's file has no room for (prompts.py)
 
 Sources: lerobot 7427f318 configuration_pi0_fast.py, modeling_pi0_fast.py:793-940, processor/normalize_processor.py:386-401.
@@ -20,9 +21,10 @@ from safetensors.torch import load_file
 from vlakeep.core.errors import CheckpointError
 from vlakeep.models.files import STATISTICS, read_tensors, tensor_table, weight_files, write_json, write_weights
 from vlakeep.pi0_fast.model import EMBEDDING, HEAD, PALIGEMMA, Pi0Fast, Sizes, VisionSizes, expected_shapes, precise
+from vlakeep.pi0_fast.pipelines import POSTPROCESSOR, PREPROCESSOR, remove_pipelines, write_pipelines
+from vlakeep.pi0_fast.prompts import DEFAULT
 
 SIZES_FILE, OWN_FILE, LEROBOT_STATISTICS = "sizes.json", "vlakeep_pi0_fast.json", "dataset_stats.json"
-PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
 KIND, KEY = "pi0_fast", "lerobot"  # KEY: the name of the statistics of a folder that keeps none by data set
 PICTURE, STATE, ACTION = "observation.images.", "observation.state", "action"
 VARIANTS = {"gemma_2b": Sizes(), "gemma_300m": Sizes(width=1024, mlp_dim=4096)}
@@ -241,6 +243,10 @@ def write_sidecars(folder: Path, config: dict, norm_stats: dict) -> None:
         write_json(folder / SIZES_FILE, config["sizes"])
     if config.get("layout"):
         write_json(folder / OWN_FILE, {"layout": config["layout"]})
+    if norm_stats and config.get("layout") in (None, DEFAULT):
+        write_pipelines(folder, own, lerobot_statistics(norm_stats))
+    elif norm_stats:  # lerobot's steps speak its own layout alone
+        remove_pipelines(folder)
     write_json(folder / "config.json", own)
 
 
@@ -253,7 +259,7 @@ def lerobot_statistics(norm_stats: dict) -> dict:
     ends = {name: [value if scaled else end for value, scaled in zip(action[name], mask)] for name, end in (("q01", -1.0), ("q99", 1.0))}
     found = {ACTION: {**{k: v for k, v in action.items() if k in ("mean", "std", "min", "max")}, **ends}}
     if entry.get("proprio"):
-        found[STATE] = entry["proprio"]
+        found[STATE] = {k: v for k, v in entry["proprio"].items() if k in ("mean", "std", "min", "max", "q01", "q99")}
     return found
 
 

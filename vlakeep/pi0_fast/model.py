@@ -248,7 +248,8 @@ class Pi0Fast(nn.Module):
     def embed_text(self, ids_BL: torch.Tensor) -> torch.Tensor:
         """[B, L, D], scaled by sqrt(D) in the type of the table."""
         table = self.gemma.embed_tokens
-        return table(ids_BL) * torch.tensor(self.sizes.width ** 0.5, dtype=table.weight.dtype, device=ids_BL.device)
+        # The root is rounded to that type too, on the host: a tensor of it on the device would be a copy that waits.
+        return table(ids_BL) * torch.tensor(self.sizes.width ** 0.5, dtype=table.weight.dtype).item()
 
     def embed_pictures(self, pixels_BC3HW: torch.Tensor) -> torch.Tensor:
         """[B, C * P, D] in the type of the text's, not scaled."""

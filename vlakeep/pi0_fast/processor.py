@@ -158,13 +158,15 @@ class Processor(BaseProcessor):
         return Pi0FastBatch(ids_BL, torch.arange(ids_BL.shape[1]) < length_B[:, None], labels_BL, pixels, [s.dataset for s in samples],
                             prefix=torch.tensor([len(a) for a in prefixes]), cameras=attended_BC[:, kept])
 
-    def _prefix(self, sample: Sample) -> List[int]:
+    def prefix_ids(self, sample: Sample) -> List[int]:
+        """The part of the prompt that sees all of itself."""
         return self.words.ids(prompts.prompt_text(sample, self.layout))
 
     def _second(self, sample: Sample) -> List[int]:
         return [self.words.bos] if self.layout.second_bos and not sample.question else []
 
-    def _target(self, sample: Sample) -> List[int]:
+    def target_ids(self, sample: Sample) -> List[int]:
+        """What is learnt. ValueError where there is nothing."""
         if sample.question:
             if not sample.answer or not sample.answer.strip():
                 raise ValueError(f"question {sample.instruction!r} of data set {sample.dataset!r} has no answer to learn")
@@ -179,15 +181,15 @@ class Processor(BaseProcessor):
 
     def encode_batch(self, samples: List[Sample]) -> Pi0FastBatch:
         self._check(samples)
-        return self._batch(samples, [self._prefix(s) for s in samples], [self._second(s) for s in samples],
-                           [self._target(s) for s in samples])
+        return self._batch(samples, [self.prefix_ids(s) for s in samples], [self._second(s) for s in samples],
+                           [self.target_ids(s) for s in samples])
 
     def encode_prompts(self, samples: List[Sample], width: int = 0) -> Pi0FastBatch:
         self._check(samples)
-        return self._batch(samples, [self._prefix(s) for s in samples], [self._second(s) for s in samples], [[] for _ in samples], width)
+        return self._batch(samples, [self.prefix_ids(s) for s in samples], [self._second(s) for s in samples], [[] for _ in samples], width)
 
     def whole_prompt(self, sample: Sample) -> List[int]:
-        return [*self._prefix(sample), *self._second(sample)]
+        return [*self.prefix_ids(sample), *self._second(sample)]
 
     def prompt_text(self, sample: Sample) -> str:
         return prompts.prompt_text(sample, self.layout)

@@ -75,17 +75,18 @@ def sizes_json(sizes: Sizes) -> dict:
 
 
 def make_folder(folder, texts: Sequence[str], chunks: Sequence[np.ndarray], norm_stats: dict, cameras: Sequence[str] = ("base_0_rgb",),
-                state: int = 0, sizes: Optional[Sizes] = None, seed: int = 0, codes: int = 192, scale: float = 10.0) -> List[Path]:
+                state: int = 0, sizes: Optional[Sizes] = None, seed: int = 0, codes: int = 192, scale: float = 10.0,
+                pieces: int = 512) -> List[Path]:
     """A checkpoint folder with random weights; the files that it holds.
 
     texts: whatever the model will read; chunks: normalised ones [T, A], on which the codec is fitted; state: numbers of it, 0 for none;
-    sizes: its vocab_size follows from the texts. ValueError as FastCodec.fit.
+    sizes: its vocab_size follows from the texts; pieces: of the tokenizer, at most. ValueError as FastCodec.fit.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     codec = FastCodec.fit(chunks, codes, scale)
     codec.save(folder / CODEC)
-    tokenizer = build_tokenizer(texts, codec.vocab_size)
+    tokenizer = build_tokenizer(texts, codec.vocab_size, pieces=pieces)
     (folder / TEXT).mkdir(exist_ok=True)
     (folder / TEXT / "tokenizer.json").write_text(tokenizer_json(tokenizer), encoding="utf-8")
     write_json(folder / TEXT / "tokenizer_config.json", {

@@ -170,7 +170,7 @@ class ProbeSet:
             return np.load(path, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError as error:
             raise ProbeError(f"{path} is missing; {_REMEDY}") from error
-        except (ValueError, OSError, EOFError) as error:  # a truncated file cannot be mapped
+        except Exception as error:  # a truncated file cannot be mapped; NumPy reads the header as Python and says so in many ways
             raise ProbeError(f"{path} is truncated or damaged ({error}); {_REMEDY}") from error
 
     def _open_states(self, size: int) -> np.ndarray:

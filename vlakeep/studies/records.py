@@ -9,8 +9,9 @@ Tables, statistics and report of a study read these records and nothing else, so
     settings     key -> value of what differs from the defaults and decides a number of the run
     evaluate     the settings of the evaluation (header of its records.jsonl)
     weights      SHA-256 of the adapter, of the base for the base
-    trials       `new:NAME`, `skill:NAME`, `question:NAME` -> `outcomes`, a digit a trial in the order of the trials (1 success, 0 failure,
-                 x crash), and `seeds` of the start states, [first, step] where they count up
+    stream, position    of a stream: its abilities in order, and which of them this cell learned (absent in others)
+    trials       `new:NAME`, `skill:NAME`, `question:NAME`, `stream:NAME` (other tasks of the stream) -> `outcomes`, a digit a trial in the
+                 order of the trials (1 success, 0 failure, x crash), and `seeds` of the start states, [first, step] where they count up
     action_kl    nats, one per frame; null for the base
     drift, probe_kl, followed    as in summary.json; the last divergence on the probe
     curves       logged training values by name, beside `step`
@@ -45,11 +46,13 @@ def record_of(cell: Cell, config: Config, storage: Storage, state: State) -> Opt
     logged = [] if cell.is_base else read_rows(run)
     kl = [row.get("settled_kl", row.get("kl")) for row in logged if "kl" in row]
     new = (summary["new_skill"] or {}).get("name")
-    groups = {("skill", new): "new", **{(one["group"], name): one["group"] for name, one in summary["abilities"].items()}}
+    groups = {("skill", new): "new", **{(one["group"], name): "stream" if name in cell.stream else one["group"]
+                                        for name, one in summary["abilities"].items()}}
     trials = {f"{groups[key]}:{key[1]}": _trials(own) for key, own in _grouped(rows).items() if key in groups}
     retention = [_finite(row["value"]) for row in rows if row["kind"] == "retention"]
     return {
         "format": FORMAT, "study": cell.group, "cell": cell.cell, "arm": cell.arm, "task": cell.task, "rate": cell.rate, "seed": cell.seed,
+        **({"stream": list(cell.stream), "position": cell.position} if cell.stream else {}),
         "settings": settings_of(config), "evaluate": header["evaluate"], "weights": summary["weights"], "trials": trials,
         "action_kl": retention or None, "drift": summary.get("drift"), "probe_kl": kl[-1] if kl else None,
         "followed": summary.get("followed"), "curves": _curves(logged),

@@ -19,7 +19,7 @@ from vlakeep.reporting.figures import save_files
 from vlakeep.reporting.page import ICON, figures_html
 from vlakeep.reporting.page_style import style_sheet
 from vlakeep.reporting.tables import escape
-from vlakeep.studies import claims
+from vlakeep.studies import claims, streams
 from vlakeep.studies.claims import Judged, best_rival
 from vlakeep.studies.data import Setting
 from vlakeep.studies.figures import figures, highlighted, style_of
@@ -61,7 +61,8 @@ def build(cells: Sequence[Cell], records: Sequence[Dict[str, Any]], rule: Rule, 
 
 
 def tables_of(cells: Sequence[Cell], judged: Judged) -> List[Table]:
-    found = [*claims.tables(judged), *_abilities(judged), cost(judged), progress(cells, judged)]
+    found = [*claims.tables(judged), *streams.tables(judged.data.all(), judged.rule.reference), *_abilities(judged), cost(judged),
+             progress(cells, judged)]
     return [table for table in found if table.rows]
 
 
@@ -190,6 +191,7 @@ def page(cells: Sequence[Cell], judged: Judged, drawings, tables: Sequence[Table
     shell = "\n".join(commands)
     sections = [
         ("arms", "Arms", shown("arms")), ("claim", "The claim", shown("matched", "own_best")),
+        ("streams", "Streams", shown("streams", *(name for name in by_name if name.startswith("matrix_")))),
         ("figures", "Success and forgetting", figures_html(style, two, "two start")), ("fronts", "Fronts", shown("fronts")),
         ("abilities", "Abilities", shown("abilities", "changes")), ("harm", "Harm", f'<ul class="findings">{worse}</ul>' if worse else ""),
         ("training", "Over training", figures_html(style, three, "three") if three else ""), ("cost", "Cost", shown("cost")),

@@ -42,6 +42,15 @@ def noisy(actions_N7: np.ndarray, noise: float, rng) -> np.ndarray:
     return executed
 
 
+def planned(world: TabletopWorld, steps: int) -> np.ndarray:
+    """[N, steps, 7]: what the expert does next if nothing disturbs it. The tables stay as they are."""
+    ahead, chunk = world.subset(np.arange(world.n)), []
+    for _ in range(steps):
+        chunk.append(expert_actions(ahead))
+        ahead.step(chunk[-1])
+    return np.stack(chunk, axis=1)
+
+
 def collect_demos(skill: str, episodes: int, seed: int, noise: float = 0.2) -> List[Episode]:
     """Successful expert episodes; the expert's own action is recorded, a sometimes disturbed one executed, so that recovery is seen."""
     found: List[Episode] = []
@@ -71,7 +80,7 @@ class Frames(NamedTuple):
 
     images: np.ndarray  # uint8 [n, 64, 64, 3]
     instructions: List[str]
-    actions: np.ndarray  # float32 [n, 7]; meaningless where a question is asked
+    actions: np.ndarray  # float32 [n, 7], or chunks [n, C, 7]; meaningless where a question is asked
     answers: List[Optional[str]]  # None where an action is wanted
     kinds: List[str]  # skill or question kind
 
@@ -80,8 +89,12 @@ class Frames(NamedTuple):
                 for image, text, action, answer in zip(self.images, self.instructions, self.actions, self.answers)]
 
 
-def mixed_frames(n: int, seed: int, questions: float, skills: Optional[List[str]] = None, noise: float = 0.25, keep: float = 1.0) -> Frames:
-    """Frames along disturbed expert episodes of the known skills, a share of them with a question in place of the instruction."""
+def mixed_frames(n: int, seed: int, questions: float, skills: Optional[List[str]] = None, noise: float = 0.25, keep: float = 1.0,
+                 chunk: int = 0) -> Frames:
+    """Frames along disturbed expert episodes of the known skills, a share of them with a question in place of the instruction.
+
+    chunk: actions of each label, as `planned`; 0 gives the next one alone, without an axis for it. The pictures are the same.
+    """
     rng = np.random.default_rng(seed)
     names = skills or SKILLS
     weights = np.array([WEIGHTS[s] for s in names])
@@ -101,7 +114,8 @@ def mixed_frames(n: int, seed: int, questions: float, skills: Optional[List[str]
                     found = ask(view, i, kind, rng)
                     if found is not None:
                         texts[i], answers[i], kinds[i] = *found, kind
-                parts.append(Frames(render(view), texts, actions[live].astype(np.float32), answers, kinds))
+                labels = planned(view, chunk) if chunk else actions[live]
+                parts.append(Frames(render(view), texts, labels.astype(np.float32), answers, kinds))
                 total += len(live)
             done |= world.step(noisy(actions, noise, rng))
             if done.all():
@@ -116,15 +130,21 @@ def mixed_frames(n: int, seed: int, questions: float, skills: Optional[List[str]
     return Frames(np.stack(draw("images")), draw("instructions"), np.stack(draw("actions")), draw("answers"), draw("kinds"))
 
 
-def _chunk(arguments):
-    return mixed_frames(*arguments)
+def _made(arguments):
+    n, seed, questions, chunk = arguments
+    return mixed_frames(n, seed, questions, chunk=chunk)
 
 
-def training_frames(n: int, seed: int, processes: Optional[int] = None, questions: float = 0.3) -> Tuple[np.ndarray, List[Sample]]:
-    """(images [n, 64, 64, 3], samples) for pretraining, made by several processes; the result does not depend on how many."""
-    jobs = [(min(AT_ONCE, n - start), PRETRAINING + _check(seed) * 10**8 + start * 10, questions) for start in range(0, n, AT_ONCE)]
+def training_frames(n: int, seed: int, processes: Optional[int] = None, questions: float = 0.3,
+                    chunk: int = 0) -> Tuple[np.ndarray, List[Sample]]:
+    """(images [n, 64, 64, 3], samples) for pretraining, made by several processes; the result does not depend on how many.
+
+    chunk: see mixed_frames.
+    """
+    jobs = [(min(AT_ONCE, n - start), PRETRAINING + _check(seed) * 10**8 + start * 10, questions, chunk)
+            for start in range(0, n, AT_ONCE)]
     with multiprocessing.get_context("spawn").Pool(processes or os.cpu_count()) as pool:
-        parts = list(tqdm(pool.imap(_chunk, jobs), total=len(jobs), desc="frames", mininterval=2.0))
+        parts = list(tqdm(pool.imap(_made, jobs), total=len(jobs), desc="frames", mininterval=2.0))
     images = np.concatenate([p.images for p in parts])
     return images, [sample for part in parts for sample in part.samples()]
 

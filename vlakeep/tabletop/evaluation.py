@@ -1,5 +1,6 @@
 """The tabletop as `vlakeep evaluate` plays it: skills in many tables at once, visual questions, the KL on frames of known skills."""
 
+from dataclasses import replace
 from typing import Any, Dict, Iterator, List, Optional
 
 from tqdm import tqdm
@@ -77,7 +78,8 @@ class Tabletop(Benchmark):
 
     def retention(self) -> Retention:
         frames = self._table.retention_frames(self.settings.retention_frames, self.settings.seed)
-        return Retention(from_list(frames), [self.settings.seed] * len(frames))
+        # Without the action, of which a model of chunks takes several, and which nothing reads.
+        return Retention(from_list([replace(frame, action=None) for frame in frames]), [self.settings.seed] * len(frames))
 
     def alarms(self, target) -> List[str]:
         from vlakeep.benchmarks.trained import trained_data
