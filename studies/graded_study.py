@@ -1,17 +1,22 @@
 """The arms side by side on the tabletop: new skills x seeds x arms, each trained and evaluated by the stages themselves.
 
-    python studies/graded_study.py JOBS.json OUT.jsonl [--part 0 --parts 16] [--seconds 540] [--device cuda] [--root DIR]
+    python studies/graded_study.py JOBS.json OUT.jsonl [--workers 15] [--seconds 540] [--device cuda] [--root DIR]
     python studies/graded_study.py --table OUT.jsonl [MORE.jsonl ...]
 
-JOBS.json is a list of {"skill", "seed", "arm", "args": [...], "rollouts": true}; `--make main` (or setpoint, ablations) prints such a
-list. A line of OUT.jsonl is one run: success on the new skill and on the six old ones (50 episodes each, the same start states for all
-arms), questions, the divergence on the held-out probe items (all of them; the loop sees 64) and on the new task's prompts, seconds.
-Several parts run side by side, each on its share of the jobs; runs that OUT.jsonl holds already are left out.
+JOBS.json is a list of {"skill", "seed", "arm", "args": [...], "rollouts": true, "pool": 2000}; `--make main` (or setpoint, ablations,
+practice) prints such a list; pool is how many items the probe holds of which probe.size are taken (default: as many). A line of
+OUT.jsonl is one run: success on the new skill and on the six old ones (50 episodes each, the same start states for all arms), questions,
+the divergence on the held-out probe items and on the new task's prompts, seconds. Workers take the jobs in order, one after the other,
+and begin none after --seconds; runs that OUT.jsonl holds already are left out. Data and artefacts are made once by whoever needs them
+first.
 """
 
 import argparse
+import fcntl
 import json
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -34,6 +39,19 @@ ARMS = {
     "set-point .005": [*GRADED, "--thermostat.target", "0.005"],
     "set-point .015": [*GRADED, "--thermostat.target", "0.015"],
 }
+DISTILLED = ["--config", "configs/method_distillation.yaml"]
+BOTH = [*DISTILLED, "--gains.enabled", "true"]
+# Prevention and correction together, and a sensor that no single item can move; in the order in which they matter.
+PRACTICE = {
+    "set-point .005, w 1": [*BOTH, "--options.moves", "opening", "--thermostat.target", "0.005"],
+    "set-point .005": ARMS["set-point .005"],
+    "r 1e-2, w 1": [*BOTH, "--gains.opening", "1e-2"],
+    "set-point .015, w 1": [*BOTH, "--options.moves", "opening", "--thermostat.target", "0.015"],
+    "set-point .015": ARMS["set-point .015"],
+    "r 1e-2, w .3": [*BOTH, "--gains.opening", "1e-2", "--options.weight", "0.3"],
+    "r 1e-1, w 1": [*BOTH, "--gains.opening", "1e-1"],
+    "w 1, probe 2000": [*DISTILLED, "--probe.size", "2000"],
+}
 OLD = ["reach", "side", "pick", "tap", "drop", "place"]
 
 
@@ -48,6 +66,9 @@ def make_jobs(what: str, skills) -> list:
                {"skill": skills[0], "seed": 11, "arm": f"fixed r 1e-3 lr {lr} rank {rank}", "rollouts": False,
                 "args": [*ARMS["graded fixed"], "--thermostat.enabled", "false", "--train.lr", lr, "--lora.rank", rank, "--lora.alpha",
                          rank]} for lr in ("5e-4", "1e-3", "2e-3") for rank in ("8", "32")]
+    if what == "practice":
+        return [{"skill": skill, "seed": seed, "arm": arm, "args": args, "rollouts": True, "pool": 2000}
+                for seed in SEEDS[:2] for arm, args in PRACTICE.items() for skill in skills]
     changes = {f"p {p}": ["--gains.steepness", p] for p in ("0.5", "1", "2", "4")}
     changes.update({f"s {s}": ["--gains.scale", s] for s in ("1", "3", "30", "100")})
     changes.update({f"allocation {a}": ["--gains.allocation", a] for a in ("model", "sensitivity")})
@@ -75,8 +96,18 @@ def configuration(job, device: str, root: Path, more=()):
     return config_from_argv([*job["args"], *common, *steps, *new, *[str(m) for m in more]])
 
 
-def run_job(job, device: str, root: Path, prepared: set) -> dict:
-    """Train and evaluate one arm; the artefacts of a cell (skill, seed) are made on first use."""
+def made_once(folder: Path, make) -> None:
+    """Call `make` unless this was done in `folder` before, by any process; others wait for it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not Path(f"{folder}.made").exists():
+            make()
+            Path(f"{folder}.made").touch()
+
+
+def run_job(job, device: str, root: Path) -> dict:
+    """Train and evaluate one arm; what a cell (skill, seed, probe) shares is made on first use."""
     from vlakeep.core.rundir import read_metrics
     from vlakeep.core.storage import Storage
     from vlakeep.evaluate import load_target, run_evaluation
@@ -84,22 +115,19 @@ def run_job(job, device: str, root: Path, prepared: set) -> dict:
     from vlakeep.tabletop.data import write_tabletop_data
     from vlakeep.train import TrainingStopped, run_training
 
-    probe = job["args"][job["args"].index("--probe.size") + 1] if "--probe.size" in job["args"] else ""
-    cell = root / f"{job['skill']}-{job['seed']}{'-' * bool(probe)}{probe}"
     name = "".join(c if c.isalnum() or c in ".-" else "_" for c in job["arm"])
+    config = configuration(job, device, root, ["--name", name, "--evaluate.target", name])
+    size, pool = config.probe.size, job.get("pool", config.probe.size)
+    cell = root / f"{job['skill']}-{job['seed']}-{pool}"
     config = configuration(job, device, cell, ["--name", name, "--evaluate.target", name])
-    if config.method == "graded" and (config.lora.layers != "all" or config.lora.modules != ["attention", "mlp"]):
-        config.gains.name = f"graded-{config.lora.layers}-{'-'.join(config.lora.modules)}".replace(":", "")
     storage = Storage.from_config(config)
-    if ("data", cell) not in prepared:
-        write_tabletop_data(config, storage)
-        prepared.add(("data", cell))
-    if config.method == "graded" and not config.gains.balance:
-        config.gains.name = "graded-unbalanced"
-    made = (config.method, cell, config.gains.name)
-    if made not in prepared:
-        run_offline(config, storage)
-        prepared.add(made)
+    config.probe.size = pool
+    made_once(cell / "data", lambda: write_tabletop_data(config, storage))
+    config.probe.size = size
+    graded = config.method != "icsm_hsw_thermostat"  # all others use its artefact
+    made_of = [config.lora.layers.replace(":", ""), *config.lora.modules, str(config.gains.balance), str(size)]
+    config.gains.name = "-".join(["graded", *made_of])
+    made_once(cell / (config.gains.name if graded else "frozen"), lambda: run_offline(config, storage))
     started = time.perf_counter()
     stopped = None
     try:
@@ -150,8 +178,8 @@ def divergence_on_probe(config, storage, job, device, cell, load_target) -> dict
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("files", nargs="*")
-    for name, default, kind in (("part", 0, int), ("parts", 1, int), ("seconds", 1e9, float), ("device", "auto", str), ("root", None, str),
-                                ("make", None, str), ("skills", ",".join(SKILLS), str)):
+    for name, default, kind in (("workers", 0, int), ("worker", 0, int), ("seconds", 1e9, float), ("device", "auto", str),
+                                ("root", None, str), ("make", None, str), ("skills", ",".join(SKILLS), str)):
         parser.add_argument(f"--{name}", default=default, type=kind)
     parser.add_argument("--table", action="store_true")
     own = parser.parse_args()
@@ -162,23 +190,34 @@ def main() -> int:
         print(table([json.loads(line) for file in own.files for line in Path(file).read_text().splitlines()]))
         return 0
     jobs, out = json.loads(Path(own.files[0]).read_text()), Path(own.files[1])
-    done = {key(json.loads(line)) for file in out.parent.glob("*.jsonl") for line in file.read_text().splitlines()}
-    jobs = [job for job in jobs if key(job) not in done]
-    jobs = jobs[own.part * len(jobs) // own.parts:(own.part + 1) * len(jobs) // own.parts]
-    began, prepared = time.perf_counter(), set()
-    root = Path(own.root or tempfile.mkdtemp()) / f"part{own.part}"
-    with open(out, "a") as file:
-        for job in jobs:
-            if time.perf_counter() - began > own.seconds:
-                break
-            try:
-                row = run_job(job, own.device, root, prepared)
-            except Exception as error:  # one arm that fails must not take the others along
-                traceback.print_exc()
-                row = dict(job, error=f"{type(error).__name__}: {error}")
+    root = Path(own.root or tempfile.mkdtemp())
+    if own.workers:
+        command = [sys.executable, __file__, *own.files, "--seconds", str(own.seconds), "--device", own.device, "--root", str(root)]
+        return max(one.wait() for one in [subprocess.Popen([*command, "--worker", str(i)]) for i in range(own.workers)])
+    done = {key(json.loads(line)) for line in (out.read_text().splitlines() if out.exists() else [])}
+    began = time.perf_counter()
+    for job in jobs:
+        claim = root / "claims" / "-".join(map(str, key(job))).replace("/", "_")
+        if time.perf_counter() - began > own.seconds or key(job) in done or not claimed(claim):
+            continue
+        try:
+            row = run_job(job, own.device, root)
+        except Exception as error:  # one arm that fails must not take the others along
+            traceback.print_exc()
+            row = dict(job, error=f"{type(error).__name__}: {error}")
+        with open(out, "a") as file:  # one short write: lines of several workers do not mix
             file.write(json.dumps(row) + "\n")
-            file.flush()
     return 0
+
+
+def claimed(path: Path) -> bool:
+    """Whether this process is the first to ask for the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
 
 
 def spread(values) -> str:

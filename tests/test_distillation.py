@@ -11,6 +11,7 @@ from vlakeep.methods.distillation import HEAVIEST, Distillation
 from vlakeep.models.adapters import adapters_disabled, add_lora
 from vlakeep.models.load import make_backbone
 from vlakeep.probe.probe_set import ProbeSet
+from vlakeep.thermostat.loop import set_point
 from vlakeep.thermostat.setpoint import SetPoint, replay
 from vlakeep.train import run_training
 
@@ -85,7 +86,8 @@ def test_rare_kinds_are_drawn_as_often_as_others(attached):
 
 def test_the_weight_rises_above_the_target_falls_below_it_and_resumes(world, artefact):  # noqa: F811
     storage, make_config = world
-    arm = [*ARM, "--train.schedule", "constant", "--train.lr", 5e-3, "--thermostat.target", 1e-6, "--options.items", 2]
+    arm = [*ARM, "--train.schedule", "constant", "--train.lr", 5e-3, "--thermostat.target", 1e-6, "--options.items", 2,
+           "--options.moves", "weight"]
     whole = run_training(make_config(*arm, "--name", "distil-whole"), storage)
     run_training(make_config(*arm, "--name", "distil-part", "--train.steps", 3), storage)
     part = run_training(make_config(*arm, "--name", "distil-part", "--train.resume", True), storage)
@@ -104,7 +106,28 @@ def test_the_weight_rises_above_the_target_falls_below_it_and_resumes(world, art
     assert read_metrics(loose)[-1]["weight"] < 1.0
 
 
-@pytest.mark.parametrize("wrong", [["--options.weight", -1.0], ["--options.items", 0], ["--options.weigth", 1.0]])
+def test_the_loop_may_move_the_opening_of_the_gains_and_resumes(world, artefact):  # noqa: F811
+    storage, make_config = world
+    target = 1e-6
+    arm = [GRADED, "--method", "distillation", "--options.moves", "opening", "--options.items", 2, "--train.schedule", "constant",
+           "--train.lr", 5e-3, "--thermostat.target", target]
+    config = make_config(*arm, "--name", "opened-whole", "--evaluate.target", "opened-whole")
+    whole = run_training(config, storage)
+    run_training(make_config(*arm, "--name", "opened-part", "--train.steps", 3), storage)
+    part = run_training(make_config(*arm, "--name", "opened-part", "--train.resume", True), storage)
+    assert final_adapter(part) == final_adapter(whole)
+    rows = [row for row in read_metrics(whole) if row["step"]]
+    law = set_point(target, rows[0]["opening"], config.gains.steepness, config.thermostat.open_factor, config.thermostat.close_factor)
+    assert [row["next_opening"] for row in replay(law, [row["kl"] for row in rows])] == [row["next_opening"] for row in rows]
+    assert len({row["next_opening"] for row in rows}) > 2 and all(row["penalty"] > -1e-6 and "weight" not in row for row in rows)
+    assert rows[-1]["settled_kl"] <= target
+    # The gains of the run are those that its log names: another law with the same measurements leaves another adapter.
+    faster = run_training(make_config(*arm, "--name", "opened-fast", "--thermostat.open_factor", 8), storage)
+    assert final_adapter(faster) != final_adapter(whole)
+
+
+@pytest.mark.parametrize("wrong", [["--options.weight", -1.0], ["--options.items", 0], ["--options.weigth", 1.0],
+                                   ["--options.moves", "sideways"], ["--options.moves", "opening"]])
 def test_wrong_options_are_refused(world, wrong):
     with pytest.raises(ConfigError, match=wrong[0].replace(".", r"\.")):
         world[1](*ARM, *wrong)

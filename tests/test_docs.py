@@ -376,4 +376,4 @@ def test_distillation_at_7b_differs_from_graded_in_the_method_alone():
     same = ("backbone", "lora", "data", "probe", "train", "icsm", "thermostat", "seed")
     assert [key for key in same if getattr(one, key) != getattr(two, key)] == []
     assert graded_offline.deciding(one) == graded_offline.deciding(two) and method_class(two.method).problems(two) == []
-    assert (two.options["loop"], two.gains.enabled, two.method) == (False, False, "distillation")
+    assert (two.options.get("moves"), two.gains.enabled, two.method) == (None, False, "distillation")

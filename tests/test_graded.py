@@ -261,7 +261,7 @@ def test_artefact_spectra_are_those_of_the_inputs_and_the_probe_is_split(world, 
     fit, held = graded_offline.split_items(items, probe.kinds(items), 0.2)
     assert not set(fit) & set(held) and sorted(fit + held) == items == probe.spread(48)
     counted, kept = Counter(probe.kinds(items)), Counter(probe.kinds(held))
-    assert all(kept[kind] == min(max(1, round(0.2 * n)), n - 1) for kind, n in counted.items())
+    assert all(kept[kind] == max(min(4, n // 2), round(0.2 * n)) for kind, n in counted.items())
     assert artefact.answers()[1] == held
     backbone = make_backbone(config.backbone, torch.device("cpu"), storage.cache).eval()
     name = "layers.3.mlp.down_proj"
@@ -270,7 +270,7 @@ def test_artefact_spectra_are_those_of_the_inputs_and_the_probe_is_split(world, 
     number, moment, tokens = Counter(probe.kinds(fit)), 0.0, 0.0
     for item, kind in zip(fit, probe.kinds(fit)):
         whole, = [w for _, w in graded_offline.answered_samples(backbone, probe.samples([item]), 1)]
-        share = int(whole.attention_mask.sum() + backbone.num_patches) / number[kind]
+        share = int(whole.attention_mask.sum() + backbone.num_patches) / number[kind] ** 0.5
         moment, tokens = moment + share * token_moments(backbone, [whole], linears)[backbone.input_key(name)].double(), tokens + share
     moment = moment / tokens
     one = artefact.spectra()[backbone.input_key(name)]
@@ -290,15 +290,29 @@ def test_artefact_spectra_are_those_of_the_inputs_and_the_probe_is_split(world, 
     assert torch.allclose(stored[:-1], (vectors.T @ other @ vectors).diagonal(), rtol=1e-3, atol=1e-6 * float(other.trace()))
 
 
-def test_kinds_count_alike_up_to_a_limit():
-    kinds = ["often"] * 60 + ["seldom"] * 20
-    weights = graded_offline.item_weights(Config(), kinds)
-    assert float(weights[:60].sum()) == pytest.approx(float(weights[60:].sum())) and float(weights.mean()) == pytest.approx(1.0)
-    once = graded_offline.item_weights(Config(), ["often"] * 199 + ["once"])
+@pytest.mark.parametrize("balance, ratio", [(0.0, 3.0), (0.5, 3.0 ** 0.5), (1.0, 1.0)])
+def test_kinds_count_by_a_power_of_their_number_up_to_a_limit(balance, ratio):
+    config, kinds = Config(), ["often"] * 60 + ["seldom"] * 20
+    config.gains.balance = balance
+    weights = graded_offline.item_weights(config, kinds)
+    assert float(weights[:60].sum() / weights[60:].sum()) == pytest.approx(ratio) and float(weights.mean()) == pytest.approx(1.0)
+    config.gains.balance = 1.0
+    once = graded_offline.item_weights(config, ["often"] * 199 + ["once"])
     assert float(once[-1] / once[0]) == pytest.approx(10.0 / (200 / 398)), "one item must not be half of everything"
-    config = Config()
-    config.gains.balance = False
-    assert graded_offline.item_weights(config, kinds).tolist() == [1.0] * 80
+
+
+def test_no_item_is_a_large_part_of_what_the_sensor_reads():
+    config, kinds = Config(), ["often"] * 99 + ["once"]
+    config.gains.balance = 1.0
+    weights = graded_offline.sensor_weights(config, kinds)
+    assert float(weights[-1] / weights[0]) == pytest.approx(3.0 / (100 / 198)) and float(weights.mean()) == pytest.approx(1.0)
+    assert max(graded_offline.sensor_weights(config, ["a", "a", "b"])) < 1.3, "of few items all weigh nearly alike"
+
+
+def test_rare_kinds_are_held_out_by_several_items():
+    kinds = ["often"] * 90 + ["seldom"] * 9 + ["rare"] * 5 + ["pair"] * 2 + ["once"]
+    fit, held = graded_offline.split_items(list(range(len(kinds))), kinds, 0.2)
+    assert Counter(kinds[i] for i in held) == {"often": 18, "seldom": 4, "rare": 2, "pair": 1} and len(fit) + len(held) == len(kinds)
 
 
 def test_sensitivity_is_the_squared_gradient_of_the_answers(world):
@@ -339,7 +353,7 @@ def test_coverage_tells_inputs_like_the_probe_from_others():
 def test_an_artefact_of_something_else_is_refused(artefact):
     meta = artefact.meta
     good = dict(weights_hash=meta["weights_sha256"], probe_hash=meta["probe_sha256"], probe_size=48, depth=6, dtype="float32",
-                section={"columns": 1024, "holdout": 0.2, "balance": True})
+                section={"columns": 1024, "holdout": 0.2, "balance": 0.5})
     assert artifact.check(artefact, **good) == []
     for key, value in (("weights_hash", "x"), ("probe_hash", "x"), ("probe_size", 9), ("depth", 7), ("dtype", "bfloat16"),
                        ("quantisation", "4bit"), ("section", {"columns": 5, "holdout": 0.2})):
@@ -516,10 +530,12 @@ def test_the_adapter_that_is_left_is_the_one_that_was_measured(world, artefact, 
     sensor = KLSensor(backbone, answered, batched(probe.samples(items), backbone.processor, 8), 8)
     count = min(config.thermostat.batch_size, len(items))
     chosen = [i * len(items) // count for i in range(count)]
-    each = sensor.per_item()[chosen].double().cpu()
-    number = Counter(probe.kinds([items[i] for i in chosen]))
-    kinds = {kind: [float(d) for d, i in zip(each, chosen) if probe.kinds([items[i]]) == [kind]] for kind in number}
-    assert sum(sum(own) / len(own) for own in kinds.values()) / len(kinds) == pytest.approx(last["settled_kl"], rel=1e-3)
+    each = sensor.per_item()[chosen].double().cpu().tolist()
+    kinds = probe.kinds([items[i] for i in chosen])
+    # A kind counts like the root of its number, but of so few no item more than the mean.
+    roots = [kinds.count(kind) ** -0.5 for kind in kinds]
+    weights = [min(1.0, root * count / sum(roots)) for root in roots]
+    assert sum(w * d for w, d in zip(weights, each)) / sum(weights) == pytest.approx(last["settled_kl"], rel=1e-3)
 
 
 def test_two_processes_are_one_with_two_micro_batches_bitwise(world, artefact, tmp_path):

@@ -43,7 +43,7 @@ from vlakeep.train import learning_rate, run_training
 def test_a_plain_loop_is_vlakeep_train_to_the_bit(world, tmp_path):
     """Bases measured here are those of `vlakeep offline`, and the adapter that the loop leaves is the one that `vlakeep train` leaves."""
     storage, make_config = world
-    config = make_config(GRADED, "--name", "in-the-trainer", "--gains.name", "items-alike", "--gains.balance", False, "--train.lr", 5e-3,
+    config = make_config(GRADED, "--name", "in-the-trainer", "--gains.name", "items-alike", "--gains.balance", 0, "--train.lr", 5e-3,
                          "--thermostat.target", 1e-4, "--thermostat.every", 2, "--train.accumulation", 2, "--train.batch_size", 2)
     run_offline(config, storage)
     wanted = final_adapter(run_training(config, storage))

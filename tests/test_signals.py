@@ -148,6 +148,22 @@ def test_a_single_process_hears_itself_at_once():
     vote.last()
 
 
+def test_the_question_that_is_out_at_the_end_is_waited_for():
+    """A process that left earlier would leave the others alone with it."""
+    class Work:
+        waited = 0
+
+        def wait(self):
+            self.waited += 1
+
+    vote, work = signals.StopVote(1), Work()
+    vote._asked = ([0], work)
+    vote.last()
+    assert work.waited == 1
+    vote.last()
+    assert work.waited == 1
+
+
 def _launcher(pipe):
     _, inner = child(_follower)
     wait_for("ready", inner)

@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,15 +13,20 @@ from conftest import SMALL
 from test_layout import REPO
 
 from vlakeep import cli, study
+from vlakeep.core import study as study_cells
 from vlakeep.core.config import ConfigError, load_config
 from vlakeep.core.schema import find_config
 from vlakeep.core.stages import EVALUATE, TRAIN
 from vlakeep.core.study import BEGUN, DONE, OPEN, OTHER, TRAINED, named, read_study, said, share
-from vlakeep.studies import records, tables
+from vlakeep.studies import again, records, schedulers, tables
 
 TINY = {"lora.layers": "last:1", "train.steps": 2, "train.save_every": 1, "train.batch_size": 2, "evaluate.skills": ["reach", "corner"],
         "evaluate.episodes": 1, "evaluate.questions": ["color"], "evaluate.questions_per_kind": 2, "evaluate.retention_frames": 2,
         "train.warmup": 1, "train.schedule": "constant", "train.tensorboard": False}
+
+
+STREAM = {"stream": {"order": ["corner", "again"], "frames": 6}, "seeds": [1], "rates": [2e-3],
+          "tasks": {name: {"data.datasets": ["tabletop_corner"], "evaluate.new_skill": "corner"} for name in ("corner", "again")}}
 
 
 def write(path, **changed):
@@ -47,6 +54,11 @@ def test_cells_are_every_combination_with_the_later_key_on_top(tmp_path):
     assert config.data.datasets == ["tabletop_corner"]
     alone = read_study(write(tmp_path / "two.yaml", rates=None, arms={"plain": {"config": "configs/baseline_lora.yaml"}}))
     assert [cell.rate for cell in alone] == [2e-3, 2e-3], "the rate of the configuration"
+    task, arm = {"evaluate.new_skill": "corner", "train.steps": 6}, {"config": "configs/baseline_lora.yaml"}
+    for own, steps in (({}, 6), ({"train.steps": 5}, 5)):
+        three = read_study(write(tmp_path / "three.yaml", settings={"train.steps": 7}, tasks={"corner": task},
+                                 arms={"plain": {**arm, **own}}))
+        assert three[0].config().train.steps == steps
     # Each command takes the keys that its stage reads, and together they say the cell's configuration.
     train, evaluate = cells[-1].commands(OPEN)
     assert (train[0], evaluate[0]) == ("train", "evaluate")
@@ -56,6 +68,15 @@ def test_cells_are_every_combination_with_the_later_key_on_top(tmp_path):
     assert "--train.resume" in cells[0].commands(BEGUN)[0] and [one[0] for one in cells[0].commands(TRAINED)] == ["evaluate"]
     assert cells[0].commands(DONE) == cells[0].commands(OTHER) == []
     assert [said(value) for value in (None, True, 5e-4, ["a", "b"], "x", 3)] == ["null", "true", "0.0005", "[a, b]", "x", "3"]
+
+
+def test_an_evaluation_is_one_of_the_weights_that_are_there(tmp_path):
+    config = load_config("configs/baseline_lora.yaml")
+    (tmp_path / "summary.json").write_text(json.dumps({"weights": "these"}))
+    (tmp_path / "records.jsonl").write_text(json.dumps({"header": {"evaluate": {"episodes": config.evaluate.episodes}}}) + "\n")
+    assert [study_cells._evaluated(tmp_path, weights, config) for weights in ("these", "others", None)] == [True, False, True]
+    config.evaluate.episodes += 1
+    assert not study_cells._evaluated(tmp_path, "these", config)
 
 
 @pytest.mark.parametrize("changed, words", [
@@ -159,6 +180,16 @@ def test_a_study_that_was_killed_gives_the_table_of_one_that_was_not(world, tmp_
     row = tables.rows(killed.cells, [of_run], {cell.cell: DONE for cell in killed.cells})[1]
     assert row["skill:reach"] == summary["abilities"]["reach"]["mean"] and row["action_kl"] == summary["retention_kl"]["mean"]
 
+    # Again: a random cell is what it was.
+    def once_more(words, log_file):
+        second = study.open_study(words[1], whole.folders, again="--again" in words)
+        return run_here(second)(words, log_file)
+
+    capsys.readouterr()
+    assert study.rerun(whole, 1, 1, once_more, seed=0) == 0
+    assert "| decay-corner-lr0.002-s1 | the same to the bit | 0 of 4 |" in capsys.readouterr().out
+    assert whole.storage.run_folder("whole_again/decay-corner-lr0.002-s1").is_dir()
+
     # Elsewhere: nothing was run there, and the records are enough.
     far = study.open_study(str(tmp_path / "whole.yaml"), ["--root", str(tmp_path / "far")])
     assert study.take_in(far, [str(part)]) == "2 cells taken in" and study.take_in(far, [str(part), str(part)]) == "0 cells taken in"
@@ -217,6 +248,21 @@ def test_outcomes_are_a_digit_a_trial_and_crashes_are_neither():
     assert records.rate_of({"outcomes": "1x0"}) == 0.5 and records.rate_of({"outcomes": "x"}) == 0.0
 
 
+def test_what_a_second_run_changes_is_counted():
+    one = record(trials={"skill:reach": {"outcomes": "110x", "seeds": [1, 1]}, "new:corner": {"outcomes": "11", "seeds": [1, 1]}})
+    two = {**one, "seconds": {"train": 9.0, "evaluate": 9.0}, "made": {"commit": "2"}}
+    assert again.compared(one, two) == {"differs": [], "moved": 0, "trials": 6, "kl": 0.0}
+    two = {**two, "weights": "2", "action_kl": [0.25], "trials": {**one["trials"], "skill:reach": {"outcomes": "10xx", "seeds": [1, 1]}}}
+    assert again.compared(one, two) == {"differs": ["weights", "trials", "action_kl"], "moved": 2, "trials": 6, "kl": 0.25}
+    assert "| a | weights, trials, action_kl | 2 of 6 | 0.25 |" in again.table({"a": again.compared(one, two)}).markdown()
+
+
+def test_of_a_stream_the_runs_before_are_drawn_too(tmp_path):
+    cells = read_study(write(tmp_path / "one.yaml", **STREAM, arms={"plain": {"config": "configs/baseline_lora.yaml"}}), again=True)
+    assert cells[0].name == "small_again/plain-corner-lr0.002-s1" and cells[1].before == cells[0].name
+    assert {len(again.drawn(cells, 1, seed)) for seed in range(9)} == {1, 2} and again.drawn(cells, 9) == cells
+
+
 def test_a_share_and_a_choice_of_the_cells(tmp_path):
     cells = read_study(write(tmp_path / "one.yaml", arms={"base": {}, "plain": {"config": "configs/baseline_lora.yaml"},
                                                           "gpm": {"config": "configs/rivals/gpm.yaml", "family": "gpm"}}))
@@ -230,10 +276,6 @@ def test_a_share_and_a_choice_of_the_cells(tmp_path):
         named(cells, arms=["x"])
     with pytest.raises(ConfigError, match="--part 5: must be from 1 to --parts, 4"):
         share(cells, 5, 4)
-
-
-STREAM = {"stream": {"order": ["corner", "again"], "frames": 6}, "seeds": [1], "rates": [2e-3],
-          "tasks": {name: {"data.datasets": ["tabletop_corner"], "evaluate.new_skill": "corner"} for name in ("corner", "again")}}
 
 
 def test_a_stream_trains_each_task_on_the_run_before(world, tmp_path):
@@ -311,3 +353,72 @@ def test_what_is_missing_is_told_with_its_remedy(tmp_path):
     folder = next(iter(study.artefacts(made)))
     assert folder.name == "graded_tabletop-base" and [cell.arm for cell in study.artefacts(made)[folder]] == ["gpm", "gpm"]
     assert json.dumps(load_config(None).train.lr) and Path(folder).parent == made.storage.artifacts
+
+
+# Schedulers
+
+
+def test_resources_are_numbers_where_they_are_and_a_missing_library_is_told(tmp_path, monkeypatch):
+    assert schedulers.resources(["num_gpus=0.25", "num_cpus=2", "slurm_partition=gpu"]) == {
+        "num_gpus": 0.25, "num_cpus": 2, "slurm_partition": "gpu"}
+    with pytest.raises(ConfigError, match="--resources gpu: write NAME=VALUE"):
+        schedulers.resources(["gpu"])
+    with pytest.raises(ConfigError, match="--resources are for --scheduler slurm or ray"):
+        schedulers.scheduler("local", tmp_path, tmp_path, ["num_gpus=1"])
+    assert schedulers.scheduler("local", tmp_path, tmp_path, []) is None
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match="--scheduler needs the package ray: pip install 'vlakeep.ray.'"):
+        schedulers.scheduler("ray", tmp_path, tmp_path, [])
+
+
+def test_a_cell_elsewhere_is_a_process_with_its_log_status_and_root(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    given = schedulers.environment(tmp_path / "root")
+    assert given["VLAKEEP_ROOT"] == str(tmp_path / "root") and given["OMP_NUM_THREADS"] == "1" and "HOME" not in given
+    assert schedulers.execute(["--version"], str(tmp_path / "logs" / "one.log"), given) == 0
+    assert "vlakeep" in (tmp_path / "logs" / "one.log").read_text()
+    assert schedulers.execute(["nothing"], str(tmp_path / "two.log"), given) == 2
+    assert "no stage `nothing`" in (tmp_path / "two.log").read_text()
+
+
+class Jobs(schedulers._Scheduler):
+    """A scheduler whose jobs are numbers; the last one waits until it is stopped."""
+
+    def __init__(self):
+        super().__init__("root")
+        self.cancelled = []
+
+    def _submit(self, words, log_file):
+        return int(words[0])
+
+    def _wait(self, job):
+        if job == 9:
+            self.stop()
+        return job
+
+    def _cancel(self, job):
+        self.cancelled.append(job)
+
+
+def test_a_scheduler_is_stopped_with_what_it_runs():
+    jobs = Jobs()
+    assert (jobs(["0"], "log"), jobs(["3"], "log"), jobs(["9"], "log"), jobs(["0"], "log")) == (0, 3, 9, schedulers.STOPPED)
+    assert jobs.cancelled == [9] and jobs._running == []
+
+
+def test_submitit_runs_a_cell(tmp_path):
+    pytest.importorskip("submitit")
+    slurm = schedulers.Slurm(tmp_path / "root", tmp_path / "jobs", {"timeout_min": 5}, cluster="local")
+    assert slurm(["--version"], tmp_path / "one.log") == 0 and "vlakeep" in (tmp_path / "one.log").read_text()
+    assert slurm(["nothing"], tmp_path / "two.log") == 2
+
+
+def test_two_ray_workers_run_cells(tmp_path):
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
+    try:
+        run = schedulers.Ray(tmp_path / "root", {"num_cpus": 1})
+        with ThreadPoolExecutor(2) as pool:
+            assert list(pool.map(lambda n: run([["--version"], ["nothing"]][n], tmp_path / f"{n}.log"), (0, 1))) == [0, 2]
+    finally:
+        ray.shutdown()

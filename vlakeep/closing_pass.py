@@ -67,7 +67,7 @@ def open_answers(config: Config, storage: Storage, backbone, probe: ProbeSet, co
 def make_sensor(config: Config, backbone, probe: ProbeSet, artifact: GradedArtifact) -> KLSensor:
     """The divergence on all held-out items, kinds of prompts counting as they do for the loop of method `graded`."""
     answered, items = artifact.answers()
-    size, weights_N = config.icsm.batch_size, graded_offline.item_weights(config, probe.kinds(items))
+    size, weights_N = config.icsm.batch_size, graded_offline.sensor_weights(config, probe.kinds(items))
     return KLSensor(backbone, answered, batched(probe.samples(items), backbone.processor, size), size, weights_N)
 
 

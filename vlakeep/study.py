@@ -5,6 +5,8 @@
     vlakeep study studies/rivals_small.yaml --cell gpm-corner-lr0.002-s11      # one cell, as a job of a cluster calls it
     vlakeep study studies/rivals_small.yaml --table
     vlakeep study studies/rivals_small.yaml --report
+    vlakeep study studies/rivals_small.yaml --paper T1
+    vlakeep study studies/rivals_small.yaml --rerun 3                 # random cells once more, against their records
     vlakeep study studies/rivals_small.yaml --part 1 --parts 4 --seconds 500 --export part1.jsonl      # on one machine of four
     vlakeep study studies/rivals_small.yaml --import part1.jsonl,part2.jsonl
 
@@ -26,7 +28,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from vlakeep import checks, cli
 from vlakeep.core.config import Config, ConfigError
@@ -37,9 +39,10 @@ from vlakeep.core.stages import STUDY
 from vlakeep.core.storage import Storage, atomic_write, find_checkpoint
 from vlakeep.core.study import DONE, OPEN, OTHER, Cell, State, look, named, read_study, read_tree, share
 from vlakeep.models.load import model_name
-from vlakeep.studies import claims, report, streams, tables
+from vlakeep.studies import again, claims, paper, report, streams, tables
 from vlakeep.studies.records import differences, line_of, read_records, record_of, same, write_records
-from vlakeep.studies.rule import read_rule
+from vlakeep.studies.rule import Rule, read_rule
+from vlakeep.studies.schedulers import scheduler
 
 TAIL = 6  # lines of a failed cell's log that are shown
 
@@ -78,9 +81,9 @@ class Study(NamedTuple):
         return self.storage.run_folder(self.cells[0].group) / "study"
 
 
-def open_study(file: str, folders: Sequence[str]) -> Study:
+def open_study(file: str, folders: Sequence[str], again: bool = False) -> Study:
     """ConfigError with the mistakes of all cells and of the rule."""
-    cells, configs, wrong = read_study(file), {}, {}
+    cells, configs, wrong = read_study(file, again), {}, {}
     read_rule(read_tree(file), cells)
     for cell in cells:
         try:
@@ -268,7 +271,7 @@ def run_study(study: Study, workers: int, launch: Optional[Callable[[List[str], 
         for number, cell in enumerate(chain):
             if most is not None and time.perf_counter() - begun > most:
                 return len(chain) - number
-            if not ran(cell, launcher(["study", study.file, "--cell", cell.cell, *study.folders], logs / f"{cell.cell}.log")):
+            if not ran(cell, launcher(cell_words(study, cell), logs / f"{cell.cell}.log")):
                 failed.update({later.cell: f"the run before it failed: {cell.cell}" for later in chain[number + 1:]})
                 break
         return 0
@@ -278,7 +281,7 @@ def run_study(study: Study, workers: int, launch: Optional[Callable[[List[str], 
         try:
             left_out = sum(job.result() for job in as_completed(jobs))
         except BaseException:
-            if isinstance(launcher, Launcher):
+            if hasattr(launcher, "stop"):
                 launcher.stop()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
@@ -288,6 +291,22 @@ def run_study(study: Study, workers: int, launch: Optional[Callable[[List[str], 
         write_records(export, study.records())
     write_tables(study)
     return failed
+
+
+def rerun(study: Study, count: int, workers: int, launch: Optional[Callable[[List[str], Path], int]] = None,
+          seed: Optional[int] = None) -> int:
+    """Run `count` cells of which there are records again, under the name NAME_again, and show how they compare; 1 unless all are the
+    same."""
+    records = {record["cell"]: record for record in study.records()}
+    chosen = {cell.cell for cell in again.drawn([cell for cell in study.cells if cell.cell in records], count, seed)}
+    second = open_study(study.file, study.folders, again=True)
+    second = second._replace(cells=[cell for cell in second.cells if cell.cell in chosen])
+    failed = run_study(second, workers, launch)
+    found = {record["cell"]: again.compared(records[record["cell"]], record) for record in second.records() if record["cell"] in records}
+    print(again.table(found).markdown(), end="")
+    for cell, why in failed.items():
+        log.warning(f"FAILED {cell}: {why}")
+    return 1 if failed or not found or any(one["differs"] for one in found.values()) else 0
 
 
 def take_in(study: Study, files: Sequence[str]) -> str:
@@ -312,6 +331,12 @@ def take_in(study: Study, files: Sequence[str]) -> str:
     write_records(study.storage.guard_write(study.folder(), what="records") / "imported.jsonl",
                   [found[cell.cell] for cell in study.cells if cell.cell in found])
     return f"{len(found) - before} cells taken in" + (f"; {foreign} records are of cells that the study does not have" if foreign else "")
+
+
+def cell_words(study: Study, cell: Cell) -> List[str]:
+    """The command line that runs a cell."""
+    beside = ["--again"] if cell.group.endswith("_again") and read_tree(study.file)["name"] != cell.group else []
+    return ["study", study.file, "--cell", cell.cell, *beside, *study.folders]
 
 
 def _gpus() -> int:
@@ -347,20 +372,26 @@ def write_tables(study: Study) -> str:
     return text
 
 
-def write_report(study: Study, out: Path) -> Path:
+def judged_by(study: Study) -> Tuple[Rule, List[Dict[str, Any]]]:
+    """The rule of the study and its records. ConfigError where one is missing."""
     rule = read_rule(read_tree(study.file), study.cells)
     if rule is None:
         raise ConfigError(f"{study.file} has no `rule`: a report needs to know what is compared (docs/study.md)")
     records = study.records()
     if not records:
         raise ConfigError(f"no cell is done: run `{command('study', study.file)}`, or take records in with --import")
-    again = [command("study", study.file), command("study", study.file, "--report")]
-    return report.build(study.cells, records, rule, out.expanduser().absolute(), again)
+    return rule, records
+
+
+def write_report(study: Study, out: Path) -> Path:
+    rule, records = judged_by(study)
+    commands = [command("study", study.file), command("study", study.file, "--report")]
+    return report.build(study.cells, records, rule, out.expanduser().absolute(), commands)
 
 
 def main(argv: List[str]) -> int:
     args, _, folders = split(STUDY, argv)
-    study = open_study(args.study, folders)
+    study = open_study(args.study, folders, args.again)
     if args.cell:
         found = [cell for cell in study.cells if cell.cell == args.cell]
         if not found:
@@ -373,15 +404,23 @@ def main(argv: List[str]) -> int:
     if getattr(args, "dry-run"):
         show_plan(some)
         return 0
+    if args.paper:
+        rule, records = judged_by(study)
+        for path in paper.write(study.cells, records, rule, args.paper, Path(args.out or study.folder() / "paper").expanduser().absolute()):
+            print(path)
+        return 0
     if args.report:
         print(write_report(study, Path(args.out or study.folder() / "report")))
         return 0
+    launch = scheduler(args.scheduler, some.storage.root, some.folder() / "logs" / "jobs", args.resources)
+    if args.rerun:
+        return rerun(some, args.rerun, args.workers, launch)
     failed: Dict[str, str] = {}
     if not args.table and not taken:
         lacking = missing(some, [cell for cell, state in some.states().items() if state.kind == OPEN])
         if lacking:
             raise ConfigError("what the study needs is missing:\n" + "\n".join(lacking))
-        failed = run_study(some, args.workers, most=args.seconds, export=Path(args.export) if args.export else None)
+        failed = run_study(some, args.workers, launch, most=args.seconds, export=Path(args.export) if args.export else None)
         for cell, why in failed.items():
             log.warning(f"FAILED {cell}: {why}")
     elif args.export:

@@ -186,9 +186,9 @@ class GainsConfig:
     columns: int = least(1024)
     # Share of the probe items that the spectrum does not see: the sensor measures on them, and the coverage report.
     holdout: float = inside(0.2, "(0, 1)")
-    # All kinds of probe prompts count alike in spectra and sensor, however many items there are of each. False weighs items alike: what is
-    # rare in the probe is then hardly protected, and hardly seen.
-    balance: bool = True
+    # How far rare kinds of probe prompts count as much as frequent ones, in spectra, sensor and distillation: with 1 all kinds count alike,
+    # and what takes many different items to show is hardly protected; with 0 all items do, and what is rare is hardly seen.
+    balance: float = inside(0.5, "[0, 1]")
     # Further probes whose coverage is reported: what shall be kept.
     keep: List[str] = field(default_factory=list)
     # With train.from_run: spectra and answers of the base before the first of these runs, in place of an artefact of its own. The budget

@@ -175,9 +175,12 @@ def read_tree(path) -> Dict[str, Any]:
     return tree
 
 
-def read_study(path) -> List[Cell]:
-    """The cells of a study file, in the order arms, tasks, rates, seeds. ConfigError with every mistake that is seen."""
+def read_study(path, again: bool = False) -> List[Cell]:
+    """The cells of a study file, in the order arms, tasks, rates, seeds. ConfigError with every mistake that is seen.
+
+    again: under the name NAME_again, beside those that were run."""
     file, tree, cells = Path(path), read_tree(path), []
+    tree["name"] += "_again" if again else ""
     for arm, own in tree["arms"].items():
         own = dict(own or {})
         config, rates = own.pop("config", None), own.pop("rates", tree.get("rates") or [None])

@@ -1,11 +1,15 @@
-"""Method `distillation`: the new task's loss plus w times the divergence from the teacher on probe items, w set by the Thermostat.
+"""Method `distillation`: the new task's loss plus w times the divergence from the teacher on probe items, and what the Thermostat moves.
 
     loss = loss of the new task + w * KL(teacher || student) at the teacher's own answers to probe prompts, in nats per answer token
-    w <- w * clip((d / target)^(1 / 2), 1 / open, close)       d: the divergence on the held-out items, every K steps
 
-The multiplier of a constrained problem (least loss of the new task with a divergence of at most `target`), raised while the constraint
-is broken. It works by correction where methods/graded.py works by prevention, and costs a forward and a backward pass of the adapted
-layers on `items` probe items per micro-batch. With gains.enabled both act: the gains stay at their opening, the loop moves w.
+It works by correction where methods/graded.py works by prevention, and costs a forward and a backward pass of the adapted layers on
+`items` probe items per micro-batch. With gains.enabled both act. What the loop moves, with d the divergence on held-out items:
+
+    nothing   w and the gains' opening stay as they are
+    opening   r, by the law of methods/graded.py: prevention holds the target, correction lets it open further
+    weight    w <- w * clip((d / target)^(1 / 2), 1 / open, close), every K steps: the multiplier of a constrained problem (least loss
+              of the new task with a divergence of at most `target`), raised while the constraint is broken
+
 Distillation on old inputs against forgetting: Li and Hoiem 2016, Learning without Forgetting (arXiv 1606.09282).
 
 reads: artifact_dir/graded_<backbone>/ and the probe; the teacher's answers to the items that the sensor does not measure are made at the
@@ -34,13 +38,14 @@ from vlakeep.thermostat.setpoint import SetPoint
 LIGHTEST, HEAVIEST = 1e-3, 10.0
 # The divergence falls about as 1 / w^2 while the update is small; the exponent of the law in units of 1 / w.
 STEEPNESS = 0.5
+MOVES = ("nothing", "opening", "weight")
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
 class Options:
     weight: float = 1.0  # w at the start
-    loop: bool = True  # whether the Thermostat moves w; else it measures only
+    moves: str = "nothing"  # what the Thermostat moves: nothing (it measures), opening (of the gains) or weight (w)
     items: int = 8  # probe items per micro-batch
 
 
@@ -68,6 +73,10 @@ class Distillation(Graded):
                 found.append(f"--options.weight {options.weight}: must be 0 or above, at most {HEAVIEST:g}")
             if options.items < 1:
                 found.append(f"--options.items {options.items}: must be above 0")
+            if options.moves not in MOVES:
+                found.append(f"--options.moves {options.moves}: must be one of {', '.join(MOVES)}")
+            if options.moves == "opening" and not config.gains.enabled:
+                found.append("--options.moves opening: there is no opening without gains; add --gains.enabled true")
         return found
 
     @classmethod
@@ -107,22 +116,31 @@ class Distillation(Graded):
         if self._options.weight > 0 and self._make_practice:
             self._practice = self._make_practice(backbone)
 
+    @property
+    def _moves_weight(self) -> bool:
+        return self._options.moves == "weight"
+
     def _law(self) -> Optional[SetPoint]:
         thermostat = self._config.thermostat
-        if self._options.weight == 0 or not self._options.loop:
+        if self._options.moves == "opening":
+            return super()._law()
+        if self._options.weight == 0 or not self._moves_weight:
             return None
         return SetPoint(target=thermostat.target, start=1 / self._options.weight, lowest=1 / HEAVIEST, highest=1 / LIGHTEST,
                         steepness=STEEPNESS, open_factor=thermostat.open_factor, close_factor=thermostat.close_factor)
 
     def _act(self, opening: float) -> None:
-        self._weight = 1 / opening
+        if self._moves_weight:
+            self._weight = 1 / opening
+        else:
+            super()._act(opening)
 
     def _settle(self, measured: Dict[str, float]) -> Dict[str, float]:
-        return {}  # w has no effect on weights that are finished
+        return {} if self._moves_weight else super()._settle(measured)  # w has no effect on weights that are finished
 
     def _measure(self, act: bool = True) -> Dict[str, float]:
         row = super()._measure(act)
-        if self._loop.controller and act:
+        if self._loop.controller and act and self._moves_weight:
             row.update(opening=self._site.opening if self._site else 0.0, weight=1 / row["opening"], next_weight=self._weight)
             row.pop("next_opening")
         return row

@@ -87,7 +87,7 @@ class Graded(Method):
             chosen = [items[i] for i in rows]
             sensor = KLSensor(backbone, Answered(*[value[rows] for value in answered]),
                               batched(probe.samples(chosen), backbone.processor, size), size,
-                              graded_offline.item_weights(config, probe.kinds(chosen)))
+                              graded_offline.sensor_weights(config, probe.kinds(chosen)))
             new = graded_offline.new_samples(config, storage, graded_offline.picture_size(backbone), max(1, count // 4),
                                              backbone.processor.spec)
             samples = [sample for group in new.values() for sample in group]

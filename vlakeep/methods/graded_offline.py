@@ -29,6 +29,8 @@ from vlakeep.teacher.spectrum import Spectrum, spectrum, to_tensors
 
 FEW = 4  # items whose activations are kept for a backward pass
 LARGEST = 10.0  # weight of a probe item of a rare kind, relative to the mean
+HELD_LEAST = 4  # items of a kind that the sensor gets where there are enough: a single one that is about to flip moves the whole loop
+SHARE_LARGEST = 0.03  # of what the sensor reads, from one item; of few items all weigh alike
 NEW_FRAMES = 64  # of the new task's data, for the coverage report and the divergence on its prompts
 
 
@@ -43,25 +45,30 @@ def deciding(config: Config) -> dict:
 
 
 def split_items(items: List[int], kinds: List[str], holdout: float) -> Tuple[List[int], List[int]]:
-    """(items of the spectrum, items of the sensor), both ascending. Of every kind of prompt its share goes to the sensor, evenly spaced
-    and at least one where there are two. kinds: of the items."""
+    """(items of the spectrum, items of the sensor), both ascending. Of every kind of prompt its share goes to the sensor, evenly spaced,
+    and at least HELD_LEAST, but never more than half of the kind. kinds: of the items."""
     held = set()
     for kind in sorted(set(kinds)):
         own = [item for item, its in zip(items, kinds) if its == kind]
-        # Never all of a kind: the spectra would know nothing of it.
-        count = min(max(1, round(len(own) * holdout)), len(own) - 1)
+        # Never most of a kind: the spectra would know little of it.
+        count = min(max(HELD_LEAST, round(len(own) * holdout)), max(len(own) // 2, round(len(own) * holdout)), len(own) - 1)
         # The middles of `count` equal stretches.
         held |= {own[(2 * i + 1) * len(own) // (2 * count)] for i in range(count)}
     return [item for item in items if item not in held], [item for item in items if item in held]
 
 
-def item_weights(config: Config, kinds: List[str]) -> torch.Tensor:
-    """Weights float64 [N] of probe items, 1 in the mean: with gains.balance all kinds of prompts count alike, whatever their number, but
-    for the LARGEST share of a single item."""
+def item_weights(config: Config, kinds: List[str], largest: float = LARGEST) -> torch.Tensor:
+    """Weights float64 [N] of probe items, 1 in the mean: a kind of prompt that has n of the N items counts like n^(1 - gains.balance).
+    No item weighs more than `largest` before they are scaled to that mean."""
     numbers = {kind: kinds.count(kind) for kind in kinds}
-    each = [len(kinds) / (len(numbers) * numbers[kind]) if config.gains.balance else 1.0 for kind in kinds]
-    weights_N = torch.tensor(each, dtype=torch.float64).clamp(max=LARGEST)
+    weights_N = torch.tensor([numbers[kind] for kind in kinds], dtype=torch.float64) ** -config.gains.balance
+    weights_N = (weights_N / weights_N.mean()).clamp(max=largest)
     return weights_N / weights_N.mean()
+
+
+def sensor_weights(config: Config, kinds: List[str]) -> torch.Tensor:
+    """item_weights of the items that the sensor measures: none is more than SHARE_LARGEST of them all."""
+    return item_weights(config, kinds, min(LARGEST, max(1.0, SHARE_LARGEST * len(kinds))))
 
 
 def new_samples(config: Config, storage: Storage, size, count: int = NEW_FRAMES, spec: Optional[SampleSpec] = None

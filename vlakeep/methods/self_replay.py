@@ -7,17 +7,10 @@ It differs from method `distillation` by the hard label: what the teacher holds 
 probe's; the paper has the model write the prompts too. Costs a forward and a backward pass of the adapted layers on `items` items.
 """
 
-from dataclasses import dataclass
-
 import torch
 
 from vlakeep.methods import distillation
 from vlakeep.teacher.answers import Answered, answer_columns
-
-
-@dataclass
-class Options(distillation.Options):
-    loop: bool = False
 
 
 def hard(answered: Answered) -> Answered:
@@ -30,7 +23,7 @@ def hard(answered: Answered) -> Answered:
 
 
 class SelfReplay(distillation.Distillation):
-    label, label_zh, Options = "Self-distilled replay", "自蒸馏回放", Options
+    label, label_zh = "Self-distilled replay", "自蒸馏回放"
 
     def targets(self, answered):
         return hard(answered)
