@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from vlakeep.core.config import ConfigError
+from vlakeep.core.stages import STUDY
 from vlakeep.core.study import Cell
 from vlakeep.reporting.intervals import t_quantile
-from vlakeep.studies import claims, front, inference, power, report, streams
+from vlakeep.studies import claims, front, inference, paper, power, report, streams
 from vlakeep.studies.data import Data, Setting
 from vlakeep.studies.records import read_records
 from vlakeep.studies.rule import Rule, choose, families_of, read_rule
@@ -350,3 +351,22 @@ def test_a_stream_is_put_together_from_the_records_of_its_cells():
     assert rows["ours", "nbt"]["mean"] == pytest.approx(0.1 - 2 / 30) and rows["ours", "nbt"]["minus_mean"] == pytest.approx(-0.5)
     assert rows["ours", "fwt"]["mean"] == pytest.approx(0.0) and "minus_mean" not in rows["plain", "nbt"]
     assert "| ours at 0.001 | 3 |" in streams.files(records, "plain")["streams.md"] and streams.files(records[:2]) == {}
+
+
+def test_every_table_of_the_paper_comes_from_the_records_or_is_told_as_missing(tmp_path):
+    records = whole()
+    for one in records:
+        if one["arm"] in ("base", "ours"):
+            one["followed"] = {"blue": {"prompted": 0.75 if one["arm"] == "ours" else 0.5, "other": 0.25, "neither": 0.0}}
+    cells, rule = cells_of(records), Rule("ours", "plain", choose=[1, 2], near=0.1, draws=200)
+    written = [path.name for path in paper.write(cells, records, rule, "all", tmp_path)]
+    assert written == ["T1", "T2", "T4", "T6", "T7", "F1", "F3"], "no stream was run"
+    assert {path.name for path in (tmp_path / "T1").iterdir()} == {"T1.md", "T1.tex", "T1.csv"}
+    assert {path.name for path in (tmp_path / "F1").iterdir()} == {"F1.png", "F1.svg"}
+    assert "ours,blue,75.0,25.0,0.0,6" in (tmp_path / "T4" / "T4.csv").read_text(), "three reported seeds, two tasks"
+    plain = claims.judge(cells, records, rule).best[0]
+    t6 = list(csv.reader(io.StringIO((tmp_path / "T6" / "T6.csv").read_text())))
+    assert t6[1][2] == f"{-100 * plain.kept.mean:+.1f} [{-100 * plain.kept.high:+.1f}, {-100 * plain.kept.low:+.1f}]"
+    assert next(option for option in STUDY.own if option.name == "--paper").choices == paper.NAMES
+    with pytest.raises(ConfigError, match="--paper T3: the records of this study do not hold it"):
+        paper.write(cells, records, rule, "T3", tmp_path)

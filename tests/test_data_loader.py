@@ -67,6 +67,12 @@ def test_epochs_differ_in_their_episodes_and_within_them():
         assert not np.array_equal(one, two) and np.array_equal(np.unique(one, axis=0), np.unique(two, axis=0))
 
 
+def test_blocks_of_an_epoch_are_shuffled_each_in_its_own_way():
+    order = SampleOrder([48], 8, seed=3)
+    blocks = [tuple(order.keys(8 * k, 8)[:, 1] - 8 * k) for k in range(6)]
+    assert all(sorted(block) == list(range(8)) for block in blocks) and len(set(blocks)) == 6
+
+
 def test_order_is_the_same_from_any_position():
     whole = SampleOrder([3, 1, 5, 2, 8], 7, 0).keys(0, 100)
     order = SampleOrder([3, 1, 5, 2, 8], 7, 0)

@@ -5,6 +5,7 @@
     vlakeep study studies/rivals_small.yaml --cell gpm-corner-lr0.002-s11      # one cell, as a job of a cluster calls it
     vlakeep study studies/rivals_small.yaml --table
     vlakeep study studies/rivals_small.yaml --report
+    vlakeep study studies/rivals_small.yaml --paper T1
     vlakeep study studies/rivals_small.yaml --rerun 3                 # random cells once more, against their records
     vlakeep study studies/rivals_small.yaml --part 1 --parts 4 --seconds 500 --export part1.jsonl      # on one machine of four
     vlakeep study studies/rivals_small.yaml --import part1.jsonl,part2.jsonl
@@ -27,7 +28,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from vlakeep import checks, cli
 from vlakeep.core.config import Config, ConfigError
@@ -38,9 +39,9 @@ from vlakeep.core.stages import STUDY
 from vlakeep.core.storage import Storage, atomic_write, find_checkpoint
 from vlakeep.core.study import DONE, OPEN, OTHER, Cell, State, look, named, read_study, read_tree, share
 from vlakeep.models.load import model_name
-from vlakeep.studies import again, claims, report, streams, tables
+from vlakeep.studies import again, claims, paper, report, streams, tables
 from vlakeep.studies.records import differences, line_of, read_records, record_of, same, write_records
-from vlakeep.studies.rule import read_rule
+from vlakeep.studies.rule import Rule, read_rule
 from vlakeep.studies.schedulers import scheduler
 
 TAIL = 6  # lines of a failed cell's log that are shown
@@ -371,15 +372,21 @@ def write_tables(study: Study) -> str:
     return text
 
 
-def write_report(study: Study, out: Path) -> Path:
+def judged_by(study: Study) -> Tuple[Rule, List[Dict[str, Any]]]:
+    """The rule of the study and its records. ConfigError where one is missing."""
     rule = read_rule(read_tree(study.file), study.cells)
     if rule is None:
         raise ConfigError(f"{study.file} has no `rule`: a report needs to know what is compared (docs/study.md)")
     records = study.records()
     if not records:
         raise ConfigError(f"no cell is done: run `{command('study', study.file)}`, or take records in with --import")
-    again = [command("study", study.file), command("study", study.file, "--report")]
-    return report.build(study.cells, records, rule, out.expanduser().absolute(), again)
+    return rule, records
+
+
+def write_report(study: Study, out: Path) -> Path:
+    rule, records = judged_by(study)
+    commands = [command("study", study.file), command("study", study.file, "--report")]
+    return report.build(study.cells, records, rule, out.expanduser().absolute(), commands)
 
 
 def main(argv: List[str]) -> int:
@@ -396,6 +403,11 @@ def main(argv: List[str]) -> int:
     some = study._replace(cells=share(named(study.cells, args.arms, args.tasks, args.rates, args.seeds), args.part, args.parts))
     if getattr(args, "dry-run"):
         show_plan(some)
+        return 0
+    if args.paper:
+        rule, records = judged_by(study)
+        for path in paper.write(study.cells, records, rule, args.paper, Path(args.out or study.folder() / "paper").expanduser().absolute()):
+            print(path)
         return 0
     if args.report:
         print(write_report(study, Path(args.out or study.folder() / "report")))

@@ -57,7 +57,9 @@ STUDY = Stage("study", "vlakeep.study", "arms x tasks x rates x seeds, trained a
     Option("--dry-run", False, "Show the cells, what each has still to do, what it costs and what is missing; do nothing.", bool),
     Option("--table", False, "Write the tables of what is done; run nothing.", bool),
     Option("--report", False, "Write the report of what is done: a page, tables and figures; run nothing.", bool),
-    Option("--out", None, "Folder of the report; null takes `report` in the study's folder."),
+    Option("--paper", None, "Write a table or figure of a paper: T1 to T4, T6, T7, F1, F3 (studies/paper.py), or all of them.",
+           choices=("T1", "T2", "T3", "T4", "T6", "T7", "F1", "F3", "all")),
+    Option("--out", None, "Folder of the report, or of --paper; null takes `report` or `paper` in the study's folder."),
     Option("--cell", None, "Run this cell alone, in this process."),
     Option("--rerun", 0, "Run so many cells of which there are records again, drawn at random, and compare; the exit status says whether "
            "all are the same to the bit.", whole()),

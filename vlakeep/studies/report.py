@@ -45,10 +45,7 @@ def build(cells: Sequence[Cell], records: Sequence[Dict[str, Any]], rule: Rule, 
         for figure in tqdm(drawings, desc="figures", leave=False):
             save_files(figure, folder / "figures")
         for table in tables:
-            (folder / "tables" / f"{table.name}.md").write_text(table.markdown(), encoding="utf-8")
-            (folder / "tables" / f"{table.name}.tex").write_text(table.latex(), encoding="utf-8")
-            rows = [dict(zip(table.head, row)) for row in table.rows]
-            (folder / "tables" / f"{table.name}.csv").write_text(to_csv(rows), encoding="utf-8")
+            write_table(table, folder / "tables")
         for name, content in claims.numbers(judged).items():
             (folder / "tables" / f"numbers_{name}").write_text(content, encoding="utf-8")
         write_records(folder / "records.jsonl", records)
@@ -58,6 +55,13 @@ def build(cells: Sequence[Cell], records: Sequence[Dict[str, Any]], rule: Rule, 
         (folder / "report.md").write_text("\n\n".join(text.rstrip("\n") for text in texts) + "\n", encoding="utf-8")
         (folder / "index.html").write_text(page(cells, judged, drawings, tables, title, commands), encoding="utf-8")
     return out / "index.html"
+
+
+def write_table(table: Table, folder: Path) -> None:
+    """NAME.md, NAME.tex and NAME.csv."""
+    (folder / f"{table.name}.md").write_text(table.markdown(), encoding="utf-8")
+    (folder / f"{table.name}.tex").write_text(table.latex(), encoding="utf-8")
+    (folder / f"{table.name}.csv").write_text(to_csv([dict(zip(table.head, row)) for row in table.rows]), encoding="utf-8")
 
 
 def tables_of(cells: Sequence[Cell], judged: Judged) -> List[Table]:
@@ -72,7 +76,7 @@ def _abilities(judged: Judged) -> List[Table]:
     head = ["family", *(name.partition(":")[2].replace("_", " ") or "new task" for name in names)]
     rates, lost = [], []
     for family in judged.values:
-        setting = _setting(judged, family)
+        setting = setting_of(judged, family)
         seeds = judged.seeds[:1] if family == BASE else judged.seeds
         rates.append([family, *(_rate(value(judged.data, setting, name, seeds, judged.rule.draws)) for name in names)])
         if family != BASE and BASE in judged.values:
@@ -82,7 +86,7 @@ def _abilities(judged: Judged) -> List[Table]:
             Table("changes", "Arm minus base (points)", head, lost)]
 
 
-def _setting(judged: Judged, family: str) -> Setting:
+def setting_of(judged: Judged, family: str) -> Setting:
     return Setting(BASE, 0.0) if family == BASE else judged.choices[family].setting
 
 
@@ -96,7 +100,7 @@ def _points(one: Optional[Estimate]) -> str:
 
 def cost(judged: Judged) -> Table:
     """Medians over the reported runs of the chosen settings. Times are of whatever else ran beside them: a ratio is of one machine only."""
-    runs = {family: [record for record in judged.data.records(_setting(judged, family)) if record["seed"] in judged.seeds]
+    runs = {family: [record for record in judged.data.records(setting_of(judged, family)) if record["seed"] in judged.seeds]
             for family in judged.choices}
     times = {family: [one["seconds"]["train"] for one in own if one["seconds"]["train"]] for family, own in runs.items()}
     machines = {family: {machine(one) for one in own} for family, own in runs.items()}
@@ -165,7 +169,7 @@ def harm(judged: Judged) -> List[str]:
     for family in highlighted(judged):
         worse = []
         for name in (name for kind in ("old", "questions") for name in judged.data.abilities(kind)):
-            e = difference(judged.data, _setting(judged, family), Setting(BASE, 0.0), name, judged.seeds, judged.rule.draws)
+            e = difference(judged.data, setting_of(judged, family), Setting(BASE, 0.0), name, judged.seeds, judged.rule.draws)
             if e is not None and e.high is not None and e.high < 0:
                 worse.append(f"{name.partition(':')[2].replace('_', ' ')} {points(e.mean, e.low, e.high)}")
         if BASE in judged.values and judged.seeds:
