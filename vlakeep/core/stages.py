@@ -15,7 +15,7 @@ HARDWARE = Option("--hardware", None, "The card: data type, attention, micro-bat
                   "the reason. What else the command line says beats it, and it beats the file; null leaves all as it is.", choices=NAMES)
 
 AUDIT = Stage("audit-probe", "vlakeep.openvla.audit", "print token by token what of a probe prompt counts as instruction",
-              f"{FOLDERS} backbone probe")
+              f"{FOLDERS} backbone -backbone.quantisation probe")
 PROBE_ADD = Stage("probe-add", "vlakeep.probe.extend", "a probe with frames of data sets beside its items, for a stream of tasks",
                   f"{FOLDERS} probe {SOURCES}", own=(
     Option("--to", None, "Name of the probe that is written.", required=True),
