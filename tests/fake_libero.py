@@ -23,6 +23,7 @@ TASKS = {"libero_object": ("pick up the red square", "pick up the blue cross", "
          "libero_goal": ("move to the red square", "move to the blue circle"),
          "libero_spatial": ("tap the red square",)}
 SKILLS = {"pick": "pick", "move": "reach", "tap": "tap"}
+WRIST = 1000  # added to the seed of what the other camera sees
 TABLES = 300  # that are looked through for those which a task is about
 
 
@@ -55,10 +56,16 @@ def picture(suite, task, init, step, seed=0):
     return np.repeat(np.repeat(small, 4, axis=0), 4, axis=1)
 
 
+def state(init, step):
+    """float32 [8]."""
+    return np.sin(np.arange(8) + init + 0.1 * step).astype(np.float32)
+
+
 class Env:
     """An episode succeeds with the last action that it wants, if all were received as wanted and in that order."""
 
-    def __init__(self, suite, task, seed):
+    def __init__(self, suite, task, seed, cameras=("agentview",)):
+        self.cameras = cameras
         self.suite, self.task, self.seed, self.language = suite, task, seed, TASKS[suite][task]
         self.plan = json.loads(Path(os.environ["FAKE_LIBERO"]).read_text())
 
@@ -76,7 +83,13 @@ class Env:
 
     def _look(self):
         upright = picture(self.suite, self.task, self.init, self.taken, self.seed)
-        return {"agentview_image": upright if self.plan.get("turned") else upright[::-1, ::-1]}  # the real camera is turned
+        views = {"agentview": upright, "robot0_eye_in_hand": picture(self.suite, self.task, self.init, self.taken, self.seed + WRIST)}
+        return {f"{name}_image": views[name] if self.plan.get("turned") else views[name][::-1, ::-1]  # the real cameras are turned
+                for name in self.cameras}
+
+    def robot_state(self, observation):
+        """Of the fake's arm: where it is, by how far its episode is."""
+        return state(self.init, self.taken)
 
     def close(self):
         pass

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from collections import Counter
 
 import numpy as np
@@ -64,6 +65,12 @@ def test_epochs_differ_in_their_episodes_and_within_them():
         order = SampleOrder(lengths, block, seed=3)
         one, two = order.keys(0, 60), order.keys(60, 60)
         assert not np.array_equal(one, two) and np.array_equal(np.unique(one, axis=0), np.unique(two, axis=0))
+
+
+def test_blocks_of_an_epoch_are_shuffled_each_in_its_own_way():
+    order = SampleOrder([48], 8, seed=3)
+    blocks = [tuple(order.keys(8 * k, 8)[:, 1] - 8 * k) for k in range(6)]
+    assert all(sorted(block) == list(range(8)) for block in blocks) and len(set(blocks)) == 6
 
 
 def test_order_is_the_same_from_any_position():
@@ -205,3 +212,17 @@ def test_the_actions_are_scaled_by_the_statistics_that_the_configuration_names(r
         make_stream(DataConfig(datasets=NAMES, statistics="short"), root, processor, 2, 7, known=known)
     for stream in (own, made):
         stream.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+def test_decoding_in_processes_changes_nothing_and_goes_on_from_any_point(stream):
+    plain = stream(image_aug=True)
+    wanted = [next(plain) for _ in range(9)]
+    made = stream(image_aug=True, workers=2, processes=True)
+    assert all(same(next(made), one) for one in wanted[:5])
+    state = made.state_dict()
+    assert same(next(made), wanted[5])
+    made.load_state_dict(state)
+    assert all(same(next(made), one) for one in wanted[5:8])
+    second = stream(image_aug=True, workers=2, processes=True, rank=1, world=2)
+    assert [same(next(second), one) for one in wanted[1::2]] == [True] * 4

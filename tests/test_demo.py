@@ -25,6 +25,14 @@ METHODS = {"baseline": "baseline", "method": "icsm_hsw_thermostat", "graded": "g
 BRIEF = " ".join(SMALL).replace("--train.save_every 3 ", "").split()  # the demo says itself when it saves
 
 
+def test_the_other_model_has_runs_of_its_own():
+    begin, changes = demo.MODELS["pi0_fast"]
+    configs = {arm: demo.arm_config(arm, changes, begin) for arm in demo.ARMS}
+    assert {config.backbone.checkpoint for config in configs.values()} == {"tabletop-pi0"}
+    assert [config.name for config in configs.values()] == [f"demo-pi0-{arm}" for arm in demo.ARMS]
+    assert {config.backbone.checkpoint for config in (demo.arm_config(arm, []) for arm in demo.ARMS)} == {"tabletop-base"}
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A storage root after a demo, which held an evaluation of the base and the remains of an earlier demo."""

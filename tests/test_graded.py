@@ -568,3 +568,13 @@ def test_the_saved_adapter_is_the_effective_one(world, artefact):
     size = coordinates.norm(dim=0) / (4 ** 0.5 * 0.25)
     ratio = size / expected
     assert 0.2 < float(ratio.median()) < 5 and float(ratio.log().std()) < 1.0
+
+
+def test_the_sensitivity_leaves_no_gradients_of_weights(student, world):
+    storage, make_config = world
+    backbone = make_backbone(Config().backbone, torch.device("cpu"), storage.cache)
+    samples = ProbeSet(storage.probe_folder("tabletop")).samples([0, 1])
+    linears = select_linears(backbone, "5", ["attention"])
+    parts = run_below(backbone, graded_offline.answered_samples(backbone, samples, 2), 4)
+    assert all(value > 0 for value in graded_offline.output_sensitivity(backbone, parts, 4, linears).values())
+    assert all(p.grad is None for p in backbone.parameters())

@@ -19,7 +19,8 @@ def test_the_example_runs_and_draws(tmp_path):
     data = {"train": pairs, "held": pairs[:2], "text": rows(6, 9, 3), "questions": list(zip(rows(6, 4, 4), rows(6, 2, 5))),
             "sciq": [[a, [b, b[:1]], 0] for a, b in pairs], "lambada": pairs}
     found = example.run(lambda: base_model().requires_grad_(False), data, [11], steps=6, items=4, probe_items=12)
-    assert [row["arm"] for row in found] == ["base", "plain", "protected"] and 0 < found[2]["kl"] < found[1]["kl"]
+    assert [row["arm"] for row in found] == ["base", "plain", "protected"] and 0 < found[1]["kl"]
+    assert 0 < found[2]["kl"] <= example.ARMS["protected"]
     assert len(found[1]["losses"]) == 6 and found[1]["losses"][0] == found[2]["losses"][0]
     batch = example.batch_of([([4, 5], [6]), ([7], [8, 9, 10])])
     assert batch["labels"].tolist() == [[-100, -100, 6, -100], [-100, 8, 9, 10]] and batch["attention_mask"].tolist()[0] == [1, 1, 1, 0]

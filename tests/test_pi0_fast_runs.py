@@ -12,7 +12,8 @@ import torch
 from conftest import BASELINE, GRADED, METHOD, final_adapter, read_evaluation
 from test_model_inputs import NAME, STEPS, configured, episodes, probe_samples, written  # noqa: F401 (two of them are fixtures)
 
-from vlakeep.core.checkpoint import latest_intact
+from vlakeep.core.base_models import find_checkpoint
+from vlakeep.core.checkpoint import file_sha256, latest_intact
 from vlakeep.core.config import load_config
 from vlakeep.core.rundir import read_metrics
 from vlakeep.core.storage import Storage
@@ -196,3 +197,18 @@ def test_labels_of_pretraining_are_what_the_undisturbed_expert_does():
     frames = [tabletop.mixed_frames(20, 5, questions=0.3, chunk=chunk) for chunk in (0, 3)]
     assert np.array_equal(frames[0].images, frames[1].images) and frames[0].answers == frames[1].answers
     assert np.array_equal(frames[0].actions, frames[1].actions[:, 0])
+
+
+def test_the_one_that_ships_does_what_it_was_trained_on(tmp_path):
+    """Its files are those of PROVENANCE.json; the known skills succeed on tables that it has not seen, and questions are answered."""
+    folder = find_checkpoint("tabletop-pi0", tmp_path)
+    provenance = json.loads((folder / "PROVENANCE.json").read_text())
+    assert provenance["sha256"] == {file.relative_to(folder).as_posix(): file_sha256(file) for file in sorted(folder.rglob("*"))
+                                    if file.is_file() and file.name != "PROVENANCE.json"}
+    config = load_config(BASELINE, [
+        "--root", str(tmp_path), "--threads", "1", "--device", "cpu", "--backbone.checkpoint", "tabletop-pi0", "--evaluate.target", "base",
+        "--evaluate.skills", "[reach, pick, drop]", "--evaluate.episodes", "6", "--evaluate.questions", "[shape]",
+        "--evaluate.questions_per_kind", "12", "--evaluate.retention_frames", "1", "--evaluate.chunk", "2"])
+    rows, _ = read_evaluation(run_evaluation(config, Storage.from_config(config)))
+    right = {kind: [row["success"] for row in rows if row["kind"] == kind] for kind in ("skill", "question")}
+    assert sum(right["skill"]) >= 17 and sum(right["question"]) >= 9, right

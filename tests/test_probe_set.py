@@ -68,6 +68,13 @@ def test_missing_and_truncated_files(folder, name):
         ProbeSet(folder)
 
 
+def test_what_is_not_hashed_is_not_read(folder):
+    before = ProbeSet(folder).items
+    path = folder / "items.jsonl"
+    path.write_text(path.read_text().replace('{"', '{"kin": false, "', 1))
+    assert ProbeSet(folder).items == before
+
+
 def test_a_header_that_is_no_python_is_a_damaged_file(folder):
     path = folder / "images.npy"
     path.write_bytes(path.read_bytes().replace(b"}", b"[", 1))

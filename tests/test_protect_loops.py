@@ -1,6 +1,7 @@
 """vlakeep.protect in the loops of others: equal to vlakeep train, in transformers' Trainer, under DDP and Accelerate, and with every
 kind of LoRA that docs/protect.md lists."""
 
+import dataclasses
 import itertools
 import multiprocessing
 
@@ -223,7 +224,7 @@ def test_fsdp_is_refused(bases, tmp_path):  # noqa: F811
 # Kinds of LoRA
 
 
-def run_through(model, bases, tmp_path, load_into, target=1e-3, **options):  # noqa: F811
+def run_through(model, bases, tmp_path, load_into, target=1e-3, atol=2e-4, **options):  # noqa: F811
     """Trained under the loop, it keeps to its target, and its saved adapter loaded as any other does what it does."""
     probe = Probe(HELD)
     handle = protect(model, bases, target=target, probe=probe, every=2, **options)
@@ -231,7 +232,7 @@ def run_through(model, bases, tmp_path, load_into, target=1e-3, **options):  # n
     assert handle.merge()["settled_kl"] <= target and handle.report()["measurements"] == 3
     assert probe.measure(model) > 0
     model.save_pretrained(tmp_path)
-    assert torch.allclose(logits(PeftModel.from_pretrained(load_into, tmp_path).eval()), logits(model), atol=2e-4)
+    assert torch.allclose(logits(PeftModel.from_pretrained(load_into, tmp_path).eval()), logits(model), atol=atol)
     return handle
 
 
@@ -240,6 +241,8 @@ WORKS = {
     "ranks per module": dict(rank_pattern={"q_proj": 2}),
     "gaussian start, dropout": dict(init_lora_weights="gaussian", lora_dropout=0.2),
     "some layers": dict(layers_to_transform=[1], target_modules=["q_proj", "down_proj"]),
+    "alphas per module": dict(alpha_pattern={"q_proj": 32}),
+    "the head": dict(target_modules=["q_proj", "lm_head"]),
 }
 
 
@@ -265,12 +268,17 @@ OUTSIDE = {
     "modules to save": (dict(modules_to_save=["lm_head"]), "copies of whole modules"),
     "biases": (dict(bias="all"), "biases"),
     "embedding": (dict(target_modules=["q_proj", "embed_tokens"]), "LoRA of an embedding"),
+    "biases of LoRA": (dict(lora_bias=True), "biases of LoRA B"),
+    "rows of an embedding": (dict(trainable_token_indices=list(range(40, 60))), "single rows of an embedding"),
 }
 
 
 @pytest.mark.parametrize("kind", OUTSIDE)
 def test_what_gains_cannot_bound_is_refused_frozen_or_told(kind, tmp_path):
     config, said = OUTSIDE[kind]
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    if not set(config) <= known:
+        pytest.skip("this PEFT has no such option")
 
     def fresh():
         return base_model(attention_bias=True) if kind == "biases" else base_model()
@@ -306,10 +314,44 @@ def test_convolutions_and_experts_are_outside(tmp_path):
     assert protect(model, bases, opening=1e-2, unprotected="freeze").report()["linears"] == 1
 
 
-def test_starts_that_change_the_base_are_refused():
-    model = lora(init_lora_weights="pissa")
+@pytest.mark.parametrize("start", ["pissa", "olora", "orthogonal", False])
+def test_starts_that_change_the_base_or_the_model_are_refused(start):
+    try:
+        model = lora(init_lora_weights=start)
+    except ValueError as error:
+        pytest.skip(f"this PEFT has no such start: {error}")
     with pytest.raises(ValueError, match="PiSSA"):
         protect(model, measure(model, OLD), opening=1e-2)
+
+
+def test_one_of_several_adapters(tmp_path):
+    def two():
+        model = lora()
+        model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
+        return model
+    model = two()
+    model.set_adapter("second")
+    bases = measure(model, OLD)  # noqa: F811
+    handle = protect(model, bases, opening=1e-2)
+    assert handle.report()["linears"] == 2
+    train(model, handle, 4)
+    handle.merge()
+    before = weights(two())
+    assert all(torch.equal(value, before[name]) == (".second." not in name) for name, value in weights(model).items())
+    model = two()
+    assert protect(model, measure(model, OLD, adapter="default"), opening=1e-2, adapter="default").report()["linears"] == 14
+
+
+def test_other_kinds_of_adapters_are_told_from_none():
+    import peft
+    kinds = {"AdaLora": dict(total_step=10), "LoHa": {}, "Vera": {}}
+    for kind, more in kinds.items():
+        torch.manual_seed(0)
+        model = get_peft_model(base_model(), getattr(peft, f"{kind}Config")(target_modules=["q_proj"], **more))
+        with pytest.raises(ValueError, match=f"adapters of the type {kind.upper()}.*LoraConfig"):
+            measure(model, OLD)
+    with pytest.raises(ValueError, match="no LoRA layers: make them first"):
+        measure(base_model(), OLD)
 
 
 class Eight(nn.Linear):
@@ -325,8 +367,8 @@ class Eight(nn.Linear):
         return nn.functional.linear(x, self.weight.float() * self.scale)
 
 
-def quantised(make):
-    model = base_model().requires_grad_(False)
+def quantised(make, **sizes):
+    model = base_model(**sizes).requires_grad_(False)
     for layer in model.model.layers:
         for module in (layer.self_attn, layer.mlp):
             for name, linear in list(module.named_children()):
@@ -351,12 +393,13 @@ def test_a_base_in_four_bits(tmp_path):
         return made.to("cpu")
 
     def base():
-        model = quantised(four)
+        # bitsandbytes packs blocks of 32 or 64 columns for some processors
+        model = quantised(four, hidden_size=64, intermediate_size=128, num_attention_heads=2, num_key_value_heads=2, head_dim=32)
         model.is_loaded_in_4bit = True  # as from_pretrained sets it, and PEFT reads it
         return model
     model = lora(base())
     assert type(model.get_base_model().model.layers[0].self_attn.q_proj).__module__.startswith("peft.tuners.lora.bnb")
-    run_through(model, measure(model, OLD), tmp_path, base())
+    run_through(model, measure(model, OLD), tmp_path, base(), atol=0.3)  # on a CPU it computes in bfloat16, of logits up to 20
 
 
 def test_half_precision():

@@ -337,6 +337,7 @@ def check_target_base(config: Config, storage: Storage, base: Path, folder: Path
     """Whether the checkpoint in `folder` was trained on this base model: by the hash of its weights where that is quick, else by name."""
     from vlakeep.models.chain import chain_hash, read_chain
     from vlakeep.models.files import weight_files, weights_hash
+    from vlakeep.models.quantised import identity
 
     size = sum(file.stat().st_size for file in weight_files(base))
     if size > HASHED_AT_MOST:
@@ -348,7 +349,8 @@ def check_target_base(config: Config, storage: Storage, base: Path, folder: Path
                            f"--backbone.checkpoint {quoted(named)}, unless both are one model")]
     try:
         chain = read_chain(folder.absolute().parents[1])
-        check_base(folder, json.loads((folder / "state.json").read_text()), chain_hash(base, chain) if chain else weights_hash(base))
+        check_base(folder, json.loads((folder / "state.json").read_text()), chain_hash(base, chain) if chain else
+                   identity(weights_hash(base), config.backbone.quantisation))
     except ValueError as error:
         return [Line(RED, "target", str(error), "--backbone.checkpoint of the run, or another --evaluate.target")]
     return [Line(GREEN, "target", f"{folder}: intact, trained on these base weights")]

@@ -57,7 +57,7 @@ def open_answers(config: Config, storage: Storage, backbone, probe: ProbeSet, co
     except ArtifactError as error:
         raise ArtifactError(f"{error}\n{remedy}") from error
     problems = check(artifact, backbone.weights_sha256, probe.sha256, config.probe.size, backbone.num_layers, config.backbone.dtype,
-                     graded_offline.deciding(config))
+                     graded_offline.deciding(config), config.backbone.quantisation)
     if problems:
         raise ArtifactError("\n".join([*problems, remedy]))
     note_attention(artifact.folder, artifact.meta, config.backbone)

@@ -14,7 +14,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import List, Tuple
+from typing import Callable, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ from vlakeep.models.chain import chain_hash, merge_chain, read_chain, spoken
 from vlakeep.models.files import weight_files, weights_hash
 from vlakeep.models.load import DTYPES, make_backbone, model_class
 from vlakeep.models.merge import RECORD, merge_checkpoint
+from vlakeep.models.quantised import identity, rounded
 
 PARITY_BATCH = 8
 
@@ -127,7 +128,7 @@ def run_export(config: Config, storage: Storage, command: str = "vlakeep offline
     refuse_second_merge(base, adapter_sha256)
     chain = read_chain(checkpoint.absolute().parents[1])
     command += f" --train.from_run {quoted(spoken(chain, storage))}" if chain else ""
-    base_sha256 = chain_hash(base, chain) if chain else weights_hash(base)
+    base_sha256 = chain_hash(base, chain) if chain else identity(weights_hash(base), config.backbone.quantisation)
     load_manifest(checkpoint, base_sha256)  # raises for a damaged checkpoint, and for other base weights
     run, budget = checkpoint.parents[1], config.export.close_to
     closed = None if budget is None else closing_pass.free_folder(storage, run_name(run, storage), budget, config.export.overwrite)
@@ -149,7 +150,7 @@ def run_export(config: Config, storage: Storage, command: str = "vlakeep offline
         log.info(f"wrote {closed} (evaluate it with --evaluate.target {quoted(run_name(closed, storage))})")
     with atomic_dir(out) as temporary:
         modules = merge_checkpoint(base, checkpoint / "adapter", Path(temporary), statistics, DTYPES.get(config.export.dtype),
-                                   chain.adapters if chain else ())
+                                   chain.adapters if chain else (), rounding(config))
         model_class(base).record_settings(Path(temporary), config.backbone)
         record["merged_modules"] = len(modules)
         if config.export.parity_frames:
@@ -166,12 +167,20 @@ def run_export(config: Config, storage: Storage, command: str = "vlakeep offline
     return out
 
 
+def rounding(config: Config) -> Optional[Callable[[torch.Tensor], torch.Tensor]]:
+    """What quantisation does to a weight of the decoder's linears, which the merged ones have to carry too; None without it."""
+    if config.backbone.quantisation == "none":
+        return None
+    return lambda weight: rounded(weight, DTYPES[config.backbone.dtype], pick_device(config.device))
+
+
 def _judge(parity: dict, config: Config) -> None:
     """Say how well the two agree; in float32 they must give the same actions."""
     log.info(f"parity on {parity['frames']} {parity['source']}: {parity['frames_identical']} with identical actions, "
              f"{parity['tokens_identical']:.1%} of the action tokens, largest difference {parity['largest_bin_difference']} bins")
-    rounded = config.export.dtype not in ("stored", "float32") or config.backbone.dtype != "float32"
-    if parity["frames_identical"] < parity["frames"] and not rounded:
+    rounded_off = config.export.dtype not in ("stored", "float32") or config.backbone.dtype != "float32"
+    rounded_off = rounded_off or config.backbone.quantisation != "none"  # sums of 4-bit products are taken in another order
+    if parity["frames_identical"] < parity["frames"] and not rounded_off:
         raise CheckpointError("adapter and merged model give different actions although both are float32, so the merge is wrong; "
                               "nothing was written. Please report it with the line above")
     if parity["tokens_identical"] < 0.95:

@@ -43,12 +43,13 @@ from vlakeep.data.statistics import save_statistics
 from vlakeep.models.adapters import adapter_state, add_lora, load_trainable, save_adapter, trainable_state
 from vlakeep.models.alarms import check_vision
 from vlakeep.models.chain import chain_of_run, keep_chain, merge_chain
+from vlakeep.models.lean import autocast
 from vlakeep.models.load import make_backbone, model_name
 from vlakeep.models.look import look
+from vlakeep.models.sharded_base import refuse_sharding
 from vlakeep.probe.probe_set import ProbeSet
 
 EIGHT_BIT = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}  # classes of bitsandbytes.optim
-AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def train_step(model, method, optimizer, scaler, batches, config, step: int, observe: bool) -> Dict[str, object]:
@@ -62,7 +63,7 @@ def train_step(model, method, optimizer, scaler, batches, config, step: int, obs
         # DDP averages in the last backward pass; before it gradients add up in each process by itself.
         with model.no_sync() if hasattr(model, "no_sync") and not last else nullcontext():
             # PEFT reads each LoRA weight several times in a forward pass; a parametrised one is looked up once.
-            with autocast(config, batch.input_ids.device), parametrize.cached():
+            with autocast(config.autocast, batch.input_ids.device), parametrize.cached():
                 out = model(batch)
             penalty = method.penalty()
             loss = out.loss if penalty is None else out.loss + penalty
@@ -85,8 +86,9 @@ def train_step(model, method, optimizer, scaler, batches, config, step: int, obs
             "hidden_norm": hidden_norm / len(batches), **metrics}
 
 
-def autocast(config, device):
-    return nullcontext() if config.autocast == "none" else torch.autocast(device.type, AUTOCAST[config.autocast])
+def on_device(batch, device: torch.device):
+    """A batch on the device. From memory that is not pinned the host would wait until the GPU has done all that it was given before."""
+    return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch.to(device)
 
 
 def learning_rate(step: int, config) -> float:
@@ -114,7 +116,9 @@ def make_optimizer(params, config):
     if config.optimizer in EIGHT_BIT:
         bitsandbytes = import_bitsandbytes(f"--train.optimizer {config.optimizer}", "--train.optimizer adamw")
         return getattr(bitsandbytes.optim, EIGHT_BIT[config.optimizer])(params, lr=config.lr, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay)
+    # On a GPU one kernel in place of a dozen. It writes weights without raising their version (hsw/graded.py counts steps for that).
+    fused = bool(params) and all(p.device.type == "cuda" for p in params)
+    return torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay, **({"fused": True} if fused else {}))
 
 
 class Guard:
@@ -162,12 +166,17 @@ def run_training(config: Config, storage: Storage) -> Path:
         reports = look_early(config, storage, dist)
         resumes = config.train.resume and bool(ckpt.list_checkpoints(storage.run_folder(config.name)))
         chain = chain_of_run(config, storage, resumes)
-        backbone = make_backbone(config.backbone, dist.device, storage.cache)
+        shards = config.train.sharding == "fsdp" and dist.world > 1
+        backbone = make_backbone(config.backbone, torch.device("cpu") if shards else dist.device, storage.cache)
         merge_chain(backbone, chain)
-        check_vision(backbone)
         add_lora(backbone, config.lora, config.seed)
+        if shards:
+            backbone.shard(dist)
+        check_vision(backbone)  # the new adapters do nothing yet
         backbone.train()
         method, hashes = method_class(config.method).prepare(config, storage, backbone)
+        if config.train.compile:
+            backbone.compile_layers()
         # Before DDP and the optimizer, which take the list of parameters as it is then.
         method.attach(backbone)
         with closing(make_stream(config.data, storage.data, backbone.processor, config.train.batch_size, config.seed, dist.rank,
@@ -196,6 +205,7 @@ def refuse_early(config: Config, storage: Storage, dist: Distributed) -> None:
         if dist.device.type == "cpu":
             raise ValueError(f"--train.optimizer {config.train.optimizer}: not on a CPU; use --train.optimizer adamw")
         import_bitsandbytes(f"--train.optimizer {config.train.optimizer}", "--train.optimizer adamw")
+    refuse_sharding(config.train.sharding, dist.world)
     run = RunDir(storage.run_folder(config.name), dist.is_main)
     run.refuse_as_cell_of_a_run(storage)
     if dist.is_main and run.folder.is_dir():
@@ -273,7 +283,7 @@ def _loop(config: Config, dist: Distributed, run: RunDir, backbone, method, stre
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, settings)
             observe = step % settings.log_every == 0 or step == settings.steps
-            batches = [next(stream).to(dist.device) for _ in range(settings.accumulation)]
+            batches = [on_device(next(stream), dist.device) for _ in range(settings.accumulation)]
             metrics = train_step(model, method, optimizer, scaler, batches, settings, step, observe)
             if observe or method.logs(step):
                 row = dist.mean_metrics(metrics)

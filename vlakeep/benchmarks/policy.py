@@ -164,14 +164,16 @@ class FixedBatch:
     """A policy that is always asked for `rows` pictures: every call has one shape.
 
     policy(images, instructions, count) -> actions, or chunks of them, of which the first `count` are used. It pads instructions to one
-    length.
+    length. cameras: what the model calls its cameras where it has several; images are a dictionary of them then. Where what is seen has a
+    `state`, policy(images, instructions, count, states).
     """
 
-    def __init__(self, policy: Callable, rows: int):
-        self._policy, self._rows = policy, rows
+    def __init__(self, policy: Callable, rows: int, cameras: Sequence[str] = ()):
+        self._policy, self._rows, self._cameras = policy, rows, tuple(cameras)
 
     def __call__(self, jobs: Sequence, seen: Sequence) -> List:
-        """Per job its action (or chunk), or the text of an error. `seen`: what has an `image` and an `instruction`."""
+        """Per job its action (or chunk), or the text of an error. `seen`: what has an `image` and an `instruction`; `others` are the
+        pictures of the cameras behind the first."""
         answers: List = []
         for start in range(0, len(seen), self._rows):
             part = list(seen[start:start + self._rows])
@@ -186,6 +188,13 @@ class FixedBatch:
         return [a if isinstance(a, str) or np.isfinite(a).all() else _NOT_FINITE for a in answers]
 
     def _ask(self, part: List) -> List[np.ndarray]:
-        fill = self._rows - len(part)
-        images = np.stack([s.image for s in part] + [np.zeros_like(part[0].image)] * fill)
-        return list(self._policy(images, [s.instruction for s in part] + [part[0].instruction] * fill, len(part))[:len(part)])
+        def filled(rows: List[np.ndarray]) -> np.ndarray:
+            return np.stack([*rows, *[np.zeros_like(rows[0])] * (self._rows - len(rows))])
+
+        images: Any = filled([s.image for s in part])
+        if self._cameras:
+            views = [images, *(filled([s.others[i] for s in part]) for i in range(len(self._cameras) - 1))]
+            images = dict(zip(self._cameras, views))
+        states = [] if getattr(part[0], "state", None) is None else [filled([s.state for s in part])]
+        texts = [s.instruction for s in part] + [part[0].instruction] * (self._rows - len(part))
+        return list(self._policy(images, texts, len(part), *states)[:len(part)])

@@ -34,6 +34,7 @@ class ObservationSpec:
     cropped: bool = False  # whether the central 90 % are cut out, as for models trained with random crops
     turned: bool = False  # whether the camera's own picture is turned by 180 degrees, so that it stands upright
     state: bool = False  # whether the robot's state comes with it
+    by_order: bool = False  # whether the model's first camera is the first of these, and so on, whatever it calls them
 
 
 class Questions(NamedTuple):
@@ -82,8 +83,11 @@ def observation_problems(benchmark: str, spec: ObservationSpec, taken: "Optional
     if taken is None:
         return []
     cameras, state = taken.cameras, taken.state
-    lacking = [] if len(cameras) <= 1 and len(spec.cameras) == 1 else [name for name in cameras if name not in spec.cameras]
-    if not cameras and len(spec.cameras) != 1:
+    if spec.by_order:
+        lacking = list(cameras[len(spec.cameras):])
+    else:
+        lacking = [] if len(cameras) <= 1 and len(spec.cameras) == 1 else [name for name in cameras if name not in spec.cameras]
+    if not cameras and len(spec.cameras) != 1 and not spec.by_order:
         lacking = ["one picture alone"]
     lacking += ["the robot's state"] if state and not spec.state else []
     shown = ", ".join([*spec.cameras, *(["the robot's state"] if spec.state else [])])

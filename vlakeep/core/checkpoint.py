@@ -289,7 +289,7 @@ def check_base(folder, state: dict, weights_sha256: str) -> None:
     if made != weights_sha256:
         raise CheckpointError(
             f"{folder} was trained on other base weights ({made[:12]}, not {weights_sha256[:12]}): the base model was changed or "
-            "is another one; give the one of the run with --backbone.checkpoint"
+            "is another one; give the one of the run with --backbone.checkpoint, and its --backbone.quantisation"
         )
 
 

@@ -29,6 +29,9 @@ class BackboneConfig:
     unnorm_key: Optional[str] = None
     # Data type of the frozen weights: float32, bfloat16 or float16 (V100 has no bfloat16).
     dtype: str = choice("float32", "bfloat16", "float16")
+    # nf4: decoder linears in 4 bits a weight (bitsandbytes), for cards that the weights do not fit otherwise; artefacts, runs and
+    # evaluations of a quantised base are its own.
+    quantisation: str = choice("none", "nf4")
     # sdpa, eager or flash_attention_2. The official code needs flash-attention 2; sdpa gives the same result without it.
     attn_implementation: str = choice("sdpa", "eager", "flash_attention_2")
     # pi0-FAST: how rows, pictures and losses are made, lerobot or openpi (docs/pi0-fast.md); None takes what the folder records, else
@@ -75,6 +78,9 @@ class DataConfig:
     shuffle_buffer: int = least(100_000)
     # Threads that decode images ahead of the training step; 0 decodes in the step. The order of the samples is the same.
     workers: int = from_zero(0)
+    # The workers are processes and not threads, which on a GPU hold up the step that they decode for (docs/log.md). On Linux; not for
+    # --data.source official, which has its own.
+    processes: bool = False
     # The official pipeline's augmentation: random crop to 90 % of the area, brightness, contrast, saturation, hue.
     image_aug: bool = False
     # Name of the camera in the data sets; None takes image (RLDS), agentview_rgb (HDF5), the only or a usual one (LeRobot).
@@ -139,6 +145,9 @@ class IcsmConfig:
     # Device memory for the second moments of the linears' inputs; where they need more, the probe is passed several times. 7B with LoRA
     # on eight layers: 5.4 GiB, so three passes.
     moments_gib: float = above(2.0)
+    # Method graded: prompts that the teacher answers together on a GPU, where a token takes as long for many rows as for one. 24 at 7B hold
+    # 4 GiB of keys and values. Never fewer than batch_size.
+    answered: int = least(24)
     # Probe items per forward pass, here and where the drift is measured. It changes no result but in the last bits.
     batch_size: int = least(32)
 
@@ -265,6 +274,12 @@ class TrainConfig:
     clip: float = from_zero(1.0)
     # none, bfloat16 or float16 (with loss scaling).
     autocast: str = choice("none", "bfloat16", "float16")
+    # none: every process holds the whole base (DistributedDataParallel); fsdp: each holds a share of it (FSDP2, torch 2.7 or newer), for
+    # cards that it does not fit. Results agree up to the order in which gradients are added.
+    sharding: str = choice("none", "fsdp")
+    # Compile decoder layers and vision blocks into few kernels (torch 2.5 or newer): faster steps after a minute or two. The last bits of
+    # the result change.
+    compile: bool = False
     # Steps between two rows of metrics.jsonl.
     log_every: int = least(1)
     # Steps between two checkpoints.

@@ -47,12 +47,14 @@ class LossScaler:
         if not self._enabled:
             return
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        flags = []
-        for grad in grads:
-            grad.mul_(1.0 / self._factor)
-            flags.append(~torch.isfinite(grad.to_local() if hasattr(grad, "to_local") else grad).all())
+        own = [grad.to_local() if hasattr(grad, "to_local") else grad for grad in grads]
         job = Distributed.current()
-        bad = torch.stack(flags).any().float() if flags else torch.zeros((), device=job.device if job else None)
+        bad = torch.zeros((), device=job.device if job else None)
+        if own:
+            torch._foreach_mul_(own, 1.0 / self._factor)
+            # The largest magnitude: infinite or no number exactly where one of the numbers is.
+            largest = torch._foreach_norm([grad for grad in own if grad.numel()], ord=math.inf)
+            bad = (~torch.isfinite(torch.stack(largest))).any().float()
         if job is not None and job.world > 1:
             dist.all_reduce(bad, op=dist.ReduceOp.MAX)
         self._overflow = bool(bad.item())

@@ -188,11 +188,12 @@ def read(stage: Stage, argv: List[str]) -> Tuple[argparse.Namespace, Config]:
     """(the stage's own options, the configuration). Raises ConfigError."""
     args, file, pairs = split(stage, argv)
     config = load_config(file, pairs)
-    if getattr(args, "hardware", None) and "train.batch_size" in stage.reads():
+    if getattr(args, "hardware", None) and any(key.startswith("backbone") for key in stage.reads()):
         card = hardware(args.hardware)
         card = card._replace(memory=getattr(args, "gib", None) or card.memory)
         fit = import_module("vlakeep.planning.fit")  # of a room above this one, by name as the rooms' stages are
-        for key, value, reason in fit.fitted(config, card, Storage.from_config(config, create=False).cache, args.given_):
+        for key, value, reason in fit.fitted(config, card, Storage.from_config(config, create=False).cache, args.given_,
+                                               "train.batch_size" in stage.reads()):
             log.info(f"{args.hardware}: --{key} {value} ({reason})")
     return args, config
 

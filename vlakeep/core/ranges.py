@@ -103,6 +103,12 @@ def _between(config, need: Callable[[Any, str, str], None]) -> None:
     need(config.data.source == "native" or config.data.statistics is None, "data.statistics", "null with --data.source official")
     need(config.lora.dtype == "float32" or config.backbone.dtype != "float16", "lora.dtype",
          "float32 with --backbone.dtype float16: updates of float16 adapters are rounded away, and their gradients cannot be unscaled")
+    need(config.backbone.quantisation == "none" or config.train.from_run is None, "backbone.quantisation",
+         "none with --train.from_run: export that run first, and name the export with --backbone.checkpoint")
+    need(config.backbone.quantisation == "none" or "all-linear" not in config.lora.modules, "backbone.quantisation",
+         "none with --lora.modules '[all-linear]'")
+    need(config.backbone.quantisation == "none" or config.train.sharding == "none", "train.sharding",
+         "none with --backbone.quantisation nf4: 4-bit weights fit one card, and their blocks cannot be cut")
     graded = config.method == "graded"
     need(graded or config.thermostat.estimator != "kl", "thermostat.estimator", "covariance or paired: kl belongs to --method graded")
     need(not graded or config.thermostat.estimator in (None, "kl"), "thermostat.estimator", "kl or null with --method graded")

@@ -33,8 +33,9 @@ from vlakeep.core.config import Config, to_dict
 from vlakeep.core.errors import DiskFull, Interrupted, RunDirError, is_disk_full, quoted
 from vlakeep.core.locks import lock
 from vlakeep.core.log import log
+from vlakeep.core.parallel import Distributed
 from vlakeep.core.provenance import hardware, library_versions, source_state
-from vlakeep.core.sameness import config_differences, hash_differences, run_id
+from vlakeep.core.sameness import config_differences, hash_differences, run_id, same_samples
 from vlakeep.core.storage import Storage, atomic_write, free_bytes, remove_leftovers
 
 
@@ -221,7 +222,9 @@ class RunDir:
                     f"{config_path} is missing or damaged ({error}), so nobody knows whether the run had this configuration; "
                     "restore the file, or take another --name"
                 ) from error
-            changed = config_differences(before, to_dict(config), hashed)
+            job = Distributed.current()
+            worlds = (old.get("sessions") or [{}])[-1].get("world", 1), job.world if job else 1
+            changed = same_samples(config_differences(before, to_dict(config), hashed), before, to_dict(config), worlds)
             if changed:
                 raise RunDirError(
                     f"{self.folder} was made with another configuration; it can only go on with the same one:\n  "

@@ -16,8 +16,9 @@ from vlakeep.core.registry import method_class
 # What may differ when a run goes on: it changes no number of the steps that follow, but for train.steps with a cosine
 # (train.py: schedule_note).
 FREE_KEYS = set(
-    "name root cache_dir data_root_dir probe_root_dir artifact_dir run_root_dir tmp_dir data.workers data.skip_bad train.steps "
-    "train.log_every train.save_every train.keep_last train.tensorboard train.use_wandb train.resume backbone.unnorm_key".split()
+    "name root cache_dir data_root_dir probe_root_dir artifact_dir run_root_dir tmp_dir data.workers data.processes data.skip_bad "
+    "train.sharding train.steps train.log_every train.save_every train.keep_last train.tensorboard train.use_wandb train.resume "
+    "backbone.unnorm_key".split()
 )
 # A place -> the entry of a session's `hashes` that tells what lies there.
 PLACES = {"backbone.checkpoint": "base_weights", "backbone.openvla_dir": "base_weights", "probe.name": "probe", "icsm.name": "artifact",
@@ -37,6 +38,16 @@ def config_differences(old: dict, new: dict, hashed: Iterable[str] = ()) -> List
         if was != now:
             lines.append(f"{key}: {was} -> {now}")
     return lines
+
+
+def same_samples(lines: List[str], old: dict, new: dict, worlds: Tuple[int, int]) -> List[str]:
+    """config_differences without train.accumulation where a step keeps its micro-batches, since the number of processes changed too: two
+    processes are one with two micro-batches."""
+    def count(tree: dict, world: int) -> int:
+        return int(tree.get("train", {}).get("accumulation", 1)) * world
+
+    same = count(old, worlds[0]) == count(new, worlds[1])
+    return [line for line in lines if not (same and line.startswith("train.accumulation: "))]
 
 
 def _same_run(key: str, was, now) -> bool:

@@ -15,7 +15,7 @@ HARDWARE = Option("--hardware", None, "The card: data type, attention, micro-bat
                   "the reason. What else the command line says beats it, and it beats the file; null leaves all as it is.", choices=NAMES)
 
 AUDIT = Stage("audit-probe", "vlakeep.openvla.audit", "print token by token what of a probe prompt counts as instruction",
-              f"{FOLDERS} backbone probe")
+              f"{FOLDERS} backbone -backbone.quantisation probe")
 PROBE_ADD = Stage("probe-add", "vlakeep.probe.extend", "a probe with frames of data sets beside its items, for a stream of tasks",
                   f"{FOLDERS} probe {SOURCES}", own=(
     Option("--to", None, "Name of the probe that is written.", required=True),
@@ -82,5 +82,6 @@ FETCH = Stage("fetch", "vlakeep.core.fetch", "bring a base model from the hub be
 STORAGE_CHECK = Stage("storage-check", "vlakeep.preflight", "check that all big files lie below the storage root; free space",
                       FOLDERS, (LARGE,), "storage_check")
 DEMO = Stage("demo", "vlakeep.demo", "the whole pipeline on the small model that ships with vlakeep, in minutes on a CPU",
-             together(OFFLINE, TRAIN, EVALUATE) + " -name -train.save_every -train.keep_last -evaluate.target", file=False)
+             together(OFFLINE, TRAIN, EVALUATE) + " -name -train.save_every -train.keep_last -evaluate.target", file=False, own=(
+    Option("--model", "openvla", "Which of the small models.", choices=("openvla", "pi0_fast")),))
 STAGES = (DEMO, PLAN, PREFLIGHT, STORAGE_CHECK, FETCH, AUDIT, PROBE_ADD, OFFLINE, TRAIN, EVALUATE, REPORT, EXPORT, INTERPOLATE, STUDY)

@@ -3,16 +3,19 @@
 Micro-batch m of the global stream holds the samples from m * batch_size on of the order in data/order.py and goes to process
 m % world. So one process with twice the accumulation sees what two processes see, and a run may resume with another number of
 processes.
-Threads (data.workers) decode ahead; they never change the order, nor the content.
+Threads or processes (data.workers, data.processes) decode ahead; they never change the order, nor the content. Threads share Python's lock
+with the training step, which has to take it for every kernel that it starts.
 """
 
 import hashlib
+import itertools
 import json
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Callable, Dict, List, Optional, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 import numpy as np
+from torch.utils.data import DataLoader
 
 from vlakeep.data.augment import augment, draw
 from vlakeep.data.bad import FILE
@@ -29,6 +32,26 @@ _STATE_FORMAT = 1
 _AHEAD = 2  # batches in flight per thread
 
 
+class _Made:
+    """Batches by (keys, start) as a data set of torch: made in the process that asks."""
+
+    def __init__(self, make: Callable[[np.ndarray, int], Batch]):
+        self._make = make
+
+    def __getitem__(self, job: Tuple[np.ndarray, int]) -> Batch:
+        return self._make(*job)
+
+
+class _Endless:
+    """An iterator as a sampler of torch, which is asked for its iterator once."""
+
+    def __init__(self, jobs: Iterator):
+        self._jobs = jobs
+
+    def __iter__(self) -> Iterator:
+        return self._jobs
+
+
 class BatchStream:
     """Iterator over Batch. `statistics` maps a data set's name to its entry of dataset_statistics.json.
 
@@ -36,7 +59,7 @@ class BatchStream:
     """
 
     def __init__(self, datasets: List[DemoDataset], processor, batch_size: int, seed: int, rank: int = 0, world: int = 1,
-                 shuffle_buffer: int = 100_000, workers: int = 0, image_aug: bool = False):
+                 shuffle_buffer: int = 100_000, workers: int = 0, image_aug: bool = False, processes: bool = False):
         if batch_size < 1 or workers < 0 or not 0 <= rank < world:
             raise ValueError(f"batch_size {batch_size} must be >= 1, workers {workers} >= 0, rank {rank} < world {world}")
         self.datasets, self.processor = datasets, processor
@@ -52,8 +75,10 @@ class BatchStream:
         self._fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         self._content: Dict[str, str] = {d.name: d.content for d in datasets if d.content}
         self._round = 0  # global micro-batches handed out before the current round, by all processes together
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode") if workers else None
+        self._processes = processes and workers > 0
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode") if workers and not self._processes else None
         self._workers, self._ahead = workers, deque()
+        self._decoded: Any = None  # what the processes have ready
 
     @property
     def num_frames(self) -> int:
@@ -84,17 +109,31 @@ class BatchStream:
     def _make(self, keys: np.ndarray, start: int) -> Batch:
         return self.processor.encode_batch([self.sample(e, t, start + i) for i, (e, t) in enumerate(keys)])
 
-    def _job(self, micro_batch: int) -> Callable[[], Batch]:
+    def _keys(self, micro_batch: int) -> Tuple[np.ndarray, int]:
         start = micro_batch * self._batch_size
-        keys = self.order.keys(start, self._batch_size)  # in the calling thread: the order keeps a cache
+        return self.order.keys(start, self._batch_size), start  # in the calling thread: the order keeps a cache
+
+    def _job(self, micro_batch: int) -> Callable[[], Batch]:
+        keys, start = self._keys(micro_batch)
         return lambda: self._make(keys, start)
+
+    def _start_processes(self, mine: int) -> Iterator[Batch]:
+        for dataset in self.datasets:
+            dataset.close_all()  # each process opens files of its own
+        jobs = (self._keys(mine + k * self._world) for k in itertools.count())
+        return iter(DataLoader(_Made(self._make), batch_size=None, sampler=_Endless(jobs), num_workers=self._workers,
+                               prefetch_factor=_AHEAD, multiprocessing_context="fork"))
 
     def __iter__(self) -> "BatchStream":
         return self
 
     def __next__(self) -> Batch:
         mine = self._round + self._rank
-        if self._pool is None:
+        if self._processes:
+            if self._decoded is None:
+                self._decoded = self._start_processes(mine)
+            batch = next(self._decoded)
+        elif self._pool is None:
             batch = self._job(mine)()
         else:
             for k in range(len(self._ahead), _AHEAD * self._workers):
@@ -111,6 +150,7 @@ class BatchStream:
         for future in self._ahead:
             future.cancel()
         self._ahead.clear()
+        self._decoded = None  # ends its processes
 
     def state_dict(self) -> Dict:
         """JSON-serialisable position; the same in every process that has taken the same number of batches."""
@@ -165,7 +205,8 @@ def make_stream(data, data_root_dir, processor, batch_size: int, seed: int, rank
     try:
         for dataset in datasets if data.statistics is not None else ():
             dataset.scale(known[data.statistics])
-        return BatchStream(datasets, processor, batch_size, seed, rank, world, data.shuffle_buffer, data.workers, data.image_aug)
+        return BatchStream(datasets, processor, batch_size, seed, rank, world, data.shuffle_buffer, data.workers, data.image_aug,
+                           data.processes)
     except BaseException:
         for dataset in datasets:
             dataset.close_all()

@@ -22,6 +22,7 @@ class BaseProcessor(ABC):
     max_tokens = 0  # of a prompt and its answer; 0 where there is no such limit
     action_limit = 1.0  # largest magnitude of a decoded normalised value
     variable_answers = False  # whether answers to action prompts differ in length
+    own_resize = False  # whether pictures are taken as a camera gives them; else as OpenVLA's evaluation hands them over
 
     @property
     def ends(self) -> Tuple[int, ...]:

@@ -3,6 +3,7 @@
 An episode is a function of (task, initial state, seed) and of the policy: neither the number of workers nor the order changes it.
 """
 
+import functools
 import sys
 from pathlib import Path
 from typing import Callable, Dict, List, Mapping, Optional, Sequence
@@ -11,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vlakeep.benchmarks.records import Records, summarise
-from vlakeep.libero.env import INIT_STATES, MAX_STEPS, SUITES, LiberoEnv, load_suite  # noqa: F401 (the room's interface)
+from vlakeep.libero.env import CAMERA, INIT_STATES, MAX_STEPS, SUITES, LiberoEnv, load_suite  # noqa: F401 (the room's interface)
 from vlakeep.libero.play import evaluate_episode, require_video
 from vlakeep.libero.setup import require_libero
 from vlakeep.libero.workers import Job, Seen, Workers
@@ -83,18 +84,23 @@ class Replay:
         return actions_TA[step] if step < len(actions_TA) else np.r_[np.zeros(6), actions_TA[-1, 6]]
 
 
-def run_suite(act: Callable, settings, crop: bool, records: Records, videos: Path, desc: str = "") -> int:
+def run_suite(act: Callable, settings, crop: bool, records: Records, videos: Path, desc: str = "", cameras: Sequence[str] = (CAMERA,),
+              state: bool = False, plain: bool = False) -> int:
     """Play every episode that `records` lacks and add its line; returns how many simulators had to be replaced.
+
+    cameras, state, plain: what the policy is shown (workers.Job).
 
     act(jobs, [Seen]) gives an action or an error text per job, as policy.FixedBatch does; `settings` is config.evaluate.
     """
     suite, seed = settings.benchmark, SEED if settings.seed is None else settings.seed
     tasks, names = pick_tasks(suite, settings.skills), load_suite(suite).get_task_names()
     jobs = [Job(suite, task, k, seed, MAX_STEPS[suite], crop,
-                target=str(videos / f"task{task:02d}_{k:02d}.mp4") if k < settings.videos else None)
+                target=str(videos / f"task{task:02d}_{k:02d}.mp4") if k < settings.videos else None, cameras=tuple(cameras),
+                state=state, plain=plain)
             for task in tasks for k in range(settings.episodes) if not records.has("skill", suite, trial(task, k))]
     bar = tqdm(total=len(jobs), desc=f"{desc}: {suite}", mininterval=1.0)
-    with bar, Workers(LiberoEnv, evaluate_episode, settings.workers) as workers:
+    rendered = tuple(dict.fromkeys((CAMERA, *cameras)))  # a video shows the usual one
+    with bar, Workers(functools.partial(LiberoEnv, cameras=rendered), evaluate_episode, settings.workers) as workers:
         for job, result, crash in workers.run(jobs, act):
             records.add(kind="skill", ability=suite, trial=trial(job.task, job.number), seed=seed,
                         success=result["success"] if result else None, value=None, crash=crash,

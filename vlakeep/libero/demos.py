@@ -80,7 +80,8 @@ def main(argv: List[str]) -> int:
     order = [(task, chosen[task][k]) for k in range(own["demos"]) for task in tasks if k < len(chosen[task])]
     if not order:
         raise ValueError("the expert failed at every seed of these tasks; try others with --tasks or --first")
-    cameras = [own["camera"]] if own["format"] == "rlds" else list(dict.fromkeys([own["camera"], CAMERA, WRIST]))
+    more = [WRIST] if own["wrist"] else []
+    cameras = list(dict.fromkeys([own["camera"], *(more if own["format"] == "rlds" else [CAMERA, WRIST])]))
     shots = rendered(suite, order, own["resolution"], cameras, own["workers"], states, storage.tmp)
     for path in write(own, storage, name if own["camera"] == CAMERA else f"{name}_{own['camera']}", shots, summary):
         size = f"{own['resolution']} x {own['resolution']}"
@@ -199,8 +200,9 @@ def as_episodes(own: dict, shots: Iterator[Shot]) -> Iterator[Episode]:
     """Pictures are turned by 180 degrees, as in the official RLDS sets and in the evaluation."""
     suite = load_suite(own["suite"])
     for (task, seed), demo, seen in shots:
-        images = np.ascontiguousarray(seen[f"{own['camera']}_image"][:, ::-1, ::-1])
-        yield Episode(images, demo.actions, suite.get_task(task).language, demo.proprio, file_path=f"{own['suite']}/{task}/{seed}")
+        images, *wrist = (np.ascontiguousarray(seen[f"{camera}_image"][:, ::-1, ::-1])
+                          for camera in (own["camera"], *([WRIST] if own["wrist"] else [])))
+        yield Episode(images, demo.actions, suite.get_task(task).language, demo.proprio, f"{own['suite']}/{task}/{seed}", *wrist)
 
 
 def through_hdf5(own: dict, shots: Iterator[Shot], folder: Path) -> Iterator[Shot]:

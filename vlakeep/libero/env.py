@@ -41,10 +41,19 @@ def to_simulator(action_A: Sequence[float]) -> List[float]:
     return action.tolist()
 
 
-def policy_image(raw_HWC: np.ndarray, crop: bool) -> np.ndarray:
-    """uint8 [224, 224, 3]: what the official loop hands to the model, from the camera's own picture."""
-    image = libero_image(raw_HWC)
+def policy_image(raw_HWC: np.ndarray, crop: bool, plain: bool = False) -> np.ndarray:
+    """uint8 [224, 224, 3]: what the official loop hands to the model, from the camera's own picture. plain: turned alone and of its own
+    size, as lerobot and openpi hand it over (lerobot 7427f318 processor/env_processor.py:49-58, openpi examples/libero/main.py)."""
+    image = np.ascontiguousarray(raw_HWC[::-1, ::-1]) if plain else libero_image(raw_HWC)
     return center_crop(image) if crop else image
+
+
+def robot_state(observation: dict) -> np.ndarray:
+    """float32 [8], LIBERO's `state`: hand position, its rotation as axis times angle, the two finger joints."""
+    from robosuite.utils.transform_utils import quat2axisangle
+
+    rotation = quat2axisangle(observation["robot0_eef_quat"].copy())
+    return np.r_[observation["robot0_eef_pos"], rotation, observation["robot0_gripper_qpos"]].astype(np.float32)
 
 
 def load_suite(name: str):
@@ -212,6 +221,8 @@ class LiberoEnv:
     def positions(self) -> slice:
         """Where positions and joint angles stand in a state."""
         return slice(1, 1 + self.control.sim.model.nq)
+
+    robot_state = staticmethod(robot_state)
 
     def put(self, state_S: np.ndarray) -> None:
         """Make `state` (of this scene) the current one; what is seen next is what the next step gives."""

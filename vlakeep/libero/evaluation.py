@@ -18,7 +18,7 @@ from vlakeep.core.log import log
 from vlakeep.core.storage import Storage, find_checkpoint
 from vlakeep.libero import benchmark as libero
 from vlakeep.libero import setup as libero_setup
-from vlakeep.libero.env import CAMERA, SUITES
+from vlakeep.libero.env import CAMERA, SUITES, WRIST
 
 GREY = 128
 FIRST_PICTURES = 20  # of an evaluation, compared with the training data's
@@ -38,7 +38,7 @@ class Libero(Benchmark):
 
     @property
     def observations(self) -> ObservationSpec:
-        return ObservationSpec((CAMERA,), (224, 224), cropped=bool(self.settings.center_crop), turned=True)
+        return ObservationSpec((CAMERA, WRIST), (224, 224), cropped=bool(self.settings.center_crop), turned=True, state=True, by_order=True)
 
     def abilities(self) -> List[Ability]:
         suites = [Ability(self.name, SKILL, NEW), *(Ability(suite) for suite in self.settings.other_suites)]
@@ -140,8 +140,13 @@ class Libero(Benchmark):
         suite, first = settings.benchmark, []
         spoken = libero.instructions(suite, libero.pick_tasks(suite, settings.skills))
         policy = target.policy(self._key_of(suite, target.key, target.known), spoken, settings.chunk)
-        ask = FixedBatch(lambda images, texts, count: policy.chunks(np.full_like(images, GREY) if settings.blank else images, texts, count),
-                         settings.batch)
+        processor = target.backbone.processor
+        named = processor.spec.cameras
+
+        def chunks(images, texts, count, states=None):
+            return policy.chunks(greyed(images) if settings.blank else images, texts, count, states)
+
+        ask = FixedBatch(chunks, settings.batch, named)
         queue = ChunkQueue()
 
         def act(jobs, seen):
@@ -154,7 +159,8 @@ class Libero(Benchmark):
             return answers
 
         videos = folder / "videos" if suite == self.name else folder / "videos" / suite
-        restarts = libero.run_suite(act, settings, settings.center_crop, records, videos, desc=target.name)
+        restarts = libero.run_suite(act, settings, settings.center_crop, records, videos, target.name,
+                                    self.observations.cameras[:max(1, len(named))], bool(processor.spec.state), processor.own_resize)
         if restarts:
             log.warning(f"{target.name}: {restarts} simulator processes died and were replaced")
         comparable = first and settings.target != "base" and suite == self.name
@@ -178,7 +184,7 @@ class Libero(Benchmark):
 
         def samples(trials):
             found = self._probe.samples([items[trial] for trial in trials])
-            return [replace(sample, image=center_crop(sample.image)) for sample in found] if self.settings.center_crop else found
+            return [sample.with_pictures(center_crop) for sample in found] if self.settings.center_crop else found
         return samples
 
     def questions(self) -> Iterator[Questions]:
@@ -202,6 +208,11 @@ class Libero(Benchmark):
     def additions(self, rows: List[dict]) -> Dict[str, Any]:
         """A suite is one skill, with its tasks listed below it."""
         return {"tasks": libero.by_task(rows)}
+
+
+def greyed(images):
+    """Nothing to be seen: of one camera, or of each."""
+    return {name: greyed(own) for name, own in images.items()} if isinstance(images, dict) else np.full_like(images, GREY)
 
 
 def of_suite(settings: EvaluateConfig, suite: str) -> EvaluateConfig:

@@ -20,7 +20,8 @@ def evaluate_episode(env: LiberoEnv, job: Job):
         raw_HWC = observation[f"{CAMERA}_image"]
         if job.target:
             frames.append(np.ascontiguousarray(raw_HWC[::-1, ::-1]))
-        action = yield Seen(policy_image(raw_HWC, job.crop), env.language, steps)
+        image, *others = (policy_image(observation[f"{camera}_image"], job.crop, job.plain) for camera in job.cameras or (CAMERA,))
+        action = yield Seen(image, env.language, steps, tuple(others), env.robot_state(observation) if job.state else None)
         observation, _, success = env.step(to_simulator(action))
         steps += 1
     if job.target:

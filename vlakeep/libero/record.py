@@ -17,7 +17,7 @@ from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Tuple
 import numpy as np
 
 from vlakeep.core.storage import atomic_path
-from vlakeep.libero.env import LiberoEnv
+from vlakeep.libero.env import LiberoEnv, robot_state
 from vlakeep.libero.expert import Expert, goals
 from vlakeep.libero.workers import Job
 
@@ -70,14 +70,6 @@ def disturbances(noise: float, task: int, seed: int) -> Iterator[np.ndarray]:
         noisy = not noisy
 
 
-def proprio(observation: dict) -> np.ndarray:
-    """float32 [8], LIBERO's `state`: hand position, its rotation as axis times angle, the two finger joints."""
-    from robosuite.utils.transform_utils import quat2axisangle
-
-    rotation = quat2axisangle(observation["robot0_eef_quat"].copy())
-    return np.r_[observation["robot0_eef_pos"], rotation, observation["robot0_gripper_qpos"]].astype(np.float32)
-
-
 class Manner(NamedTuple):
     """How the expert plays: standard deviation of the noise, and the way it takes hold of things (libero_expert.APPROACHES)."""
 
@@ -123,7 +115,7 @@ def replay(env: LiberoEnv, seed: int, actions_TA: np.ndarray, executed_TA: np.nd
     states, seen = [], []
     follow()
     for step, action in enumerate(executed_TA):
-        seen.append(proprio(observation))
+        seen.append(robot_state(observation))
         watch(observation)
         observation, _, success = env.step(action.tolist())
         follow()

@@ -24,7 +24,8 @@ DEMOS = Stage("libero-demos", "vlakeep.libero.demos", "demonstrations of LIBERO 
     Option("--noise", 0.0, "Noise that pushes the hand off its way, as a share of the expert's own motion.", number()),
     Option("--approach", "above", "How the hand comes to a thing.", choices=APPROACHES),
     Option("--format", "rlds", "What is written.", choices=("rlds", "hdf5", "both")),
-    Option("--camera", CAMERA, "The picture of the RLDS set.", choices=CAMERAS)))
+    Option("--camera", CAMERA, "The picture of the RLDS set.", choices=CAMERAS),
+    Option("--wrist", False, "The RLDS set has the camera on the hand too, as wrist_image, for models that take two.", bool)))
 VQA = Stage("libero-vqa", "vlakeep.libero.vqa", "a probe of LIBERO scenes: instructions, and visual questions with known answers",
             f"{FOLDERS} probe.name seed", own=(
     suite("libero_90"), TASKS, WORKERS,

@@ -34,6 +34,9 @@ class Job(NamedTuple):
     crop: bool = False
     source: Optional[str] = None  # file to read: a stored demonstration
     target: Optional[str] = None  # file to write: a video, or pictures
+    cameras: Tuple[str, ...] = ()  # what the policy looks through, in its order; () is the usual camera alone
+    state: bool = False  # whether it is told the robot's state
+    plain: bool = False  # whether it takes pictures of the camera's own size
 
 
 class Seen(NamedTuple):
@@ -42,6 +45,8 @@ class Seen(NamedTuple):
     image: np.ndarray
     instruction: str
     step: int = 0  # of the episode, the settling ones not counted
+    others: Tuple[np.ndarray, ...] = ()  # of the cameras behind the first
+    state: Optional[np.ndarray] = None  # float32 [8]
 
 
 def _serve(connection, open_env: Callable, play: Callable) -> None:

@@ -28,7 +28,8 @@ class Phase(NamedTuple):
 @dataclass
 class Costs:
     """resident: bytes held on the device through training, by name. measurement: one reading of the sensors, every `every` steps (0: none).
-    step: work beside the pass of a micro-batch. offline: its phases, none when there is no such step."""
+    step: work beside the pass of a micro-batch. offline: its phases, none when there is no such step; given_back: whether each gives its
+    memory back before the next."""
 
     resident: Dict[str, float] = field(default_factory=dict)
     measurement: float = 0.0
@@ -36,6 +37,7 @@ class Costs:
     every: int = 0
     step: Work = Work()
     offline: List[Phase] = field(default_factory=list)
+    given_back: bool = False
 
 
 def _moments(work: Workload, adapters: Adapters, limit: float) -> tuple:
@@ -51,9 +53,11 @@ def _moments(work: Workload, adapters: Adapters, limit: float) -> tuple:
     return max(sizes), passes, 2.0 * sum(dim * dim for dim in inputs) * len(adapters.layers)
 
 
-def _answers(config: Config, work: Workload, numbers: Numbers, items: int) -> Phase:
-    size = min(config.icsm.batch_size, items)
-    return Phase("teacher's answers", work.cache(numbers, size), work.generate(items, size) + Work(pictures=items), "icsm.batch_size")
+def _answers(config: Config, work: Workload, numbers: Numbers, items: int, together: int = 0) -> Phase:
+    """together: prompts that are answered at once, if they are more than icsm.batch_size."""
+    size = min(max(config.icsm.batch_size, together), items)
+    needs = work.cache(numbers, size) + (work.passing(numbers, size, adapted=False) if together else 0.0)
+    return Phase("teacher's answers", needs, work.generate(items, size) + Work(pictures=items), "icsm.batch_size")
 
 
 def frozen_form(config: Config, work: Workload, adapters: Adapters, numbers: Numbers) -> Costs:
@@ -133,8 +137,9 @@ def graded(config: Config, work: Workload, adapters: Adapters, numbers: Numbers)
     few = Adapters(adapters.leaves, adapters.layers, 0)
     backward = sum(work.layer_keeps([], 0, numbers) for _ in range(above)) * 4 * work.columns
     passes = -(-(items + new) // size)
+    found.given_back = True
     found.offline = [
-        _answers(config, work, numbers, items + new),
+        _answers(config, work, numbers, items + new, config.icsm.answered if config.device != "cpu" else 0),
         Phase("layers below the adapted ones", work.passing(numbers, size, adapted=False), _batches(
             work.tower_work(items + new) + work.layer_work((items + new) * work.columns, count=adapters.first), passes), "icsm.batch_size"),
         Phase("second moments and their spectra", held + bases, work.forward(fit, adapters.first or 1).times(times) + Work(

@@ -60,7 +60,8 @@ class Graded(Method):
         found = load_artifact(folder)
         meta = found.meta
         return check(found, weights_sha256 or meta["weights_sha256"], probe_sha256 or meta["probe_sha256"], config.probe.size,
-                     meta["depth"] if depth is None else depth, config.backbone.dtype, graded_offline.deciding(config)) + [
+                     meta["depth"] if depth is None else depth, config.backbone.dtype, graded_offline.deciding(config),
+                     config.backbone.quantisation) + [
             f"{folder / name} is missing" for name in meta["files"] if not (folder / name).is_file()]
 
     @classmethod
@@ -87,7 +88,7 @@ class Graded(Method):
             chosen = [items[i] for i in rows]
             sensor = KLSensor(backbone, Answered(*[value[rows] for value in answered]),
                               batched(probe.samples(chosen), backbone.processor, size), size,
-                              graded_offline.sensor_weights(config, probe.kinds(chosen)))
+                              graded_offline.sensor_weights(config, probe.kinds(chosen)), config.train.autocast)
             new = graded_offline.new_samples(config, storage, graded_offline.picture_size(backbone), max(1, count // 4),
                                              backbone.processor.spec)
             samples = [sample for group in new.values() for sample in group]
@@ -96,7 +97,8 @@ class Graded(Method):
             with adapters_disabled(backbone):
                 first = backbone.first_adapted_layer()
                 own = teacher_answers(backbone, run_below(backbone, graded_offline.answered_samples(backbone, samples, size), first), first)
-            return {"kl": sensor, "kl_new": KLSensor(backbone, own, batched(samples, backbone.processor, size), size)}
+            return {"kl": sensor, "kl_new": KLSensor(backbone, own, batched(samples, backbone.processor, size), size,
+                                                       autocast=config.train.autocast)}
 
         return cls(config, artifact, make_sensors), {"artifact": artifact.meta["files"], "probe": probe.sha256}
 

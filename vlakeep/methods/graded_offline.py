@@ -5,6 +5,7 @@ items whose directions it has shut sees less drift than there is.
 """
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Tuple
 
@@ -95,9 +96,29 @@ def picture_size(backbone) -> tuple:
 
 def answered_samples(backbone, samples: List[Sample], batch_size: int) -> Iterator[Tuple[Batch, Batch]]:
     """(prompts, the same with the teacher's own answers), batch by batch."""
-    for start in range(0, len(samples), batch_size):
-        prompts = backbone.processor.encode_prompts(samples[start:start + batch_size])
-        yield prompts, with_own_answers(backbone, prompts, backbone.answer_tokens)
+    groups = [samples[start:start + batch_size] for start in range(0, len(samples), batch_size)]
+    with ThreadPoolExecutor(1) as pool:  # the pictures of the next batch are prepared while the teacher answers this one
+        ahead = [pool.submit(backbone.processor.encode_prompts, group) for group in groups[:1]]
+        for number in range(len(groups)):
+            prompts = ahead.pop().result()
+            ahead += [pool.submit(backbone.processor.encode_prompts, group) for group in groups[number + 1:number + 2]]
+            yield prompts, with_own_answers(backbone, prompts, backbone.answer_tokens)
+
+
+class Watch:
+    """Says what each phase of the offline step took, and gives its cached memory back: blocks of one phase do not fit the next."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._begun = device, time.perf_counter()
+
+    def phase(self, name: str) -> None:
+        """The phase `name` has ended."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()
+        now = time.perf_counter()
+        log.info(f"  {name}: {now - self._begun:.1f} s")
+        self._begun = now
 
 
 def build(config: Config, storage: Storage, backbone) -> Path:
@@ -118,16 +139,24 @@ def build(config: Config, storage: Storage, backbone) -> Path:
 
     def parts(samples: List[Sample], desc: str) -> List[Part]:
         size = config.icsm.batch_size
-        pairs = answered_samples(backbone, samples, size)
-        return run_below(backbone, tqdm(pairs, desc=f"teacher's answers: {desc}", total=-(-len(samples) // size), leave=False), first)
+        wide = max(size, config.icsm.answered) if backbone.device.type == "cuda" else size
+        pairs = answered_samples(backbone, samples, wide)
+        made = run_below(backbone, tqdm(pairs, desc=f"teacher's answers: {desc}", total=-(-len(samples) // wide), leave=False), first)
+        return [part for whole in made for part in (whole.split(size) if wide > size else [whole])]
 
-    spectra = _spectra(config, backbone, parts(probe.samples(fit), "probe"), item_weights(config, probe.kinds(fit)), first, linears)
+    watch = Watch(backbone.device)
+    answered = parts(probe.samples(fit), "probe")
+    watch.phase(f"the teacher's answers to {len(fit)} items, and the layers below the adapted ones")
+    spectra = _spectra(config, backbone, answered, item_weights(config, probe.kinds(fit)), first, linears, watch)
     kept = parts(probe.samples(held), "held out")
     answers = teacher_answers(backbone, kept, first)
+    watch.phase(f"the same of {len(held)} items for the sensor")
     sensitivity = output_sensitivity(backbone, kept, first, linears)
+    watch.phase("sensitivity of the answers")
     groups = {"probe": {key: coverage.own_energy(one) for key, one in spectra.items()}}
     for made, labels in _groups(config, storage, backbone, probe, held, kept, parts):
         groups.update(coverage.directional_energy(backbone, made, first, labels, linears, spectra, backbone.input_key))
+    watch.phase("coverage")
     found = coverage.report(groups, spectra, config.gains.steepness)
     lines = coverage.warnings(found)
     tensors = {
@@ -158,14 +187,17 @@ def _bytes_needed(config: Config, backbone, linears) -> int:
     return 4 * sum(dim * (min(dim, config.gains.columns) + 1) for dim in inputs.values()) + 50_000_000
 
 
-def _spectra(config: Config, backbone, parts: List[Part], weights_N: torch.Tensor, first: int, linears) -> Dict[str, Spectrum]:
+def _spectra(config: Config, backbone, parts: List[Part], weights_N: torch.Tensor, first: int, linears,
+             watch: Watch) -> Dict[str, Spectrum]:
     """Spectrum of every distinct input; where the moments exceed the memory budget the adapted layers are passed several times."""
     spectra: Dict[str, Spectrum] = {}
     for group in passes(linears, config.icsm.moments_gib * 2**30, backbone.input_key):
         shown = tqdm(parts, desc="second moments", leave=False)
         moments = coverage.input_moments(backbone, shown, weights_N, first, group, backbone.input_key)
+        watch.phase(f"second moments of {len(moments)} inputs")
         for key in tqdm(sorted(moments), desc="spectra", leave=False):
             spectra[key] = spectrum(moments.pop(key), config.gains.columns)
+        watch.phase("their spectra")
     return {key: spectra[key] for key in sorted(spectra)}
 
 
@@ -204,7 +236,8 @@ def output_sensitivity(backbone, parts: List[Part], first: int, linears) -> Dict
             tokens += int(mask_BS.sum())
             lifted = part.prefix.with_hidden(part.prefix.hidden_BSD.detach().requires_grad_(True))
             last_BSD = backbone.run_layers(lifted, start=first, stop=backbone.num_layers)
-            answer_log_probability(backbone, last_BSD, part).backward()
+            # Of the input alone: backward() would also make the gradients of all weights, 3.5 GiB at 7B.
+            torch.autograd.grad(answer_log_probability(backbone, last_BSD, part), lifted.hidden_BSD)
     finally:
         for handle in handles:
             handle.remove()

@@ -97,7 +97,7 @@ class IcsmHswThermostat(Method):
         meta = found.meta
         return icsm_artifact.check(found, weights_sha256 or meta["weights_sha256"], probe_sha256 or meta["probe_sha256"],
                                    to_dict(config.icsm), meta["depth"] if depth is None else depth, config.probe.size,
-                                   config.backbone.dtype) + [
+                                   config.backbone.dtype, config.backbone.quantisation) + [
             f"{folder / name} is missing" for name in meta["files"] if not (folder / name).is_file()]
 
     @classmethod
@@ -121,7 +121,7 @@ class IcsmHswThermostat(Method):
             return Thermometer(
                 backbone, prompt_batches(probe, items, backbone.processor, config.icsm.batch_size), items, artifact.layers,
                 backbone.first_adapted_layer(), estimator(config), config.thermostat.batch_size, config.seed,
-                mean, covariance, teacher)
+                mean, covariance, teacher, config.train.autocast)
 
         return cls(config, artifact, make_thermometer), {"artifact": artifact.meta["files"], "probe": probe.sha256}
 

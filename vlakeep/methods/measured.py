@@ -18,6 +18,7 @@ from vlakeep.data.sample import Batch
 from vlakeep.methods import graded_offline
 from vlakeep.methods.base import Problem
 from vlakeep.methods.graded import Graded
+from vlakeep.models.quantised import plain_weight
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.teacher.answers import Part, run_below
 from vlakeep.thermostat.loop import Loop
@@ -88,4 +89,4 @@ def training_batches(config: Config, storage: Storage, backbone, frames: int) ->
 
 def weights(linears: Dict[str, torch.nn.Module]) -> Dict[str, torch.Tensor]:
     """Frozen W [O, D] of PEFT layers."""
-    return {name: linear.get_base_layer().weight.detach() for name, linear in linears.items()}
+    return {name: plain_weight(linear.get_base_layer()) for name, linear in linears.items()}

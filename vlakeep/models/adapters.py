@@ -21,6 +21,8 @@ from vlakeep.core.errors import CheckpointError
 from vlakeep.core.sharded import is_sharded, like, whole
 from vlakeep.core.storage import atomic_path
 from vlakeep.models.base import Backbone
+from vlakeep.models.lean import make_lean
+from vlakeep.models.quantised import plain_state
 
 ADAPTER = "default"
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -120,6 +122,7 @@ def attach_lora(
                 value = (torch.rand(a.weight.shape, generator=generator) * 2 - 1) * a.weight[0].numel() ** -0.5
             a.weight.copy_(value)
             b.weight.zero_()
+    make_lean(_lora_layers(backbone))
     backbone.train(training)
 
 
@@ -310,7 +313,7 @@ def merged_state(backbone: Backbone, dtype: Optional[torch.dtype] = None) -> Dic
     """State dict under the checkpoint's names with the adapters merged in: W + alpha/rank B A, added in float32 and rounded once."""
     layers = _lora_layers(backbone)
     state = {}
-    for key, tensor in backbone.network.state_dict().items():
+    for key, tensor in plain_state(backbone.network).items():
         if ".lora_" in key:
             continue
         key = key.replace(".base_layer.", ".")

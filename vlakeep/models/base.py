@@ -32,8 +32,11 @@ from vlakeep.data.sample import IGNORE_INDEX, Batch, Sample, SampleSpec
 from vlakeep.data.statistics import unnormalise
 from vlakeep.models import files
 from vlakeep.models.entrance import Entrance
+from vlakeep.models.lean import compile_layers
 from vlakeep.models.load import model_name
 from vlakeep.models.prefix import Prefix
+from vlakeep.models.quantised import identity
+from vlakeep.models.sharded_base import Averaged, shard
 from vlakeep.models.workload import Workload
 
 
@@ -81,6 +84,8 @@ class Backbone(Entrance, ABC):
     groups: Dict[str, List[str]] = {}  # what --lora.modules may name besides single linears
     shared_inputs: Dict[str, str] = {}  # linear -> an earlier one that reads the same tensor
     answer_tokens = 8  # longest answer of the teacher to a prompt of the probe
+    sharded = False  # whether the processes of a job share the base's weights
+    quantisation = "none"  # of the decoder's linears (models/quantised.py)
     processor_files: Tuple[Tuple[str, ...], ...] = ()  # names of files beside the weights, one of each group must be there
     # Whether a prompt's columns see later ones of the prompt: what they would say next means nothing then, and nothing is read from them
     # after the last layer.
@@ -201,9 +206,9 @@ class Backbone(Entrance, ABC):
 
     @property
     def weights_sha256(self) -> str:
-        """Fingerprint of the base weights, as the checkpoint folder has them (files.weights_hash), computed once."""
+        """Fingerprint of the base weights, as the folder has them (files.weights_hash) and as they are quantised, computed once."""
         if self._weights_sha256 is None:
-            self._weights_sha256 = files.weights_hash(self.checkpoint)
+            self._weights_sha256 = identity(files.weights_hash(self.checkpoint), self.quantisation)
         return self._weights_sha256
 
     @property
@@ -229,13 +234,26 @@ class Backbone(Entrance, ABC):
         """Type of the base weights."""
         return next(self.decoder_layers.parameters()).dtype
 
-    def parallelised(self, distributed) -> nn.Module:
+    def vision_blocks(self) -> List[nn.Module]:
+        """Alike blocks of the vision towers, which --train.compile compiles beside the decoder layers."""
+        return []
+
+    def compile_layers(self, **options) -> None:
+        """Compile decoder layers and vision blocks in place (models/lean.py). ValueError where torch is too old."""
+        compile_layers(self.decoder_layers, self.vision_blocks(), **options)
+
+    def parallelised(self, distributed) -> Any:
         """What the training loop calls in place of this: in DistributedDataParallel, or itself in a single process.
 
-        A model that shards its own weights does so here, in place, and returns itself: all others come through its call (entrance.py),
-        and core/sharded.py makes its state whole.
+        Of sharded weights the gradients of adapters are averaged; all others come through its call (entrance.py), and core/sharded.py
+        makes its state whole.
         """
-        return distributed.wrap(self)
+        return Averaged(self, distributed) if self.sharded else distributed.wrap(self)
+
+    def shard(self, distributed) -> None:
+        """Spread the base, which lies on the CPU, over the processes of a job; adapters stay whole (models/sharded_base.py)."""
+        shard(self, distributed)
+        self.sharded = True
 
     # Adapters
 
@@ -259,6 +277,12 @@ class Backbone(Entrance, ABC):
         """The first linear that reads the same input, e.g. layers.3.self_attn.v_proj -> layers.3.self_attn.q_proj."""
         parent, _, leaf = linear_name.rpartition(".")
         return f"{parent}.{cls.shared_inputs.get(leaf, leaf)}"
+
+    @classmethod
+    def is_decoder_linear(cls, name: str) -> bool:
+        """Whether a module of the network, such as language_model.model.layers.3.self_attn.q_proj, is one of the decoder's `linears`."""
+        parts = name[len(cls.decoder_prefix):].split(".", 2) if name.startswith(cls.decoder_prefix + "layers.") else []
+        return len(parts) == 3 and parts[2] in cls.linears.values()
 
     # Layout
 

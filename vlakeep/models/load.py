@@ -19,6 +19,7 @@ import torch
 from vlakeep.core.config import BackboneConfig
 from vlakeep.core.errors import CheckpointError
 from vlakeep.core.storage import PACKAGE, find_checkpoint, pick_root
+from vlakeep.models.quantised import quantise
 
 GROUP = "vlakeep.models"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -96,4 +97,8 @@ def make_backbone(source, device="cpu", cache: Optional[Path] = None):
     cache = Path(cache or os.environ.get("HF_HOME") or Path(pick_root()) / "hf_cache")
     _refuse_unusable(settings, torch.device(device))
     folder = find_checkpoint(settings.checkpoint, cache)
-    return model_class(folder).load(settings, folder, device)
+    if settings.quantisation == "none":
+        return model_class(folder).load(settings, folder, device)
+    backbone = model_class(folder).load(settings, folder, "cpu")
+    quantise(backbone, torch.device(device))
+    return backbone.eval()

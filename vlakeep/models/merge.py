@@ -7,7 +7,7 @@ disk and are read tensor by tensor, so that the peak is one shard (5 GB) and one
 import json
 import re
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from safetensors import safe_open
@@ -43,11 +43,12 @@ def read_deltas(adapter: Path) -> Tuple[Dict[str, Tuple[torch.Tensor, torch.Tens
 
 
 def merge_checkpoint(base: Path, adapter: Path, out: Path, statistics: dict, dtype: Optional[torch.dtype] = None,
-                     before: Sequence[Path] = ()) -> Dict[str, str]:
+                     before: Sequence[Path] = (), rounding: Optional[Callable[[torch.Tensor], torch.Tensor]] = None) -> Dict[str, str]:
     """Write `base` with `adapter` merged in to the new folder `out`; dtype None keeps each tensor's stored type.
 
     The sum is taken in float32 and rounded once; processor and statistics come along. `before`: adapters that are merged first, each as
-    into an export of its own (models/chain.py).
+    into an export of its own (models/chain.py). rounding: what the weights of the decoder's linears went through before the adapter was
+    trained on them (models/quantised.py).
     Returns the names of the merged modules and the weight file of each.
     Raises CheckpointError when the adapter is for modules that the base does not have, or of another shape.
     """
@@ -78,6 +79,8 @@ def merge_checkpoint(base: Path, adapter: Path, out: Path, statistics: dict, dty
                 with safe_open(str(where[name]), framework="pt") as file:
                     tensor = file.get_tensor(name)
                 module = kind.tensor_name(name)[:-len(".weight")] if name.endswith(".weight") else None
+                if rounding and module and kind.is_decoder_linear(module):
+                    tensor = rounding(tensor)
                 for pairs, own_scale in earlier:
                     if module in pairs:
                         tensor = merged(tensor, pairs[module], own_scale).to(tensor.dtype)

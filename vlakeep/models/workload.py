@@ -18,10 +18,11 @@ WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 # bytes: SiLU and product.
 LAYER_D, LAYER_M = 122, 10
 BLOCK_D, BLOCK_M = 52, 4  # of a ViT's block: two LayerNorms, the split of qkv, two layer scales and sums; GELU
-# A LoRA linear: input to the adapter's type and back (12) and read (2); per output: product, scaling, sum.
-LORA_IN, LORA_OUT = 14, 12
+# A LoRA linear (models/lean.py): input read (2), where autocast does not give the type converted before (12); per output: product and sum.
+LORA_IN, LORA_CONVERT, LORA_OUT = 2, 12, 8
 BACKWARD = 2.0  # elementwise traffic of a backward pass, in that of the forward pass; LoRA's has one product less
 LORA_BACKWARD = 1.5
+UNPACK = 14  # bytes a weight of 4 bits each time that it is made a half one: .09 s for 16.2e9 weights on an H100
 LAYER_KERNELS, BLOCK_KERNELS, LORA_KERNELS = 45, 25, 9
 
 
@@ -55,21 +56,23 @@ class Adapters:
 @dataclass(frozen=True)
 class Numbers:
     """Types in a pass: bytes of weights and activations, whether adapters see a converted copy of their input, attention without a fused
-    kernel, and recomputation of layers."""
+    kernel, recomputation of layers, and decoder linears in 4 bits."""
 
     weight: int = 2
     activation: int = 2
-    converts: bool = True
+    converts: bool = False
     eager: bool = False
     recompute: bool = False
+    packed: bool = False
 
     @classmethod
     def of(cls, config) -> "Numbers":
         weight = WIDTHS[config.backbone.dtype]
         activation = weight if config.train.autocast == "none" else min(weight, WIDTHS[config.train.autocast])
         adapter = 4 if config.lora.dtype == "float32" else weight
-        return cls(weight, activation, adapter != activation, config.backbone.attn_implementation == "eager",
-                   config.backbone.gradient_checkpointing)
+        converts = adapter != activation and (config.train.autocast == "none" or config.lora.dropout > 0)
+        return cls(weight, activation, converts, config.backbone.attn_implementation == "eager",
+                   config.backbone.gradient_checkpointing, config.backbone.quantisation == "nf4")
 
 
 @dataclass(frozen=True)
@@ -180,10 +183,10 @@ class Workload:
         flops = 2 * self.layer_parameters * tokens + 2 * columns * queries * tokens  # causal: half of the scores
         return Work(half=flops, stream=(LAYER_D * self.width + LAYER_M * self.mlp) * tokens, kernels=LAYER_KERNELS).times(count)
 
-    def lora_work(self, leaves: Sequence[str], rank: int, tokens: float, count: float = 1.0) -> Work:
+    def lora_work(self, leaves: Sequence[str], rank: int, tokens: float, count: float = 1.0, converts: bool = False) -> Work:
         """Adapters on these linears of `count` layers, forward."""
         pairs = [self.linears[leaf] for leaf in leaves]
-        return _lora(pairs, rank, tokens).times(count)
+        return _lora(pairs, rank, tokens, converts).times(count)
 
     def tower_work(self, rows: float) -> Work:
         """Pictures through towers and projector, forward."""
@@ -221,21 +224,27 @@ class Workload:
         found = self.forward(rows) + self.head_work(rows * self.labelled).times(3)
         back = self.layer_work(tokens, count=above)
         found = found + back._replace(stream=back.stream * BACKWARD, kernels=back.kernels * 2)
-        lora = self.lora_work(adapters.leaves, adapters.rank, tokens, len(adapters.layers))
+        lora = self.lora_work(adapters.leaves, adapters.rank, tokens, len(adapters.layers), numbers.converts)
         if adapters.everywhere:
             towers = self.tower_work(rows)
             found = found + towers._replace(stream=towers.stream * BACKWARD, kernels=towers.kernels * 2)
             for tower in self.towers:
-                lora = lora + _lora(tower.linears(), adapters.rank, rows * tower.tokens).times(tower.blocks)
-            lora = lora + _lora(self.projector, adapters.rank, rows * self.patches)
+                lora = lora + _lora(tower.linears(), adapters.rank, rows * tower.tokens, numbers.converts).times(tower.blocks)
+            lora = lora + _lora(self.projector, adapters.rank, rows * self.patches, numbers.converts)
         found = found + Work(half=lora.half * 3, stream=lora.stream * (1 + LORA_BACKWARD), kernels=lora.kernels * 3)
-        return found + (self.layer_work(tokens, count=above) if numbers.recompute else Work())
+        passes = self.layers + above * (2 if numbers.recompute else 1)  # of weights that are unpacked for a product
+        if numbers.recompute:
+            found = found + self.layer_work(tokens, count=above) + self.lora_work(adapters.leaves, adapters.rank, tokens,
+                                                                                  len(adapters.layers), numbers.converts)
+        unpacked = Work(stream=UNPACK * self.layer_parameters, kernels=8 * len(self.linears)).times(passes)
+        return found + (unpacked if numbers.packed else Work())
 
     def optimizer_step(self, parameters: int, clip: bool = True) -> Work:
         """AdamW: weight, gradient and two moments read, three written; the norm reads the gradient, the clip writes it."""
         return Work(stream=(28 + (12 if clip else 4)) * parameters, kernels=60)
 
 
-def _lora(pairs: Sequence[Tuple[int, int]], rank: int, tokens: float) -> Work:
-    return Work(half=2 * rank * tokens * sum(a + b for a, b in pairs), stream=tokens * sum(LORA_IN * a + LORA_OUT * b for a, b in pairs),
+def _lora(pairs: Sequence[Tuple[int, int]], rank: int, tokens: float, converts: bool) -> Work:
+    seen = LORA_IN + LORA_CONVERT * converts
+    return Work(half=2 * rank * tokens * sum(a + b for a, b in pairs), stream=tokens * sum(seen * a + LORA_OUT * b for a, b in pairs),
                 kernels=LORA_KERNELS * len(pairs))

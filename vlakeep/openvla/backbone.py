@@ -121,6 +121,9 @@ class OpenVLABackbone(Backbone):
     def decoder_layers(self) -> nn.ModuleList:
         return self.language_model.model.layers
 
+    def vision_blocks(self) -> List[nn.Module]:
+        return [block for vit in self.openvla.vision_backbone.children() for block in vit.blocks[:-1]]  # the last one is not run
+
     @property
     def hidden_size(self) -> int:
         return self.language_model.config.hidden_size

@@ -45,7 +45,7 @@ def model_config(args, image_size: int, vit: str) -> dict:
 
 def new_model(args, corpus: List[str], words: List[str], image_size: int, vit: str):
     """(backbone on the device, processor) of a model with random weights, whose files are written to args.out."""
-    prepare(args)
+    ready(args)
     build_tiny_tokenizer(corpus, words, args.out, args.vocab, image_size)
     init_checkpoint(model_config(args, image_size, vit), args.out, seed=args.seed)
     backbone = make_backbone(BackboneConfig(checkpoint=str(args.out)), torch.device(args.device))
@@ -82,7 +82,7 @@ class Normalise:
         return torch.cat([(x - mean) / std for mean, std in self._views], dim=1)
 
 
-def prepare(args) -> None:
+def ready(args) -> None:
     """Seed, card and arithmetic of a training from nothing, and its folder."""
     torch.manual_seed(args.seed)
     if args.device == "cuda":

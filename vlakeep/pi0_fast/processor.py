@@ -90,6 +90,7 @@ class Processor(BaseProcessor):
     """folder: where it was read from."""
 
     variable_answers = True
+    own_resize = True
 
     def __init__(self, tokenizer, codec: FastCodec, config: dict, layout: str, folder: Path, text_folder: Optional[Path] = None):
         self.tokenizer, self.codec, self.config, self.folder = tokenizer, codec, config, folder

@@ -1,5 +1,6 @@
 """Fitting a configuration to a card: what a profile of `--hardware` chooses, and what to change when a stage does not fit.
 
+    quantisation    4 bits where the weights alone nearly fill the card
     types           data type, autocast, attention, device: from the card alone (core/hardware.py)
     micro-batch     the largest divisor of the samples of a step that fits, so that the step stays what it was
     checkpointing   only where no micro-batch fits without
@@ -14,7 +15,9 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from vlakeep.core.config import Config
 from vlakeep.core.hardware import GIB, Choice, Hardware
-from vlakeep.planning.predict import Model, Planner, StagePlan
+from vlakeep.planning.predict import Model, Planner, StagePlan, find_model
+
+ROOM = 0.9  # share of a card that weights may take
 
 
 class Remedy(NamedTuple):
@@ -58,11 +61,18 @@ def _fewer_moments(config: Config):
     return {"icsm.moments_gib": gib / 2} if gib > 0.5 else None
 
 
+def _shared_base(config: Config):
+    """Helps where several processes train."""
+    free = config.train.sharding == "none" and config.backbone.quantisation == "none"
+    return {"train.sharding": "fsdp"} if free else None
+
+
 # Stage -> what may be changed, in the order of how little it costs.
 CHANGES: Dict[str, Sequence[Callable[[Config], Optional[Dict[str, object]]]]] = {
-    "offline": (_halved("icsm.batch_size"), _fewer_moments, _halved("gains.columns", 64)),
+    "offline": (_halved("icsm.answered"), _halved("icsm.batch_size"), _fewer_moments, _halved("gains.columns", 64)),
     "train": (_smaller_batch, _halved("thermostat.batch_size", 4),
               lambda config: None if config.backbone.gradient_checkpointing else {"backbone.gradient_checkpointing": True},
+              _shared_base,
               lambda config: {"train.optimizer": "paged_adamw8bit"} if config.train.optimizer == "adamw" else None, _fewer_layers),
     "evaluate": (_halved("evaluate.batch"), _halved("evaluate.parallel")),
     "export": (lambda config: {"export.parity_frames": 0} if config.export.parity_frames else None,),
@@ -77,28 +87,34 @@ def remedies(config: Config, model: Model, card: Hardware, gpus: int, stage: str
     def look(one: Config) -> StagePlan:
         return Planner(one, model, card, gpus).plan(stage)
 
+    def step(one: Config, change) -> Optional[Tuple[Config, Dict[str, object], StagePlan]]:
+        """The configuration after one change, what it sets, and its plan; None where it does not help."""
+        after, new = deepcopy(one), change(one)
+        for key, value in (new or {}).items():
+            _set(after, key, value)
+        plan = look(after) if new else None
+        return (after, new, plan) if plan and plan.reserved < look(one).reserved - 0.01 * GIB else None
+
     for change in CHANGES[stage]:
-        alone, own, fits = deepcopy(config), {}, False
-        while not fits and (new := change(alone)):
-            before = look(alone).reserved
-            for key, value in new.items():
-                _set(alone, key, value)
-            plan = look(alone)
-            if plan.reserved > before - 0.01 * GIB:
-                break  # it changes nothing here
+        alone, own, fits = config, {}, False
+        while not fits and (after := step(alone, change)):
+            alone, new, plan = after
             own.update(new)
             fits = plan.reserved <= card.memory * GIB
             least = min(least, plan, key=lambda plan: plan.reserved)
         if fits:
             found.append(Remedy(_options(own), plan))
-        for key, value in own.items():
-            _set(together, key, value)
-        changed.update(own)
-    if not found and changed:
-        plan = look(together)
-        least = min(least, plan, key=lambda plan: plan.reserved)
-        if plan.reserved <= card.memory * GIB:
-            found.append(Remedy(_options(changed), plan))
+    progress = not found
+    while progress:  # one may help only after another has
+        progress = False
+        for change in CHANGES[stage]:
+            if least.reserved > card.memory * GIB and (after := step(together, change)):
+                together, new, plan = after
+                progress = True
+                changed.update(new)
+                least = min(least, plan, key=lambda plan: plan.reserved)
+    if changed and least.reserved <= card.memory * GIB:
+        found.append(Remedy(_options(changed), least))
     return found, least
 
 
@@ -129,14 +145,28 @@ def batch_choices(config: Config, model: Model, card: Hardware, gpus: int = 1, f
     return []
 
 
-def fitted(config: Config, card: Hardware, cache: Path, fixed: Sequence[str] = ()) -> List[Choice]:
-    """Sets micro-batch and checkpointing in `config`; returns what was chosen. A model that nobody can reckon with is left as it is."""
-    from vlakeep.planning.predict import find_model
-
-    try:
-        found = batch_choices(config, find_model(config, cache), card, fixed=fixed)
-    except (ValueError, OSError, KeyError):  # the stage itself says what is wrong with the model
+def quantisation_choice(config: Config, model: Model, card: Hardware, fixed: Sequence[str] = ()) -> List[Choice]:
+    """4 bits where the weights leave no room on the card; nothing where they do, where the user has said how they lie, or where such a base
+    is refused. It follows from model and card alone, since all stages of a run have to agree on it."""
+    allowed = card.device == "cuda" and config.backbone.quantisation == "none" and config.train.from_run is None
+    if not allowed or "all-linear" in config.lora.modules or {"backbone.quantisation", "train.sharding"} & set(fixed):
         return []
-    for key, value, _ in found:
-        _set(config, key, value == "true" if value in ("true", "false") else int(value))
+    weights = Planner(config, model, card).weights / GIB
+    return [Choice("backbone.quantisation", "nf4", f"weights of {config.backbone.dtype} take {weights:.1f} of {card.memory:g} GiB; several "
+                   "cards can share them in training, with --train.sharding fsdp")] if weights > ROOM * card.memory else []
+
+
+def fitted(config: Config, card: Hardware, cache: Path, fixed: Sequence[str] = (), training: bool = True) -> List[Choice]:
+    """Sets quantisation and, for `training`, micro-batch and checkpointing in `config`; returns what was chosen. A model that nobody can
+    reckon with is left as it is."""
+    found: List[Choice] = []
+    try:
+        model = find_model(config, cache)
+        for choose in (quantisation_choice, batch_choices) if training else (quantisation_choice,):
+            chosen = choose(config, model, card, fixed=fixed)
+            for key, value, _ in chosen:
+                _set(config, key, value == "true" if value in ("true", "false") else int(value) if value.isdigit() else value)
+            found += chosen
+    except (ValueError, OSError, KeyError):  # the stage itself says what is wrong with the model
+        pass
     return found

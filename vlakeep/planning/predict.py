@@ -14,11 +14,13 @@ from vlakeep.core.storage import find_checkpoint
 from vlakeep.models.adapters import layer_numbers
 from vlakeep.models.files import tensor_table, weight_files
 from vlakeep.models.load import class_of, model_class, model_kinds
+from vlakeep.models.quantised import BYTES
 from vlakeep.models.workload import Adapters, Numbers, Workload
 
 STAGES = ("offline", "train", "evaluate", "export")
 OPTIMIZER = {"adamw": 8.0, "adamw8bit": 2.03, "paged_adamw8bit": 2.03, "sgd": 0.0}  # bytes of state a parameter; 8 bit: and a scale a block
 POLICY_STEPS = 300  # actions of an episode where the benchmark does not say how many it may take
+LINK = 20e9  # bytes a second between cards over PCIe; with NVLink most of it is hidden
 PARITY = 8  # frames that export asks together
 
 
@@ -73,7 +75,8 @@ class Planner:
     def __init__(self, config: Config, model: Model, card: Hardware, gpus: int = 1):
         self.config, self.work, self.card, self.gpus = config, model.work, card, gpus
         self.adapters, self.numbers = find_adapters(config, model), Numbers.of(config)
-        self.weights = float(self.numbers.weight * sum(self.work.parameters.values()))
+        packed = self.work.layers * self.work.layer_parameters if self.numbers.packed else 0
+        self.weights = float(self.numbers.weight * (sum(self.work.parameters.values()) - packed) + BYTES * packed)
         self.costs = method_class(config.method).costs(config, self.work, self.adapters, self.numbers)
         # Read into memory and, to know which weights they are, hashed.
         self.loading = Work(read=2 * self.weights)
@@ -82,13 +85,16 @@ class Planner:
         """None for a stage that this configuration does not have."""
         return getattr(self, f"_{stage}")()
 
-    def _made(self, stage, held: Dict[str, float], phases: Dict[str, float], seconds: float, each=None, notes=()) -> StagePlan:
-        """held: alive through the stage; phases: needed one after the other."""
-        memory = {"weights": self.weights, **held, **phases}
-        alive = self.weights + sum(held.values())
+    def _made(self, stage, held: Dict[str, float], phases: Dict[str, float], seconds: float, each=None, notes=(), given_back=False,
+              weights: Optional[float] = None) -> StagePlan:
+        """held: alive through the stage; phases: needed one after the other; given_back: the blocks of each before the next."""
+        weights = self.weights if weights is None else weights
+        memory = {"weights": weights, **held, **phases}
+        alive = weights + sum(held.values())
         allocated = alive + max(phases.values(), default=0.0)
         moving = sum(size for name, size in held.items() if name.startswith(("layer ", "logits")))
-        reserved = alive + sum(phases.values()) + SLACK * moving
+        needed = max(phases.values(), default=0.0) if given_back else sum(phases.values())
+        reserved = alive + needed + SLACK * moving
         return StagePlan(stage, memory, allocated, reserved, seconds, each, tuple(notes))
 
     def _offline(self) -> Optional[StagePlan]:
@@ -99,16 +105,18 @@ class Planner:
         times = sum(self.card.seconds(phase.work) for phase in self.costs.offline)
         loading = self.card.seconds(self.loading)
         assert work.half > 0
-        return self._made("offline", {}, largest, loading + times, None, [f"{loading:.0f} s of it loading and hashing the weights"])
+        return self._made("offline", {}, largest, loading + times, None, [f"{loading:.0f} s of it loading and hashing the weights"],
+                          self.costs.given_back)
 
     def _train(self) -> StagePlan:
         train, adapters, work = self.config.train, self.adapters, self.work
         count = work.adapter_parameters(adapters)
         size = 4.0 if self.config.lora.dtype == "float32" else float(self.numbers.weight)
         state = OPTIMIZER[train.optimizer] * (size / 4.0 if train.optimizer == "adamw" else 1.0)
+        shared = train.sharding == "fsdp" and self.gpus > 1
         held = {"adapters": size * count, "gradients": size * count, "optimizer": state * count, **self.costs.resident}
         if self.gpus > 1:
-            held["buckets of DDP"] = 0.05 * size * count  # gradients are views of them
+            held["buckets of DDP"] = (1.0 if shared else 0.05) * size * count  # in DDP gradients are views of them
         kept = work.kept(adapters, self.numbers, train.batch_size)
         phases = {"backward pass": work.backward_needs(self.numbers, train.batch_size)}
         if self.numbers.recompute:
@@ -119,13 +127,22 @@ class Planner:
         one = work.training_step(adapters, self.numbers, train.batch_size) + self.costs.step
         step = one.times(train.accumulation) + work.optimizer_step(count)
         each = self.card.seconds(step)
+        weights = self.weights
+        if shared:
+            layer = float(self.numbers.weight * work.layer_parameters)
+            decoder = layer * work.layers
+            # Its share; and what lies outside the layers whole, with two layers, the one at work and the next.
+            weights = self.weights / self.gpus + (self.weights - decoder) + 2 * layer
+            gathered = decoder * (1 + (work.layers - adapters.first) / work.layers) * (self.gpus - 1) / self.gpus
+            each += train.accumulation * gathered / LINK
         if self.gpus > 1:
-            each += 2 * size * count / 20e9  # all-reduce over PCIe; hidden behind the backward pass with NVLink
+            each += 2 * size * count / LINK
         if self.costs.every:
             each += self.card.seconds(self.costs.measuring) / self.costs.every
         seconds = self.card.seconds(self.loading) + train.steps * each
         samples = train.batch_size * train.accumulation * self.gpus
-        return self._made("train", {**held, **kept}, phases, seconds, each, [f"{each:.3f} s a step of {samples} samples"])
+        return self._made("train", {**held, **kept}, phases, seconds, each, [f"{each:.3f} s a step of {samples} samples"],
+                          weights=weights)
 
     def _evaluate(self) -> StagePlan:
         settings = self.config.evaluate

@@ -161,7 +161,7 @@ class ProbeSet:
                     raise TypeError(f"needs {', '.join(_FIELDS)}")
             except (KeyError, TypeError, ValueError) as error:
                 raise ProbeError(f"{path}, line {number} is no probe item ({error!r}); {_REMEDY}") from error
-            items.append(item)
+            items.append({key: item[key] for key in _FIELDS})  # what is hashed, and nothing that damage may have added
         return items
 
     def _open(self, name: str) -> np.ndarray:

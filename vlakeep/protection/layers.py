@@ -49,8 +49,12 @@ def adapted_layers(model: nn.Module, adapter: Optional[str] = None) -> Adapted:
     if adapter is None:
         active = sorted({one for layer in layers.values() for one in _active(layer)})
         if len(active) != 1:
-            raise ValueError("the model has no LoRA layers: make them first, with peft.get_peft_model" if not layers else
-                             f"{len(active)} adapters are active ({', '.join(active)}), and one can be protected: name it with adapter=")
+            types = (getattr(one.peft_type, "value", one.peft_type) for one in getattr(model, "peft_config", {}).values())
+            others = sorted({str(one) for one in types} - {"LORA"})
+            raise ValueError(
+                f"the model has adapters of the type {', '.join(others)}, and only LoRA (LoraConfig) can be protected" if others else
+                "the model has no LoRA layers: make them first, with peft.get_peft_model" if not layers else
+                f"{len(active)} adapters are active ({', '.join(active)}), and one can be protected: name it with adapter=")
         adapter = active[0]
     found = {}
     for name, layer in layers.items():
@@ -92,6 +96,8 @@ def say_outside(names: List[str]) -> str:
     kinds: Dict[str, List[str]] = {}
     for name in names:
         said = next((said for part, said in KINDS.items() if part in name), "other parameters that are trained")
+        if "lora_B" in name and name.endswith(".bias"):
+            said = "biases of LoRA B (lora_bias), which act on all inputs alike"
         kinds.setdefault(said, []).append(name)
     return "; ".join(f"{len(own)} of {said}, such as {own[0]}" for said, own in kinds.items())
 

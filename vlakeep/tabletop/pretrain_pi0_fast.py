@@ -28,7 +28,7 @@ from vlakeep.core.options import split
 from vlakeep.data.sample import IGNORE_INDEX, Sample
 from vlakeep.data.statistics import action_statistics, normalise
 from vlakeep.models.load import make_backbone
-from vlakeep.openvla.pretraining import optimise, prepare, save
+from vlakeep.openvla.pretraining import optimise, ready, save
 from vlakeep.pi0_fast.model import Sizes, VisionSizes
 from vlakeep.pi0_fast.processor import Pi0FastBatch, Processor
 from vlakeep.pi0_fast.tiny import make_folder
@@ -103,7 +103,7 @@ def compile_layers(backbone: Any) -> None:
 
 def main(argv: List[str]) -> int:
     args, _, _ = split(PRETRAIN_PI0, argv)
-    prepare(args)
+    ready(args)
     started = time.perf_counter()
     frames, samples = tabletop.training_frames(args.frames, args.seed, args.processes, args.questions, args.chunk)
     samples, statistics = normalised(samples)

@@ -10,7 +10,7 @@ from vlakeep.core.log import log
 from vlakeep.core.names import HASH
 from vlakeep.core.storage import atomic_dir
 
-QUANTISATION = "none"  # of the base's weights; no others are loaded
+QUANTISATION = "none"  # of the base's weights, where a meta.json says nothing of it
 
 
 class ArtifactError(ValueError):
@@ -62,7 +62,7 @@ def read_meta(folder: Path, absent: str, form: int, needed: Sequence[str], older
 
 def numerics(settings) -> Dict[str, str]:
     """How a model computes, as the backbone section of a configuration says; meta.json records it under these names."""
-    return {"dtype": settings.dtype, "quantisation": QUANTISATION, "attn_implementation": settings.attn_implementation}
+    return {"dtype": settings.dtype, "quantisation": settings.quantisation, "attn_implementation": settings.attn_implementation}
 
 
 def numeric_problems(folder: Path, meta: dict, dtype: str, quantisation: str = QUANTISATION) -> List[str]:

@@ -139,7 +139,7 @@ def check(artifact: Artifact, weights_hash: str, probe_hash: str, icsm_section: 
         found.append(f"{artifact.folder} was made from {meta['probe_items']} probe items, this run asks for {probe_size}: {remedy}")
     recorded = meta["config"]
     for key, value in icsm_section.items():
-        if key in ("name", "batch_size", "moments_gib"):  # neither changes the numbers' meaning
+        if key in ("name", "batch_size", "answered", "moments_gib"):  # neither changes the numbers' meaning
             continue
         wanted = default_layers(depth) if key == "layers" and value is None else value
         made = default_layers(meta["depth"]) if key == "layers" and recorded.get(key) is None else recorded.get(key)

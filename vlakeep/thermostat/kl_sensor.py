@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from vlakeep.core.parallel import broadcast_float
 from vlakeep.data.sample import Batch
+from vlakeep.models.lean import autocast
 from vlakeep.teacher.answers import Answered, divergence, logits_at
 
 KEEP = 256 * 2**20  # bytes of cached hidden states that stay on the device; more are sent there at each measurement
@@ -24,12 +25,12 @@ class KLSensor:
     """`measure()` gives the mean divergence over the items."""
 
     def __init__(self, backbone, answered: Answered, seen: Iterator[Batch], batch_size: int = 32,
-                 weights_N: Optional[torch.Tensor] = None):
+                 weights_N: Optional[torch.Tensor] = None, autocast: str = "none"):
         """seen: the items in order, in batches of `batch_size`, of which all but the text is taken. weights_N: of the items, 1 in the mean;
-        None weighs all alike. ValueError without items."""
+        None weighs all alike. autocast: that of training, whose types the student is measured in. ValueError without items."""
         if not len(answered.start_N):
             raise ValueError("the sensor kl has no items: enlarge the probe (--probe.size) and run `vlakeep offline` again")
-        self._backbone = backbone
+        self._backbone, self._autocast = backbone, autocast
         self._first = min(backbone.first_adapted_layer(), backbone.num_layers)
         prefixes = []
         with torch.no_grad():
@@ -55,7 +56,7 @@ class KLSensor:
         backbone, found = self._backbone, []
         training = backbone.training
         backbone.eval()  # no dropout in a measurement
-        with parametrize.cached():
+        with parametrize.cached(), autocast(self._autocast, self.device):
             for start in range(0, self._count, self._measured):
                 found.append(self.divergence_of(slice(start, start + self._measured)))
         backbone.train(training)

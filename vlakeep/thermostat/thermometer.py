@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from vlakeep.core.parallel import broadcast_float
 from vlakeep.models.base import captured_outputs
+from vlakeep.models.lean import autocast
 from vlakeep.probe.pooling import masked_mean
 from vlakeep.thermostat.drift import covariance_drift, paired_drift
 
@@ -21,8 +22,10 @@ class Thermometer:
     """`measure(k)` gives the drift of measurement number k; the probe items it draws depend on seed and k alone."""
 
     def __init__(self, backbone, batches, items: List[int], layers: List[int], first_adapted: int, estimator: str, draw: int, seed: int,
-                 mean: Dict[int, torch.Tensor], covariance: Dict[int, torch.Tensor], teacher: Dict[int, torch.Tensor]):
-        """`batches` yields (prompt Batch, instruction mask) of `items` in order; `teacher[l]` [N, D] is row-aligned with them.
+                 mean: Dict[int, torch.Tensor], covariance: Dict[int, torch.Tensor], teacher: Dict[int, torch.Tensor],
+                 autocast: str = "none"):
+        """`batches` yields (prompt Batch, instruction mask) of `items` in order; `teacher[l]` [N, D] is row-aligned with them. autocast:
+        that of training, whose types the student is measured in.
 
         Raises ValueError when the probe has fewer items than `draw`.
         """
@@ -30,6 +33,7 @@ class Thermometer:
             raise ValueError(f"thermostat.batch_size {draw} is larger than the {len(items)} usable probe items: lower it with "
                              f"--thermostat.batch_size {len(items)}, or make a larger probe and run `vlakeep offline` again")
         self._backbone, self._layers, self._estimator, self._draw, self._seed = backbone, layers, estimator, draw, seed
+        self._autocast = autocast
         self._first = min(first_adapted, min(layers))
         device = backbone.device
         self._mean = {layer: mean[layer].to(device) for layer in layers}
@@ -57,7 +61,7 @@ class Thermometer:
         mask_NS = self._mask_NS[rows, :prefix.hidden_BSD.shape[1]].to(device)
         training = self._backbone.training
         self._backbone.eval()  # no dropout in a measurement
-        with captured_outputs(self._backbone.decoder_layers, self._layers) as outputs:
+        with captured_outputs(self._backbone.decoder_layers, self._layers) as outputs, autocast(self._autocast, device):
             self._backbone.run_layers(prefix, start=self._first, stop=max(self._layers) + 1)
         self._backbone.train(training)
         student = {layer: masked_mean(outputs[layer].float(), mask_NS)[0] for layer in self._layers}
