@@ -28,7 +28,8 @@ TRAIN = Stage("train", "vlakeep.train", "fine-tune LoRA adapters, plain (baselin
               f"{FOLDERS} name method options {STATE} backbone lora data probe icsm hsw gains -gains.keep thermostat train",
               own=(HARDWARE,))
 EVALUATE = Stage("evaluate", "vlakeep.evaluate", "new skill, old abilities and drift of a run, one record per trial",
-                 f"{FOLDERS} device threads backbone {SOURCES} data.image_aug probe icsm.layers icsm.batch_size evaluate",
+                 f"{FOLDERS} device threads backbone {SOURCES} data.image_aug data.source data.statistics probe icsm.layers "
+                 "icsm.batch_size evaluate",
                  own=(HARDWARE, Option("--as", None, "Name under which the evaluation is kept, CELL or GROUP/CELL, such as one of the base "
                                        "with other settings; null takes the target's.")))
 PREFLIGHT = Stage("preflight", "vlakeep.preflight", "check everything a stage needs, and say how to mend what is missing",
