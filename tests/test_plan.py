@@ -10,6 +10,7 @@ from vlakeep.core.compat import import_bitsandbytes
 from vlakeep.core.config import ConfigError, load_config
 from vlakeep.core.hardware import CARDS, GIB, HOST, NAMES, Work, hardware, types
 from vlakeep.core.options import read
+from vlakeep.models.load import make_backbone
 from vlakeep.models.workload import Numbers
 from vlakeep.openvla.workload import shapes_of
 from vlakeep.planning.fit import batch_choices, remedies
@@ -225,3 +226,25 @@ def test_a_base_that_cards_share_takes_its_share_and_the_layers_at_work(seven_b)
     assert shared.each > whole.each
     found, _ = remedies(configuration(FROZEN, *PLAIN), seven_b, CARDS["v100x8"], 2, "train")
     assert any(("train.sharding", "fsdp") in remedy.options for remedy in found)
+
+
+@pytest.mark.parametrize("options, memory, seconds", [(["--backbone.gradient_checkpointing", "false"], 17.0, 0.134)])
+def test_pi0_fast_is_planned_from_its_variant_and_the_cameras_asked_for(options, memory, seconds):
+    """speed/pi0_full.py: a plain step of 8 rows with two cameras on an H100, weights with vision and norms in float32."""
+    config = configuration("pi0_fast_libero_graded", *DATA, *ONE, *options)
+    model = find_model(config, NOWHERE)
+    planner = Planner(config, model, CARDS["h100"])
+    assert planner.weights / GIB == pytest.approx(6.22, rel=0.01) and model.work.patches == 2 * 256
+    found = planner.plan("train")
+    assert found.reserved / GIB == pytest.approx(memory, rel=0.1)
+    assert found.each == pytest.approx(seconds, rel=0.2)
+    three = find_model(configuration("pi0_fast_libero_graded", *DATA, "--backbone.cameras", "[a, b, c]"), NOWHERE).work
+    assert three.patches == 3 * 256 and len(three.towers) == 3
+
+
+def test_the_small_pi0_fast_is_planned_from_its_own_sizes():
+    config = configuration("method_graded", *DATA, "--backbone.checkpoint", "tabletop-pi0")
+    work = find_model(config, NOWHERE).work
+    model = make_backbone(config.backbone, "cpu", NOWHERE)
+    assert sum(work.parameters.values()) == sum(p.numel() for p in model.parameters())
+    assert (work.layers, work.width, work.patches) == (model.num_layers, model.hidden_size, len(work.towers) * model.pi0.sizes.patches)

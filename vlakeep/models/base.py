@@ -120,8 +120,9 @@ class Backbone(Entrance, ABC):
         """(inputs, outputs) of every one of `linears`, after a config.json."""
 
     @classmethod
-    def published(cls, name: str) -> Optional[dict]:
-        """config.json of a well-known checkpoint that may not be there yet; None when this kind has none of that name."""
+    def published(cls, name: str, settings) -> Optional[dict]:
+        """config.json of a well-known checkpoint that may not be there yet, with what the backbone section changes in it; None when this
+        kind has none of that name."""
         return None
 
     @classmethod

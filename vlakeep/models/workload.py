@@ -78,7 +78,8 @@ class Numbers:
 @dataclass(frozen=True)
 class Workload:
     """The shapes. linears: (inputs, outputs) in a decoder layer by leaf; shared: leaf -> the one whose input it reads; text: tokens of a
-    usual prompt with its answer; labelled: columns that get logits; parameters: numbers of weights by part."""
+    usual prompt with its answer; labelled: columns that get logits; parameters: numbers of weights by part; precise: how many of them stay
+    float32."""
 
     layers: int
     width: int
@@ -94,6 +95,7 @@ class Workload:
     labelled: int = 18
     answer: int = 8
     parameters: Dict[str, int] = field(default_factory=dict)
+    precise: int = 0
 
     # Sizes
 

@@ -62,7 +62,7 @@ class OpenVLABackbone(Backbone):
                 "gate_proj": (width, mlp), "up_proj": (width, mlp), "down_proj": (mlp, width)}
 
     @classmethod
-    def published(cls, name: str) -> Optional[dict]:
+    def published(cls, name: str, settings) -> Optional[dict]:
         return PUBLISHED.get(name)
 
     @classmethod

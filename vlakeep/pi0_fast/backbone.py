@@ -19,9 +19,11 @@ from torch.nn import functional as F
 from vlakeep.data.sample import IGNORE_INDEX, Batch, SampleSpec
 from vlakeep.models.base import Backbone, LossOutput, Prefix, loss_output
 from vlakeep.models.load import DTYPES
+from vlakeep.models.workload import Workload
 from vlakeep.pi0_fast import format as checkpoint_format
 from vlakeep.pi0_fast.model import DECODER, Cache, Pi0Fast
 from vlakeep.pi0_fast.processor import CODEC, TEXT, Pi0FastBatch, Processor, spec_of
+from vlakeep.pi0_fast.workload import PUBLISHED, workload
 
 LOOK = 4  # tokens between two questions whether every row has ended, each of which waits for the device
 
@@ -73,6 +75,16 @@ class Pi0FastBackbone(Backbone):
         queries, keys = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
         return {"q_proj": (width, queries), "k_proj": (width, keys), "v_proj": (width, keys), "o_proj": (queries, width),
                 "gate_proj": (width, mlp), "up_proj": (width, mlp), "down_proj": (mlp, width)}
+
+    @classmethod
+    def published(cls, name: str, settings) -> Optional[dict]:
+        config = PUBLISHED.get(name)
+        return config and checkpoint_format.adapted(checkpoint_format.complete_config(config), settings.layout, settings.cameras,
+                                                    settings.state)
+
+    @classmethod
+    def workload(cls, config: dict, shapes=None) -> Workload:
+        return workload(cls, config)
 
     @classmethod
     def whole_config(cls, folder: Path, config: dict, settings) -> dict:

@@ -54,12 +54,13 @@ def find_model(config: Config, cache: Path) -> Model:
         folder = find_checkpoint(name, cache)
     except FileNotFoundError:
         for kind in map(class_of, model_kinds()):
-            if published := kind.published(name):
+            if published := kind.published(name, config.backbone):
                 return Model(kind.workload(published), kind, f"published shapes of {name}, which is not there yet")
         raise
     kind = model_class(folder)
     shapes = {key: tuple(entry["shape"]) for file in weight_files(folder) for key, entry in tensor_table(file).items()}
-    return Model(kind.workload(kind.read_config(folder), shapes), kind, f"config.json and tensor headers in {folder}")
+    said = kind.whole_config(folder, kind.read_config(folder), config.backbone)
+    return Model(kind.workload(said, shapes), kind, f"config.json and tensor headers in {folder}")
 
 
 def find_adapters(config: Config, model: Model) -> Adapters:
@@ -76,7 +77,8 @@ class Planner:
         self.config, self.work, self.card, self.gpus = config, model.work, card, gpus
         self.adapters, self.numbers = find_adapters(config, model), Numbers.of(config)
         packed = self.work.layers * self.work.layer_parameters if self.numbers.packed else 0
-        self.weights = float(self.numbers.weight * (sum(self.work.parameters.values()) - packed) + BYTES * packed)
+        plain = sum(self.work.parameters.values()) - packed - self.work.precise
+        self.weights = float(self.numbers.weight * plain + BYTES * packed + 4 * self.work.precise)
         self.costs = method_class(config.method).costs(config, self.work, self.adapters, self.numbers)
         # Read into memory and, to know which weights they are, hashed.
         self.loading = Work(read=2 * self.weights)
