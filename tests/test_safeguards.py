@@ -23,14 +23,15 @@ def test_a_model_that_does_not_look_is_refused():
 
 def test_a_policy_that_always_does_the_same_raises_an_alarm():
     rng = np.random.default_rng(0)
-    good, collapsed, stuck, few = (ActionWatch(STATISTICS) for _ in range(4))
+    good, collapsed, stuck, few = (ActionWatch(STATISTICS, "zeros stood in") for _ in range(4))
     good.add(rng.uniform(-0.9, 0.9, (200, 7)))
     collapsed.add(np.tile(rng.uniform(-0.9, 0.9, 7), (200, 1)))
     stuck.add(np.concatenate([rng.uniform(-0.9, 0.9, (200, 2)), np.ones((200, 5))], axis=1) * (1, 1, 1, 1, 1, 1, 1))
     few.add(np.zeros((20, 7)))
-    mute = ActionWatch(STATISTICS)
+    mute = ActionWatch(STATISTICS, "zeros stood in")
     mute.add(rng.uniform(-0.9, 0.9, (200, 7)), [True] * 3 + [False] * 197)
-    assert "3 of 200 answers ended before all action tokens" in mute.alarms()[0] and len(mute.alarms()) == 1
+    assert mute.alarms()[0].startswith("3 of 200 answers ended before all action tokens") and len(mute.alarms()) == 1
+    assert mute.alarms()[0].endswith("; zeros stood in"), "each model says what it makes of them"
     assert "no longer speaks actions" in mute.alarms()[0]
     mute.add(rng.uniform(-0.9, 0.9, (200, 7)))
     assert "3 of 400 answers" in mute.alarms()[0] and "no longer speaks" not in mute.alarms()[0]
@@ -40,7 +41,7 @@ def test_a_policy_that_always_does_the_same_raises_an_alarm():
 
 
 def test_an_action_that_is_not_a_number_does_not_count():
-    watch = ActionWatch(STATISTICS)
+    watch = ActionWatch(STATISTICS, "zeros stood in")
     watch.add(np.full((500, 7), np.nan))
     assert watch.alarms() == []
 

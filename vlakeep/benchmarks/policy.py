@@ -61,7 +61,7 @@ class ActionPolicy:
         blanks = [processor.spec.blank(0, processor.picture_size, text) for text in spoken]
         self._width = max((len(processor.whole_prompt(blank)) for blank in blanks), default=0)
         self.chunk = min(most or processor.spec.chunk, processor.spec.chunk)
-        self.watch = ActionWatch(backbone.action_statistics(unnorm_key))
+        self.watch = ActionWatch(backbone.action_statistics(unnorm_key), backbone.stand_in)
 
     def __call__(self, images: Pictures, instructions: Sequence[str], count: Optional[int] = None,
                  episodes: Optional[Sequence[Hashable]] = None, states: Optional[np.ndarray] = None) -> np.ndarray:

@@ -39,8 +39,9 @@ def check_vision(backbone: Backbone) -> None:
 class ActionWatch:
     """Collects what a policy did in an evaluation; `alarms` says what is suspicious about it."""
 
-    def __init__(self, statistics: dict):
-        """`statistics`: q01, q99 and mask of the actions, as Backbone.action_statistics."""
+    def __init__(self, statistics: dict, stand_in: str):
+        """statistics: q01, q99 and mask of the actions, as Backbone.action_statistics; stand_in: as Backbone.stand_in."""
+        self._stand_in = stand_in
         self._low, self._high = np.array(statistics["q01"], dtype=float), np.array(statistics["q99"], dtype=float)
         self._scaled = np.array(statistics.get("mask", np.ones(len(self._low))), dtype=bool) & (self._high > self._low)
         self._distinct: Dict[bytes, int] = {}
@@ -65,8 +66,7 @@ class ActionWatch:
         found = []
         if self._early:
             often = ": the model no longer speaks actions there" if self._early >= 0.01 * self._count else ""
-            found.append(f"{self._early} of {self._count} answers ended before all action tokens were out{often}; as in the official "
-                         "code, the end of the prompt stood in for what was missing")
+            found.append(f"{self._early} of {self._count} answers ended before all action tokens were out{often}; {self._stand_in}")
         share = max(self._distinct.values()) / self._count
         if share > 0.5 or len(self._distinct) <= 0.01 * self._count:
             found.append(f"the policy has collapsed: {len(self._distinct)} different actions in {self._count} steps, one of them in "

@@ -84,6 +84,7 @@ class Backbone(Entrance, ABC):
     groups: Dict[str, List[str]] = {}  # what --lora.modules may name besides single linears
     shared_inputs: Dict[str, str] = {}  # linear -> an earlier one that reads the same tensor
     answer_tokens = 8  # longest answer of the teacher to a prompt of the probe
+    stand_in = "what was missing has no meaning"  # of an action's answer that ended early, for the alarm
     sharded = False  # whether the processes of a job share the base's weights
     quantisation = "none"  # of the decoder's linears (models/quantised.py)
     processor_files: Tuple[Tuple[str, ...], ...] = ()  # names of files beside the weights, one of each group must be there

@@ -32,6 +32,7 @@ class OpenVLABackbone(Backbone):
                "gate_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj", "down_proj": "mlp.down_proj"}
     groups = {"attention": ["q_proj", "k_proj", "v_proj", "o_proj"], "mlp": ["gate_proj", "up_proj", "down_proj"]}
     shared_inputs = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+    stand_in = "as in the official code, the end of the prompt stood in for what was missing"
     answer_tokens = 8  # seven action tokens and the end of sequence
     processor_files = (("tokenizer.json", "tokenizer.model"), ("tokenizer_config.json",), ("preprocessor_config.json",))
 

@@ -56,6 +56,7 @@ class Pi0FastBackbone(Backbone):
     groups = {"attention": ["q_proj", "k_proj", "v_proj", "o_proj"], "mlp": ["gate_proj", "up_proj", "down_proj"]}
     shared_inputs = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
     prompt_sees_itself = True
+    stand_in = "as in lerobot's relaxed decoding, coefficients that were missing or none of the codec's are zero"
 
     # Before the weights
 
