@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from vlakeep.core import log
+from vlakeep.core.compat import import_timm
 from vlakeep.core.config import load_config, to_dict
 from vlakeep.tabletop import rollout
 
@@ -34,6 +35,12 @@ GRADED = "configs/method_graded.yaml"
 LONG = ["test_evaluate", "test_runs", "test_graded", "test_report", "test_laws", "test_rivals", "test_demo", "test_tabletop",
         "test_bad_input", "test_methods", "test_train", "test_open_loop", "test_signals", "test_distillation", "test_closing",
         "test_evaluate_libero", "test_protect_loops", "test_cli", "test_study", "test_models", "test_identity", "test_pretraining"]
+
+
+def pytest_configure(config):
+    # The process that leads pytest-xdist's workers reads their warnings, peft's own kinds among them, and so imports peft.
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        import_timm()
 
 
 def pytest_collection_modifyitems(items):
