@@ -191,8 +191,10 @@ def exact_divergence(teacher, model, probe, items):
         p, q = (m.log_probabilities_of_continuation(batch, tokens).double() for m in (teacher, model))
         found.append(float((p.exp() * (p - q)).sum(-1).mean()))
     kinds = probe.kinds(items)
-    by_kind = [[one for one, its in zip(found, kinds) if its == kind] for kind in sorted(set(kinds))]
-    return sum(sum(own) / len(own) for own in by_kind) / len(by_kind)  # kinds count alike
+    # A kind counts like the root of its number, but of so few no item more than the mean.
+    roots = [kinds.count(kind) ** -0.5 for kind in kinds]
+    weights = [min(1.0, root * len(kinds) / sum(roots)) for root in roots]
+    return sum(weight * one for weight, one in zip(weights, found)) / sum(weights)
 
 
 def test_the_exported_model_keeps_to_the_budget_and_is_the_base_plus_the_closed_update(run, capsys):
@@ -208,7 +210,7 @@ def test_the_exported_model_keeps_to_the_budget_and_is_the_base_plus_the_closed_
     assert folder == run_folder / "merged-step_000020"
     record = json.loads((folder / "vlakeep_export.json").read_text())
     found = record["closing"]
-    assert found["mu"] > 0 and found["kl_before"] > 0.02 and 0.009 <= found["kl_after"] <= 0.01, found
+    assert found["mu"] > 0 and found["kl_before"] > 0.015 and 0.009 <= found["kl_after"] <= 0.01, found
     assert json.loads((run_folder / "closing.json").read_text()) == {k: v for k, v in found.items() if k != "kl_merged"}
     assert found["new_frames"] == 48 and found["probe_items"] + found["held_out_items"] == 48
     assert len(found["left"]) == 6 and all(0 < one["old"] < 0.8 * one["new"] < 0.8 for one in found["left"].values()), found["left"]

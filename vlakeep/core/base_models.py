@@ -30,7 +30,8 @@ def find_checkpoint(name: str, cache: Path) -> Path:
     cache = Path(cache)
     if name in SHIPPED:
         places = [PACKAGE / "assets" / name]
-        remedy = f"it is part of the package; install vlakeep again, or rebuild it with `vlakeep {SHIPPED[name]} --out {quoted(places[0])}`"
+        remedy = (f"it is part of the package; install vlakeep again, or rebuild it with `vlakeep {quoted(SHIPPED[name])} --out "
+                  f"{quoted(places[0])}`")
     else:
         places, remedy = _places(name, cache)
     found: List[Path] = []

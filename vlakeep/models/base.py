@@ -88,8 +88,7 @@ class Backbone(Entrance, ABC):
     sharded = False  # whether the processes of a job share the base's weights
     quantisation = "none"  # of the decoder's linears (models/quantised.py)
     processor_files: Tuple[Tuple[str, ...], ...] = ()  # names of files beside the weights, one of each group must be there
-    # Whether a prompt's columns see later ones of the prompt: what they would say next means nothing then, and nothing is read from them
-    # after the last layer.
+    # Whether a prompt's columns see later ones of the prompt: what they would say next means nothing then, and is not read.
     prompt_sees_itself = False
 
     def __init__(self, model: nn.Module, processor: BaseProcessor, norm_stats: dict, checkpoint: Optional[Path] = None,
