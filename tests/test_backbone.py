@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from vlakeep.core.config import BackboneConfig
@@ -224,6 +225,7 @@ def test_gradient_checkpointing_changes_no_gradient(folder):
     assert torch.equal(*grads)
 
 
+@pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="the library's own layers draw theirs there")
 def test_initial_weights_are_not_drawn_where_none_are_held(folder, monkeypatch):
     """torch does that in Python for tensors without memory, which takes longer than reading the real ones."""
     drawn, draw = [], torch.Tensor.normal_

@@ -63,7 +63,7 @@ def test_a_configuration_that_ships_is_found_by_name_from_any_folder(tmp_path, m
         ("train: {learning_rate: 1}\nlora: {rnak: 1}\n", "(?s)train.learning_rate.*lora.rnak.*did you mean `lora.rank`"),
         ("train: {lr: fast}\n", "wrong type.*lr"),
         ("train: [1\n", "not valid YAML"),
-        ("seed: null\n", "wrong type: --seed must be a whole number, not null"),
+        ("seed: null\n", "wrong type: --seed must be a whole number, not (null|None)"),
         ("- 1\n", "`key: value` pairs"),
         ("train: {lr: -1, steps: 0}\nhsw: {beta: 0}\n", "(?s)hsw.beta|train.steps"),
     ],

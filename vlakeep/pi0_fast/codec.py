@@ -139,10 +139,20 @@ class FastCodec:
         folder.mkdir(parents=True, exist_ok=True)
         config = {"processor_class": "UniversalActionProcessor", "scale": self.scale if self.scale % 1 else int(self.scale),
                   "vocab_size": self.vocab_size, "min_token": self.min_token, "action_dim": None, "time_horizon": None}
-        for name, text in ((TOKENIZER_FILE, self._bpe_json), (CONFIG_FILE, json.dumps(config, indent=1) + "\n")):
+        for name, text in ((TOKENIZER_FILE, readable(self._bpe_json)), (CONFIG_FILE, json.dumps(config, indent=1) + "\n")):
             with atomic_write(folder / name, "w") as file:
                 file.write(text)
         return [folder / TOKENIZER_FILE, folder / CONFIG_FILE]
+
+
+def readable(bpe_json: str) -> str:
+    """A tokenizer's JSON with merges as strings "a b" where no piece holds a space: tokenizers 0.19 reads no pairs."""
+    found = json.loads(bpe_json)
+    merges = found["model"]["merges"]
+    if any(isinstance(pair, str) or any(" " in piece for piece in pair) for pair in merges):
+        return bpe_json
+    found["model"]["merges"] = [" ".join(pair) for pair in merges]
+    return json.dumps(found, ensure_ascii=False)
 
 
 if __name__ == "__main__":  # sanity check: python -m vlakeep.pi0_fast.codec
