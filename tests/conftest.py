@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -50,6 +51,17 @@ def pytest_collection_modifyitems(items):
 
 def save_config(config, path) -> None:
     path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
+@pytest.fixture(autouse=True)
+def exports_end_with_the_test():
+    """What a stage exports for its process (the cache variables of core/storage.py) is not seen by the next test of that process."""
+    variables, folder = dict(os.environ), tempfile.tempdir
+    yield
+    for name in set(os.environ) - set(variables):
+        del os.environ[name]
+    os.environ.update(variables)
+    tempfile.tempdir = folder
 
 
 @pytest.fixture(scope="session")
