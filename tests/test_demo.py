@@ -2,15 +2,20 @@
 
 import csv
 import json
+import multiprocessing
+import os
+import shutil
+import time
+from pathlib import Path
 
 import pytest
 import yaml
-from conftest import EVALUATION, METHOD, SMALL, cut_episodes, read_evaluation
+from conftest import EVALUATION, METHOD, SMALL, cut_episodes, final_adapter, read_evaluation
 
 from vlakeep import demo, train
 from vlakeep.benchmarks.records import wilson
-from vlakeep.core.checkpoint import file_sha256
-from vlakeep.core.config import load_config
+from vlakeep.core.checkpoint import file_sha256, list_checkpoints
+from vlakeep.core.config import ConfigError, load_config
 from vlakeep.core.errors import TrainingStopped
 from vlakeep.core.rundir import RunDir, read_metrics
 from vlakeep.core.storage import Storage
@@ -122,6 +127,50 @@ def test_an_arm_that_stops_before_its_first_checkpoint_is_in_the_report(tmp_path
     arms = json.loads((tmp_path / "report" / "demo" / "summary.json").read_text())["arms"]
     assert list(arms) == ["base", "baseline", "method"] and arms["method"]["new_skill"]["mean"] is None
     assert "hidden states blew up" in (tmp_path / "report" / "demo" / "index.html").read_text(encoding="utf-8")
+
+
+def test_side_by_side_an_arm_is_that_of_one_process(root, tmp_path, monkeypatch, capsys):
+    for place in ("datasets", "probe", "artifacts"):  # what the first two parts of a demo make
+        shutil.copytree(root / place, tmp_path / place)
+    monkeypatch.setattr(tabletop_data, "write_tabletop_data", lambda config, storage: None)
+    monkeypatch.setattr(demo, "ARMS", {"method": demo.ARMS["method"]})
+    monkeypatch.setattr(demo, "shares", lambda config: (2, 1))
+    monkeypatch.setattr(demo, "list_checkpoints", lambda run: list_checkpoints(run)[-1:])
+    few = ["--evaluate.skills", "[corner]", "--evaluate.episodes", "1", "--evaluate.questions", "[color]",
+           "--evaluate.questions_per_kind", "2", "--evaluate.retention_frames", "2"]
+    assert demo.main([*BRIEF, *few, "--thermostat.gamma_max", "0.7", "--root", str(tmp_path)]) == 0
+    assert final_adapter(tmp_path / "runs" / "demo-method") == final_adapter(root / "runs" / "demo-method")
+    assert list(json.loads((tmp_path / "report" / "demo" / "summary.json").read_text())["arms"]) == ["base", "method"]
+    said = capsys.readouterr().out
+    assert all(f"== {title}" in said for title in ("3/5 train: method", "4/5 evaluate: base", "4/5 evaluate: method", "5/5 report"))
+    assert "demo-method: icsm_hsw_thermostat," in said and "new skill corner" in said and "\r" not in said
+
+
+def test_arms_share_the_threads_of_a_cpu():
+    shares = {threads: demo.shares(demo.arm_config("method", ["--device", "cpu", "--threads", str(threads)])) for threads in (1, 2, 3, 7)}
+    assert shares == {1: (1, 1), 2: (2, 1), 3: (3, 1), 7: (3, 2)}
+
+
+class Stuck(demo.Work):
+    """One arm trains on, the other fails once that has begun."""
+
+    def train(self, arm):
+        begun = Path(self.begin)
+        if arm == "baseline":
+            begun.with_suffix(".part").write_text(str(os.getpid()))
+            begun.with_suffix(".part").rename(begun)
+            time.sleep(60)
+        while not begun.exists():
+            time.sleep(0.05)
+        raise ConfigError("no such thing")
+
+
+def test_what_ends_the_demo_ends_its_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "ARMS", {arm: demo.ARMS[arm] for arm in ("baseline", "method")})
+    with pytest.raises(ConfigError, match="no such thing"):
+        demo.side_by_side(Stuck([], str(tmp_path / "begun")), {arm: tmp_path / arm for arm in demo.ARMS}, 2, 1)
+    child = int((tmp_path / "begun").read_text())
+    assert child not in [process.pid for process in multiprocessing.active_children()] and not Path(f"/proc/{child}").exists()
 
 
 def test_every_field_of_a_curve_is_logged_by_some_arm(root):
