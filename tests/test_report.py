@@ -17,7 +17,7 @@ from vlakeep.report import arms_from_runs, build_report, main
 from vlakeep.reporting import words
 from vlakeep.reporting.arms import Arm, load_arms
 from vlakeep.reporting.compare import Comparison, pair
-from vlakeep.reporting.figures import figures, render
+from vlakeep.reporting.figures import figures, render, together
 from vlakeep.reporting.intervals import mean_of, newcombe, paired_mean
 from vlakeep.reporting.provenance import reproduce
 from vlakeep.reporting.tables import differences_html
@@ -636,3 +636,8 @@ def test_a_closed_run_is_made_again_with_its_export(tmp_path):
         "vlakeep evaluate --config R/baseline-closed-0.002/config.yaml --evaluate.target base",
         "vlakeep report --config R/baseline-closed-0.002/config.yaml "
         "--runs base,baseline=baseline_again,closed=baseline_again-closed-0.002"]
+
+
+def test_labels_of_checkpoints_that_lie_together_are_one():
+    points = [(75, 98.0, 60.0), (150, 97.5, 100.0), (225, 97.9, 100.0), (300, 90.0, 100.0)]
+    assert together(points) == [((98.0, 60.0), "75"), ((97.5, 100.0), "150, 225"), ((90.0, 100.0), "300")]

@@ -166,9 +166,23 @@ def _draw_path(axes, comparison: Comparison, arm: Arm, end, colour: str, marker:
     start = [] if base is None else [(comparison.value(base, "mean"), comparison.value(base, "new"))]
     points = [pair for pair in [*start, *((x, y) for _, x, y in steps), end] if pair[0] and pair[1]]
     axes.plot([100 * x.mean for x, _ in points], [100 * y.mean for _, y in points], color=colour, linewidth=1.0, alpha=0.7, zorder=2)
-    for step, x, y in steps:
+    for _, x, y in steps:
         axes.plot(100 * x.mean, 100 * y.mean, color=colour, marker=marker, markersize=4.5, markeredgecolor=PAPER, zorder=2)
-        axes.annotate(str(step), (100 * x.mean, 100 * y.mean), xytext=(4, 4), textcoords="offset points", fontsize=7, color=MUTED)
+    for place, said in together([(step, 100 * x.mean, 100 * y.mean) for step, x, y in steps]):
+        axes.annotate(said, place, xytext=(4, 4), textcoords="offset points", fontsize=7, color=MUTED)
+
+
+def together(points: List[Tuple[int, float, float]], reach: float = 2.0) -> List[Tuple[Tuple[float, float], str]]:
+    """(x, y) and text of the labels of (step, x, y) in percent; points within `reach` of one another share the first one's."""
+    labels: List[Tuple[Tuple[float, float], str]] = []
+    for step, x, y in points:
+        for number, ((left, low), said) in enumerate(labels):
+            if abs(x - left) < reach and abs(y - low) < reach:
+                labels[number] = ((left, low), f"{said}, {step}")
+                break
+        else:
+            labels.append(((x, y), str(step)))
+    return labels
 
 
 def _forgetting(figure, comparison: Comparison, tuned: List[Arm], base: Arm, style) -> None:
