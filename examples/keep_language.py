@@ -254,8 +254,8 @@ def main():
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[11])
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--layers", type=int, default=10, help="the last so many are adapted")
-    parser.add_argument("--items", type=int, default=100, help="of each evaluation")
+    parser.add_argument("--layers", type=int, default=8, help="the last so many are adapted")
+    parser.add_argument("--items", type=int, default=80, help="of each evaluation")
     parser.add_argument("--probe", type=int, default=64, help="passages and questions, half of them held out")
     parser.add_argument("--target", type=float, default=ARMS["protected"])
     for name, value in SHAPE.items():

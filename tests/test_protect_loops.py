@@ -165,6 +165,28 @@ def test_two_processes_are_one_with_two_micro_batches(bases, tmp_path):  # noqa:
     assert all(torch.equal(value, found["weights"][name]) for name, value in weights(model).items())
 
 
+def test_what_is_wrapped_already_is_protected_alike(bases, tmp_path):  # noqa: F811
+    """Some scripts have wrapped the model before its head is made, so that `protect` comes after DDP."""
+    def trained(early):
+        model, options = lora(), dict(target=1e-3, probe=Probe(HELD), every=2)
+        handle = protect(model, bases, **options) if early else None
+        wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True).train()
+        handle, optimizer = handle or protect(model, bases, **options), optimizer_of(model)
+        for batch in NEW:
+            wrapped(**batch).loss.backward()
+            optimizer.step(), optimizer.zero_grad(), handle.step()
+        handle.merge()
+        return weights(model)
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        first, last = trained(True), trained(False)
+    finally:
+        dist.destroy_process_group()
+    assert any(not torch.equal(value, first[name]) for name, value in weights(lora()).items())
+    assert all(torch.equal(value, first[name]) for name, value in last.items())
+
+
 def test_accelerate(bases, tmp_path):  # noqa: F811
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
