@@ -205,8 +205,11 @@ def judge(base: Path, folder: Path, probe: Path, out: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("--oft_dir", "--dlimp_dir", "--tokenizer", "--rlds", "--out"):
-        parser.add_argument(name, required=True)
+    parser.add_argument("--oft_dir", required=True, help="moojink/openvla-oft at 213c5ff")
+    parser.add_argument("--dlimp_dir", required=True, help="moojink/dlimp_openvla")
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--rlds", required=True)
+    parser.add_argument("--out", required=True, help="a folder; what is there of an earlier call is not made again")
     parser.add_argument("--kinds", nargs="+", default=["l1"], choices=list(KINDS))
     parser.add_argument("--steps", type=int, default=60)
     args = parser.parse_args()

@@ -33,7 +33,9 @@ RANK, RATE, TARGET = 16, 1e-3, 1e-2
 def texts(count: int, batch: int, tokens: int, seed: int, low: int, high: int):
     """Batches of token ids; ids from low to high, so that old and new texts have other words."""
     ids = torch.randint(low, high, (count, batch, tokens), generator=torch.Generator().manual_seed(seed))
-    return [{"input_ids": one, "attention_mask": torch.ones_like(one), "labels": one} for one in ids]
+    labels = ids.clone()
+    labels[..., 0] = -100  # nothing predicts it, and the Trainer divides by the number of labels
+    return [{"input_ids": one, "attention_mask": torch.ones_like(one), "labels": own} for one, own in zip(ids, labels)]
 
 
 def fresh(hidden: int, layers: int):
@@ -108,7 +110,7 @@ class InOrder(Trainer):
     """transformers' Trainer with the batches of the other loops, in their order."""
 
     def get_train_dataloader(self):
-        return self.train_dataset
+        return torch.utils.data.DataLoader(self.train_dataset, batch_size=None)
 
 
 def in_trainer(model, callback, batches, clock):
