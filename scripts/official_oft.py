@@ -35,12 +35,7 @@ EDITS = {
     'torch.autocast("cuda"': 'torch.autocast("cpu"',
     "                optimizer.step()\n": "                TRIAL.tick(); optimizer.step()\n",
 }
-KINDS = {
-    "l1": [],
-    "film": ["--use_film", "True"],
-    "diffusion": ["--use_l1_regression", "False", "--use_diffusion", "True"],
-    "tokens": ["--use_l1_regression", "False"],
-}
+KINDS = {"l1": {}, "film": {"use_film": True}, "diffusion": {"use_l1_regression": False, "use_diffusion": True}}
 ITEMS = 16  # for the bases, as many held out for the loop, as many that judge
 
 
@@ -143,6 +138,7 @@ def run_script(name: str, args, arguments, patched: bool = False) -> None:
         subprocess.run(["git", "apply", "--unidiff-zero", str(PATCH)], cwd=folder, check=True,
                        env={**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.parent)})
     text = (folder / "vla-scripts" / "finetune.py").read_text()
+    assert ("vlakeep" in text) == patched, "the patch was not applied"
     for old, new in EDITS.items():
         assert old in text, f"finetune.py has changed: {old}"
         text = text.replace(old, new)
@@ -154,10 +150,15 @@ def run_script(name: str, args, arguments, patched: bool = False) -> None:
     module, trial = types.ModuleType("oft_finetune"), Trial()
     module.__dict__["TRIAL"], sys.modules["oft_finetune"] = trial, module
     os.chdir(args.oft_dir)  # the script copies files from below the current folder
-    sys.argv = ["finetune.py", *(word for key, value in arguments.items() for word in (f"--{key}", str(value)))]
     torch.manual_seed(0)
     exec(compile(text, str(folder / "finetune.py"), "exec"), module.__dict__)
-    module.finetune()
+    try:
+        module.finetune.__wrapped__(module.FinetuneConfig(**arguments))
+    except ValueError as error:  # what the patch or protect refuses
+        if not patched:
+            raise
+        (folder / "row.json").write_text(json.dumps({"refused": str(error)}))
+        return
     steps = [later - before for before, later in zip(trial.times, trial.times[1:])]
     row = {"losses": [one["VLA Train/Loss"] for one in sys.modules["wandb"].rows if "VLA Train/Loss" in one], "steps": steps}
     for handle in handles:
@@ -203,6 +204,15 @@ def judge(base: Path, folder: Path, probe: Path, out: Path) -> None:
                                for key, one in (("whole", after), ("adapter alone", with_base_head))}))
 
 
+def report(kind: str, plain: dict, kept: dict) -> None:
+    step = {arm: statistics.median(row["steps"][2:]) for arm, row in (("plain", plain), ("patched", kept))}
+    cells = [f"{row[key]:.4f}" if key in row else "" for row in (kept, plain) for key in ("whole", "adapter alone")]
+    print(f"| {kind} | {kept['linears']} | {kept['history'][-1].get('kl', float('nan')):.4f} | "
+          f"{' | '.join(cells)} | {step['patched']:.3f} | {step['patched'] / step['plain']:.3f} |", flush=True)
+    print(f"  losses, first and last ten: plain {plain['losses'][0]:.4f}, {statistics.mean(plain['losses'][-10:]):.4f}; patched "
+          f"{kept['losses'][0]:.4f}, {statistics.mean(kept['losses'][-10:]):.4f}; not bounded: {len(kept['unprotected'])}", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--oft_dir", required=True, help="moojink/openvla-oft at 213c5ff")
@@ -238,33 +248,30 @@ def main() -> int:
     print("| kind | linears | kl of .01 allowed | judged: adapter and head | adapter alone | plain: adapter and head | adapter alone | "
           "step, s | over plain |\n|---|---|---|---|---|---|---|---|---|", flush=True)
     for kind in args.kinds:
-        chosen = dict(zip(*[iter(word.removeprefix("--") for word in KINDS[kind])] * 2))
         shared = {"data_root_dir": data, "run_root_dir": out / "runs", "shuffle_buffer_size": 200, "batch_size": 8, "lora_rank": 8,
-                  "use_proprio": True, "learning_rate": 2e-3, "save_freq": args.steps, "wandb_log_freq": 1, **chosen}
+                  "use_proprio": True, "learning_rate": 2e-3, "save_freq": args.steps, "wandb_log_freq": 1, **KINDS[kind]}
         base = out / "runs" / f"{kind}-base--{args.steps}_chkpt"
         if not base.exists():
-            in_child(run_script, f"{kind}-base", args, {**shared, "vla_path": out / "random", "dataset_name": OLD,
+            in_child(run_script, f"{kind}-base", args, {**shared, "vla_path": str(out / "random"), "dataset_name": OLD,
                                                         "max_steps": args.steps, "run_id_override": f"{kind}-base"})
         if not (out / f"probe-{kind}.pt").exists():
             in_child(make_probe, out / "random", str(data), out / f"probe-{kind}.pt", kind == "diffusion")
         found = {}
         for arm in ("plain", "patched"):
             name = f"{kind}-{arm}"
-            in_child(run_script, name, args, {**shared, "vla_path": base, "dataset_name": NEW, "max_steps": 2 * args.steps, "resume": True,
-                                              "resume_step": args.steps, "run_id_override": name, "probe": f"probe-{kind}.pt"},
-                     arm == "patched")
+            in_child(run_script, name, args,
+                     {**shared, "vla_path": str(base), "dataset_name": NEW, "max_steps": 2 * args.steps, "resume": True,
+                      "resume_step": args.steps, "run_id_override": name, "probe": f"probe-{kind}.pt"}, arm == "patched")
             found[arm] = json.loads((out / name / "row.json").read_text())
+            if "refused" in found[arm]:
+                print(f"| {kind} | refused: {found[arm]['refused']} |" + " |" * 7, flush=True)
+                break
             if kind == "l1":
                 saved = out / "runs" / f"{name}--{2 * args.steps}_chkpt"
                 in_child(judge, base, saved, out / f"probe-{kind}.pt", out / name / "judged.json")
                 found[arm].update(json.loads((out / name / "judged.json").read_text()))
-        plain, kept = found["plain"], found["patched"]
-        step = {arm: statistics.median(row["steps"][2:]) for arm, row in found.items()}
-        cells = [f"{row[key]:.4f}" if key in row else "" for row in (kept, plain) for key in ("whole", "adapter alone")]
-        print(f"| {kind} | {kept['linears']} | {kept['history'][-1].get('kl', float('nan')):.4f} | "
-              f"{' | '.join(cells)} | {step['patched']:.3f} | {step['patched'] / step['plain']:.3f} |", flush=True)
-        print(f"  losses, first and last ten: plain {plain['losses'][0]:.4f}, {statistics.mean(plain['losses'][-10:]):.4f}; patched "
-              f"{kept['losses'][0]:.4f}, {statistics.mean(kept['losses'][-10:]):.4f}; not bounded: {len(kept['unprotected'])}", flush=True)
+        else:
+            report(kind, found["plain"], found["patched"])
     return 0
 
 
