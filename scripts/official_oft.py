@@ -167,7 +167,7 @@ def run_script(name: str, args, arguments, patched: bool = False) -> None:
 
 
 def judge(base: Path, folder: Path, probe: Path, out: Path) -> None:
-    """Divergence of a saved adapter on items that judge, with its own head and with the base's; nothing of vlakeep in it."""
+    """Divergence of a saved adapter on items that judge, with its own head and with the base's; no code of this repository in it."""
     from peft import PeftModel
     from prismatic.extern.hf.modeling_prismatic import OpenVLAForActionPrediction
     from prismatic.models.action_heads import L1RegressionActionHead
