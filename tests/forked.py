@@ -56,10 +56,15 @@ def two_ranks(body, *args):
     assert [process.exitcode for process in processes] == [0, 0]
 
 
+def started_two(argv, folder):
+    """(logs, processes) of `vlakeep ARGV` in two such processes."""
+    logs = [folder / "rank0", folder / "rank1"]
+    return logs, [start(argv, log, **environ) for log, environ in zip(logs, _ranks())]
+
+
 def run_two_ranks(argv, folder):
     """`vlakeep ARGV` in two such processes."""
-    logs = [folder / "rank0", folder / "rank1"]
-    processes = [start(argv, log, **environ) for log, environ in zip(logs, _ranks())]
+    logs, processes = started_two(argv, folder)
     for process, log in zip(processes, logs):
         process.join(300)
         assert process.exitcode == 0, log.read_text()[-3000:]

@@ -381,7 +381,7 @@ def test_probe_with_some_empty_masks(world, small, refused):
 
 
 def test_rank_and_space_are_looked_at_before_the_work(refused, small, monkeypatch):
-    monkeypatch.setattr("vlakeep.methods.icsm_hsw_thermostat_offline.pooled_states",
+    monkeypatch.setattr("vlakeep.methods.icsm_hsw_thermostat_offline.pooled_batches",
                         lambda *args, **kwargs: pytest.fail("the work has begun"))
     has(refused(*small("offline", METHOD, "--icsm.rank", 48)), "icsm.rank 48", "= 47 (48 usable", "--icsm.rank 47")
     has(refused(*small("offline", METHOD, "--icsm.name", "../../bad")), "refused to write artefact", "outside the storage root",

@@ -60,7 +60,7 @@ def run(argv: List[str]) -> int:
     from vlakeep.core import log
     from vlakeep.core.storage import prepare_environment
 
-    log.install()
+    log.install(quiet=os.environ.get("RANK", "0") != "0")
     prepare_environment(rest, demo=name == "demo")
     return getattr(importlib.import_module(stage.module), stage.function)(rest) or 0
 

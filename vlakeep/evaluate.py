@@ -1,7 +1,7 @@
 """Stage `vlakeep evaluate`: new skill, old skills, visual questions, teacher-relative retention and drift of one model.
 
     vlakeep evaluate --config configs/baseline_lora.yaml --evaluate.target baseline
-    vlakeep evaluate --config configs/baseline_lora.yaml --evaluate.benchmark libero_object --evaluate.workers 8
+    vlakeep evaluate --config configs/baseline_lora.yaml --evaluate.benchmark libero_object --evaluate.workers 8 [--gpus 8]
     vlakeep evaluate --config configs/baseline_lora.yaml --evaluate.benchmark dataset --data.train_fraction 0.9
 
 reads:  base checkpoint; for a run, the adapter of its newest intact checkpoint; probe_root_dir/<probe.name> for the drift
@@ -15,6 +15,7 @@ import hashlib
 import json
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Dict, List, Optional
 
@@ -28,10 +29,11 @@ from vlakeep.benchmarks.specs import observation_alarms
 from vlakeep.benchmarks.summary import make_summary, write_summary
 from vlakeep.core.compat import require_numpy
 from vlakeep.core.config import Config, ConfigError, to_dict
+from vlakeep.core.launch import launch
 from vlakeep.core.log import log
 from vlakeep.core.names import evaluation_folder, is_run_name, run_name
 from vlakeep.core.options import read
-from vlakeep.core.parallel import pick_device, set_threads
+from vlakeep.core.parallel import DAY, HOST, Distributed, alone, pick_device, set_threads
 from vlakeep.core.registry import benchmark_class
 from vlakeep.core.stages import EVALUATE
 from vlakeep.core.storage import Storage
@@ -41,7 +43,7 @@ from vlakeep.models.chain import merge_chain, read_chain
 from vlakeep.models.load import make_backbone
 from vlakeep.probe.batches import prompt_batches
 from vlakeep.probe.probe_set import ProbeSet
-from vlakeep.teacher.collect import pooled_states
+from vlakeep.teacher.collect import pooled, pooled_batches
 from vlakeep.teacher.icsm_artifact import default_layers, layer_map
 from vlakeep.thermostat.drift import covariance, covariance_drift
 
@@ -72,11 +74,12 @@ def measure_drift(backbone, config: Config, storage: Storage) -> float:
     probe = ProbeSet(storage.probe_folder(config.probe.name))
     layers = config.icsm.layers or default_layers(backbone.num_layers)
     layer_map(backbone.num_layers, layers)  # raises for a layer that the model does not have
-    items = probe.spread(config.probe.size)
+    items, size, job = probe.spread(config.probe.size), config.icsm.batch_size, Distributed.here()
+    mine = job.share([items[start:start + size] for start in range(0, len(items), size)])
 
     def states():
-        batches = prompt_batches(probe, items, backbone.processor, config.icsm.batch_size)
-        return pooled_states(backbone, batches, layers, quiet=True, where=str(probe.folder)).states
+        batches = (pair for part in mine for pair in prompt_batches(probe, part, backbone.processor, size))
+        return pooled(job.merged(pooled_batches(backbone, batches, layers, quiet=True)), layers, str(probe.folder)).states
 
     with adapters_disabled(backbone):
         teacher = {layer: covariance(x) for layer, x in states().items()}
@@ -90,11 +93,17 @@ def drift_identity(config: Config, storage: Storage, backbone) -> Dict:
 
 
 def run_evaluation(config: Config, storage: Storage, folder: Optional[Path] = None, drift: bool = True, name: Optional[str] = None) -> Path:
-    """Evaluate one target and return its folder (`folder`, or its own). Interrupted evaluations go on where they stopped.
+    """Evaluate one target and return its folder (`folder`, or its own). Interrupted evaluations go on where they stopped, in as many
+    processes as there are then: those of a job divide what is to be done, and the first of them writes.
 
     name: under which it is kept in place of the target's.
     drift: whether the drift over the probe is measured, which takes a pass of both models over all of it.
     """
+    with nullcontext(Distributed.here()) if alone() else Distributed(config.device, DAY, HOST) as job:
+        return _run(config, storage, folder, drift, name, job)
+
+
+def _run(config: Config, storage: Storage, folder: Optional[Path], drift: bool, name: Optional[str], job: Distributed) -> Path:
     set_threads(config.threads)
     require_numpy()
     started = time.perf_counter()
@@ -103,13 +112,17 @@ def run_evaluation(config: Config, storage: Storage, folder: Optional[Path] = No
     with benchmark.opened():
         target = benchmark.stand_in() or take_model(benchmark)
         folder = folder or evaluation_folder(storage, target.model, benchmark.name, name or target.name, target.weights, target.base)
-        with Records(folder / "records.jsonl", make_header(benchmark, target)) as records:
+        with Records(folder / "records.jsonl", make_header(benchmark, target), job) as records:
             # First, while a bad probe costs nothing yet.
             distance = drift_of(benchmark, target) if drift else None
             alarms = benchmark.alarms(target) + shape_alarms(benchmark, target)
-            benchmark.play(target, records, folder)
+            if benchmark.divides or job.is_main:
+                benchmark.play(target, records, folder)
             if target.backbone is not None:
                 ask(benchmark, target, records)
+            records.collect()
+            if not job.is_main:
+                return folder
             roles = {role: [one.name for one in benchmark.abilities() if (one.kind, one.role) == (SKILL, role)] for role in (NEW, CONTROL)}
             rows = benchmark.counted(records.rows())
             summary = make_summary(target.name, rows, distance, target.weights, "".join(roles[NEW]), roles[CONTROL])
@@ -122,7 +135,7 @@ def run_evaluation(config: Config, storage: Storage, folder: Optional[Path] = No
 def take_model(benchmark: Benchmark) -> Target:
     """The model with the action statistics that the benchmark picks. ValueError where there are none, or where they do not fit it."""
     config, storage = benchmark.config, benchmark.storage
-    backbone, name, weights = load_target(config, storage, pick_device(config.device))
+    backbone, name, weights = load_target(config, storage, pick_device(config.device, Distributed.here().local_rank))
     own = backbone.unnorm_key or (next(iter(backbone.norm_stats)) if len(backbone.norm_stats) == 1 else None)
     key = backbone.action_key(benchmark.pick_key(config.backbone.unnorm_key, backbone.norm_stats, own))
     benchmark.compare(key, backbone.norm_stats, backbone.processor.spec)
@@ -180,6 +193,8 @@ def drift_of(benchmark: Benchmark, target: Target) -> Optional[float]:
 
 def main(argv: List[str]) -> int:
     args, config = read(EVALUATE, argv)
+    if args.gpus > 1:
+        return launch(args.gpus, EVALUATE.name, argv)
     name = getattr(args, "as")
     if name is not None and not is_run_name(name):
         raise ConfigError(f"--as {name}: must be a folder name, or GROUP/CELL, two of them; and not base")

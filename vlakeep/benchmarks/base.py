@@ -48,6 +48,8 @@ class Benchmark:
     actions = ActionSpec()
     seed = 0  # of the start states where evaluate.seed is null
     drift = REQUIRED
+    # Whether several processes play what Records.share gives each of them; else the first of them plays alone.
+    divides = False
     # Of what only some benchmarks know: the settings other_suites and blank, and the target replay.
     knows: Tuple[str, ...] = ()
 
@@ -151,7 +153,8 @@ class Benchmark:
     # Trials
 
     def play(self, target: "Target", records: Records, folder: Path) -> None:
-        """Every episode that `records` lacks. A policy or simulator that raised is a trial with `crash` set. folder: for videos."""
+        """Every episode that `records` lacks; with `divides`, those of them that records.share deals to this process. A policy or simulator
+        that raised is a trial with `crash` set. folder: for videos."""
         raise NotImplementedError
 
     def questions(self) -> Iterator[Questions]:

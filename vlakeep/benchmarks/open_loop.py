@@ -73,6 +73,7 @@ def run_episodes(datasets, act: Callable, tokens: Callable, distance: Callable, 
     """
     todo = [(dataset, episode) for dataset in datasets for episode in chosen_episodes(len(dataset), settings.episodes)
             if not records.has(KIND, dataset.name, dataset.number(episode))]
+    todo = records.share(todo)
     few = max(1, settings.retention_frames // max(1, settings.episodes))
     for dataset, episode in tqdm(todo, desc=f"{desc}: held-out episodes", leave=False):
         wanted_TA = dataset.standard_actions(episode).astype(float)
@@ -124,6 +125,7 @@ class OpenLoop(Benchmark):
     actions = ActionSpec(None, gripper=None, units="those of the data set, standardised")  # the width is known when the data are open
     seed = 1000
     drift = NEVER
+    divides = True
     datasets: List[Any] = []
 
     @property

@@ -3,6 +3,10 @@
 records.jsonl   first line {"header": ...}: what was evaluated and how; then one object per trial:
                 kind, ability, trial, seed, success (true, false, null), value, crash (null or the error), steps, ...
                 What looked wrong about the trials is kept in the same form, with the kind `alarm`.
+
+Several processes divide the trials; each but the first writes a file of its own beside it, records.rank<R>.jsonl in the same form, which
+the first takes into records.jsonl at the end, or when it opens what a job that was killed has left. Many processes that append to one file
+would not be safe on file systems of a network.
 """
 
 import errno
@@ -10,11 +14,13 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, TypeVar
 
 from vlakeep.core.errors import quoted
 from vlakeep.core.locks import lock
 from vlakeep.core.storage import naming_full_disk
+
+One = TypeVar("One")
 
 
 def wilson(successes: int, n: int, z: float = 1.959964) -> Tuple[float, float, float]:
@@ -73,36 +79,71 @@ def _key(row: dict) -> Tuple[str, str, int]:
     return row["kind"], row["ability"], row["trial"]
 
 
+def _lock(file, path: Path) -> None:
+    try:
+        lock(file)
+    except BlockingIOError:
+        raise ValueError(f"{path} is in use by another evaluation of this model; wait for it, or stop it") from None
+
+
 class Records:
     """Append-only trial file. A half-written last line (the process was killed) is cut off when the file is opened again."""
 
-    def __init__(self, path, header: dict):
-        """Raises ValueError when the file is damaged, in use, or of another model or other settings (`header` differs)."""
-        self.path = Path(path)
+    def __init__(self, path, header: dict, job: Any = None):
+        """job: the processes that divide the trials (core/parallel.py: Distributed), all of which open the records; None: one alone.
+        Raises ValueError when the file is damaged, in use, or of another model or other settings (`header` differs)."""
+        self.path, self._job = Path(path), job if job is not None and job.world > 1 else None
+        self.is_main = self._job is None or self._job.is_main
+        self._turn = 0
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.is_main:
+            self._rows = job.broadcast(None)
+            self.path = self._of_rank(job.rank)
         self._file = open(self.path, "ab", buffering=0)
         try:
-            self._lock()
-            self._rows = self._resume(json.loads(json.dumps(header)))
+            _lock(self._file, self.path)
+            if self.is_main:
+                self._rows = self._resume(json.loads(json.dumps(header)))
             self._seen = {_key(row) for row in self._rows}
-            if not self._rows:
+            if not self._rows or not self.is_main:
                 self._file.truncate(0)
                 self._write({"header": header})
+            if self.is_main:
+                self._take_in_what_is_left(json.loads(json.dumps(header)))
+                if self._job:
+                    self._job.broadcast(self._rows)
+            self._known = len(self._rows)
         except BaseException:
             self._file.close()
             raise
 
-    def _lock(self) -> None:
-        try:
-            lock(self._file)
-        except BlockingIOError:
-            raise ValueError(f"{self.path} is in use by another evaluation of this model; wait for it, or stop it") from None
+    def _of_rank(self, rank) -> Path:
+        return self.path.with_name(f"{self.path.stem}.rank{rank}{self.path.suffix}")
+
+    def _take_in_what_is_left(self, header: dict) -> None:
+        """The trials of the other processes of a job that was killed."""
+        for path in sorted(self.path.parent.glob(self._of_rank("*").name)):
+            with open(path, "ab") as file:
+                _lock(file, path)
+                data = path.read_bytes()
+                self._take_in(self._read(path, data[:data.rfind(b"\n") + 1], header))
+            path.unlink()
+
+    def _take_in(self, rows: Sequence[dict]) -> None:
+        for row in rows:
+            if not self.has(*_key(row)):
+                self.add(**row)
+        self.flush()
 
     def _resume(self, header: dict) -> List[dict]:
         """The trials that are there; an unfinished last line goes. A file without trials belongs to whoever comes."""
         data = self.path.read_bytes()
         whole = data[:data.rfind(b"\n") + 1]
         self._file.truncate(len(whole))
+        return self._read(self.path, whole, header)
+
+    def _read(self, path: Path, whole: bytes, header: dict) -> List[dict]:
+        """The trials of a file of whole lines."""
         lines, seen = [], {}
         for number, line in enumerate(whole.split(b"\n")[:-1], 1):
             try:
@@ -114,11 +155,11 @@ class Records:
                 if number > 1 and seen.setdefault(_key(lines[-1]), number) != number:
                     raise ValueError(f"the trial of line {seen[_key(lines[-1])]} again")
             except (ValueError, TypeError) as error:
-                raise ValueError(f"{self.path} line {number} is damaged ({error}); delete that line, or start over: "
-                                 f"rm -r {quoted(self.path.parent)}") from error
+                raise ValueError(f"{path} line {number} is damaged ({error}); delete that line, or start over: "
+                                 f"rm -r {quoted(path.parent)}") from error
         if len(lines) > 1 and lines[0]["header"] != header:
-            raise ValueError(f"{self.path} holds the trials of {' and '.join(changes(lines[0]['header'], header)) or 'an older version'}; "
-                             f"put them aside or delete them: rm -r {quoted(self.path.parent)}")
+            raise ValueError(f"{path} holds the trials of {' and '.join(changes(lines[0]['header'], header)) or 'an older version'}; "
+                             f"put them aside or delete them: rm -r {quoted(path.parent)}")
         return lines[1:]
 
     def _write(self, row: dict) -> None:
@@ -146,12 +187,42 @@ class Records:
         for start in range(0, count, size):
             batch = range(start, min(start + size, count))
             lacking = [trial for trial in batch if not self.has(kind, ability, trial)]
-            if lacking:
+            if lacking and self._my_turn():
                 yield batch, lacking
 
+    def _my_turn(self) -> bool:
+        """Batches go round: whether it is this process's turn, which all ask as often."""
+        self._turn += 1
+        return self._job is None or self._turn % self._job.world == self._job.rank
+
+    def share(self, items: Sequence[One]) -> List[One]:
+        """This process's part of a list that all have: a stretch of it, so that what lies together stays together."""
+        if self._job is None:
+            return list(items)
+        first, last = (len(items) * rank // self._job.world for rank in (self._job.rank, self._job.rank + 1))
+        return list(items[first:last])
+
+    def gather(self, value: Any) -> List[Any]:
+        """The value of each process, in all of them."""
+        return [value] if self._job is None else self._job.gather(value)
+
+    def collect(self) -> None:
+        """Once all trials are there: those of all processes are in the file of the first."""
+        if self._job is None:
+            return
+        self.flush()
+        rows = self.gather(self._rows[self._known:])
+        if self.is_main:
+            for own in rows[1:]:
+                self._take_in(own)
+        self._job.barrier()
+        if not self.is_main:
+            self.path.unlink(missing_ok=True)
+
     def add_alarms(self, texts: Sequence[str]) -> None:
-        """Keep what looked wrong beside the trials that showed it: an evaluation that goes on does not see them again."""
-        for text in texts:
+        """Keep what looked wrong beside the trials that showed it: an evaluation that goes on does not see them again. Of several processes
+        the first keeps it."""
+        for text in texts if self.is_main else ():
             known = self.alarms()
             if text not in known:
                 self.add(kind="alarm", ability="actions", trial=len(known), seed=None, success=None, value=None, crash=None, steps=0,

@@ -32,8 +32,13 @@ class TrainingStopped(RuntimeError):
     """Training was stopped by a guard; the message says which, at which step, and what was kept."""
 
 
+class ProcessLost(ValueError):
+    """Another process of the job has ended without a word."""
+
+
 class Interrupted(BaseException):
-    """A signal ended a stage, which has put its things in order. `status` is the exit status of the process: 128 + the signal.
+    """A stage has ended and said so. `status` is the exit status of the process: after a signal 128 + the signal, with its things in order;
+    2 in a process of a job another of which has failed.
 
     As KeyboardInterrupt no Exception, so that what goes on after an error does not go on after a signal.
     """

@@ -6,6 +6,9 @@ not go through here.
 
 import logging
 import sys
+from functools import partialmethod
+
+from tqdm import tqdm
 
 log = logging.getLogger("vlakeep")
 
@@ -18,10 +21,13 @@ class PlainLines(logging.Handler):
         print(self.format(record), file=sys.stderr if record.levelno >= logging.WARNING else sys.stdout, flush=True)
 
 
-def install() -> None:
-    """Show all messages from `info` on; called twice, they are still shown once. A level that was set before is kept."""
+def install(quiet: bool = False) -> None:
+    """Show all messages from `info` on; called twice, they are still shown once. A level that was set before is kept. quiet: none below an
+    error and no bars, for processes of a job that would say the same once more."""
     if not any(isinstance(handler, PlainLines) for handler in log.handlers):
         log.addHandler(PlainLines())
     log.propagate = False  # libraries of the official environment put handlers of their own on the root logger
     if log.level == logging.NOTSET:
-        log.setLevel(logging.INFO)
+        log.setLevel(logging.ERROR if quiet else logging.INFO)
+    if quiet:
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)  # type: ignore[method-assign, assignment]

@@ -2,21 +2,26 @@
 
     torchrun --standalone --nproc-per-node 8 -m vlakeep.cli train --config configs/baseline_lora.yaml
 
-Objects travel between processes as JSON and safetensors bytes (checkpoint.to_bytes), never as pickle.
+Objects travel between processes as JSON and safetensors bytes (checkpoint.to_bytes), never as pickle. What stages divide is dealt out by
+`share`, and put together by `merged` in the order that a single process has it in, so that sums over it are the same to the bit.
 """
 
 import os
 import random
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Sequence, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from vlakeep.core.checkpoint import from_bytes, rng_state, set_rng_state, to_bytes
+from vlakeep.core.errors import Interrupted, ProcessLost
 from vlakeep.core.sharded import whole
+
+One = TypeVar("One")
+HOST, DAY = "gloo", 86_400.0  # for stages that exchange what lies on the host, and whose processes may wait long for one another
 
 
 def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
@@ -59,13 +64,19 @@ def process_settings(threads: Optional[int], seed: int, device=None) -> Iterator
         set_threads(None if threads is None else before)
 
 
+def alone() -> bool:
+    """Whether this process is no part of a larger job."""
+    return int(os.environ.get("WORLD_SIZE", 1)) == 1
+
+
 class Distributed:
     """The processes of one job, as a context manager. Attributes: rank world local_rank device is_main."""
 
     _current: Optional["Distributed"] = None
 
-    def __init__(self, device: str = "auto", timeout_s: float = 1800.0):
-        """Raises ValueError for a half-set torchrun environment or a missing GPU."""
+    def __init__(self, device: str = "auto", timeout_s: float = 1800.0, backend: Optional[str] = None):
+        """backend: of torch.distributed; None takes NCCL on a GPU and gloo on a CPU. Raises ValueError for a half-set torchrun environment
+        or a missing GPU."""
         present = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ]
         if present and len(present) < 3:
             raise ValueError(
@@ -77,6 +88,8 @@ class Distributed:
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.device = pick_device(device, self.local_rank)
         self._timeout = timedelta(seconds=timeout_s)
+        self._backend = backend or ("nccl" if self.device.type == "cuda" else HOST)
+        self._wire = self.device if self._backend == "nccl" else torch.device("cpu")  # where what is exchanged lies
 
     @property
     def is_main(self) -> bool:
@@ -91,21 +104,45 @@ class Distributed:
             self._device_before = torch.cuda.current_device()
             torch.cuda.set_device(self.device)
         if self.world > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=self._timeout)
+            dist.init_process_group(self._backend, timeout=self._timeout)
         Distributed._current = self
         return self
 
     def __exit__(self, kind, error, trace) -> None:
+        """Where a process fails, others do too, alike or because it is gone: the first says why, and the rest end with Interrupted."""
         Distributed._current = None
+        speaks = self._speaks() if self.world > 1 and isinstance(error, Exception) else True
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
         if self.device.type == "cuda":
             torch.cuda.set_device(self._device_before)
+        if not speaks:
+            raise Interrupted("another process of this job has said why", 2) from error
+        if self.world > 1 and _lost(error):
+            raise ProcessLost(f"process {self.rank} of {self.world} has lost another one, which ended without a word: it was killed, or "
+                              f"its memory ran out ({str(error).splitlines()[0][:200]}); run the command again") from error
+
+    @staticmethod
+    def _speaks() -> bool:
+        """Whether this process is the first of the job that fails."""
+        try:
+            return dist.distributed_c10d._get_default_store().add("vlakeep/failed", 1) == 1
+        except Exception:  # the store is process 0's, which is gone, and whoever ended it knows
+            return False
 
     @classmethod
     def current(cls) -> Optional["Distributed"]:
         """The job of the `with Distributed(...)` that this process is in."""
         return cls._current
+
+    @classmethod
+    def here(cls) -> "Distributed":
+        """The current job; outside of one, this process alone."""
+        if cls._current is not None:
+            return cls._current
+        alone = cls.__new__(cls)
+        alone.rank, alone.world, alone.local_rank, alone.device = 0, 1, 0, torch.device("cpu")
+        return alone
 
     def wrap(self, module):
         """`module` in DistributedDataParallel; itself in a single process."""
@@ -125,7 +162,7 @@ class Distributed:
         """Sum of a number over all processes (float64)."""
         if self.world == 1:
             return float(value)
-        total = torch.tensor([float(value)], dtype=torch.float64, device=self.device)
+        total = torch.tensor([float(value)], dtype=torch.float64, device=self._wire)
         dist.all_reduce(total)
         return float(total.item())
 
@@ -143,9 +180,9 @@ class Distributed:
         metrics = {key: whole(metrics[key]) for key in metrics}
         values = torch.stack(
             [
-                metrics[k].detach().double().reshape(()).to(self.device)
+                metrics[k].detach().double().reshape(()).to(self._wire)
                 if isinstance(metrics[k], torch.Tensor)
-                else torch.tensor(float(metrics[k]), dtype=torch.float64, device=self.device)
+                else torch.tensor(float(metrics[k]), dtype=torch.float64, device=self._wire)
                 for k in keys
             ]
         )
@@ -163,17 +200,41 @@ class Distributed:
         """Every process's value, by rank, in every process."""
         return [value] if self.world == 1 else self._exchange(value)
 
+    def share(self, items: Sequence[One]) -> List[One]:
+        """This process's part of a list that all processes have: every world-th item from the one of its rank on."""
+        return list(items[self.rank::self.world])
+
+    def merged(self, mine: Sequence[One], at_once: int = 0, everywhere: bool = True) -> List[One]:
+        """What each process has made of its `share`, in the order of the whole list, in every process, or (everywhere False) in process 0
+        and nothing in the others. at_once: of how many items a process sends the results together, 0 for all; what is large goes in pieces.
+        Tuples, numbers and tensors keep type and bits."""
+        if self.world == 1:
+            return list(mine)
+        most = max(self.gather(len(mine)))
+        found: List[One] = []
+        for start in range(0, most, at_once or max(most, 1)):
+            parts = self.gather(list(mine[start:start + (at_once or most)]))
+            if everywhere or self.is_main:
+                found += [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
+        return found
+
     def _exchange(self, value: Any) -> List[Any]:
-        data = torch.frombuffer(bytearray(to_bytes({"value": value})), dtype=torch.uint8).to(self.device)
+        data = torch.frombuffer(bytearray(to_bytes({"value": value})), dtype=torch.uint8).to(self._wire)
         # Pieces that are gathered must have one size: the lengths go first, and what is short is padded.
-        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
-        dist.all_gather(sizes, torch.tensor([data.numel()], device=self.device))
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self._wire) for _ in range(self.world)]
+        dist.all_gather(sizes, torch.tensor([data.numel()], device=self._wire))
         longest = max(int(size) for size in sizes)
-        padded = torch.zeros(longest, dtype=torch.uint8, device=self.device)
+        padded = torch.zeros(longest, dtype=torch.uint8, device=self._wire)
         padded[: data.numel()] = data
         parts = [torch.empty_like(padded) for _ in range(self.world)]
         dist.all_gather(parts, padded)
         return [from_bytes(part[: int(size)].cpu().numpy().tobytes())["value"] for part, size in zip(parts, sizes)]
+
+
+def _lost(error: Optional[BaseException]) -> bool:
+    """Whether an error of a collective says that another process is not there any more."""
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Connection refused")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def broadcast_float(value: float) -> float:
@@ -181,7 +242,7 @@ def broadcast_float(value: float) -> float:
     job = Distributed.current()
     if job is None or job.world == 1:
         return float(value)
-    holder = torch.tensor([float(value)], dtype=torch.float64, device=job.device)
+    holder = torch.tensor([float(value)], dtype=torch.float64, device=job._wire)
     dist.broadcast(holder, src=0)
     return float(holder.item())
 
@@ -192,4 +253,5 @@ if __name__ == "__main__":  # sanity check: torchrun --nproc-per-node 2 -m vlake
         told, any_second = job.broadcast([job.rank, "from 0"]), job.any(job.rank == 1)
         print(job.rank, gathered, mean, told, any_second)
         assert mean == {"x": (job.world - 1) / 2} and told == [0, "from 0"] and any_second == (job.world > 1)
+        assert job.merged([10 * i for i in job.share(range(5))], 1) == [0, 10, 20, 30, 40]
         assert gathered == [{"rank": rank} for rank in range(job.world)]

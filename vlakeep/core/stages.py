@@ -13,6 +13,7 @@ SOURCES = ("data.datasets data.train_fraction data.camera data.cameras data.stat
 LARGE = Option("--large_file_gb", 1.0, "Files of this size and more in a source tree are red.", number(above=True))
 HARDWARE = Option("--hardware", None, "The card: data type, attention, micro-batch and checkpointing are chosen for it and printed with "
                   "the reason. What else the command line says beats it, and it beats the file; null leaves all as it is.", choices=NAMES)
+GPUS = Option("--gpus", 1, "Processes of this machine, one a GPU, started by torchrun; the result does not depend on how many.", whole())
 
 AUDIT = Stage("audit-probe", "vlakeep.openvla.audit", "print token by token what of a probe prompt counts as instruction",
               f"{FOLDERS} backbone -backbone.quantisation probe")
@@ -23,15 +24,15 @@ PROBE_ADD = Stage("probe-add", "vlakeep.probe.extend", "a probe with frames of d
 OFFLINE = Stage(
     "offline", "vlakeep.offline", "the frozen teacher's ICSM subspaces and Thermostat statistics, once per base model",
     f"{FOLDERS} method options {STATE} backbone lora.layers lora.modules {SOURCES} probe icsm {SPECTRUM} gains.keep gains.steepness "
-    "gains.of_first train.from_run", own=(HARDWARE,))
+    "gains.of_first train.from_run", own=(HARDWARE, GPUS))
 TRAIN = Stage("train", "vlakeep.train", "fine-tune LoRA adapters, plain (baseline) or with the method",
               f"{FOLDERS} name method options {STATE} backbone lora data probe icsm hsw gains -gains.keep thermostat train",
               own=(HARDWARE,))
 EVALUATE = Stage("evaluate", "vlakeep.evaluate", "new skill, old abilities and drift of a run, one record per trial",
                  f"{FOLDERS} device threads backbone {SOURCES} data.image_aug data.source data.statistics probe icsm.layers "
                  "icsm.batch_size evaluate",
-                 own=(HARDWARE, Option("--as", None, "Name under which the evaluation is kept, CELL or GROUP/CELL, such as one of the base "
-                                       "with other settings; null takes the target's.")))
+                 own=(HARDWARE, GPUS, Option("--as", None, "Name under which the evaluation is kept, CELL or GROUP/CELL, such as one of "
+                                             "the base with other settings; null takes the target's.")))
 PREFLIGHT = Stage("preflight", "vlakeep.preflight", "check everything a stage needs, and say how to mend what is missing",
                   together(OFFLINE, TRAIN, EVALUATE), own=(
     Option("--stage", "train", "The stage whose inputs are checked.", choices=("offline", "train", "evaluate")),

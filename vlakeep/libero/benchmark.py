@@ -98,6 +98,7 @@ def run_suite(act: Callable, settings, crop: bool, records: Records, videos: Pat
                 target=str(videos / f"task{task:02d}_{k:02d}.mp4") if k < settings.videos else None, cameras=tuple(cameras),
                 state=state, plain=plain)
             for task in tasks for k in range(settings.episodes) if not records.has("skill", suite, trial(task, k))]
+    jobs = records.share(jobs)
     bar = tqdm(total=len(jobs), desc=f"{desc}: {suite}", mininterval=1.0)
     rendered = tuple(dict.fromkeys((CAMERA, *cameras)))  # a video shows the usual one
     with bar, Workers(functools.partial(LiberoEnv, cameras=rendered), evaluate_episode, settings.workers) as workers:

@@ -29,6 +29,7 @@ class Libero(Benchmark):
     actions = ActionSpec(7, units="OSC_POSE deltas of LIBERO, gripper standardised", statistics="SUITE or SUITE_no_noops")
     seed = libero.SEED
     drift = OPTIONAL
+    divides = True
     knows = ("other_suites", "blank", REPLAY)
 
     def __init__(self, config: Config, storage: Storage):
@@ -163,9 +164,10 @@ class Libero(Benchmark):
                                     self.observations.cameras[:max(1, len(named))], bool(processor.spec.state), processor.own_resize)
         if restarts:
             log.warning(f"{target.name}: {restarts} simulator processes died and were replaced")
-        comparable = first and settings.target != "base" and suite == self.name
+        comparable = records.is_main and first and settings.target != "base" and suite == self.name
         trained = training_picture(self.config, self.storage) if comparable else None
-        records.add_alarms(policy.watch.alarms() + ([] if trained is None else orientation_alarm(trained, np.mean(first, axis=0))))
+        turned = [] if trained is None else orientation_alarm(trained, np.mean(first, axis=0))
+        records.add_alarms(policy.watch.with_others(records.gather).alarms() + turned)
 
     # On the pictures of a probe, cut as those of the episodes are; a trial's `seed` is its item number
 

@@ -44,6 +44,9 @@ class Method:
     label: Optional[str] = None  # in reports; None gives the run's name
     label_zh: Optional[str] = None
     Options: Any = NoOptions  # a dataclass, filled from the section `options` of the configuration
+    # Whether the processes of a job divide `offline` and leave writing to the first (core/parallel.py: Distributed.here); else that one
+    # does it alone.
+    divides_offline = False
     decoder_only = False  # whether it acts on linears of decoder layers alone
     artifact_name = "artefact"  # as preflight calls what the offline step leaves
     # Sections and keys of the configuration that are a method's business and that it reads in training: a run goes on when others change.

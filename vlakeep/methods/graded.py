@@ -28,7 +28,7 @@ class Graded(Method):
     """See the module's first line. `make_sensors(backbone)` gives {"kl": KLSensor, "kl_new": KLSensor or None}."""
 
     label, label_zh = "Graded gains, set-point", "逐方向增益（设定点）"
-    decoder_only = True
+    decoder_only = divides_offline = True
     artifact_name = "artefact of the graded method"
     reads: Tuple[str, ...] = ("probe", "icsm.batch_size", "gains", "thermostat")
 

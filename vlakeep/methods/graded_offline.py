@@ -1,13 +1,18 @@
 """What method `graded` needs of the frozen teacher: the spectra of its inputs, its answers, and what the probe covers.
 
+Several processes (core/parallel.py) divide batches of items among them, and the inputs whose second moments are summed: each sums those
+of its inputs over all items, in the order of a single process, so that the artefact is the same to the bit. Sums divided by items would be
+others, and D x D numbers to be sent; and in float32 a moment costs ten times the layers in front of it, which every process runs.
+
 The probe is split: the spectra come from one part, the sensor and the coverage report from the other, since a loop that is closed on the
 items whose directions it has shut sees less drift than there is.
 """
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from tqdm import tqdm
@@ -15,6 +20,7 @@ from tqdm import tqdm
 import vlakeep
 from vlakeep.core.config import Config
 from vlakeep.core.log import log
+from vlakeep.core.parallel import Distributed, One
 from vlakeep.core.provenance import library_versions, source_commit
 from vlakeep.core.storage import Storage, need_free
 from vlakeep.data.formats import closing_all, open_configured
@@ -23,8 +29,8 @@ from vlakeep.data.sample import Batch, Sample, SampleSpec
 from vlakeep.models.adapters import select_linears
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.teacher import artifact, coverage
-from vlakeep.teacher.answers import Part, answer_log_probability, run_below, teacher_answers
-from vlakeep.teacher.collect import passes, with_own_answers
+from vlakeep.teacher.answers import Part, answer_log_probability, answer_rows, joined, run_below
+from vlakeep.teacher.collect import dealt, passes, with_own_answers
 from vlakeep.teacher.folder import numerics, of_weights
 from vlakeep.teacher.spectrum import Spectrum, spectrum, to_tensors
 
@@ -32,6 +38,7 @@ FEW = 4  # items whose activations are kept for a backward pass
 LARGEST = 10.0  # weight of a probe item of a rare kind, relative to the mean
 HELD_LEAST = 4  # items of a kind that the sensor gets where there are enough: a single one that is about to flip moves the whole loop
 SHARE_LARGEST = 0.03  # of what the sensor reads, from one item; of few items all weigh alike
+AT_ONCE = 4  # batches whose Parts a process sends together: 60 MB each at 7B
 NEW_FRAMES = 64  # of the new task's data, for the coverage report and the divergence on its prompts
 
 
@@ -96,7 +103,15 @@ def picture_size(backbone) -> tuple:
 
 def answered_samples(backbone, samples: List[Sample], batch_size: int) -> Iterator[Tuple[Batch, Batch]]:
     """(prompts, the same with the teacher's own answers), batch by batch."""
-    groups = [samples[start:start + batch_size] for start in range(0, len(samples), batch_size)]
+    return answered_groups(backbone, in_groups(samples, batch_size))
+
+
+def in_groups(items: Sequence[One], size: int) -> List[Sequence[One]]:
+    return [items[start:start + size] for start in range(0, len(items), size)]
+
+
+def answered_groups(backbone, groups: List[Sequence[Sample]]) -> Iterator[Tuple[Batch, Batch]]:
+    """answered_samples of samples that are in batches already."""
     with ThreadPoolExecutor(1) as pool:  # the pictures of the next batch are prepared while the teacher answers this one
         ahead = [pool.submit(backbone.processor.encode_prompts, group) for group in groups[:1]]
         for number in range(len(groups)):
@@ -121,6 +136,43 @@ class Watch:
         self._begun = now
 
 
+class Shares:
+    """What this process has of the items: whole batches, those that a single process would make, so that all numbers are its own."""
+
+    def __init__(self, config: Config, backbone, first: int):
+        self._backbone, self._first, self._job = backbone, first, Distributed.here()
+        self._size = config.icsm.batch_size
+        self._wide = max(self._size, config.icsm.answered) if backbone.device.type == "cuda" else self._size
+
+    def share(self, items: Sequence[One]) -> List[Sequence[One]]:
+        """This process's batches of a list."""
+        return self._job.share(in_groups(items, self._wide))
+
+    def parts(self, samples: Sequence[Sample], desc: str) -> List[List[Part]]:
+        """The Parts of each batch of this process."""
+        own = self.share(samples)
+        shown = tqdm(answered_groups(self._backbone, own), desc=f"teacher's answers: {desc}", total=len(own), leave=False)
+        return [whole.split(self._size) if self._wide > self._size else [whole] for whole in run_below(self._backbone, shown, self._first)]
+
+    def all(self, mine: List[List[Part]]) -> List[Part]:
+        """The Parts of all processes, in order."""
+        if self._job.world == 1:
+            return [part for whole in mine for part in whole]
+        # Of a process that has none there is no Part to make others like.
+        model = next((part for whole in mine for part in whole), None) or self._any_part()
+        sent = self._job.merged([[part.tensors() for part in whole] for whole in mine], AT_ONCE)
+        return [model.like(tensors) for whole in sent for tensors in whole]
+
+    def _any_part(self) -> Part:
+        spec, size = self._backbone.processor.spec, self._backbone.processor.picture_size
+        return run_below(self._backbone, answered_groups(self._backbone, [[spec.blank(0, size, "look")]]), self._first)[0]
+
+    def merged(self, mine: List[List[Part]], made: Iterable[One]) -> List[One]:
+        """What was made of each Part, of all processes, in order; made: of this one's, in order."""
+        rows = iter(made)
+        return [one for whole in self._job.merged([[next(rows) for _ in whole] for whole in mine]) for one in whole]
+
+
 def build(config: Config, storage: Storage, backbone) -> Path:
     """Make the artefact folder and return it."""
     started = time.perf_counter()
@@ -136,27 +188,25 @@ def build(config: Config, storage: Storage, backbone) -> Path:
     log.info(f"teacher {backbone.name} ({backbone.num_layers} layers, D = {backbone.hidden_size}), probe {len(fit)} items for the spectra "
              f"of {len(linears)} linears' inputs and {len(held)} for the sensor")
     first = min((int(name.split(".")[1]) for name in linears), default=0)
-
-    def parts(samples: List[Sample], desc: str) -> List[Part]:
-        size = config.icsm.batch_size
-        wide = max(size, config.icsm.answered) if backbone.device.type == "cuda" else size
-        pairs = answered_samples(backbone, samples, wide)
-        made = run_below(backbone, tqdm(pairs, desc=f"teacher's answers: {desc}", total=-(-len(samples) // wide), leave=False), first)
-        return [part for whole in made for part in (whole.split(size) if wide > size else [whole])]
-
+    job, work = Distributed.here(), Shares(config, backbone, first)
     watch = Watch(backbone.device)
-    answered = parts(probe.samples(fit), "probe")
+    answered = work.all(work.parts(probe.samples(fit), "probe"))
     watch.phase(f"the teacher's answers to {len(fit)} items, and the layers below the adapted ones")
     spectra = _spectra(config, backbone, answered, item_weights(config, probe.kinds(fit)), first, linears, watch)
-    kept = parts(probe.samples(held), "held out")
-    answers = teacher_answers(backbone, kept, first)
+    kept = work.parts(probe.samples(held), "held out")
+    answers = joined(work.merged(kept, (answer_rows(backbone, part, first) for part in chain(*kept))))
     watch.phase(f"the same of {len(held)} items for the sensor")
-    sensitivity = output_sensitivity(backbone, kept, first, linears)
+    sensitivity = mean_sensitivity(
+        work.merged(kept, (piece_sensitivities(backbone, [part], first, linears) for part in chain(*kept))), linears)
     watch.phase("sensitivity of the answers")
     groups = {"probe": {key: coverage.own_energy(one) for key, one in spectra.items()}}
-    for made, labels in _groups(config, storage, backbone, probe, held, kept, parts):
-        groups.update(coverage.directional_energy(backbone, made, first, labels, linears, spectra, backbone.input_key))
+    for made, labels in _groups(config, storage, backbone, probe, held, kept, work.parts):
+        own = coverage.part_energies(backbone, list(chain(*made)), first, list(chain(*work.share(labels))), linears, spectra,
+                                     backbone.input_key)
+        groups.update(coverage.mean_energies(work.merged(made, own), labels))
     watch.phase("coverage")
+    if not job.is_main:
+        return folder
     found = coverage.report(groups, spectra, config.gains.steepness)
     lines = coverage.warnings(found)
     tensors = {
@@ -191,18 +241,23 @@ def _spectra(config: Config, backbone, parts: List[Part], weights_N: torch.Tenso
              watch: Watch) -> Dict[str, Spectrum]:
     """Spectrum of every distinct input; where the moments exceed the memory budget the adapted layers are passed several times."""
     spectra: Dict[str, Spectrum] = {}
-    for group in passes(linears, config.icsm.moments_gib * 2**30, backbone.input_key):
+    job = Distributed.here()
+    own = dealt(linears, backbone.input_key, job.world)[job.rank]
+    for group in passes(own, config.icsm.moments_gib * 2**30, backbone.input_key):
         shown = tqdm(parts, desc="second moments", leave=False)
         moments = coverage.input_moments(backbone, shown, weights_N, first, group, backbone.input_key)
         watch.phase(f"second moments of {len(moments)} inputs")
         for key in tqdm(sorted(moments), desc="spectra", leave=False):
             spectra[key] = spectrum(moments.pop(key), config.gains.columns)
         watch.phase("their spectra")
+    for found in job.gather({key: tuple(one) for key, one in spectra.items()}):
+        spectra.update({key: Spectrum(*one) for key, one in found.items()})
     return {key: spectra[key] for key in sorted(spectra)}
 
 
-def _groups(config: Config, storage: Storage, backbone, probe, held, kept: List[Part], parts) -> Iterator[Tuple[List[Part], List[str]]]:
-    """(parts, group of each row): kinds of the held-out items, further probes, the new data."""
+def _groups(config: Config, storage: Storage, backbone, probe, held, kept: List[List[Part]], parts
+            ) -> Iterator[Tuple[List[List[Part]], List[str]]]:
+    """(this process's parts, group of each row of all): kinds of the held-out items, further probes, the new data."""
     yield kept, [f"held out:{kind}" for kind in probe.kinds(held)]
     for name in config.gains.keep:
         other = ProbeSet(storage.probe_folder(name))
@@ -216,13 +271,27 @@ def _groups(config: Config, storage: Storage, backbone, probe, held, kept: List[
 def output_sensitivity(backbone, parts: List[Part], first: int, linears) -> Dict[str, float]:
     """Linear -> mean over tokens and outputs of the squared gradient of log p(answer) at its output: how strongly one unit of its output
     moves what the teacher says, at its own greedy answers."""
+    return mean_sensitivity([piece_sensitivities(backbone, parts, first, linears)], linears)
+
+
+def mean_sensitivity(parts: Iterable[List[Tuple[int, List[float]]]], linears) -> Dict[str, float]:
+    """output_sensitivity of what its pieces add, in their order."""
+    sums, tokens = [0.0] * len(linears), 0
+    for number, values in [piece for part in parts for piece in part]:
+        sums, tokens = [one + value for one, value in zip(sums, values)], tokens + number
+    return {name: value / max(tokens, 1) for name, value in zip(linears, sums)}
+
+
+def piece_sensitivities(backbone, parts: List[Part], first: int, linears) -> List[Tuple[int, List[float]]]:
+    """(tokens, sum of the squared gradient of each linear) of every few items."""
+    found: List[Tuple[int, List[float]]] = []
     sums: Dict[str, torch.Tensor] = {}
-    handles, tokens, mask_BS = [], 0, None
+    handles, mask_BS = [], None
 
     def watch(name):
         def forward(module, args, output):
             def backward(grad):
-                sums[name] = sums.get(name, 0) + (grad.float().square().mean(-1) * mask_BS).sum().double()
+                sums[name] = (grad.float().square().mean(-1) * mask_BS).sum().double()
             output.register_hook(backward)
         return forward
 
@@ -233,15 +302,15 @@ def output_sensitivity(backbone, parts: List[Part], first: int, linears) -> Dict
         for piece in tqdm(pieces, desc="sensitivity of the answers", leave=False):
             part = piece.to(backbone.device)
             mask_BS = part.prefix.attention_mask_BS
-            tokens += int(mask_BS.sum())
             lifted = part.prefix.with_hidden(part.prefix.hidden_BSD.detach().requires_grad_(True))
             last_BSD = backbone.run_layers(lifted, start=first, stop=backbone.num_layers)
             # Of the input alone: backward() would also make the gradients of all weights, 3.5 GiB at 7B.
             torch.autograd.grad(answer_log_probability(backbone, last_BSD, part), lifted.hidden_BSD)
+            found.append((int(mask_BS.sum()), torch.stack([sums[name] for name in linears]).tolist()))
     finally:
         for handle in handles:
             handle.remove()
-    return {name: float(sums[name]) / max(tokens, 1) for name in linears}
+    return found
 
 
 def show(found: Dict[str, dict], lines: List[str]) -> None:

@@ -34,7 +34,7 @@ class IcsmHswThermostat(Method):
     """See the module's first line."""
 
     label, label_zh = "Method (residual)", "本方法（残差处）"
-    decoder_only = True
+    decoder_only = divides_offline = True
     artifact_name = "ICSM artefact"
     reads = ("probe", "icsm", "hsw", "thermostat")
 

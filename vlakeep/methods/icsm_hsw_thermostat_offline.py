@@ -5,6 +5,7 @@ writes: artifact_dir/icms_<backbone>/ (teacher/icsm_artifact.py lists the files)
 """
 
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,16 +14,18 @@ from tqdm import tqdm
 import vlakeep
 from vlakeep.core.config import Config, to_dict
 from vlakeep.core.log import log
+from vlakeep.core.parallel import Distributed
 from vlakeep.core.provenance import library_versions, source_commit
 from vlakeep.core.storage import Storage, need_free
 from vlakeep.models.adapters import select_linears
 from vlakeep.probe.batches import prompt_batches
 from vlakeep.probe.probe_set import ProbeSet, evenly
 from vlakeep.teacher import icsm_artifact as artifact
-from vlakeep.teacher.collect import passes, pooled_states, token_moments, with_own_answers
+from vlakeep.teacher.collect import dealt, passes, pooled_batches, token_moments, with_own_answers
+from vlakeep.teacher.collect import pooled as pooled_of
 from vlakeep.teacher.decompose import check_rank, pooled_candidates, token_bases
 from vlakeep.teacher.folder import numerics, of_weights
-from vlakeep.teacher.sensitivity import measured, order_by_fragility, sensitivities
+from vlakeep.teacher.sensitivity import batch_sensitivities, mean_sensitivity, measured, order_by_fragility
 from vlakeep.thermostat.drift import covariance
 
 
@@ -41,19 +44,26 @@ def build(config: Config, storage: Storage, backbone) -> Path:
     log.info(f"teacher {backbone.name} ({backbone.num_layers} layers, D = {backbone.hidden_size}), probe {len(items)} items, "
              f"representative layers {layers}, r = {config.icsm.rank}")
 
-    def batches(numbers):
-        return prompt_batches(probe, numbers, backbone.processor, config.icsm.batch_size)
+    job, size = Distributed.here(), config.icsm.batch_size
 
-    steps = -(-len(items) // config.icsm.batch_size)
-    pooled = pooled_states(backbone, batches(items), layers, total=steps, where=str(probe.folder))
+    def batches(numbers):
+        """Of this process's share of the batches that a single one has."""
+        own = job.share([numbers[start:start + size] for start in range(0, len(numbers), size)])
+        return (pair for part in own for pair in prompt_batches(probe, part, backbone.processor, size))
+
+    steps = -(-len(items) // size)
+    rows = job.merged(pooled_batches(backbone, batches(items), layers, total=-(-steps // job.world)))
+    pooled = pooled_of(rows, layers, str(probe.folder))
     tensors, notes = {}, {}
     usable = [items[i] for i in pooled.kept]
     some = [usable[i] for i in evenly(len(usable), min(config.icsm.sensitivity_items, len(usable)))]
     for layer in layers:
         candidates_DK, values, mean_D = pooled_candidates(pooled.states[layer], config.icsm.rank)
+        candidates_DK = job.broadcast(candidates_DK)
         step = config.icsm.epsilon * pooled.scale[layer]
         if config.icsm.sensitivity:
-            kl_K = sensitivities(backbone, list(batches(some)), layer, candidates_DK, step)
+            kl_K = mean_sensitivity(job.merged(batch_sensitivities(backbone, list(batches(some)), layer, candidates_DK, step)),
+                                    config.icsm.rank)
         else:
             # Falling numbers leave the candidates in the order of the SVD.
             kl_K = torch.arange(config.icsm.rank, 0, -1, dtype=torch.float64)
@@ -69,7 +79,10 @@ def build(config: Config, storage: Storage, backbone) -> Path:
         log.info(f"layer {layer}: {energy.sum():.1%} of the variance in {config.icsm.rank} directions"
                  + (f", KL per direction {kl_K.max():.2e} to {kl_K.min():.2e}" if config.icsm.sensitivity else ""))
 
-    tokens = _token_level(backbone, batches(items), linears, config, steps) if config.icsm.tokens else None
+    tokens = _token_level(backbone, partial(prompt_batches, probe, items, backbone.processor, size), batches(items), linears, config, steps
+                          ) if config.icsm.tokens else None
+    if not job.is_main:
+        return folder
     meta = {
         "backbone": backbone.name, "weights_sha256": backbone.weights_sha256, **numerics(config.backbone), **backbone.recorded(),
         "depth": backbone.num_layers,
@@ -96,19 +109,29 @@ def _bytes_needed(config: Config, backbone, layers, linears, items: int) -> int:
     return int(4 * (len(layers) * dim * (config.icsm.rank + dim + items) + sum(share * d * d for d in inputs.values())))
 
 
-def _token_level(backbone, prompts, linears, config: Config, steps: int):
-    """Bases of the inputs of every linear that the lora section adapts."""
-    def inputs():
-        for batch, _ in prompts:
-            yield with_own_answers(backbone, batch, backbone.answer_tokens) if config.icsm.tokens_generated else batch
+def _token_level(backbone, prompts, own, linears, config: Config, steps: int):
+    """Bases of the inputs of every linear that the lora section adapts, in process 0. prompts(): batches with their masks, of all items;
+    own: those of this process's share. A process sums the moments of its inputs over all of them, as methods/graded_offline.py says."""
+    job = Distributed.here()
+    texts = None
+    if config.icsm.tokens_generated and job.world > 1:
+        mine = [with_own_answers(backbone, batch, backbone.answer_tokens)
+                for batch, _ in tqdm(own, desc="teacher's answers", total=-(-steps // job.world), leave=False)]
+        texts = job.merged([(whole.input_ids, whole.attention_mask) for whole in mine])
 
-    groups = passes(linears, config.icsm.moments_gib * 2**30, backbone.input_key)
+    def inputs():
+        for number, (batch, _) in enumerate(prompts()):
+            if texts is not None:
+                yield batch.with_text(*texts[number])
+            else:
+                yield with_own_answers(backbone, batch, backbone.answer_tokens) if config.icsm.tokens_generated else batch
+
+    groups = passes(dealt(linears, backbone.input_key, job.world)[job.rank], config.icsm.moments_gib * 2**30, backbone.input_key)
     # The teacher answers once: with several passes its answers are kept, with one they stream.
-    answered = inputs() if len(groups) == 1 else list(tqdm(inputs(), desc="teacher's answers", total=steps, leave=False))
-    bases = {}
+    kept = None if len(groups) <= 1 or texts is not None else list(tqdm(inputs(), desc="teacher's answers", total=steps, leave=False))
+    bases = []
     for group in groups:
-        moments = token_moments(backbone, answered, group, total=steps)
+        moments = token_moments(backbone, kept or inputs(), group, total=steps)
         for key in tqdm(sorted(moments), desc="token bases", leave=False):
-            found = token_bases(moments.pop(key), config.icsm.tokens_fragile_fraction, config.icsm.tokens_plastic_fraction)
-            bases.update({f"{key}.{kind}": tensor for kind, tensor in found.items()})
-    return bases
+            bases.append((key, token_bases(moments.pop(key), config.icsm.tokens_fragile_fraction, config.icsm.tokens_plastic_fraction)))
+    return {f"{key}.{kind}": tensor for key, found in job.merged(bases, 1, everywhere=False) for kind, tensor in found.items()}

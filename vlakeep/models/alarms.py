@@ -3,7 +3,8 @@
 Whatever can be refused before work is lost raises; what shows only in results is returned as text and goes into the summary.
 """
 
-from typing import Dict, List, Sequence, Union
+from copy import copy
+from typing import Any, Callable, Dict, List, Sequence, Union
 
 import numpy as np
 import torch
@@ -59,6 +60,19 @@ class ActionWatch:
             position_A = np.where(self._scaled, 2 * (action_A - self._low) / span_A - 1, 0.0)
             self._at_end += np.abs(position_A) > 0.99
             self._count += 1
+
+    def with_others(self, gather: Callable[[Any], List[Any]]) -> "ActionWatch":
+        """What all processes of an evaluation have collected; gather(value): that of each."""
+        mine = {"distinct": {key.hex(): count for key, count in self._distinct.items()}, "at_end": self._at_end, "count": self._count,
+                "early": self._early}
+        whole = copy(self)
+        whole._distinct, whole._at_end, whole._count, whole._early = {}, np.zeros_like(self._at_end), 0, 0
+        for one in gather(mine):
+            for key, count in one["distinct"].items():
+                whole._distinct[key] = whole._distinct.get(key, 0) + count
+            whole._at_end = whole._at_end + one["at_end"]
+            whole._count, whole._early = whole._count + one["count"], whole._early + one["early"]
+        return whole
 
     def alarms(self) -> List[str]:
         if self._count < SEEN_AT_LEAST:

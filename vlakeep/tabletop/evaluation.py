@@ -19,6 +19,7 @@ class Tabletop(Benchmark):
     actions = ActionSpec(7, units="motion of the hand per step, in hundredths of the table's side",
                          statistics="tabletop_SKILL for a new skill, tabletop for the known ones")
     seed = 1000
+    divides = True
 
     def __init__(self, config: Config, storage: Storage):
         from vlakeep.tabletop import benchmark
@@ -68,7 +69,7 @@ class Tabletop(Benchmark):
             policy = target.policy(own, most=self.settings.chunk)
             self._table.run_skill_episodes(policy, skills, self.settings.episodes, self._table.EVALUATION + self.settings.seed,
                                            self.settings.parallel, records, target.name)
-            records.add_alarms(policy.watch.alarms())
+            records.add_alarms(policy.watch.with_others(records.gather).alarms())
 
     def questions(self) -> Iterator[Questions]:
         for kind in tqdm(self.settings.questions or QUESTION_KINDS, desc="questions", leave=False):

@@ -22,7 +22,7 @@ def run_skill_episodes(policy: Policy, skills: List[str], episodes: int, seed: i
     those that still raise are recorded as crashed. Trials that `records` has already are not run again. Where a prompt names one of two
     targets, an episode is over once the object is put on either, and its record says on which (`ended`).
     """
-    todo = [(skill, trial) for trial in range(episodes) for skill in skills if not records.has("skill", skill, trial)]
+    todo = records.share([(skill, trial) for trial in range(episodes) for skill in skills if not records.has("skill", skill, trial)])
     with tqdm(total=len(todo), desc=f"{desc}: episodes", leave=False, mininterval=1.0) as bar:
         for start in range(0, len(todo), parallel):
             part = todo[start:start + parallel]

@@ -7,7 +7,8 @@ vocabulary (merging outcomes never raises it); with 32 of them the difference is
 Axes: N items, L text tokens, T answer positions, K kept outcomes, V vocabulary.
 """
 
-from typing import Dict, Iterable, List, NamedTuple, Tuple
+from dataclasses import fields, replace
+from typing import Dict, Iterable, List, Mapping, NamedTuple, Tuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -71,6 +72,15 @@ class Part(NamedTuple):
     def to(self, device) -> "Part":
         return Part(self.prefix.to(device), *[t.to(device) for t in self[1:]])
 
+    def tensors(self) -> Dict[str, torch.Tensor]:
+        """All that is in it, by name; `like` makes a Part of it."""
+        return {**{f"prefix.{f.name}": getattr(self.prefix, f.name) for f in fields(self.prefix)}, **dict(zip(self._fields[1:], self[1:]))}
+
+    def like(self, tensors: Mapping[str, torch.Tensor]) -> "Part":
+        """Another Part of the same kind of model."""
+        prefix = replace(self.prefix, **{f.name: tensors[f"prefix.{f.name}"] for f in fields(self.prefix)})
+        return Part(prefix, *[tensors[name] for name in self._fields[1:]])
+
     def split(self, rows: int) -> List["Part"]:
         """Parts of at most so many rows."""
         cuts = [slice(start, start + rows) for start in range(0, len(self.text_BL), rows)]
@@ -91,27 +101,38 @@ def run_below(backbone, prompts_and_wholes: Iterable[Tuple[Batch, Batch]], first
     return parts
 
 
-@torch.no_grad()
 def teacher_answers(backbone, parts: Iterable[Part], first: int, top: int = TOP) -> Answered:
     """The Answered of all items, on the CPU; the layers from `first` on are run."""
-    rows: Dict[str, List] = {name: [] for name in Answered._fields}
+    return joined([answer_rows(backbone, part, first, top) for part in parts])
+
+
+@torch.no_grad()
+def answer_rows(backbone, part: Part, first: int, top: int = TOP) -> Dict[str, List[torch.Tensor]]:
+    """The fields of Answered for the items of a Part: a tensor an item, without padding."""
+    part = part.to(backbone.device)
+    hidden_BSD = backbone.run_layers(part.prefix, start=first, stop=backbone.num_layers)
+    last = part.prefix.with_hidden(hidden_BSD)
+    logits_BTV = logits_at(backbone, last, part.text_BL.shape[1], part.start_B, int(part.count_B.max()))
+    # One less than there are tokens, so that the rest is never empty.
+    top_BTK = logits_BTV.float().topk(min(top, logits_BTV.shape[-1] - 1), dim=-1).indices
+    kept_BTK, rest_BT = split_log_probabilities(logits_BTV, top_BTK)
+    rows: Dict[str, List[torch.Tensor]] = {name: [] for name in Answered._fields}
+    for row, (start, count) in enumerate(zip(part.start_B.tolist(), part.count_B.tolist())):
+        for name, value in (("text_NL", part.text_BL[row, :start + count]), ("valid_NL", torch.ones(start + count, dtype=torch.bool)),
+                            ("start_N", part.start_B[row]), ("count_N", part.count_B[row]), ("top_NTK", top_BTK[row, :count]),
+                            ("log_p_NTK", kept_BTK[row, :count]), ("log_rest_NT", rest_BT[row, :count])):
+            rows[name].append(value.cpu())
+    return rows
+
+
+def joined(parts: Iterable[Dict[str, List[torch.Tensor]]]) -> Answered:
+    """One Answered of the rows of several Parts, in order."""
+    rows: Dict[str, List[torch.Tensor]] = {name: [] for name in Answered._fields}
     for part in parts:
-        part = part.to(backbone.device)
-        hidden_BSD = backbone.run_layers(part.prefix, start=first, stop=backbone.num_layers)
-        last = part.prefix.with_hidden(hidden_BSD)
-        logits_BTV = logits_at(backbone, last, part.text_BL.shape[1], part.start_B, int(part.count_B.max()))
-        # One less than there are tokens, so that the rest is never empty.
-        top_BTK = logits_BTV.float().topk(min(top, logits_BTV.shape[-1] - 1), dim=-1).indices
-        kept_BTK, rest_BT = split_log_probabilities(logits_BTV, top_BTK)
-        for row, (start, count) in enumerate(zip(part.start_B.tolist(), part.count_B.tolist())):
-            for name, value in (("text_NL", part.text_BL[row, :start + count]),
-                                ("valid_NL", torch.ones(start + count, dtype=torch.bool)), ("top_NTK", top_BTK[row, :count]),
-                                ("log_p_NTK", kept_BTK[row, :count]), ("log_rest_NT", rest_BT[row, :count])):
-                rows[name].append(value.cpu())
-        rows["start_N"].append(part.start_B.cpu())
-        rows["count_N"].append(part.count_B.cpu())
-    return Answered(**{name: torch.cat(value) if name in ("start_N", "count_N") else pad_sequence(value, batch_first=True)
-                       for name, value in rows.items()})
+        for name, values in part.items():
+            rows[name] += values
+    return Answered(**{name: torch.stack(values) if name in ("start_N", "count_N") else pad_sequence(values, batch_first=True)
+                       for name, values in rows.items()})
 
 
 def logits_at(backbone, last: Prefix, length: int, start_N: torch.Tensor, steps: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ Axes: N items, B batch, S sequence (pictures and text), L text, D hidden or inpu
 """
 
 from dataclasses import dataclass
-from typing import Callable, Dict, Iterable, List
+from typing import Any, Callable, Dict, Iterable, List
 
 import torch
 from tqdm import tqdm
@@ -29,22 +29,40 @@ class Pooled:
     kept: List[int]
 
 
-@torch.no_grad()
 def pooled_states(backbone, batches: Iterable, layers: List[int], total: int = None, quiet: bool = False,
                   where: str = "the probe") -> Pooled:
     """Pool instruction tokens of each item. `batches` yields (prompt Batch, instruction mask [B, L]); `where` is for messages."""
-    states, flags, norms, count = {layer: [] for layer in layers}, [], {layer: 0.0 for layer in layers}, 0
-    for batch, mask_BL in tqdm(batches, desc="pooling instructions", total=total, disable=quiet, leave=False):
+    return pooled(pooled_batches(backbone, batches, layers, total, quiet), layers, where)
+
+
+@torch.no_grad()
+def pooled_batches(backbone, batches: Iterable, layers: List[int], total: int = None, quiet: bool = False) -> List[Dict[str, Any]]:
+    """What each batch adds to pooled_states, on the CPU: states [B, D] and the sum of norms by layer, empty [B], tokens that count."""
+    found = []
+    for batch, mask_BL in tqdm(batches, desc="pooling instructions", total=total, leave=False, **({"disable": True} if quiet else {})):
         prefix = backbone.embed(batch)
         mask_BS = backbone.sequence_mask(prefix, mask_BL)
         with captured_outputs(backbone.decoder_layers, layers) as outputs:
             backbone.run_layers(prefix, stop=max(layers) + 1)
+        one: Dict[str, Any] = {"states": {}, "norms": {}, "tokens": int(mask_BL.sum())}
         for layer in layers:
             pooled_BD, empty_B = masked_mean(outputs[layer].float(), mask_BS)
-            states[layer].append(pooled_BD.cpu())
-            norms[layer] += outputs[layer].float().norm(dim=-1)[mask_BS].sum().item()
-        flags.append(empty_B.cpu())
-        count += int(mask_BL.sum())
+            one["states"][layer] = pooled_BD.cpu()
+            one["norms"][layer] = outputs[layer].float().norm(dim=-1)[mask_BS].sum().item()
+        one["empty"] = empty_B.cpu()
+        found.append(one)
+    return found
+
+
+def pooled(batches: Iterable[Dict[str, Any]], layers: List[int], where: str = "the probe") -> Pooled:
+    """pooled_states of what its batches add, in their order."""
+    states, flags, norms, count = {layer: [] for layer in layers}, [], {layer: 0.0 for layer in layers}, 0
+    for one in batches:
+        for layer in layers:
+            states[layer].append(one["states"][layer])
+            norms[layer] += one["norms"][layer]
+        flags.append(one["empty"])
+        count += one["tokens"]
     empty_N = torch.cat(flags)
     if empty_N.all():
         raise ValueError(f"{where}: every probe item has an empty instruction mask, so there is nothing to pool; look at the "
@@ -96,6 +114,21 @@ def passes(linears, limit_bytes: float, key_of: Callable[[str], str]) -> List[di
         groups[-1].update(members)
         used += size
     return groups
+
+
+def dealt(linears, key_of: Callable[[str], str], hands: int) -> List[dict]:
+    """`linears` in so many groups whose second moments are alike work; those that share an input stay together."""
+    if hands == 1:
+        return [dict(linears)]
+    by_input: Dict[str, dict] = {}
+    for name, linear in linears.items():
+        by_input.setdefault(key_of(name), {})[name] = linear
+    groups, loads = [set() for _ in range(hands)], [0] * hands
+    for key, members in sorted(by_input.items(), key=lambda pair: -next(iter(pair[1].values())).in_features):
+        least = loads.index(min(loads))
+        groups[least].add(key)
+        loads[least] += next(iter(members.values())).in_features ** 2
+    return [{name: linear for name, linear in linears.items() if key_of(name) in own} for own in groups]
 
 
 @torch.no_grad()

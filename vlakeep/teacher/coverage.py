@@ -69,15 +69,23 @@ def input_moments(backbone, parts: Iterable[Part], weights_N: Optional[torch.Ten
     return moments.divided(tokens)
 
 
-@torch.no_grad()
-def directional_energy(backbone, parts: Iterable[Part], first: int, labels: Sequence[str], linears: Dict[str, torch.nn.Module],
+def directional_energy(backbone, parts: Sequence[Part], first: int, labels: Sequence[str], linears: Dict[str, torch.nn.Module],
                        spectra: Dict[str, Spectrum], key_of) -> Dict[str, Dict[str, torch.Tensor]]:
     """Label -> input -> mean energy of its tokens along each stored direction and, last, in all others [K + 1], float64 on the CPU.
 
     `labels` names the group of every row of the parts, in order.
     """
-    sums: Dict[str, Dict[str, torch.Tensor]] = {label: {} for label in labels}
-    tokens = dict.fromkeys(labels, 0)
+    return mean_energies(part_energies(backbone, parts, first, labels, linears, spectra, key_of), labels)
+
+
+Energies = Dict[str, Dict[str, Any]]  # label -> {"tokens": how many, "sums": input -> energy of all of them [K + 1]}
+
+
+@torch.no_grad()
+def part_energies(backbone, parts: Sequence[Part], first: int, labels: Sequence[str], linears: Dict[str, torch.nn.Module],
+                  spectra: Dict[str, Spectrum], key_of) -> List[Energies]:
+    """What each part adds to directional_energy, on the CPU."""
+    found: List[Energies] = []
     vectors = {key: one.vectors.to(backbone.device) for key, one in spectra.items()}
     mask_BS: Any = None
     rows: List[str] = []
@@ -87,10 +95,9 @@ def directional_energy(backbone, parts: Iterable[Part], first: int, labels: Sequ
         along_BK = squares_BSK.sum(1).double()
         total_B = (x_BSD.float().square().sum(-1) * mask_BS).sum(1).double()
         energy_BK = torch.cat([along_BK, (total_B - along_BK.sum(1)).clamp(min=0)[:, None]], 1)
-        for label in set(rows):
+        for label, one in found[-1].items():
             chosen = torch.tensor([own == label for own in rows], device=energy_BK.device)
-            row = energy_BK[chosen].sum(0)
-            sums[label][key] = sums[label][key] + row if key in sums[label] else row
+            one["sums"][key] = energy_BK[chosen].sum(0)
 
     position = 0
     with InputWatch(linears, key_of, add):
@@ -99,10 +106,25 @@ def directional_energy(backbone, parts: Iterable[Part], first: int, labels: Sequ
             position += len(rows)
             part = part.to(backbone.device)
             mask_BS = part.prefix.attention_mask_BS
+            found.append({label: {"tokens": 0, "sums": {}} for label in rows})
             for label, count in zip(rows, mask_BS.sum(1).tolist()):
-                tokens[label] += count
+                found[-1][label]["tokens"] += count
             backbone.run_layers(part.prefix, start=first, stop=backbone.num_layers)
-    return {label: {key: value.cpu() / max(tokens[label], 1) for key, value in found.items()} for label, found in sums.items()}
+            for one in found[-1].values():
+                one["sums"] = {key: row.cpu() for key, row in one["sums"].items()}
+    return found
+
+
+def mean_energies(parts: Iterable[Energies], labels: Iterable[str]) -> Dict[str, Dict[str, torch.Tensor]]:
+    """directional_energy of what its parts add, in their order; labels: all there are."""
+    sums: Dict[str, Dict[str, torch.Tensor]] = {label: {} for label in labels}
+    tokens = dict.fromkeys(sums, 0)
+    for part in parts:
+        for label, one in part.items():
+            tokens[label] += one["tokens"]
+            for key, row in one["sums"].items():
+                sums[label][key] = sums[label][key] + row if key in sums[label] else row
+    return {label: {key: value / max(tokens[label], 1) for key, value in found.items()} for label, found in sums.items()}
 
 
 def own_energy(one: Spectrum) -> torch.Tensor:

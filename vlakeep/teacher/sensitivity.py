@@ -12,7 +12,7 @@ the last layer, so that its directions are injected at the layer's input. `measu
 Axes: B items, S sequence, D hidden, V vocabulary, T selected positions.
 """
 
-from typing import Dict, List, Tuple
+from typing import Dict, Iterable, List, Tuple
 
 import torch
 from torch.nn import functional as F
@@ -42,13 +42,26 @@ def measured_positions(mask_BS: torch.Tensor, valid_BS: torch.Tensor) -> torch.T
     return (mask_BS.long().cumsum(1) > 0) & valid_BS.bool()
 
 
-@torch.no_grad()
 def sensitivities(backbone, batches: List[Tuple], layer: int, candidates_DK: torch.Tensor, step: float) -> torch.Tensor:
     """KL [K] per candidate direction. `batches` holds (prompt Batch, instruction mask [B, L]); `step` is epsilon in hidden units."""
+    return mean_sensitivity(batch_sensitivities(backbone, batches, layer, candidates_DK, step), candidates_DK.shape[1])
+
+
+def mean_sensitivity(batches: Iterable[Tuple[torch.Tensor, int]], count: int) -> torch.Tensor:
+    """`sensitivities` of `count` directions, of what its batches add, in their order."""
+    total_K, positions = torch.zeros(count, dtype=torch.float64), 0
+    for sum_K, number in batches:
+        total_K, positions = total_K + sum_K, positions + number
+    return total_K / max(positions, 1)
+
+
+@torch.no_grad()
+def batch_sensitivities(backbone, batches: List[Tuple], layer: int, candidates_DK: torch.Tensor, step: float
+                        ) -> List[Tuple[torch.Tensor, int]]:
+    """(sum of the KL over the batch's positions [K] float64 on the CPU, how many these are) of each batch."""
     device, answers = backbone.device, backbone.prompt_sees_itself
     layer -= measured(backbone, layer)["injected_at"] == "input"  # whose output is that layer's input
-    total_K = torch.zeros(candidates_DK.shape[1], dtype=torch.float64)
-    positions = 0
+    found = []
 
     def log_probabilities(prefix, hidden_BSD, where_BS):
         upper_BSD = backbone.run_layers(prefix.with_hidden(hidden_BSD), start=layer + 1)
@@ -68,16 +81,18 @@ def sensitivities(backbone, batches: List[Tuple], layer: int, candidates_DK: tor
             # Nothing is pushed in a batch of empty masks.
             if not where_BS.any():
                 bar.update(candidates_DK.shape[1])
+                found.append((torch.zeros(candidates_DK.shape[1], dtype=torch.float64), 0))
                 continue
             clean_TV = log_probabilities(prefix, hidden_BSD, where_BS)
             probabilities_TV = clean_TV.exp()
+            total_K = torch.zeros(candidates_DK.shape[1], dtype=torch.float64)
             for k in range(candidates_DK.shape[1]):
                 push_BSD = mask_BS[..., None] * (step * candidates_DK[:, k].to(device, hidden_BSD.dtype))
                 kl_T = (probabilities_TV * (clean_TV - log_probabilities(prefix, hidden_BSD + push_BSD, where_BS))).sum(-1)
-                total_K[k] += kl_T.double().sum().cpu()
+                total_K[k] = kl_T.double().sum().cpu()
                 bar.update()
-            positions += int(where_BS.sum())
-    return total_K / max(positions, 1)
+            found.append((total_K, int(where_BS.sum())))
+    return found
 
 
 def order_by_fragility(candidates_DK: torch.Tensor, kl_K: torch.Tensor, fragile_fraction: float):
