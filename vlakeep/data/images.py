@@ -145,9 +145,20 @@ def crop_and_resize(image_HWC: np.ndarray, y0: float, x0: float, side: float, si
     top, bottom, fy = axis(image_HWC.shape[0], y0, size[0])
     left, right, fx = axis(image_HWC.shape[1], x0, size[1])
     fy, fx = fy[:, None, None], fx[None, :, None]
-    upper = image_HWC[top][:, left] + (image_HWC[top][:, right] - image_HWC[top][:, left]) * fx
-    lower = image_HWC[bottom][:, left] + (image_HWC[bottom][:, right] - image_HWC[bottom][:, left]) * fx
-    return upper + (lower - upper) * fy
+    # Along each row that is used once, and not once for the row above and once for the one below: the same bits.
+    first = int(top.min())
+    used = image_HWC[first:int(bottom.max()) + 1]
+    at_left = np.take(used, left, axis=1)
+    across = np.take(used, right, axis=1)
+    across -= at_left
+    across *= fx
+    across += at_left
+    upper = np.take(across, top - first, axis=0)
+    lower = np.take(across, bottom - first, axis=0)
+    lower -= upper
+    lower *= fy
+    lower += upper
+    return lower
 
 
 def to_float(image_HWC: np.ndarray) -> np.ndarray:
