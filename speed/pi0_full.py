@@ -9,6 +9,7 @@ by torch, at the rate of a large product of matrices. --small runs the same on a
 """
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -17,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from seven_b import measured
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlakeep.core.config import load_config
@@ -121,13 +121,38 @@ def timed(work, device, rounds: int) -> float:
     return statistics.median(times[2:])
 
 
-def plain_step(step, batch, backbone, recompute: bool, device) -> dict:
-    """Time of the plain step beside its floor: its operations, counted, at the rate of a product of matrices."""
+def measured(name: str, device, work, rows: list):
+    """work(), with its time and peaks of memory as a row."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    begin, result, error = time.perf_counter(), None, None
+    try:
+        result = work()
+    except Exception as caught:  # the other stages are still worth measuring
+        error = f"{type(caught).__name__}: {caught}"[:600]
+    peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if device.type == "cuda" else (0, 0)
+    allocated, reserved = (round(value / 2**30, 2) for value in peaks)
+    rows.append({"stage": name, "seconds": round(time.perf_counter() - begin, 1), "allocated_gib": allocated, "reserved_gib": reserved,
+                 "error": error})
+    print(f"RESULT {json.dumps(rows[-1])}", flush=True)
+    return result
+
+
+def operations(step, backbone, recompute: bool) -> int:
+    """Of a plain step. Not while memory is measured: the counter's hooks on modules may keep recomputed layers alive."""
     backbone.pi0.gradient_checkpointing = recompute
     step(1)
     with FlopCounterMode(display=False) as counter:
         step(2)
-    seconds, flops, rate = timed(lambda: step(3), device, 8), counter.get_total_flops(), rate_of(device)
+    return counter.get_total_flops()
+
+
+def plain_step(step, batch, backbone, recompute: bool, device, flops: int, rate: float) -> dict:
+    """Time of the plain step beside its floor: its operations at the rate of a product of matrices."""
+    backbone.pi0.gradient_checkpointing = recompute
+    seconds = timed(lambda: step(3), device, 8)
     return {"step_ms": round(seconds * 1e3, 1), "floor_ms": round(flops / rate * 1e3, 1), "step_tflop": round(flops / 1e12, 2),
             "tflop_per_s": round(rate / 1e12, 1), "rows": batch.size, "text_columns": batch.input_ids.shape[1],
             "picture_columns": batch.pixel_values.shape[1] * backbone.pi0.sizes.patches, "label_columns": batch.longest}
@@ -217,9 +242,11 @@ def main() -> int:
             step, batch = (None, None) if args.no_step else step_of(config, storage, loaded["model"], device)
         except Exception as error:
             print(f"no plain step: {error!r}", flush=True)
+        rate = rate_of(device)
         for recompute in (True, False) if step else ():
-            stage(f"plain step, recomputing {str(recompute).lower()}",
-                  lambda recompute=recompute: plain_step(step, batch, loaded["model"], recompute, device))
+            flops = operations(step, loaded["model"], recompute)
+            stage(f"plain step, recomputing {str(recompute).lower()}", lambda recompute=recompute, flops=flops: plain_step(
+                step, batch, loaded["model"], recompute, device, flops, rate))
         loaded.clear()
         step = batch = None
     stage("offline", lambda: run_offline(config, storage))
