@@ -26,7 +26,7 @@ fi
 launch() {
   local stage="$1"; shift
   local command=(python3 -m vlakeep.cli "$stage" "$@")
-  if [ "$GPUS" -gt 1 ] && [ "$stage" = train ]; then
+  if [ "$GPUS" -gt 1 ]; then
     command=(torchrun --standalone --nproc-per-node "$GPUS" -m vlakeep.cli "$stage" "$@")
     echo "+$(printf ' %q' "${command[@]}")" >&2
     watched "${command[@]}"
