@@ -2,21 +2,23 @@
 
 import pytest
 import torch
-import transformers
 from torch.nn.utils import parametrize
 
-from vlakeep.core.config import LoraConfig, TrainConfig
+from vlakeep.core.config import Config, LoraConfig, TrainConfig
 from vlakeep.core.loss_scale import LossScaler
+from vlakeep.core.storage import Storage
 from vlakeep.hsw.graded import make_site
 from vlakeep.hsw.residual import ResidualSite
 from vlakeep.hsw.transform import Gains
 from vlakeep.methods.baseline import Baseline
-from vlakeep.models import adapters
+from vlakeep.models import adapters, lean
 from vlakeep.models.adapters import adapter_state, add_lora
 from vlakeep.models.lean import autocast, lean_class
 from vlakeep.models.load import make_backbone
+from vlakeep.openvla.backbone import OpenVLABackbone
+from vlakeep.pi0_fast.backbone import Pi0FastBackbone
 from vlakeep.teacher.spectrum import spectrum
-from vlakeep.train import make_optimizer, train_step
+from vlakeep.train import make_optimizer, run_training, train_step
 
 LORA = LoraConfig(rank=4, alpha=8, layers="last:2")
 
@@ -114,8 +116,7 @@ def residual_site(backbone):
     return site
 
 
-@pytest.mark.skipif(tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) < (2, 5), reason="torch shares no compiled code yet")
-@pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="its decoder layers do not compile without a break")
+@pytest.mark.skipif(bool(OpenVLABackbone.compile_problem()), reason=OpenVLABackbone.compile_problem())
 @pytest.mark.parametrize("site", [lambda backbone: None, graded_site, residual_site], ids=["plain", "graded", "residual"])
 def test_compiled_layers_have_no_breaks_share_their_code_and_train_alike(site):
     """Parametrised A and hooks on a layer's output included; other lengths and sizes compile nothing anew."""
@@ -141,3 +142,31 @@ def test_compiled_layers_have_no_breaks_share_their_code_and_train_alike(site):
     assert all(torch.allclose(state[name], expected[name], rtol=1e-3, atol=1e-5) for name in state)
     # Frozen and adapted decoder layers and the blocks of two towers; the pass without gradients is another graph of each decoder layer.
     assert 3 <= len(graphs) <= 8, [len(graph.graph.nodes) for graph in graphs]
+
+
+def with_versions(monkeypatch, torch_version, transformers_version):
+    monkeypatch.setattr(lean, "library_versions", lambda: {"torch": torch_version, "transformers": transformers_version})
+
+
+def test_layers_are_compiled_with_libraries_that_can_and_refused_with_others(monkeypatch):
+    """OpenVLA's layers are those of transformers; pi0-FAST's are written here, and ask torch alone."""
+    for torch_version, transformers_version, openvla, pi0 in (
+            ("2.13.0+cpu", "5.0.0", "", ""), ("2.5.1", "5.23.0.dev0", "", ""), ("2.10.0", "4.57.1", "transformers 4.57.1", ""),
+            ("2.5.0", "4.40.1", "transformers 4.40.1", ""), ("2.2.0+cu121", "5.1", "torch 2.2.0", "torch 2.2.0"),
+            ("2.4", None, "torch 2.4", "torch 2.4")):
+        with_versions(monkeypatch, torch_version, transformers_version)
+        for kind, wanted in ((OpenVLABackbone, openvla), (Pi0FastBackbone, pi0)):
+            problem = kind.compile_problem()
+            assert wanted in problem and bool(problem) == bool(wanted), (torch_version, transformers_version, kind, problem)
+
+
+def test_a_training_that_cannot_be_compiled_ends_before_any_weight_is_read(monkeypatch, tmp_path):
+    monkeypatch.setattr("vlakeep.train.make_backbone", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("vlakeep.train.look", lambda *args: [])
+    config = Config(name="r", root=str(tmp_path), device="cpu")
+    config.train.compile = True
+    with_versions(monkeypatch, "2.13.0", "4.40.1")
+    with pytest.raises(ValueError, match=r"--train.compile: decoder layers of transformers 4.40.1 .* breaks .* use --train.compile false"):
+        run_training(config, Storage.from_config(config))
+    with pytest.raises(ValueError, match="--train.compile: decoder layers of transformers 4.40.1"):
+        OpenVLABackbone.compile_layers(object.__new__(OpenVLABackbone))

@@ -17,6 +17,7 @@ from vlakeep.core import storage as storage_module
 from vlakeep.core.config import Config, to_dict
 from vlakeep.data.sample import Episode, Sample
 from vlakeep.data.writer import write_rlds
+from vlakeep.models import lean
 from vlakeep.preflight import version_tuple
 from vlakeep.probe.probe_set import write_probe
 from vlakeep.teacher import icsm_artifact as artifact
@@ -290,6 +291,16 @@ def test_old_or_missing_packages_are_red(monkeypatch):
         and found["package no-such-package"].remedy == "pip install 'no-such-package>=1.0'"
     )
     assert version_tuple("2.13.0+cpu") == (2, 13, 0) > version_tuple("2.2")
+
+
+def test_a_model_that_cannot_be_compiled_is_red(world, monkeypatch):
+    config, _ = world
+    config.train.compile = True
+    for version, red in (("4.40.1", True), ("5.2.0", False)):
+        monkeypatch.setattr(lean, "library_versions", lambda version=version: {"torch": "2.13.0", "transformers": version})
+        lines = [line for line in preflight.run_checks(config) if line.what == "--train.compile"]
+        assert [line.status for line in lines] == [RED] * red
+        assert all("transformers 4.40.1" in line.where and line.remedy == "--train.compile false" for line in lines)
 
 
 def test_a_torch_that_cannot_read_numpy_is_red(monkeypatch):

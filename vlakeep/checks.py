@@ -146,6 +146,12 @@ def check_layers(config: Config, model: dict) -> List[Line]:
     return lines
 
 
+def check_compiling(config: Config, model: dict) -> List[Line]:
+    """Whether --train.compile can do anything with this kind of model and these libraries."""
+    problem = kind_of_model(model).compile_problem() if config.train.compile else ""
+    return [Line(RED, "--train.compile", problem, "--train.compile false")] if problem else []
+
+
 def check_data(config: Config, storage: Storage) -> List[Line]:
     """The files of every data set; and where these are whole, what `train` finds when it opens them (data/card.py)."""
     from vlakeep.models.look import look

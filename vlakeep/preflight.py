@@ -214,6 +214,7 @@ def run_checks(
         lines += benchmark.lines() + checks.check_target(benchmark, model) + checks.check_evaluation_probe(benchmark)
         lines += checks.check_data(config, storage) if benchmark.reads_data else []
     if stage == "train":
+        lines += checks.check_compiling(config, model) if model else []
         lines += checks.check_data(config, storage)
         lines += checks.check_artifact(config, storage, model, probe_sha256, config_path) if needs_artifact else []
         lines += checks.check_run(config, storage, model)

@@ -44,7 +44,7 @@ from vlakeep.models.adapters import adapter_state, add_lora, load_trainable, sav
 from vlakeep.models.alarms import check_vision
 from vlakeep.models.chain import chain_of_run, keep_chain, merge_chain
 from vlakeep.models.lean import autocast
-from vlakeep.models.load import make_backbone, model_name
+from vlakeep.models.load import make_backbone, model_class, model_name
 from vlakeep.models.look import look
 from vlakeep.models.sharded_base import refuse_sharding
 from vlakeep.probe.probe_set import ProbeSet
@@ -226,7 +226,9 @@ def look_early(config: Config, storage: Storage, dist: Distributed) -> List[Dict
     base, method = None, method_class(config.method)
     try:
         base = find_checkpoint(config.backbone.checkpoint, storage.cache)
-    except FileNotFoundError as error:
+        if config.train.compile:
+            model_class(base).refuse_compiling()
+    except (FileNotFoundError, ValueError) as error:
         wrong.append(error)
     try:
         reports = look(config, storage)
@@ -239,7 +241,8 @@ def look_early(config: Config, storage: Storage, dist: Distributed) -> List[Dict
         try:
             ProbeSet(storage.probe_folder(config.probe.name))
             if base is not None and not config.train.from_run:
-                method.artifact_problems(config, method.artifact_folder(config, storage, model_name(base)), None, None, None)
+                found = method.artifact_problems(config, method.artifact_folder(config, storage, model_name(base)), None, None, None)
+                wrong += [ValueError(problem) for problem in found]
         except (OSError, ValueError, KeyError) as error:
             wrong.append(error)
     if len(wrong) > 1:

@@ -277,8 +277,8 @@ class TrainConfig:
     # none: every process holds the whole base (DistributedDataParallel); fsdp: each holds a share of it (FSDP2, torch 2.7 or newer), for
     # cards that it does not fit. Results agree up to the order in which gradients are added.
     sharding: str = choice("none", "fsdp")
-    # Compile decoder layers and vision blocks into few kernels (torch 2.5 or newer): faster steps after a minute or two. The last bits of
-    # the result change.
+    # Compile decoder layers and vision blocks into few kernels: faster steps after a minute or two. The last bits of the result change.
+    # Needs torch 2.5, for OpenVLA transformers 5 too; with older ones it is refused.
     compile: bool = False
     # Steps between two rows of metrics.jsonl.
     log_every: int = least(1)

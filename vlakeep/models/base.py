@@ -32,7 +32,7 @@ from vlakeep.data.sample import IGNORE_INDEX, Batch, Sample, SampleSpec
 from vlakeep.data.statistics import unnormalise
 from vlakeep.models import files
 from vlakeep.models.entrance import Entrance
-from vlakeep.models.lean import compile_layers
+from vlakeep.models.lean import compile_layers, compile_problem
 from vlakeep.models.load import model_name
 from vlakeep.models.prefix import Prefix
 from vlakeep.models.quantised import identity
@@ -100,6 +100,7 @@ class Backbone(Entrance, ABC):
         self.norm_stats, self.checkpoint, self.unnorm_key = norm_stats, checkpoint, unnorm_key
         self.lora: Any = None  # what add_lora added: a LoraInfo
         self._weights_sha256: Optional[str] = None
+        self._first_sha256: Optional[str] = None
         self._merged: List[str] = []  # runs whose adapters were merged into the weights
 
     # Before the weights
@@ -201,9 +202,15 @@ class Backbone(Entrance, ABC):
     def name(self) -> str:
         return "+".join([model_name(self.checkpoint) if self.checkpoint else "unnamed", *self._merged])
 
-    def merged(self, runs: List[str], weights_sha256: str) -> None:
-        """Note that the weights are no longer those of the folder: adapters of these runs were merged in (models/chain.py)."""
-        self._merged, self._weights_sha256 = [*self._merged, *runs], weights_sha256
+    def merged(self, runs: List[str], weights_sha256: str, first_sha256: str) -> None:
+        """Note that the weights are no longer those of the folder, which have first_sha256: adapters of these runs were merged in
+        (models/chain.py)."""
+        self._merged, self._weights_sha256, self._first_sha256 = [*self._merged, *runs], weights_sha256, first_sha256
+
+    @property
+    def first_weights_sha256(self) -> str:
+        """weights_sha256 before any run was merged in."""
+        return self._first_sha256 or self.weights_sha256
 
     @property
     def weights_sha256(self) -> str:
@@ -239,8 +246,20 @@ class Backbone(Entrance, ABC):
         """Alike blocks of the vision towers, which --train.compile compiles beside the decoder layers."""
         return []
 
+    @classmethod
+    def compile_problem(cls) -> str:
+        """Why --train.compile is refused for this kind of model with these libraries; "" where it is not."""
+        return compile_problem()
+
+    @classmethod
+    def refuse_compiling(cls) -> None:
+        """ValueError with compile_problem."""
+        if problem := cls.compile_problem():
+            raise ValueError(f"--train.compile: {problem}; use --train.compile false, which trains alike at the usual speed")
+
     def compile_layers(self, **options) -> None:
-        """Compile decoder layers and vision blocks in place (models/lean.py). ValueError where torch is too old."""
+        """Compile decoder layers and vision blocks in place (models/lean.py). ValueError as refuse_compiling."""
+        self.refuse_compiling()
         compile_layers(self.decoder_layers, self.vision_blocks(), **options)
 
     def parallelised(self, distributed) -> Any:

@@ -9,12 +9,15 @@ compile_layers  torch.compile of decoder layers and vision blocks. What a layer'
 
 import functools
 import math
+import re
 from contextlib import nullcontext
 from typing import Any, Dict, List
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from vlakeep.core.provenance import library_versions
 
 ADAPTER = "default"
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -72,10 +75,21 @@ def make_lean(layers: Dict[str, nn.Module]) -> None:
             layer.__class__ = lean_class()
 
 
+def too_old(library: str, *needed: int) -> str:
+    """The installed version of a library when it is below major.minor `needed`, else ""."""
+    version = library_versions()[library] or "0"
+    found = tuple(int(part) for part in re.findall(r"\d+", version)[:len(needed)])
+    return version if found < needed else ""
+
+
+def compile_problem() -> str:
+    """Why no layer can be compiled here; "" where they can."""
+    version = too_old("torch", 2, 5)
+    return f"torch {version} compiles each of the alike layers anew: it needs 2.5 or newer" if version else ""
+
+
 def compile_layers(decoder_layers, blocks, backend: Any = "inductor", fullgraph: bool = False) -> None:
-    """Compile these layers in place. blocks: those of vision towers. ValueError where torch cannot share code between layers."""
-    if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 5):
-        raise ValueError(f"--train.compile: needs torch 2.5 or newer, this is {torch.__version__}; use --train.compile false")
+    """Compile these layers in place. blocks: those of vision towers."""
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 32)  # kinds of passes, of one layer's code
     made: Dict[type, Any] = {}
     for layer in [*decoder_layers, *blocks]:

@@ -16,6 +16,7 @@ from torch import nn
 from vlakeep.core.errors import CheckpointError
 from vlakeep.data.sample import Batch, SampleSpec
 from vlakeep.models.base import Backbone, LossOutput, Prefix, loss_output
+from vlakeep.models.lean import too_old
 from vlakeep.models.load import DTYPES
 from vlakeep.models.workload import Workload
 from vlakeep.openvla import format as checkpoint_format
@@ -124,6 +125,14 @@ class OpenVLABackbone(Backbone):
 
     def vision_blocks(self) -> List[nn.Module]:
         return [block for vit in self.openvla.vision_backbone.children() for block in vit.blocks[:-1]]  # the last one is not run
+
+    @classmethod
+    def compile_problem(cls) -> str:
+        """Its decoder layers are those of transformers."""
+        version = too_old("transformers", 5)
+        return super().compile_problem() or (
+            f"decoder layers of transformers {version} are not compiled without breaks of the graph, which costs the time that is to be "
+            "gained: they need 5 or newer" if version else "")
 
     @property
     def hidden_size(self) -> int:
