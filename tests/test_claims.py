@@ -92,6 +92,15 @@ def test_where_every_pair_agrees_the_interval_has_still_a_width():
     assert found.se == pytest.approx(math.sqrt(1 / 202 * 201 / 202 / 200)) and found.low < 0 < found.high
 
 
+def test_where_each_block_agrees_within_itself_a_difference_has_still_a_p():
+    """Always better in one task and never in the other; and a state's mean over tasks, which is no whole number."""
+    for blocks in ({"one": np.ones((3, 8)), "two": np.zeros((3, 8))}, {"one": np.full((3, 16), 0.5)}):
+        found = inference.estimate(blocks, 200, 2)
+        assert found.mean == 0.5 and found.se == pytest.approx(math.sqrt(1 / 50 * 49 / 50 / 48))
+        assert 0 < found.superior() < 0.05 and found.low < 0.5 < found.high
+    assert inference.estimate({"one": np.array([[1.0, 0.0], [0.0, 1.0]])}, 200, 1).se > 0.2, "where trials differ, their spread"
+
+
 def test_draws_are_the_same_for_all_settings_and_for_every_call():
     first = np.random.default_rng(1).random((4, 6))
     one, two = inference.sample({"skill:a": first}, 50), inference.sample({"skill:a": first + 0.25}, 50)
@@ -370,3 +379,7 @@ def test_every_table_of_the_paper_comes_from_the_records_or_is_told_as_missing(t
     assert next(option for option in STUDY.own if option.name == "--paper").choices == paper.NAMES
     with pytest.raises(ConfigError, match="--paper T3: the records of this study do not hold it"):
         paper.write(cells, records, rule, "T3", tmp_path)
+    (tmp_path / "T6" / "mine.txt").write_text("kept")
+    with pytest.raises(ValueError, match="T6 holds files of something else .mine.txt"):
+        paper.write(cells, records, rule, "all", tmp_path)
+    assert (tmp_path / "T6" / "mine.txt").read_text() == "kept"

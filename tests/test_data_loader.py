@@ -215,6 +215,16 @@ def test_the_actions_are_scaled_by_the_statistics_that_the_configuration_names(r
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+def test_decoding_in_processes_leaves_random_numbers_to_the_training(stream):
+    """Dropout draws from them: a resumed run starts its processes behind the state that it has restored."""
+    made = stream(workers=1, processes=True)
+    torch.manual_seed(3)
+    wanted = torch.get_rng_state()
+    next(made)
+    assert torch.equal(torch.get_rng_state(), wanted)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 def test_decoding_in_processes_changes_nothing_and_goes_on_from_any_point(stream):
     plain = stream(image_aug=True)
     wanted = [next(plain) for _ in range(9)]

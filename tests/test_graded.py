@@ -3,8 +3,10 @@ laws of the framework for this method."""
 
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import forked
 import pytest
@@ -21,13 +23,16 @@ from vlakeep.hsw import graded
 from vlakeep.hsw.graded import GradedInput, GradedSite
 from vlakeep.methods import graded as graded_method
 from vlakeep.methods import graded_offline
+from vlakeep.methods.graded import Graded
 from vlakeep.models.adapters import adapters_disabled, attach_lora, select_linears, target_modules
 from vlakeep.models.load import make_backbone
+from vlakeep.offline import run_offline
 from vlakeep.openvla.prompts import encode_prompts
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.teacher import artifact, coverage
 from vlakeep.teacher.answers import Answered, divergence, run_below, split_log_probabilities, teacher_answers
 from vlakeep.teacher.collect import token_moments, with_own_answers
+from vlakeep.teacher.folder import ArtifactError
 from vlakeep.teacher.spectrum import Spectrum, gains, spectrum
 from vlakeep.thermostat import loop
 from vlakeep.thermostat.kl_sensor import KLSensor, batched
@@ -578,3 +583,28 @@ def test_the_sensitivity_leaves_no_gradients_of_weights(student, world):
     parts = run_below(backbone, graded_offline.answered_samples(backbone, samples, 2), 4)
     assert all(value > 0 for value in graded_offline.output_sensitivity(backbone, parts, 4, linears).values())
     assert all(p.grad is None for p in backbone.parameters())
+
+
+def test_what_is_kept_of_the_first_base_is_of_its_weights(world, graded_folder, monkeypatch):
+    """gains.of_first: the artefact before any run was merged in, which `vlakeep offline` makes so too."""
+    storage, make_config = world
+    config = make_config(GRADED, "--gains.of_first", "true", "--gains.name", "of_first", "--train.from_run", "nobody")
+    folder = shutil.copytree(graded_folder, storage.artifacts / "of_first")
+    backbone = make_backbone("tabletop-base")
+    first = backbone.weights_sha256
+    backbone.merged(["one"], "0" * 64, first)
+    assert backbone.name == "tabletop-base+one" and backbone.first_weights_sha256 == first != backbone.weights_sha256
+    assert Graded.prepare(config, storage, backbone)[1]["artifact"]
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({**meta, "weights_sha256": "1" * 64}))
+    with pytest.raises(ArtifactError, match="made for other base weights"):
+        Graded.prepare(config, storage, backbone)
+    told = SimpleNamespace(offline=lambda config, storage, backbone: backbone.name)
+    monkeypatch.setattr("vlakeep.offline.method_class", lambda name: told)
+    assert run_offline(config, storage) == "tabletop-base"
+
+
+def test_data_that_are_not_there_do_not_hide_an_artefact_that_does_not_fit(world, graded_folder):
+    storage, make_config = world
+    with pytest.raises(ValueError, match=r"(?s)no_such_data.*made for another number of probe items \(48, this run has 40\)"):
+        run_training(make_config(GRADED, "--name", "twice-wrong", "--data.datasets", "[no_such_data]", "--probe.size", 40), storage)

@@ -5,7 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from vlakeep.core.config import Config
+from vlakeep.core.storage import Storage
 from vlakeep.data.sample import Sample
+from vlakeep.probe.extend import extend
 from vlakeep.probe.probe_set import ProbeError, ProbeSet, write_probe
 
 SAMPLES = [Sample(np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8), f"what is {i}?\u2028 ü",
@@ -105,3 +108,13 @@ def test_malformed_input_is_refused(tmp_path):
             write_probe(tmp_path / "p", samples, kinds)
     with pytest.raises(ValueError, match="of one size"):
         write_probe(tmp_path / "p", [SAMPLES[0], Sample(np.zeros((4, 4, 3), np.uint8), "x")], ["a", "b"])
+
+
+def test_a_probe_that_gets_frames_is_not_written_over(tmp_path):
+    config = Config(root=str(tmp_path))
+    config.probe.name = "mine"
+    write_probe(tmp_path / "probe" / "mine", SAMPLES, KINDS)
+    before = ProbeSet(tmp_path / "probe" / "mine").sha256
+    with pytest.raises(ValueError, match="--to mine: is the probe that frames are added to"):
+        extend(config, Storage.from_config(config), "mine", 4)
+    assert ProbeSet(tmp_path / "probe" / "mine").sha256 == before

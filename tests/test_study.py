@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from test_layout import REPO
 from vlakeep import cli, study
 from vlakeep.core import study as study_cells
 from vlakeep.core.config import ConfigError, load_config
+from vlakeep.core.errors import install_extra
 from vlakeep.core.schema import find_config
 from vlakeep.core.stages import EVALUATE, TRAIN
 from vlakeep.core.study import BEGUN, DONE, OPEN, OTHER, TRAINED, named, read_study, said, share
@@ -312,6 +314,21 @@ def test_a_stream_trains_each_task_on_the_run_before(world, tmp_path):
     assert len((made.folder() / "streams.csv").read_text().splitlines()) == 1 + 2 * 8
 
 
+def test_frames_of_a_task_in_a_stream_are_of_the_sets_that_it_is_trained_on(tmp_path):
+    """Whoever names them: the task, the settings, a word in place of a list."""
+    def added(settings, tasks):
+        file = write(tmp_path / "sets.yaml", name="sets", settings=settings, tasks=tasks, seeds=[1], rates=[2e-3],
+                     stream=["one", "two", "three"], arms={"more": {"config": "configs/method_graded.yaml"}})
+        return [dict(cell.added).get("data.datasets") for cell in read_study(file)]
+
+    tasks = {name: {"data.datasets": [f"tabletop_{name}"], "evaluate.new_skill": "corner"} for name in ("one", "two", "three")}
+    assert added({}, tasks) == [None, ["tabletop_one"], ["tabletop_one", "tabletop_two"]]
+    words = {name: {**own, "data.datasets": f"[tabletop_{name}]"} for name, own in tasks.items()}
+    assert added({}, words) == [None, ["tabletop_one"], ["tabletop_one", "tabletop_two"]]
+    alike = {name: {"evaluate.new_skill": "corner"} for name in tasks}
+    assert added({"data.datasets": ["tabletop_all"]}, alike) == [None, ["tabletop_all"], ["tabletop_all"]]
+
+
 def test_a_task_whose_run_before_failed_is_not_begun(tmp_path):
     made = study.open_study(write(tmp_path / "one.yaml", **STREAM, arms={"plain": {"config": "configs/baseline_lora.yaml"}}),
                             ["--root", str(tmp_path / "root")])
@@ -370,7 +387,7 @@ def test_resources_are_numbers_where_they_are_and_a_missing_library_is_told(tmp_
         schedulers.scheduler("local", tmp_path, tmp_path, ["num_gpus=1"])
     assert schedulers.scheduler("local", tmp_path, tmp_path, []) is None
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match="--scheduler needs the package ray: pip install 'vlakeep.ray.'"):
+    with pytest.raises(ConfigError, match="--scheduler needs the package ray: " + re.escape(install_extra("ray"))):
         schedulers.scheduler("ray", tmp_path, tmp_path, [])
 
 

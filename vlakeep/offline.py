@@ -2,7 +2,7 @@
 
     vlakeep offline --config configs/method_icsm_hsw_thermostat.yaml [--gpus 8]
 
-reads:  the base checkpoint, with train.from_run the adapter of that run; probe_root_dir/<probe.name>
+reads:  the base checkpoint, with train.from_run (and no gains.of_first) the adapter of that run; probe_root_dir/<probe.name>
 writes: a folder below artifact_dir, which the method names: icms_<backbone> or graded_<backbone>
 """
 
@@ -31,7 +31,7 @@ def run_offline(config: Config, storage: Storage) -> Path:
         folder = None
         if method.divides_offline or job.is_main:
             backbone = make_backbone(config.backbone, job.device, storage.cache).eval()
-            merge_chain(backbone, chain_to(config.train.from_run, storage))
+            merge_chain(backbone, None if config.gains.of_first else chain_to(config.train.from_run, storage))
             folder = method.offline(config, storage, backbone)
         return Path(job.broadcast(str(folder)))
 

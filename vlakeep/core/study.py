@@ -217,8 +217,8 @@ def _stream(tree: Dict[str, Any], cells: List[Cell]) -> List[Cell]:
         learned: List[str] = []
         for position, task in enumerate(order):
             cell = by_chain[arm, rate, seed, task]
-            own = dict(cell.pairs)
-            bases, sets, added = own.pop("bases", BASES[0]), list(own.get("data.datasets") or []), {}
+            own, added = dict(cell.pairs), {}
+            bases = own.pop("bases", BASES[0])
             config = replace(cell, pairs=tuple(own.items())).config()
             if before is not None and arm != BASE:
                 own["train.from_run"] = before.name
@@ -234,7 +234,7 @@ def _stream(tree: Dict[str, Any], cells: List[Cell]) -> List[Cell]:
                            bases=bases, added=tuple(added.items()))
             found.append(cell)
             before = cell
-            learned += sets
+            learned += [name for name in config.data.datasets if name not in learned]
     return found
 
 

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader
 
 from vlakeep.data.augment import augment, draw
@@ -121,8 +122,9 @@ class BatchStream:
         for dataset in self.datasets:
             dataset.close_all()  # each process opens files of its own
         jobs = (self._keys(mine + k * self._world) for k in itertools.count())
+        # A generator of its own: without one the seed of the workers is drawn from the training's random numbers, such as dropout's.
         return iter(DataLoader(_Made(self._make), batch_size=None, sampler=_Endless(jobs), num_workers=self._workers,
-                               prefetch_factor=_AHEAD, multiprocessing_context="fork"))
+                               prefetch_factor=_AHEAD, multiprocessing_context="fork", generator=torch.Generator()))
 
     def __iter__(self) -> "BatchStream":
         return self

@@ -16,7 +16,6 @@ reads: artifact_dir/graded_<backbone>/ and the probe; the teacher's answers to t
 start of training.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Callable, Dict, Optional
 
@@ -28,6 +27,7 @@ from vlakeep.core.storage import Storage
 from vlakeep.methods import costs, graded_offline
 from vlakeep.methods.graded import Graded
 from vlakeep.models.adapters import adapters_disabled
+from vlakeep.models.lean import autocast
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.teacher.answers import Answered, run_below, teacher_answers
 from vlakeep.thermostat.kl_sensor import KLSensor, batched
@@ -39,7 +39,6 @@ LIGHTEST, HEAVIEST = 1e-3, 10.0
 # The divergence falls about as 1 / w^2 while the update is small; the exponent of the law in units of 1 / w.
 STEEPNESS = 0.5
 MOVES = ("nothing", "opening", "weight")
-AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -158,8 +157,7 @@ class Distillation(Graded):
         number = self._micro_batch * world + rank  # of the micro-batch among those of all processes
         self._micro_batch += 1
         rows_B = self._practice.draw(self._options.items, (self._config.seed, self._step, number))
-        dtype = AUTOCAST.get(self._config.train.autocast)
-        with torch.autocast(self._practice.device.type, dtype) if dtype else nullcontext():
+        with autocast(self._config.train.autocast, self._practice.device):
             return self._weight * self._practice.divergence_of(rows_B).mean()
 
 

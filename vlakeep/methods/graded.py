@@ -51,7 +51,7 @@ class Graded(Method):
     @classmethod
     def artifact_folder(cls, config: Config, storage: Storage, backbone_name: str, weights_sha256: Optional[str] = None) -> Path:
         if config.gains.of_first:
-            backbone_name, weights_sha256 = backbone_name.partition("+")[0], None
+            backbone_name = backbone_name.partition("+")[0]
         return graded_offline.artifact_folder(config, storage, backbone_name, weights_sha256)
 
     @classmethod
@@ -70,8 +70,8 @@ class Graded(Method):
         if not cls.needs_offline(config):
             return cls(config, None, None), {}
         probe = ProbeSet(storage.probe_folder(config.probe.name))
-        folder = cls.artifact_folder(config, storage, backbone.name, backbone.weights_sha256)
-        weights = None if config.gains.of_first else backbone.weights_sha256
+        weights = backbone.first_weights_sha256 if config.gains.of_first else backbone.weights_sha256
+        folder = cls.artifact_folder(config, storage, backbone.name, weights)
         problems = cls.artifact_problems(config, folder, weights, probe.sha256, backbone.num_layers)
         problems += recorded_problems(folder, load_artifact(folder).meta, backbone.recorded())
         if problems:

@@ -54,7 +54,7 @@ def deciding(config: Config) -> dict:
 
 def split_items(items: List[int], kinds: List[str], holdout: float) -> Tuple[List[int], List[int]]:
     """(items of the spectrum, items of the sensor), both ascending. Of every kind of prompt its share goes to the sensor, evenly spaced,
-    and at least HELD_LEAST, but never more than half of the kind. kinds: of the items."""
+    and at least HELD_LEAST, but for that never more than half of the kind. kinds: of the items."""
     held = set()
     for kind in sorted(set(kinds)):
         own = [item for item, its in zip(items, kinds) if its == kind]
@@ -75,7 +75,7 @@ def item_weights(config: Config, kinds: List[str], largest: float = LARGEST) -> 
 
 
 def sensor_weights(config: Config, kinds: List[str]) -> torch.Tensor:
-    """item_weights of the items that the sensor measures: none is more than SHARE_LARGEST of them all."""
+    """item_weights of the items that the sensor measures: none is more than SHARE_LARGEST of them all, before scaling."""
     return item_weights(config, kinds, min(LARGEST, max(1.0, SHARE_LARGEST * len(kinds))))
 
 

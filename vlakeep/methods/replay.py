@@ -10,7 +10,7 @@ reads: data_root_dir/<set> for every name in --options.datasets
 """
 
 import zlib
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,8 +20,8 @@ from vlakeep.core.config import Config
 from vlakeep.core.parallel import Distributed
 from vlakeep.core.storage import Storage
 from vlakeep.data.loader import make_stream
-from vlakeep.methods.distillation import AUTOCAST
 from vlakeep.methods.measured import Measured
+from vlakeep.models.lean import autocast
 
 
 @dataclass
@@ -83,9 +83,8 @@ class Replay(Measured):
     def penalty(self):
         if not self._options.weight:
             return None
-        dtype = AUTOCAST.get(self._config.train.autocast)
         device = self._backbone.device
-        with torch.autocast(device.type, dtype) if dtype else nullcontext():
+        with autocast(self._config.train.autocast, device):
             return self._options.weight * self._backbone(self._batch().to(device)).loss
 
     def detach(self) -> None:

@@ -163,6 +163,6 @@ def merge_chain(backbone, chain: Optional[Chain]) -> None:
     for name, tensor in merged_tensors(backbone.checkpoint, chain):
         backbone.network.get_parameter(backbone.tensor_name(name)).copy_(tensor)
         lines[name] = _line(lines[name], tensor)
-    backbone.merged(chain.names, hash_of(lines))
+    backbone.merged(chain.names, hash_of(lines), chain.base_weights)
     for link in chain.links:
         backbone.norm_stats = {**backbone.norm_stats, **read_action_statistics(link.folder)}

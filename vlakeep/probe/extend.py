@@ -13,6 +13,7 @@ import sys
 from typing import List
 
 from vlakeep.core.config import Config
+from vlakeep.core.errors import quoted
 from vlakeep.core.log import log
 from vlakeep.core.options import read
 from vlakeep.core.stages import PROBE_ADD
@@ -24,7 +25,9 @@ from vlakeep.probe.probe_set import ProbeSet, evenly, write_probe
 
 
 def extend(config: Config, storage: Storage, to: str, frames: int) -> int:
-    """Write the probe `to`; returns its number of items. ValueError where a set has fewer than `frames` frames."""
+    """Write the probe `to`; returns its number of items. ValueError for the probe itself, and where a set has too few frames."""
+    if to == config.probe.name:
+        raise ValueError(f"--to {quoted(to)}: is the probe that frames are added to, --probe.name, and it would be lost; give another one")
     probe = ProbeSet(storage.probe_folder(config.probe.name))
     items = probe.spread(config.probe.size)
     samples, kinds = probe.samples(items), probe.kinds(items)

@@ -6,8 +6,8 @@ same draw serves all settings, so that joint statements are of one draw. The sta
 sqrt(S / (S - 1)), and intervals and tests are Student's t with S - 1 degrees of freedom, S the number of seeds: percentiles of five
 clusters are too narrow (Cameron, Gelbach and Miller 2008).
 
-**Where all trials agree** no bootstrap has a spread. The standard error is never below that of a difference in one more pair of N than
-was seen (the rule of succession).
+**Where all trials of each block agree** no bootstrap has a spread. The standard error is then that of a difference in one more pair of N
+than was seen (the rule of succession).
 
 **Tests.** Non-inferiority: one-sided, of a loss of at least the margin. Superiority: two-sided, and none on the wrong side. A claim that
 needs both has the larger p (intersection-union, Berger 1982), and over the rivals p is adjusted by Holm (1979).
@@ -81,7 +81,7 @@ def estimate(blocks: Blocks, draws: int, tasks: int, binary: bool = True) -> Opt
         return Estimate(mean, None, None, None, seeds, tasks, trials)
     se = float(np.std(sample(blocks, draws), ddof=1)) * math.sqrt(seeds / (seeds - 1))
     if binary:
-        moved = sum(float(np.nansum(np.abs(block - np.round(mean)))) for block in blocks.values())
+        moved = sum(float(np.nansum(np.abs(block - np.nanmedian(block)))) for block in blocks.values())
         share = (moved + 1) / (trials + 2)
         se = max(se, math.sqrt(share * (1 - share) / trials)) if moved < 1 else se
     half = t_quantile(seeds - 1, LEVEL) * se

@@ -101,10 +101,13 @@ def _named(name: str, found: Sequence[Any], which: str):
 
 def write(cells: Sequence[Cell], records: Sequence[Dict[str, Any]], rule: Rule, name: str, out: Path) -> List[Path]:
     """The files of a table (md, csv, tex) or figure (png, svg), each in a folder of its name below `out`; ConfigError where the records do
-    not hold it. `all`: those that they hold."""
+    not hold it, ValueError where such a folder holds files of something else. `all`: those that they hold."""
+    wanted = list(MADE) if name == "all" else [name]
+    for one in wanted:
+        report.refuse_foreign(out / one, [f"{one}.{ending}" for ending in ("md", "csv", "tex", "png", "svg")])
     judged = claims.judge(cells, records, rule)
     written = []
-    for one in (MADE if name == "all" else [name]):
+    for one in wanted:
         made = MADE[one](judged)
         if made is None:
             if name == "all":

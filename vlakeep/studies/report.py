@@ -9,7 +9,7 @@ made again from its own folder.
 import statistics
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Collection, Dict, List, Optional, Sequence
 
 from tqdm import tqdm
 
@@ -33,10 +33,7 @@ OURS = {"index.html", "report.md", "records.jsonl", "tables", "figures"}
 
 def build(cells: Sequence[Cell], records: Sequence[Dict[str, Any]], rule: Rule, out: Path, commands: Sequence[str] = ()) -> Path:
     """Write the report to the folder `out`; returns its index.html. ValueError when `out` holds files of something else."""
-    foreign = {entry.name for entry in out.iterdir()} - OURS if out.is_dir() else set()
-    if foreign or (out.exists() and not out.is_dir()):
-        raise ValueError(f"{out} holds files of something else ({', '.join(sorted(foreign)[:5]) or 'it is a file'}): give an empty folder "
-                         "with --out")
+    refuse_foreign(out, OURS)
     judged = claims.judge(cells, records, rule)
     drawings, tables = figures(judged), tables_of(cells, judged)
     with atomic_dir(out) as folder:
@@ -55,6 +52,14 @@ def build(cells: Sequence[Cell], records: Sequence[Dict[str, Any]], rule: Rule, 
         (folder / "report.md").write_text("\n\n".join(text.rstrip("\n") for text in texts) + "\n", encoding="utf-8")
         (folder / "index.html").write_text(page(cells, judged, drawings, tables, title, commands), encoding="utf-8")
     return out / "index.html"
+
+
+def refuse_foreign(out: Path, ours: Collection[str]) -> None:
+    """ValueError when `out`, which is about to be replaced, holds files of something else than `ours`."""
+    foreign = {entry.name for entry in out.iterdir()} - set(ours) if out.is_dir() else set()
+    if foreign or (out.exists() and not out.is_dir()):
+        raise ValueError(f"{out} holds files of something else ({', '.join(sorted(foreign)[:5]) or 'it is a file'}): give an empty folder "
+                         "with --out")
 
 
 def write_table(table: Table, folder: Path) -> None:

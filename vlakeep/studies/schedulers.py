@@ -13,10 +13,12 @@ import os
 import subprocess
 import sys
 import threading
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Dict, List, Sequence
 
 from vlakeep.core.config import ConfigError
+from vlakeep.core.errors import install_extra
 
 NAMES = ("local", "slurm", "ray")
 PASSED = ("VLAKEEP_ROOT", "VLAKEEP_DEBUG", "PYTHONPATH", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "HF_HOME", "HF_ENDPOINT")
@@ -133,9 +135,9 @@ class Ray(_Scheduler):
 
 def _library(name: str, extra: str):
     try:
-        return __import__(name)
+        return import_module(name)
     except ModuleNotFoundError:
-        raise ConfigError(f"--scheduler needs the package {name}: pip install 'vlakeep[{extra}]'") from None
+        raise ConfigError(f"--scheduler needs the package {name}: {install_extra(extra)}") from None
 
 
 def scheduler(name: str, root, folder: Path, words: Sequence[str]):
