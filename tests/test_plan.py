@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
+from conftest import save_config
 
 from vlakeep import cli, plan
 from vlakeep.core.compat import import_bitsandbytes
@@ -213,6 +214,10 @@ def test_weights_that_fill_a_card_are_quantised_by_its_profile_in_every_stage(ca
         assert config.backbone.quantisation == "none"
     _, config = read(cli.STAGES["train"], [*own, "--train.sharding", "fsdp"])
     assert (config.backbone.quantisation, config.train.sharding) == ("none", "fsdp")
+    shared = load_config(FROZEN, ["--train.sharding", "fsdp"])
+    save_config(shared, tmp_path / "shared.yaml")
+    _, config = read(cli.STAGES["train"], ["--config", str(tmp_path / "shared.yaml"), *own[2:]])
+    assert config.backbone.quantisation == "none" and not config.problems(), "a file may say so too"
 
 
 def test_a_base_that_cards_share_takes_its_share_and_the_layers_at_work(seven_b):

@@ -149,6 +149,7 @@ def quantisation_choice(config: Config, model: Model, card: Hardware, fixed: Seq
     """4 bits where the weights leave no room on the card; nothing where they do, where the user has said how they lie, or where such a base
     is refused. It follows from model and card alone, since all stages of a run have to agree on it."""
     allowed = card.device == "cuda" and config.backbone.quantisation == "none" and config.train.from_run is None
+    allowed = allowed and config.train.sharding == "none"
     if not allowed or "all-linear" in config.lora.modules or {"backbone.quantisation", "train.sharding"} & set(fixed):
         return []
     weights = Planner(config, model, card).weights / GIB
