@@ -106,6 +106,8 @@ def test_draws_are_the_same_for_all_settings_and_for_every_call():
     one, two = inference.sample({"skill:a": first}, 50), inference.sample({"skill:a": first + 0.25}, 50)
     np.testing.assert_allclose(two - one, 0.25)
     np.testing.assert_array_equal(one, inference.sample({"skill:a": first}, 50))
+    crashed = inference.sample({"skill:a": np.array([[1.0, np.nan], [1.0, np.nan]])}, 50)
+    np.testing.assert_array_equal(crashed, 1.0, "a draw of crashes alone tells nothing")
 
 
 def test_tests_are_those_of_students_t():

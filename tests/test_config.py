@@ -104,6 +104,13 @@ def test_ranges(key, good, bad):
             load_config(None, [f"--{key}", str(value)])
 
 
+def test_processes_that_would_not_be_started_are_refused():
+    for words in (["--data.workers", "0"], ["--data.workers", "2", "--data.source", "official", "--backbone.openvla_dir", "x"]):
+        with pytest.raises(ConfigError, match="--data.processes True: must be false with --data.source official.* without --data.workers"):
+            load_config(None, ["--data.processes", "true", *words])
+    assert load_config(None, ["--data.processes", "true", "--data.workers", "2"]).data.processes
+
+
 def test_defaults_are_sound_and_every_key_is_known():
     assert Config().problems() == []
     flat = [key for key in known_keys() if not dataclasses.is_dataclass(_value(Config(), key))]

@@ -608,3 +608,16 @@ def test_data_that_are_not_there_do_not_hide_an_artefact_that_does_not_fit(world
     storage, make_config = world
     with pytest.raises(ValueError, match=r"(?s)no_such_data.*made for another number of probe items \(48, this run has 40\)"):
         run_training(make_config(GRADED, "--name", "twice-wrong", "--data.datasets", "[no_such_data]", "--probe.size", 40), storage)
+
+
+def test_both_sensors_of_the_loop_are_given_the_types_of_training(world, graded_folder, monkeypatch):
+    storage, make_config = world
+    given = []
+    monkeypatch.setattr(graded_method, "KLSensor", lambda *args, **named: given.append((*args, *named.values())))
+    for name in ("run_below", "teacher_answers"):
+        monkeypatch.setattr(graded_method, name, lambda *args: None)
+    backbone = make_backbone("tabletop-base")
+    method, _ = Graded.prepare(make_config(GRADED, "--train.autocast", "bfloat16"), storage, backbone)
+    attach_lora(backbone, target_modules(backbone, "7", ["attention"]), 2, 2.0)
+    method._make_sensors(backbone)
+    assert [one[-1] for one in given] == ["bfloat16", "bfloat16"]

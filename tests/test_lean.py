@@ -1,5 +1,7 @@
 """LoRA linears without conversions, and compiled layers (models/lean.py)."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn.utils import parametrize
@@ -13,11 +15,13 @@ from vlakeep.hsw.transform import Gains
 from vlakeep.methods.baseline import Baseline
 from vlakeep.models import adapters, lean
 from vlakeep.models.adapters import adapter_state, add_lora
-from vlakeep.models.lean import autocast, lean_class
+from vlakeep.models.lean import autocast, converting, lean_class
 from vlakeep.models.load import make_backbone
 from vlakeep.openvla.backbone import OpenVLABackbone
 from vlakeep.pi0_fast.backbone import Pi0FastBackbone
 from vlakeep.teacher.spectrum import spectrum
+from vlakeep.thermostat.kl_sensor import KLSensor
+from vlakeep.thermostat.thermometer import Thermometer
 from vlakeep.train import make_optimizer, run_training, train_step
 
 LORA = LoraConfig(rank=4, alpha=8, layers="last:2")
@@ -170,3 +174,25 @@ def test_a_training_that_cannot_be_compiled_ends_before_any_weight_is_read(monke
         run_training(config, Storage.from_config(config))
     with pytest.raises(ValueError, match="--train.compile: decoder layers of transformers 4.40.1"):
         OpenVLABackbone.compile_layers(object.__new__(OpenVLABackbone))
+
+
+@pytest.mark.parametrize("kind", ["none", "bfloat16"])
+def test_a_measurement_is_in_the_types_of_training(kind):
+    """Of both sensors: a divergence of weights in other types than those that act is not theirs."""
+    seen, here = [], torch.device("cpu")
+
+    def run_layers(*given, **named):
+        seen.append(converting(torch.zeros(1)))
+        raise EOFError
+
+    backbone = SimpleNamespace(training=True, eval=lambda: None, train=lambda training: None, device=here, run_layers=run_layers,
+                               decoder_layers=torch.nn.ModuleList([torch.nn.Identity()]))
+    prefix = SimpleNamespace(rows=lambda rows: prefix, trimmed=lambda: prefix, to=lambda device: prefix, hidden_BSD=torch.zeros(1, 2, 3))
+    for sensor, own, measure in ((KLSensor, {"_count": 1, "_measured": 1}, lambda one: one.per_item()),
+                                 (Thermometer, {"_seed": 0, "_draw": 1, "_mask_NS": torch.ones(1, 2), "_layers": [0]},
+                                  lambda one: one.measure(0))):
+        made_one = object.__new__(sensor)
+        made_one.__dict__.update(_backbone=backbone, _autocast=kind, _prefix=prefix, _first=0, **own)
+        with pytest.raises(EOFError):
+            measure(made_one)
+    assert seen == [kind != "none"] * 2

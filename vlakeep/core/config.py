@@ -78,8 +78,8 @@ class DataConfig:
     shuffle_buffer: int = least(100_000)
     # Threads that decode images ahead of the training step; 0 decodes in the step. The order of the samples is the same.
     workers: int = from_zero(0)
-    # The workers are processes and not threads, which on a GPU hold up the step that they decode for (docs/log.md). On Linux; not for
-    # --data.source official, which has its own.
+    # The workers are processes and not threads, which on a GPU hold up the step that they decode for (docs/log.md). On Linux; with
+    # data.workers alone, and not for --data.source official, which has its own.
     processes: bool = False
     # The official pipeline's augmentation: random crop to 90 % of the area, brightness, contrast, saturation, hue.
     image_aug: bool = False

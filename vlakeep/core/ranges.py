@@ -101,6 +101,8 @@ def _between(config, need: Callable[[Any, str, str], None]) -> None:
         need(attrgetter(key)(config) == "native" or config.backbone.openvla_dir, "backbone.openvla_dir",
              f"the folder of an OpenVLA checkout with --{key} official")
     need(config.data.source == "native" or config.data.statistics is None, "data.statistics", "null with --data.source official")
+    need(not config.data.processes or (config.data.source == "native" and config.data.workers > 0), "data.processes",
+         "false with --data.source official, which has its own, and without --data.workers, which says how many")
     need(config.lora.dtype == "float32" or config.backbone.dtype != "float16", "lora.dtype",
          "float32 with --backbone.dtype float16: updates of float16 adapters are rounded away, and their gradients cannot be unscaled")
     need(config.backbone.quantisation == "none" or config.train.from_run is None, "backbone.quantisation",

@@ -217,7 +217,8 @@ def _stream(tree: Dict[str, Any], cells: List[Cell]) -> List[Cell]:
         learned: List[str] = []
         for position, task in enumerate(order):
             cell = by_chain[arm, rate, seed, task]
-            own, added = dict(cell.pairs), {}
+            own = dict(cell.pairs)
+            added: Dict[str, Any] = {}
             bases = own.pop("bases", BASES[0])
             config = replace(cell, pairs=tuple(own.items())).config()
             if before is not None and arm != BASE:
