@@ -618,6 +618,6 @@ def test_both_sensors_of_the_loop_are_given_the_types_of_training(world, graded_
         monkeypatch.setattr(graded_method, name, lambda *args: None)
     backbone = make_backbone("tabletop-base")
     method, _ = Graded.prepare(make_config(GRADED, "--train.autocast", "bfloat16"), storage, backbone)
-    attach_lora(backbone, target_modules(backbone, "7", ["attention"]), 2, 2.0)
+    attach_lora(backbone, target_modules(backbone, "last:1", ["attention"]), 2, 2.0)
     method._make_sensors(backbone)
     assert [one[-1] for one in given] == ["bfloat16", "bfloat16"]

@@ -185,9 +185,10 @@ def test_a_measurement_is_in_the_types_of_training(kind):
         seen.append(converting(torch.zeros(1)))
         raise EOFError
 
-    backbone = SimpleNamespace(training=True, eval=lambda: None, train=lambda training: None, device=here, run_layers=run_layers,
-                               decoder_layers=torch.nn.ModuleList([torch.nn.Identity()]))
-    prefix = SimpleNamespace(rows=lambda rows: prefix, trimmed=lambda: prefix, to=lambda device: prefix, hidden_BSD=torch.zeros(1, 2, 3))
+    backbone = SimpleNamespace(training=True, eval=lambda: None, train=lambda training: None, device=here, num_layers=1,
+                               run_layers=run_layers, decoder_layers=torch.nn.ModuleList([torch.nn.Identity()]))
+    prefix = SimpleNamespace(rows=lambda rows: prefix, trimmed=lambda: prefix, to=lambda device: prefix, with_hidden=None,
+                             hidden_BSD=torch.zeros(1, 2, 3))
     for sensor, own, measure in ((KLSensor, {"_count": 1, "_measured": 1}, lambda one: one.per_item()),
                                  (Thermometer, {"_seed": 0, "_draw": 1, "_mask_NS": torch.ones(1, 2), "_layers": [0]},
                                   lambda one: one.measure(0))):
