@@ -16,7 +16,7 @@ from vlakeep.core.study import Cell
 from vlakeep.reporting.intervals import t_quantile
 from vlakeep.studies import claims, front, inference, paper, power, report, streams
 from vlakeep.studies.data import Data, Setting
-from vlakeep.studies.records import read_records
+from vlakeep.studies.records import rate_of, read_records
 from vlakeep.studies.rule import Rule, choose, families_of, read_rule
 
 
@@ -385,3 +385,14 @@ def test_every_table_of_the_paper_comes_from_the_records_or_is_told_as_missing(t
     with pytest.raises(ValueError, match="T6 holds files of something else .mine.txt"):
         paper.write(cells, records, rule, "all", tmp_path)
     assert (tmp_path / "T6" / "mine.txt").read_text() == "kept"
+
+
+def test_ties_go_to_the_lower_rate_crashes_are_no_trials_and_a_paired_test_has_a_seed_less():
+    low, high = Setting("plain", 1e-3), Setting("plain", 2e-3)
+    data = Data([made("plain", "t", one.rate, seed, "11", "10") for one in (high, low) for seed in (1, 2)])
+    for own_best in (False, True):
+        assert choose(Rule("plain", "plain", choose=[1]), {"plain": [high, low]}, data, own_best)["plain"].setting == low
+    assert [rate_of({"outcomes": one}) for one in ("1x0", "x1x", "xx")] == [0.5, 1.0, 0.0]
+    pairs = [0.1, 0.2, 0.4]
+    t = np.mean(pairs) / (np.std(pairs, ddof=1) / math.sqrt(3))
+    assert streams._paired(pairs) == pytest.approx(1 - t / math.sqrt(2 + t * t)), "the closed form of two degrees of freedom"
