@@ -197,3 +197,15 @@ def test_a_measurement_is_in_the_types_of_training(kind):
         with pytest.raises(EOFError):
             measure(made_one)
     assert seen == [kind != "none"] * 2
+
+
+@torch.no_grad()
+def test_a_measurement_in_half_precision_scales_the_update():
+    layer = next(iter(made(dtype=torch.bfloat16).adapted_linears().values()))
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    x = torch.randn(5, a.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
+    with autocast("bfloat16", torch.device("cpu")):
+        update = layer(x).float() - layer.base_layer(x).float()
+    assert layer.scaling["default"] == 2.0
+    wanted = 2.0 * x.float() @ a.float().T @ b.float().T
+    assert float((update - wanted).norm() / wanted.norm()) < 0.2
