@@ -14,7 +14,7 @@ from vlakeep.core.config import ConfigError
 from vlakeep.core.stages import STUDY
 from vlakeep.core.study import Cell
 from vlakeep.reporting.intervals import t_quantile
-from vlakeep.studies import claims, front, inference, paper, power, report, streams
+from vlakeep.studies import claims, figures, front, inference, paper, power, report, streams
 from vlakeep.studies.data import Data, Setting
 from vlakeep.studies.records import rate_of, read_records
 from vlakeep.studies.rule import Rule, choose, families_of, read_rule
@@ -306,6 +306,24 @@ def test_a_report_of_the_first_few_cells_says_what_is_not_known_yet(tmp_path):
     cells = cells_of(whole((1, 11)))
     text = report.build(cells, records, Rule("ours", "plain", choose=[1], draws=200), tmp_path / "report").read_text()
     assert "ours and plain have no seed in common yet" in text and "without records on the choosing seeds: ours" in text
+
+
+def test_the_way_of_a_family_goes_over_the_checkpoints_of_its_chosen_setting():
+    def stop(step, seed, new, old):
+        return {**made(f"early_{step}", "t", 1e-3, seed, new, old), "of": {"arm": "ours", "at": step}}
+
+    records = [made("base", "t", 0.0, 0, "0000", "1111")]
+    for seed in (1, 11, 12):
+        records += [{**made("ours", "t", 1e-3, seed, "1110", "1100"), "curves": {"step": [10, 400]}},
+                    made("plain", "t", 1e-3, seed, "1110", "1000"), stop(200, seed, "1110", "1110"), stop(100, seed, "1000", "1111"),
+                    {**made("soft_0.5", "t", 1e-3, seed, "1000", "1000"), "of": {"arm": "ours", "alpha": 0.5}},
+                    {**made("early_300", "t", 2e-3, seed, "1111", "0000"), "of": {"arm": "ours", "at": 300}}]
+    cells = cells_of(records, {"early_100": "ours", "early_200": "ours"})
+    judged = claims.judge(cells, records, Rule("ours", "plain", choose=[1], draws=200))
+    assert judged.choices["ours"].setting.arm == "early_200", "of equal success what keeps more"
+    assert figures._way(judged, "ours") == [(0, 0.0, 1.0), (100, 0.25, 1.0), (200, 0.75, 0.75), (400, 0.75, 0.5)]
+    assert figures._way(judged, "plain") == [] and judged.data.stops(Setting("ours", 1e-3)) == judged.data.stops(Setting("early_100", 1e-3))
+    assert "steps" in [figure.name for figure in figures.figures(judged)]
 
 
 def test_ratios_of_time_are_of_one_machine():

@@ -290,5 +290,7 @@ def test_what_is_missing_is_said_with_the_command_that_makes_it(run, world):
     with pytest.raises(FileExistsError, match="was not made by a closing pass"):
         run_export(make_config(*arm, "--export.close_to", 0.25, "--export.overwrite", True), storage)
     assert not storage.run_folder("open-closed-0.5").exists() and not storage.run_folder("open-closed-0.001").exists()
+    with pytest.raises(ConfigError, match="--closed-only needs --export.close_to"):
+        run_export(config, storage, closed_only=True)
     with pytest.raises(ConfigError, match="export.close_to -1.0: must be greater than 0"):
         load_config(BASELINE, ["--export.close_to", "-1"])

@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import os
 import re
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +21,7 @@ from vlakeep.core.config import ConfigError, load_config
 from vlakeep.core.errors import install_extra
 from vlakeep.core.schema import find_config
 from vlakeep.core.stages import EVALUATE, TRAIN
-from vlakeep.core.study import BEGUN, DONE, OPEN, OTHER, TRAINED, named, read_study, said, share
+from vlakeep.core.study import BEGUN, DONE, OPEN, OTHER, READY, TRAINED, named, read_study, said, share
 from vlakeep.studies import again, records, schedulers, tables
 
 TINY = {"lora.layers": "last:1", "train.steps": 2, "train.save_every": 1, "train.batch_size": 2, "evaluate.skills": ["reach", "corner"],
@@ -104,9 +106,10 @@ def test_shipped_studies_are_sound_and_headed_by_their_launch_line(file):
     assert f"vlakeep study studies/{file.name}" in file.read_text() and cells[0].group == file.stem
     arms = yaml.safe_load(file.read_text())["arms"]
     for name, own in arms.items():  # configurations that ship are tested by themselves: what an arm adds, and once what the study adds
-        assert find_config(own["config"])
+        assert "of" in own or find_config(own["config"])
         if set(own) - {"config", "rates", "family", "bases"} or name == "plain":
-            assert next(cell for cell in cells if cell.arm == name).config()
+            cell = next(cell for cell in cells if name in (cell.arm, cell.declared))
+            assert study_cells.checkpoint_problem(cell, cell.config()) is None
 
 
 def test_a_failed_cell_is_told_and_the_rest_goes_on(tmp_path, capsys):
@@ -160,7 +163,7 @@ def test_a_study_that_was_killed_gives_the_table_of_one_that_was_not(world, tmp_
     in elsewhere gives the same tables."""
     whole, killed = small(world, tmp_path, "whole"), small(world, tmp_path, "killed")
     study.show_plan(whole)
-    assert "2 of 2 cells to do, 2 steps of training" in capsys.readouterr().out
+    assert "2 of 2 cells to do, 1 trainings of 2 steps" in capsys.readouterr().out
     part = tmp_path / "part.jsonl"
     assert study.run_study(whole, 1, run_here(whole), export=part) == {}
     base, first = killed.cells
@@ -214,6 +217,152 @@ def test_a_study_that_was_killed_gives_the_table_of_one_that_was_not(world, tmp_
     assert far.states()[far.cells[1]].kind == OTHER
     with pytest.raises(ConfigError, match="decay-corner-lr0.002-s1: train.weight_decay: 10.0 -> 0.5"):
         study.take_in(far, [str(part)])
+
+
+# Arms that are made of another
+
+
+PLAIN = {"config": "configs/baseline_lora.yaml"}
+MADE = {"plain": PLAIN, "soft": {"of": "plain", "alphas": [0.5, 0.25], "modules": ["q_proj"], "rates": [1e-3]},
+        "shut": {"of": "plain", "close_to": [0.01]}, "early": {"of": "plain", "at": [100], "family": "plain"}}
+
+
+def test_an_arm_that_is_made_of_another_has_a_cell_for_each_value_and_run(tmp_path):
+    cells = read_study(write(tmp_path / "one.yaml", arms=MADE, seeds=[1], settings={"train.save_every": 100, "train.keep_last": 3}))
+    assert [(cell.cell, cell.family) for cell in cells[2:]] == [
+        ("soft_0.5-corner-lr0.001-s1", "soft"), ("soft_0.25-corner-lr0.001-s1", "soft"), ("shut_0.01-corner-lr0.001-s1", "shut"),
+        ("shut_0.01-corner-lr0.002-s1", "shut"), ("early_100-corner-lr0.001-s1", "plain"), ("early_100-corner-lr0.002-s1", "plain")]
+    plain, soft, shut, early = cells[0], cells[2], cells[4], cells[6]
+    run = "small/plain-corner-lr0.001-s1"
+    assert [cell.target for cell in (soft, shut, early)] == [
+        f"{run}-alpha-0.5-q_proj", f"{run}-closed-0.01", f"{run}/checkpoints/step_000100"]
+    assert soft.of == {"arm": "plain", "alpha": 0.5, "modules": ["q_proj"]} and early.of == {"arm": "plain", "at": 100}
+    assert plain.of is None and {cell.run for cell in (plain, soft, shut, early)} == {run}
+    assert (early.config().train.lr, early.config().name) == (1e-3, early.name)
+    stages = [[words[0] for words in shut.commands(kind)] for kind in (OPEN, BEGUN, READY, TRAINED, DONE, OTHER)]
+    assert stages == [["train", "export", "evaluate"]] * 2 + [["export", "evaluate"], ["evaluate"], [], []]
+    assert [words[0] for words in early.commands(READY)] == ["evaluate"] and "--train.resume" in soft.commands(BEGUN)[0]
+    assert soft.commands(OPEN)[0] == plain.commands(OPEN)[0], "the run is that of the other arm, word for word"
+    for words in (*soft.commands(READY), *shut.commands(READY), *early.commands(READY)):
+        study.split(cli.STAGES[words[0]], words[1:])
+    assert soft.commands(TRAINED)[0][-2:] == ["--as", soft.name]
+    assert [len(share(cells, part, 2)) for part in (1, 2)] == [5, 3], "what is made of a run stays with it"
+    assert [cell.arm for cell in named(cells, arms=["soft", "early_100"], rates=[1e-3])] == ["soft_0.5", "soft_0.25", "early_100"]
+    assert again.drawn(cells, 1, 3) in [[cell] for cell in cells]
+
+
+@pytest.mark.parametrize("own, words", [
+    ({"of": "plain"}, "`arms.x` needs one of alphas, close_to, at"),
+    ({"of": "plain", "alphas": [0.5], "at": [1]}, "`arms.x` needs one of"),
+    ({"of": "plain", "at": [0.5]}, "`at` must be a list of different whole numbers above 0"),
+    ({"of": "plain", "alphas": [0.5, 0.5]}, "`alphas` must be a list of different numbers above 0"),
+    ({"of": "plain", "alphas": [0.5], "train.steps": 3}, "an arm that is made of another takes of, alphas"),
+    ({"of": "plain", "close_to": [0.5], "modules": ["q_proj"]}, "`modules` must be a list of linears"),
+    ({"of": "plane", "alphas": [0.5]}, "`of: plane` is no arm of the study that is trained"),
+    ({"of": "y", "alphas": [0.5]}, "`of: y` is no arm of the study that is trained"),
+    ({"of": "plain", "alphas": [0.5], "rates": [3e-3]}, "`arms.x`: plain has no rate 0.003"),
+])
+def test_mistakes_of_an_arm_that_is_made_of_another_are_told(tmp_path, own, words):
+    with pytest.raises(ConfigError) as caught:
+        read_study(write(tmp_path / "wrong.yaml", arms={"plain": PLAIN, "y": {"of": "plain", "alphas": [0.5]}, "x": own}))
+    assert words in str(caught.value)
+
+
+def test_a_checkpoint_that_the_run_will_not_keep_is_told(tmp_path):
+    settings = {"train.steps": 400, "train.save_every": 100, "train.keep_last": 3}
+    for at, keep, told in (([200, 300], 3, ""), ([100], 3, "`at: 100`: the run keeps checkpoints of the steps 200, 300, 400"),
+                           ([150], 9, "the steps 100, 200, 300, 400"), ([400], 1, "")):
+        file = write(tmp_path / "one.yaml", settings={**settings, "train.keep_last": keep},
+                     arms={"plain": PLAIN, "x": {"of": "plain", "at": at}})
+        try:
+            study.open_study(file, ["--root", str(tmp_path)])
+            found = ""
+        except ConfigError as error:
+            found = str(error)
+        assert bool(found) == bool(told) and told in found
+
+
+def test_cells_are_made_of_a_run_that_is_trained_once(world, tmp_path):
+    """Alone each trains the run that it is made of; made anew when that run is another; a sibling's failure holds none back; and their
+    records say what they are made of."""
+    storage, _ = world
+    settings = {**dict(zip([word[2:] for word in SMALL[::2]], [yaml.safe_load(word) for word in SMALL[1::2]])), **TINY}
+    arms = {**MADE, "soft": {"of": "plain", "alphas": [0.5]}, "shut": {"of": "plain", "close_to": [0.4, 0.5]},
+            "early": {"of": "plain", "at": [1], "family": "plain"}}
+    made = study.open_study(write(tmp_path / "made.yaml", name="made", settings=settings, seeds=[1], rates=[2e-3], arms=arms),
+                            ["--root", str(storage.root)])
+    plain, soft, never, shut, early = made.cells
+    called, by_name = [], {cell.cell: cell for cell in made.cells}
+
+    def counted(words):
+        called.append(words[0])
+        return call(words)
+
+    assert study.run_cell(made, soft, counted) == 0 and called == ["train", "interpolate", "evaluate"]
+    assert {cell.cell: state.kind for cell, state in made.states().items()} == {
+        plain.cell: TRAINED, soft.cell: DONE, never.cell: READY, shut.cell: READY, early.cell: TRAINED}
+    graded = study.artefacts(made)[storage.artifacts / "graded_tabletop-base"]
+    assert (graded.cells, graded.words[-2:]) == ([never, shut], ["--method", "graded"])
+
+    def run(words, log_file):
+        if words[0] != "study":
+            return counted(words)
+        return 2 if words[3] == never.cell else study.run_cell(made, by_name[words[3]], counted)
+
+    called.clear()
+    assert list(study.run_study(made, 1, run)) == [never.cell], "what stands behind it in the chain was run"
+    assert "train" not in called and called.count("export") == 1
+    found = {record["cell"]: record for record in made.records()}
+    assert [found[cell.cell].get("of", {}).get("arm") for cell in (plain, soft, shut, early)] == [None, "plain", "plain", "plain"]
+    kl = json.loads((storage.run_folder(shut.target) / "closing.json").read_text())["kl_after"]
+    assert (found[shut.cell]["probe_kl"], found[shut.cell]["curves"]) == (kl, {"step": []})
+    assert found[early.cell]["curves"]["step"] == [1]
+    assert len({found[cell.cell]["weights"] for cell in (plain, soft, early)}) == 3
+    assert found[early.cell]["seconds"]["train"] <= found[plain.cell]["seconds"]["train"] == found[soft.cell]["seconds"]["train"]
+    assert not list(storage.run_folder(shut.target).glob("merged-*")), "nothing is merged"
+    assert records.differences(found[soft.cell], made.configs[soft], soft.of) == []
+    other = records.differences(found[soft.cell], made.configs[soft], {"arm": "plain", "alpha": 0.25})
+    assert len(other) == 1 and other[0].startswith("of: {'arm': 'plain'")
+
+    # The adapter is one of another run of the same name: it counts for nothing.
+    record = storage.run_folder(soft.target) / "interpolation.json"
+    record.write_text(record.read_text().replace('"adapter_sha256": "', '"adapter_sha256": "0'))
+    assert study.look(soft, made.configs[soft], made.storage).kind == READY
+
+
+def test_the_driver_of_a_borrowed_machine_runs_parts_and_cleans_up(tmp_path):
+    """With an interpreter that writes its words down in place of vlakeep."""
+    fake = tmp_path / "python"
+    fake.write_text(f"""#!/usr/bin/env bash
+shift 2
+echo "$VLAKEEP_ROOT $*" >>{tmp_path}/calls
+while [ $# -gt 0 ]; do [ "$1" != --export ] || echo "{{}}" >"$2"; shift; done
+[ ! -f {tmp_path}/bad ]
+""")
+    fake.chmod(0o755)
+    out, script = tmp_path / "out", REPO / "scripts" / "run_studies.sh"
+    base = {key: value for key, value in os.environ.items() if key not in ("VLAKEEP_ROOT", "TAKE", "WORKERS", "DATA")}
+    environment = {**base, "PYTHON": str(fake), "TMPDIR": str(tmp_path), "WORKERS": "3"}
+
+    def driver(*words, **more):
+        (tmp_path / "calls").unlink(missing_ok=True)
+        done = subprocess.run(["bash", str(script), *words], env={**environment, **more}, capture_output=True, text=True)
+        calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+        return done, [line.split(" ", 1) for line in calls]
+
+    done, calls = driver("100", str(out), "a.yaml --seeds 1,2", "b.yaml", TAKE="old.jsonl")
+    assert done.returncode == 0 and "1 records in" in done.stdout, done.stderr
+    assert [words.split()[0] for _, words in calls[:3]] == ["tabletop-data"] * 3
+    assert [words for _, words in calls[3::2]] == ["study a.yaml --import old.jsonl", "study b.yaml --import old.jsonl"]
+    assert re.fullmatch(r"study a.yaml --seeds 1,2 --workers 3 --seconds \d+ --export .*/out/part1.jsonl", calls[4][1])
+    assert {path.name for path in out.iterdir()} == {"log.txt", "part1.jsonl", "part2.jsonl"}
+    roots = {root for root, _ in calls}
+    assert len(roots) == 1 and not Path(roots.pop()).exists(), "the folder that was made is gone"
+    (tmp_path / "own").mkdir()
+    (tmp_path / "bad").touch()
+    done, calls = driver("100", str(out), "a.yaml", DATA="0", VLAKEEP_ROOT=str(tmp_path / "own"))
+    assert done.returncode == 1 and len(calls) == 1 and (tmp_path / "own").is_dir()
+    assert driver("0", str(out), "a.yaml", DATA="0")[1] == [] and driver("100")[0].returncode == 2
 
 
 def record(**changed):
@@ -294,7 +443,7 @@ def test_a_stream_trains_each_task_on_the_run_before(world, tmp_path):
     config = made.configs[second]
     assert (config.train.from_run, config.probe.name, config.probe.size) == (first.name, "tabletop+tabletop_corner", 48 + 6)
     assert [words[0] for words in second.commands(OPEN)] == ["offline", "train", "evaluate"] and first.commands(OPEN)[0][0] == "train"
-    assert list(study.artefacts(made)[storage.artifacts / "graded_tabletop-base"]) == [first, *made.cells[4:]]
+    assert list(study.artefacts(made)[storage.artifacts / "graded_tabletop-base"].cells) == [first, *made.cells[4:]]
     assert study.share(made.cells, 3, 4) == [first, second], "what belongs together stays together"
 
     cells = run_here(made)
@@ -370,8 +519,9 @@ def test_what_is_missing_is_told_with_its_remedy(tmp_path):
     made = study.open_study(write(tmp_path / "one.yaml"), ["--root", str(tmp_path / "root")])
     lines = "\n".join(study.missing(made, made.cells))
     assert "tabletop_corner" in lines and "vlakeep tabletop-data" in lines
+    assert "\nprobe: " in lines, "of an arm behind the first too"
     folder = next(iter(study.artefacts(made)))
-    assert folder.name == "graded_tabletop-base" and [cell.arm for cell in study.artefacts(made)[folder]] == ["gpm", "gpm"]
+    assert folder.name == "graded_tabletop-base" and [cell.arm for cell in study.artefacts(made)[folder].cells] == ["gpm", "gpm"]
     assert json.dumps(load_config(None).train.lr) and Path(folder).parent == made.storage.artifacts
 
 

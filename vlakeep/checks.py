@@ -11,7 +11,7 @@ from typing import List, Optional, Tuple
 
 from vlakeep.benchmarks.base import NEVER, REPLAY, REQUIRED, Benchmark
 from vlakeep.core.checkpoint import broken, check_base
-from vlakeep.core.config import Config
+from vlakeep.core.config import Config, ProbeConfig
 from vlakeep.core.errors import CheckpointError, RunDirError, human_bytes, quoted
 from vlakeep.core.findings import GREEN, RED, YELLOW, Line
 from vlakeep.core.registry import method_class
@@ -220,7 +220,8 @@ def check_probe(config: Config, storage: Storage) -> Tuple[List[Line], Optional[
         probe.spread(config.probe.size)
     except (ValueError, OSError) as error:
         own = f"choose with --probe.name and --probe_root_dir (now {storage.probe})"
-        remedy = "vlakeep tabletop-data" if config.probe.name.startswith("tabletop") else own
+        other = "" if config.probe == ProbeConfig() else f" --probe.name {quoted(config.probe.name)} --probe.size {config.probe.size}"
+        remedy = f"vlakeep tabletop-data{other}" if config.probe.name.startswith("tabletop") else own
         return [Line(RED, "probe", str(error), remedy)], None
     return [Line(GREEN, "probe", f"{probe.folder}: {len(probe)} items, {config.probe.size} used")], probe.sha256
 

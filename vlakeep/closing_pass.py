@@ -164,12 +164,15 @@ def _write(backbone, checkpoint: Path, folder: Path, step: int, record: dict) ->
         save_adapter(backbone, temporary / "adapter")
         shutil.copyfile(checkpoint / "adapter" / "dataset_statistics.json", temporary / "adapter" / "dataset_statistics.json")
 
+    if (folder / "checkpoints").is_dir():
+        shutil.rmtree(folder / "checkpoints")
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / RECORD, "w") as file:  # first, so that what a kill leaves is known for ours
+        file.write(json.dumps(record, indent=1) + "\n")
     written = save_checkpoint(folder, step, {}, {"step": step, "base_weights": backbone.weights_sha256}, adapter, keep_last=1)
     for name in OF_THE_RUN:
         if (checkpoint.parents[1] / name).is_file():
             shutil.copyfile(checkpoint.parents[1] / name, folder / name)
-    with atomic_write(folder / RECORD, "w") as file:
-        file.write(json.dumps(record, indent=1) + "\n")
     return written
 
 

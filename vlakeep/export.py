@@ -21,7 +21,7 @@ import torch
 
 import vlakeep
 from vlakeep import closing_pass
-from vlakeep.core.config import BackboneConfig, Config
+from vlakeep.core.config import BackboneConfig, Config, ConfigError
 from vlakeep.core.errors import CheckpointError, human_bytes, quoted
 from vlakeep.core.log import log
 from vlakeep.core.names import run_name
@@ -117,8 +117,14 @@ def offline_command(argv: List[str]) -> str:
     return shlex.join(["vlakeep", "offline", *kept, "--method", "graded"])
 
 
-def run_export(config: Config, storage: Storage, command: str = "vlakeep offline --config ... --method graded") -> Path:
-    """Close the adapter if that is wanted, merge, check and return the folder. command: see offline_command; for messages."""
+def run_export(config: Config, storage: Storage, command: str = "vlakeep offline --config ... --method graded",
+               closed_only: bool = False) -> Path:
+    """Close the adapter if that is wanted, merge, check and return the folder; closed_only: that of the closed run, without a merge.
+
+    command: see offline_command; for messages.
+    """
+    if closed_only and config.export.close_to is None:
+        raise ConfigError("--closed-only needs --export.close_to, the budget in nats per answer token")
     set_threads(config.threads)
     target = config.export.target or config.name
     checkpoint = target_checkpoint(target, storage)
@@ -134,6 +140,9 @@ def run_export(config: Config, storage: Storage, command: str = "vlakeep offline
     closed = None if budget is None else closing_pass.free_folder(storage, run_name(run, storage), budget, config.export.overwrite)
     out = Path(config.export.folder) if config.export.folder else (closed or run) / f"merged-{checkpoint.name}"
     out = storage.guard_write(out, what="merged model")
+    if closed and closed_only:
+        closing_pass.close(config, storage, checkpoint, closed, command)
+        return told(closed, storage)
     if out.exists() and not config.export.overwrite:
         raise FileExistsError(f"{out} exists already; give another --export.folder, or replace it with --export.overwrite true")
     need_free(out.parent, 2 * sum(file.stat().st_size for file in weight_files(base)) if config.export.dtype == "float32"
@@ -147,7 +156,7 @@ def run_export(config: Config, storage: Storage, command: str = "vlakeep offline
     if closed:
         checkpoint, record["closing"] = closing_pass.close(config, storage, checkpoint, closed, command)
         record.update(run=run_name(closed, storage), adapter_sha256=load_manifest(checkpoint, base_sha256))
-        log.info(f"wrote {closed} (evaluate it with --evaluate.target {quoted(run_name(closed, storage))})")
+        told(closed, storage)
     with atomic_dir(out) as temporary:
         modules = merge_checkpoint(base, checkpoint / "adapter", Path(temporary), statistics, DTYPES.get(config.export.dtype),
                                    chain.adapters if chain else (), rounding(config))
@@ -165,6 +174,11 @@ def run_export(config: Config, storage: Storage, command: str = "vlakeep offline
     size = sum(file.stat().st_size for file in out.iterdir())
     log.info(f"wrote {out} ({human_bytes(size)}, {len(modules)} adapters merged)")
     return out
+
+
+def told(closed: Path, storage: Storage) -> Path:
+    log.info(f"wrote {closed} (evaluate it with --evaluate.target {quoted(run_name(closed, storage))})")
+    return closed
 
 
 def rounding(config: Config) -> Optional[Callable[[torch.Tensor], torch.Tensor]]:
@@ -196,8 +210,8 @@ def _judge_merged(found: dict, config: Config) -> None:
 
 
 def main(argv: List[str]) -> int:
-    _, config = read(EXPORT, argv)
-    run_export(config, Storage.from_config(config), offline_command(argv))
+    args, config = read(EXPORT, argv)
+    run_export(config, Storage.from_config(config), offline_command(argv), getattr(args, "closed-only"))
     return 0
 
 

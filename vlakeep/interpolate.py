@@ -9,8 +9,8 @@ WiSE-FT (Wortsman et al. 2022, Robust fine-tuning of zero-shot models, arXiv 210
 (arXiv 2512.08333). No model is loaded. The closing pass, `vlakeep export --export.close_to`, weakens by input direction instead.
 
 reads:  the adapter of the run's newest intact checkpoint
-writes: run_root_dir/<run>-alpha-<alpha>/: the adapter as a checkpoint, which is evaluated and exported as that of any run, and
-        interpolation.json
+writes: run_root_dir/<run>-alpha-<alpha>/, with --modules their names behind it: the adapter as a checkpoint, which is evaluated and
+        exported as that of any run, and interpolation.json
 """
 
 import json
@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from vlakeep.core.checkpoint import load_checkpoint, save_checkpoint
 from vlakeep.core.config import Config, ConfigError
+from vlakeep.core.derived import adapter_of
 from vlakeep.core.errors import quoted
 from vlakeep.core.log import log
 from vlakeep.core.names import interpolated_name, run_name
@@ -55,8 +56,8 @@ def run_interpolation(config: Config, storage: Storage, alphas: Sequence[float],
     checkpoint = target_checkpoint(config.export.target or config.name, storage)
     _, saved = load_checkpoint(checkpoint)
     source, run = checkpoint.absolute().parents[1], run_name(checkpoint.absolute().parents[1], storage)
-    state = load_file(str(checkpoint / "adapter" / WEIGHTS))
-    folders = {alpha: storage.run_folder(interpolated_name(run, alpha)) for alpha in alphas}
+    state, sha256 = load_file(str(checkpoint / "adapter" / WEIGHTS)), adapter_of(checkpoint)
+    folders = {alpha: storage.run_folder(interpolated_name(run, alpha, modules)) for alpha in alphas}
     for folder in folders.values():  # before anything is written
         if folder.exists() and not (folder / RECORD).is_file():
             raise FileExistsError(f"{folder} is there and is no interpolation: move it away")
@@ -74,7 +75,8 @@ def run_interpolation(config: Config, storage: Storage, alphas: Sequence[float],
             shutil.rmtree(folder)
         storage.guard_write(folder, what="run").mkdir(parents=True)
         with atomic_write(folder / RECORD, "w") as file:  # first, so that what a kill leaves is known for ours
-            file.write(json.dumps({"run": run, "checkpoint": checkpoint.name, "alpha": alpha, "modules": list(modules)}, indent=1) + "\n")
+            file.write(json.dumps({"run": run, "checkpoint": checkpoint.name, "adapter_sha256": sha256, "alpha": alpha,
+                                   "modules": list(modules)}, indent=1) + "\n")
         save_checkpoint(folder, saved["step"], {}, {"step": saved["step"], "base_weights": saved["base_weights"]}, adapter, keep_last=1)
         for name in OF_THE_RUN:
             if (source / name).is_file():

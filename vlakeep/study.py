@@ -37,7 +37,7 @@ from vlakeep.core.options import split
 from vlakeep.core.registry import method_class
 from vlakeep.core.stages import STUDY
 from vlakeep.core.storage import Storage, atomic_write, find_checkpoint
-from vlakeep.core.study import DONE, OPEN, OTHER, Cell, State, look, named, read_study, read_tree, share
+from vlakeep.core.study import BEGUN, DONE, OPEN, OTHER, Cell, State, checkpoint_problem, look, named, read_study, read_tree, share
 from vlakeep.models.load import model_name
 from vlakeep.studies import again, claims, paper, report, streams, tables
 from vlakeep.studies.records import differences, line_of, read_records, record_of, same, write_records
@@ -64,7 +64,7 @@ class Study(NamedTuple):
         state = look(cell, self.configs[cell], self.storage)
         if record is None or state.kind in (DONE, OTHER):
             return state
-        changed = differences(record, self.configs[cell])
+        changed = differences(record, self.configs[cell], cell.of)
         return State(OTHER, f"its record has {'; '.join(changed)}") if changed else State(DONE, record=record)
 
     def imported(self) -> Dict[str, Dict[str, Any]]:
@@ -88,6 +88,9 @@ def open_study(file: str, folders: Sequence[str], again: bool = False) -> Study:
     for cell in cells:
         try:
             configs[cell] = cell.config(folders)
+            problem = checkpoint_problem(cell, configs[cell])
+            if problem:
+                raise ConfigError(problem)
         except ConfigError as error:
             wrong.setdefault(str(error), cell.cell)
     if wrong:
@@ -95,14 +98,23 @@ def open_study(file: str, folders: Sequence[str], again: bool = False) -> Study:
     return Study(file, cells, configs, Storage.from_config(configs[cells[0]]), list(folders))
 
 
-def artefacts(study: Study) -> Dict[Path, List[Cell]]:
-    """Artefact's folder -> the cells that read it."""
-    found: Dict[Path, List[Cell]] = {}
+class Artefact(NamedTuple):
+    """The cells that read it, and the command that makes it."""
+
+    cells: List[Cell]
+    words: List[str]
+
+
+def artefacts(study: Study) -> Dict[Path, Artefact]:
+    """Artefact's folder -> who reads it. A closing pass reads that of method `graded`, beside the one that its run is trained with."""
+    found: Dict[Path, Artefact] = {}
     for cell, config in study.configs.items():
-        kind = method_class(config.method)
-        if kind.needs_offline(config) and not cell.makes_artefact:
+        own = [] if cell.makes_artefact or not method_class(config.method).needs_offline(config) else [config.method]
+        for method in dict.fromkeys([*own, *(["graded"] if cell.closes else [])]):
             base = model_name(find_checkpoint(config.backbone.checkpoint, study.storage.cache))
-            found.setdefault(kind.artifact_folder(config, study.storage, base), []).append(cell)
+            folder = method_class(method).artifact_folder(config, study.storage, base)
+            other = method if method != config.method else None
+            found.setdefault(folder, Artefact([], cell.offline(other))).cells.append(cell)
     return found
 
 
@@ -114,16 +126,22 @@ def probes(study: Study, cells: Sequence[Cell]) -> Dict[str, List[str]]:
 
 def missing(study: Study, cells: Sequence[Cell]) -> List[str]:
     """What these cells need and nobody makes for them, each with its remedy."""
-    lines, seen = [], set()
+    lines: List[str] = []
+    seen = set()
+
+    def first(*key) -> bool:
+        new = key not in seen
+        seen.add(key)
+        return new
+
     for cell in cells:
-        config = study.configs[cell]
-        data = (tuple(config.data.datasets), config.probe.name)
-        if data not in seen:
-            seen.add(data)
-            found = checks.check_data(config, study.storage)
-            if method_class(config.method).needs_offline(config) and not cell.added:
-                found += checks.check_probe(config, study.storage)[0]
-            lines += [f"{line.what}: {line.where}\n    {line.remedy}" for line in found if line.status == checks.RED]
+        config, found = study.configs[cell], []
+        if first("data", *config.data.datasets):
+            found += checks.check_data(config, study.storage)
+        reads = (method_class(config.method).needs_offline(config) or cell.closes) and not cell.added
+        if reads and first("probe", config.probe.name, config.probe.size):
+            found += checks.check_probe(config, study.storage)[0]
+        lines += [f"{line.what}: {line.where}\n    {line.remedy}" for line in found if line.status == checks.RED]
     return list(dict.fromkeys(lines))
 
 
@@ -137,25 +155,26 @@ def show_plan(study: Study) -> None:
     todo = [cell for cell in study.cells if states[cell].kind not in (DONE, OTHER)]
     for words in probes(study, todo).values():
         print(f"first    {command(*words, *study.folders)}")
-    for folder, cells in artefacts(study).items():
-        if not folder.is_dir() and any(cell in todo for cell in cells):
-            print(f"first    {command(*cells[0].offline(), *study.folders)}")
+    for folder, needed in artefacts(study).items():
+        if not folder.is_dir() and any(cell in todo for cell in needed.cells):
+            print(f"first    {command(*needed.words, *study.folders)}")
     for cell in study.cells:
         state = states[cell]
         print(f"{state.kind:8s} {cell.cell}" + (f": {state.why}" if state.why else ""))
         for words in cell.commands(state.kind):
-            print(f"             {command(*words, *study.folders)}")
-    steps = sum(study.configs[cell].train.steps for cell in todo if not cell.is_base)
+            if cell.source not in todo or words[0] not in ("offline", "train"):  # else the cell that it is made of shows them
+                print(f"             {command(*words, *study.folders)}")
+    runs = {cell.run: study.configs[cell].train.steps for cell in todo if not cell.is_base and states[cell].kind in (OPEN, BEGUN)}
     known = [spent for record in study.records() if (spent := took(record)) is not None]
     price = f", about {human(sum(known) / len(known) * len(todo))} on one worker as the {len(known)} done took" if known else ""
-    print(f"{len(todo)} of {len(study.cells)} cells to do, {steps} steps of training{price}")
+    print(f"{len(todo)} of {len(study.cells)} cells to do, {len(runs)} trainings of {sum(runs.values())} steps{price}")
     for line in missing(study, todo):
         print(f"MISSING {line}")
 
 
 def took(record: Dict[str, Any]) -> Optional[float]:
-    """Seconds of training and evaluation; None where one is not known."""
-    parts = [record["seconds"]["evaluate"], *([] if record["arm"] == "base" else [record["seconds"]["train"]])]
+    """Seconds of its own training and evaluation; None where one is not known."""
+    parts = [record["seconds"]["evaluate"], *([] if record["arm"] == "base" or "of" in record else [record["seconds"]["train"]])]
     return None if None in parts else sum(parts)
 
 
@@ -218,6 +237,21 @@ class Launcher:
                 process.terminate()
 
 
+def at_once(launcher, workers: int, calls: Sequence[Callable[[], int]]) -> List[int]:
+    """What the calls return, `workers` of them running side by side; when one raises, what the launcher runs is asked to end."""
+    with ThreadPoolExecutor(workers) as pool:
+        jobs = [pool.submit(call) for call in calls]
+        try:
+            for job in as_completed(jobs):
+                job.result()
+        except BaseException:
+            if hasattr(launcher, "stop"):
+                launcher.stop()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return [job.result() for job in jobs]
+
+
 def run_study(study: Study, workers: int, launch: Optional[Callable[[List[str], Path], int]] = None, most: Optional[float] = None,
               export: Optional[Path] = None) -> Dict[str, str]:
     """Run what is left; returns cell -> why it failed. Writes the tables.
@@ -235,13 +269,14 @@ def run_study(study: Study, workers: int, launch: Optional[Callable[[List[str], 
         if launcher([*words, *study.folders], logs / f"probe-{number}.log"):
             failed.update({cell.cell: f"its probe {name} could not be made, see {logs / f'probe-{number}.log'}" for cell in todo
                            if study.configs[cell].probe.name == name})
-    for number, (folder, cells) in enumerate(artefacts(study).items()):
-        waiting = [cell for cell in cells if cell in todo]
-        if not folder.is_dir() and waiting:
-            status = launcher([*cells[0].offline(), *study.folders], logs / f"offline-{number}.log")
-            if status:
-                why = _why(status, logs / f"offline-{number}.log")
-                failed.update({cell.cell: f"its artefact {folder.name} could not be made: {why}" for cell in waiting})
+    lacking = [(folder, needed, logs / f"offline-{number}.log") for number, (folder, needed) in enumerate(artefacts(study).items())
+               if not folder.is_dir() and any(cell in todo for cell in needed.cells)]
+    statuses = at_once(launcher, workers, [lambda words=needed.words, file=file: launcher([*words, *study.folders], file)
+                                           for _, needed, file in lacking])
+    for (folder, needed, file), status in zip(lacking, statuses):
+        if status:
+            failed.update({cell.cell: f"its artefact {folder.name} could not be made: {_why(status, file)}" for cell in needed.cells
+                           if cell in todo})
     started, ended = time.perf_counter(), 0
     queued = [cell for cell in todo if cell.cell not in failed]
     chains: Dict[Any, List[Cell]] = {}
@@ -269,22 +304,15 @@ def run_study(study: Study, workers: int, launch: Optional[Callable[[List[str], 
     def start(chain: List[Cell]) -> int:
         """Run cells one after the other; how many were not started."""
         for number, cell in enumerate(chain):
+            if cell.cell in failed:
+                continue
             if most is not None and time.perf_counter() - begun > most:
-                return len(chain) - number
+                return len([later for later in chain[number:] if later.cell not in failed])
             if not ran(cell, launcher(cell_words(study, cell), logs / f"{cell.cell}.log")):
-                failed.update({later.cell: f"the run before it failed: {cell.cell}" for later in chain[number + 1:]})
-                break
+                failed.update({later.cell: f"the run before it failed: {cell.cell}" for later in chain[number + 1:] if later.needs(cell)})
         return 0
 
-    with ThreadPoolExecutor(workers) as pool:
-        jobs = [pool.submit(start, chain) for chain in chains.values()]
-        try:
-            left_out = sum(job.result() for job in as_completed(jobs))
-        except BaseException:
-            if hasattr(launcher, "stop"):
-                launcher.stop()
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    left_out = sum(at_once(launcher, workers, [lambda chain=chain: start(chain) for chain in chains.values()]))
     if left_out:
         log.info(f"{left_out} cells were not started: {most:g} s were over; the same command goes on")
     if export:
@@ -322,7 +350,7 @@ def take_in(study: Study, files: Sequence[str]) -> str:
             if cell is None or record["study"] != cell.group:
                 foreign += 1
                 continue
-            lines = differences(record, study.configs[cell])
+            lines = differences(record, study.configs[cell], cell.of)
             lines += [f"{key} is not that of the record that is there" for key in same(found.get(cell.cell, record), record)]
             wrong += [f"{file}, {cell.cell}: {line}" for line in lines]
             found[cell.cell] = record

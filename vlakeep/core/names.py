@@ -9,7 +9,7 @@ ROOT/eval/<benchmark>/<cell> for the others; those are still found, and one that
 import glob
 import json
 from pathlib import Path
-from typing import List, Optional
+from typing import List, Optional, Sequence
 
 from vlakeep.core.storage import Storage
 
@@ -35,16 +35,18 @@ def closed_name(run: str, budget: float) -> str:
     return f"{run}-closed-{budget:g}"
 
 
-def interpolated_name(run: str, alpha: float) -> str:
-    """Name of the run whose adapter is that of another times alpha (interpolate.py)."""
-    return f"{run}-alpha-{alpha:g}"
+def interpolated_name(run: str, alpha: float, modules: Sequence[str] = ()) -> str:
+    """Name of the run whose adapter is that of another times alpha (interpolate.py), in these linears (none: all)."""
+    return f"{run}-alpha-{alpha:g}" + "".join(f"-{name}" for name in modules)
 
 
 def target_folder(target: str, storage: Storage) -> Path:
-    """Where the name of a run or a path leads. `group/cell` is a run where there is such a run, or nothing else of this path."""
+    """Where the name of a run, RUN/checkpoints/step_N of one, or a path leads. `group/cell` is a run where there is such a run, or nothing
+    else of this path."""
     if "/" not in target or (is_run_name(target) and ((storage.runs / target).is_dir() or not Path(target).exists())):
         return storage.run_folder(target)
-    return Path(target).absolute()
+    inside = storage.runs / target  # RUN/checkpoints/step_N
+    return inside if (inside / "manifest.json").is_file() and not Path(target).exists() else Path(target).absolute()
 
 
 def model_key(name: str, weights_sha256: str) -> str:

@@ -10,6 +10,7 @@
       base: {config: configs/baseline_lora.yaml}       # the model before training: one cell a task, without rate and seed
       plain: {config: configs/baseline_lora.yaml}
       gpm: {config: configs/rivals/gpm.yaml, options.energy: 0.99, rates: [2.0e-3], family: gpm}
+      wise_ft: {of: plain, alphas: [0.3, 0.6]}          # made of the runs of another arm (core/derived.py): no training of its own
     rule: {subject: graded, reference: plain, choose: [1, 2, 3]}    # studies/rule.py
     stream: [corner, path]            # tasks in this order, each trained on the run of the one before; or {order: [...], frames: 64}
 
@@ -34,11 +35,12 @@ import yaml
 
 from vlakeep.core.checkpoint import latest_intact, list_checkpoints
 from vlakeep.core.config import Config, ConfigError, load_config, to_dict
+from vlakeep.core.derived import Making, adapter_of, kept_steps, makings, mistakes, weights
 from vlakeep.core.names import find_evaluation
 from vlakeep.core.options import Stage
 from vlakeep.core.registry import method_class
 from vlakeep.core.rundir import config_differences, read_metrics
-from vlakeep.core.stages import EVALUATE, OFFLINE, PROBE_ADD, TRAIN
+from vlakeep.core.stages import EVALUATE, EXPORT, INTERPOLATE, OFFLINE, PROBE_ADD, TRAIN
 from vlakeep.core.storage import Storage
 
 KEYS: Dict[str, Any] = {"name": str, "settings": dict, "seeds": list, "rates": list, "tasks": dict, "arms": dict,
@@ -46,7 +48,8 @@ KEYS: Dict[str, Any] = {"name": str, "settings": dict, "seeds": list, "rates": l
 BASES = ("accumulated", "estimated", "kept")
 FRAMES = 64  # of each task that was learned, in the probe
 BASE = "base"  # the arm of this name is no run
-OPEN, BEGUN, TRAINED, DONE, OTHER = "open", "begun", "trained", "done", "other configuration"
+OPEN, BEGUN, READY, TRAINED, DONE, OTHER = "open", "begun", "ready", "trained", "done", "other configuration"
+STAGES = {"interpolate": INTERPOLATE, "export": EXPORT}
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,10 @@ class Cell:
     before: str = ""
     bases: str = ""
     added: Tuple[Tuple[str, Any], ...] = field(default=(), hash=False)
+    # Made of the run of another cell: of which, how, and by which arm of the file.
+    source: Optional["Cell"] = None
+    making: Optional[Making] = None
+    declared: str = ""
 
     @property
     def name(self) -> str:
@@ -79,6 +86,8 @@ class Cell:
     @property
     def chain(self) -> Tuple[Any, ...]:
         """What has to run one after the other, and on one machine."""
+        if self.source is not None:
+            return self.source.chain
         return (self.arm, self.rate, self.seed) if self.stream and not self.is_base else (self.cell,)
 
     @property
@@ -87,7 +96,27 @@ class Cell:
 
     @property
     def target(self) -> str:
+        if self.source is not None and self.making is not None:
+            return self.making.target(self.source.name)
         return BASE if self.is_base else self.name
+
+    @property
+    def run(self) -> str:
+        """The run that is trained for it."""
+        return self.source.name if self.source is not None else self.name
+
+    @property
+    def of(self) -> Optional[Dict[str, Any]]:
+        """What it is made of, for its record; None for a run of its own."""
+        return self.making.said(self.source.arm) if self.source is not None and self.making is not None else None
+
+    @property
+    def closes(self) -> bool:
+        return self.making is not None and self.making.how == "close_to"
+
+    def needs(self, other: "Cell") -> bool:
+        """Of two cells of one chain, the other before this one: whether this one is nothing without it."""
+        return bool(self.stream) or self.source == other
 
     def arguments(self, stage: Optional[Stage] = None, more: Sequence[Tuple[str, Any]] = ()) -> List[str]:
         """The command line of a stage after its name, or all keys. A stage refuses keys that it does not read."""
@@ -115,6 +144,13 @@ class Cell:
         """Command lines of `vlakeep` that are left to do, stage first."""
         train = ["train", *self.arguments(TRAIN, [("train.resume", True)] if state == BEGUN else [])]
         evaluate = ["evaluate", *self.arguments(EVALUATE, [("evaluate.target", self.target)])]
+        if self.source is not None and self.making is not None:
+            if state in (DONE, OTHER):
+                return []
+            run = [words for words in self.source.commands(state) if words[0] != "evaluate"] if state in (OPEN, BEGUN) else []
+            words = self.making.words(self.run) if state != TRAINED else []
+            made = [[words[0], *self.source.arguments(STAGES[words[0]]), *words[1:]]] if words else []
+            return [*run, *made, [*evaluate, "--as", self.name]]
         if self.is_base:
             return [[*evaluate, "--as", self.name]] if state == OPEN else []
         if state == OPEN and self.makes_artefact:
@@ -136,13 +172,14 @@ class Cell:
         arguments = self.arguments(PROBE_ADD)
         return ["probe-add", *arguments, *(word for key, value in self.added for word in (f"--{key}", said(value)))]
 
-    def offline(self) -> List[str]:
-        return ["offline", *self.arguments(OFFLINE)]
+    def offline(self, method: Optional[str] = None) -> List[str]:
+        """method: whose artefact it is; None: that of the cell's own."""
+        return ["offline", *self.arguments(OFFLINE, [("method", method)] if method else [])]
 
 
 class State(NamedTuple):
-    """kind: OPEN nothing is there, BEGUN training has, TRAINED only the evaluation is left, DONE, OTHER the run in the cell's folder is of
-    another configuration (`why`)."""
+    """kind: OPEN nothing is there, BEGUN training has, READY the run is there that its adapter is made of, TRAINED only the evaluation is
+    left, DONE, OTHER the run in the cell's folder is of another configuration (`why`)."""
 
     kind: str
     why: str = ""
@@ -183,6 +220,9 @@ def read_study(path, again: bool = False) -> List[Cell]:
     tree["name"] += "_again" if again else ""
     for arm, own in tree["arms"].items():
         own = dict(own or {})
+        if "of" in own:
+            cells += _made(arm, own, cells_of(cells, own["of"]))
+            continue
         config, rates = own.pop("config", None), own.pop("rates", tree.get("rates") or [None])
         family = own.pop("family", arm)
         for task, keys in tree["tasks"].items():
@@ -201,6 +241,20 @@ def read_study(path, again: bool = False) -> List[Cell]:
     if twice:
         raise ConfigError(f"{file}: two cells have the name {twice[0]}")
     return cells
+
+
+def cells_of(cells: Sequence[Cell], arm: str) -> List[Cell]:
+    return [cell for cell in cells if cell.arm == arm]
+
+
+def _made(arm: str, own: Dict[str, Any], sources: Sequence[Cell]) -> List[Cell]:
+    """The cells of an arm that is made of others: for every value one of each source."""
+    unknown = [rate for rate in own.get("rates") or [] if float(rate) not in {cell.rate for cell in sources}]
+    if unknown or not sources:
+        raise ConfigError(f"`arms.{arm}`: {own['of']} " + (f"has no rate {unknown[0]:g}" if unknown else f"must stand before {arm}"))
+    rates = {float(rate) for rate in own.get("rates") or []}
+    return [replace(source, arm=f"{arm}_{making.value:g}", family=str(own.get("family", arm)), source=source, making=making, declared=arm)
+            for making in makings(own) for source in sources if not rates or source.rate in rates]
 
 
 def _stream(tree: Dict[str, Any], cells: List[Cell]) -> List[Cell]:
@@ -263,6 +317,8 @@ def _mistakes(tree) -> List[str]:
     wrong += [f"`arms.{name}.bases` must be one of {', '.join(BASES)}" for name, own in tree["arms"].items()
               if isinstance(own, dict) and "bases" in own and (own["bases"] not in BASES or not order)]
     wrong += [f"`seeds`: {seed!r} is no whole number, 0 or above" for seed in tree["seeds"] if type(seed) is not int or seed < 0]
+    wrong += [line for name, own in tree["arms"].items() if isinstance(own, dict) and "of" in own
+              for line in mistakes(name, own, tree["arms"], bool(order))]
     rates = [rate for own in [tree, *(own for own in tree["arms"].values() if isinstance(own, dict))] for rate in own.get("rates") or []]
     wrong += [f"`rates`: {rate!r} is no number above 0 (YAML reads 1e-3 as a word: write 1.0e-3)" for rate in rates
               if isinstance(rate, bool) or not isinstance(rate, (int, float)) or rate <= 0]
@@ -271,6 +327,8 @@ def _mistakes(tree) -> List[str]:
 
 def look(cell: Cell, config: Config, storage: Storage) -> State:
     """How far a cell is, from its own files."""
+    if cell.source is not None:
+        return _look_made(cell, config, storage)
     if cell.is_base:
         folder = find_evaluation(storage, config.evaluate.benchmark, cell.name)
         return State(DONE, "", folder) if _evaluated(folder, None, config) else State(OPEN)
@@ -283,9 +341,34 @@ def look(cell: Cell, config: Config, storage: Storage) -> State:
     checkpoint = latest_intact(run) if list_checkpoints(run) else None
     if checkpoint is None or int(checkpoint.name.rpartition("_")[2]) < config.train.steps or _status(run) != "finished":
         return State(BEGUN if list_checkpoints(run) or read_rows(run) else OPEN)
-    weights = json.loads((checkpoint / "manifest.json").read_text())["files"]["adapter/adapter_model.safetensors"]["sha256"]
+    return _left(cell, config, storage, adapter_of(checkpoint))
+
+
+def _left(cell: Cell, config: Config, storage: Storage, adapter: Optional[str]) -> State:
     folder = find_evaluation(storage, config.evaluate.benchmark, cell.name)
-    return State(DONE, "", folder) if _evaluated(folder, weights, config) else State(TRAINED)
+    return State(DONE, "", folder) if adapter and _evaluated(folder, adapter, config) else State(TRAINED)
+
+
+def _look_made(cell: Cell, config: Config, storage: Storage) -> State:
+    """Of a cell that is made of another's run: that run, then the adapter, then its evaluation."""
+    assert cell.source is not None and cell.making is not None
+    source = look(cell.source, config, storage)
+    if source.kind not in (TRAINED, DONE):
+        return source
+    adapter = weights(cell.making, cell.run, storage)
+    if adapter is None and cell.making.how == "at":
+        return State(OTHER, f"{cell.run} has no checkpoint of step {cell.making.value}: it was trained with another train.save_every or "
+                     "train.keep_last")
+    return _left(cell, config, storage, adapter) if adapter else State(READY)
+
+
+def checkpoint_problem(cell: Cell, config: Config) -> Optional[str]:
+    """Where a cell is a checkpoint that its run will not have."""
+    kept = kept_steps(config.train)
+    if cell.making is None or cell.making.how != "at" or cell.making.value in kept:
+        return None
+    return (f"`at: {cell.making.value}`: the run keeps checkpoints of the steps {', '.join(map(str, kept))}; set `train.save_every` and "
+            "`train.keep_last`")
 
 
 def named(cells: Sequence[Cell], arms: Sequence[str] = (), tasks: Sequence[str] = (), rates: Sequence[float] = (),
@@ -294,10 +377,12 @@ def named(cells: Sequence[Cell], arms: Sequence[str] = (), tasks: Sequence[str] 
     found = list(cells)
     for what, wanted in (("arm", arms), ("task", tasks), ("rate", rates), ("seed", seeds)):
         have = {getattr(cell, what) for cell in cells if not (cell.is_base and what in ("rate", "seed"))}
+        have |= {cell.declared for cell in cells if what == "arm" and cell.declared}
         unknown = [one for one in wanted if one not in have]
         if unknown:
             raise ConfigError(f"--{what}s {unknown[0]}: the study has {', '.join(str(one) for one in sorted(have))}")
-        found = [cell for cell in found if not wanted or getattr(cell, what) in wanted or (cell.is_base and what in ("rate", "seed"))]
+        found = [cell for cell in found if not wanted or getattr(cell, what) in wanted or (what == "arm" and cell.declared in wanted)
+                 or (cell.is_base and what in ("rate", "seed"))]
     return found
 
 

@@ -131,7 +131,7 @@ def again_name(arm: Arm) -> str:
     """What the arm's run is called when it is made again."""
     closing, part = closing_of(arm), interpolation_of(arm)
     if part:
-        return interpolated_name(f"{part['run']}_again", part["alpha"])
+        return interpolated_name(f"{part['run']}_again", part["alpha"], part["modules"])
     return closed_name(f"{closing['run']}_again", closing["budget"]) if closing else f"{arm.run}_again"
 
 

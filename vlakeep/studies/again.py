@@ -13,9 +13,11 @@ COMPARED = ("weights", "trials", "action_kl", "probe_kl", "drift", "curves")
 
 
 def drawn(cells: Sequence[Cell], count: int, seed: Optional[int] = None) -> List[Cell]:
-    """`count` of the cells at random, in their order, each with those of its stream before it. seed: None draws others every time."""
+    """`count` of the cells at random, in their order, each with those of its stream before it; the run that one is made of is trained
+    with it. seed: None draws others every time."""
     chosen = random.Random(seed).sample(list(cells), min(count, len(cells)))
-    return [cell for cell in cells if any(cell.chain == one.chain and cell.position <= one.position for one in chosen)]
+    return [cell for cell in cells if any(cell == one or (cell.stream and cell.chain == one.chain and cell.position <= one.position)
+                                          for one in chosen)]
 
 
 def compared(first: Dict[str, Any], again: Dict[str, Any]) -> Dict[str, Any]:

@@ -48,6 +48,16 @@ class Data:
     def records(self, setting: Setting) -> List[Dict[str, Any]]:
         return [record for (own, _, _), record in self._records.items() if own == setting]
 
+    def stops(self, setting: Setting) -> List[Tuple[int, Setting]]:
+        """(step, setting) of the checkpoints on the way of a setting's runs, and of their end; of one that is a checkpoint, those of its
+        run. [] without any."""
+        own = next((record for record in self.records(setting)), {})
+        arm = own["of"]["arm"] if "at" in own.get("of", {}) else setting.arm
+        found = {one["of"]["at"]: key for (key, _, _), one in self._records.items()
+                 if "at" in one.get("of", {}) and (one["of"]["arm"], key.rate) == (arm, setting.rate)}
+        last = [max(step) for one in self.records(Setting(arm, setting.rate)) if (step := one["curves"].get("step"))]
+        return sorted([*found.items(), *([(max(last), Setting(arm, setting.rate))] if last else [])]) if found else []
+
     def abilities(self, measure: str) -> List[str]:
         """Names of the trials that make a measure, such as `skill:reach`; a name stands for itself."""
         names = {name for record in self._records.values() for name in record["trials"]}

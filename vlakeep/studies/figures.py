@@ -48,6 +48,13 @@ def figures(judged: Judged) -> List[Figure]:
             "A small mark is a setting, a line the front of a family over its settings; large marks are the settings that the rule chose, "
             "with 95 % intervals over training seeds. Up is more learned, right is more kept. Grey: the other families.",
             lambda figure, narrow: _front(figure, judged, style), (6.6, 5.0), (4.1, 4.4)))
+    ways = {family: way for family in highlighted(judged) if (way := _way(judged, family))}
+    if ways:
+        found.append(Figure(
+            "steps", "Success and retention over training", "Each line is a family's chosen rate from the base on, a mark a checkpoint "
+            "with its step: up is more learned, right is more kept. The large mark is the end of the runs; means over tasks and reported "
+            "seeds.",
+            lambda figure, narrow: _steps(figure, judged, style, ways), (6.6, 5.0), (4.1, 4.4)))
     abilities = _abilities(judged)
     if abilities and BASE in judged.values and style:
         height = 1.2 + len(abilities) * (0.2 + 0.13 * (len(style) - 1))
@@ -94,6 +101,38 @@ def _front(figure, judged: Judged, style: Style) -> None:
             named.append((kept.mean, new.mean))
             axes.annotate(family, (100 * kept.mean, 100 * new.mean), xytext=(4, 3), textcoords="offset points", fontsize=6.5, color=MUTED)
     axes.margins(0.08)
+    axes.set_xlabel("old abilities kept (%)  \u2192 keeps more")
+    axes.set_ylabel("success on the new task (%)  \u2192 learns more")
+    draw_legend(figure, axes)
+
+
+Way = List[Tuple[int, float, float]]  # step, new, kept
+
+
+def _way(judged: Judged, family: str) -> Way:
+    """Means over the reported seeds at the checkpoints of the chosen setting's runs, the base at step 0 before them; [] without any."""
+    def point(step: int, setting: Setting) -> Way:
+        new, kept = (judged.data.mean(setting, measure, judged.seeds) for measure in ("new", judged.rule.retention))
+        return [] if new is None or kept is None else [(step, new, kept)]
+
+    on_the_way = [one for step, setting in judged.data.stops(judged.choices[family].setting) for one in point(step, setting)]
+    return [*point(0, Setting(BASE, 0.0)), *on_the_way] if len(on_the_way) > 1 else []
+
+
+def _steps(figure, judged: Judged, style: Style, ways: Dict[str, Way]) -> None:
+    axes = figure.add_subplot()
+    for family, way in ways.items():
+        colour, _, marker = style[family]
+        steps, new, kept = np.array(way).T * np.array([[1], [100], [100]])
+        axes.plot(kept, new, color=colour, marker=marker, markersize=4, linewidth=1.2, zorder=3)
+        axes.plot(kept[-1:], new[-1:], color=colour, marker=marker, markersize=9, linestyle="none", markeredgecolor=PAPER, label=family,
+                  zorder=4)
+        shown: List[Tuple[float, float]] = []  # numbers on one another are read by nobody
+        for step, x, y in zip(steps, kept, new):
+            if step and all(abs(x - a) > 3 or abs(y - b) > 4 for a, b in shown):
+                shown.append((x, y))
+                axes.annotate(f"{step:g}", (x, y), xytext=(5, -3), textcoords="offset points", fontsize=6.5, color=MUTED)
+    axes.margins(0.1)
     axes.set_xlabel("old abilities kept (%)  \u2192 keeps more")
     axes.set_ylabel("success on the new task (%)  \u2192 learns more")
     draw_legend(figure, axes)

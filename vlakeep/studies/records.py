@@ -8,14 +8,15 @@ Tables, statistics and report of a study read these records and nothing else, so
     format, study, cell, arm, task, rate, seed
     settings     key -> value of what differs from the defaults and decides a number of the run
     evaluate     the settings of the evaluation (header of its records.jsonl)
+    of           of a cell that is made of another's run: that arm, and `alpha` (with `modules`), `close_to` or `at` (absent in others)
     weights      SHA-256 of the adapter, of the base for the base
     stream, position    of a stream: its abilities in order, and which of them this cell learned (absent in others)
     trials       `new:NAME`, `skill:NAME`, `question:NAME`, `stream:NAME` (other tasks of the stream) -> `outcomes`, a digit a trial in the
                  order of the trials (1 success, 0 failure, x crash), and `seeds` of the start states, [first, step] where they count up
     action_kl    nats, one per frame; null for the base
     drift, probe_kl, followed    as in summary.json; the last divergence on the probe
-    curves       logged training values by name, beside `step`
-    seconds      `train`, `evaluate`; in no table that is compared to the byte
+    curves       logged training values by name, beside `step`; of a checkpoint up to its step, none of an adapter made of a run
+    seconds      `train` (of a checkpoint up to its step), `evaluate`; in no table that is compared to the byte
     made         commit, versions, hardware, hashes of what was read
 """
 
@@ -42,9 +43,14 @@ def record_of(cell: Cell, config: Config, storage: Storage, state: State) -> Opt
         return state.record if state.kind == DONE else None
     summary = json.loads((state.evaluation / "summary.json").read_text(encoding="utf-8"))
     header, rows = _lines(state.evaluation / "records.jsonl")
-    run = storage.run_folder(cell.name)
+    run = storage.run_folder(cell.run)
     logged = [] if cell.is_base else read_rows(run)
-    kl = [row.get("settled_kl", row.get("kl")) for row in logged if "kl" in row]
+    if cell.making is not None and cell.making.how == "at":
+        logged = [row for row in logged if row["step"] <= cell.making.value]
+    told = [] if cell.making is not None and cell.making.how != "at" else logged  # of another adapter's loss and divergence
+    kl = [row.get("settled_kl", row.get("kl")) for row in told if "kl" in row]
+    if cell.closes:
+        kl = [json.loads((storage.run_folder(cell.target) / "closing.json").read_text(encoding="utf-8"))["kl_after"]]
     new = (summary["new_skill"] or {}).get("name")
     groups = {("skill", new): "new", **{(one["group"], name): "stream" if name in cell.stream else one["group"]
                                         for name, one in summary["abilities"].items()}}
@@ -52,10 +58,10 @@ def record_of(cell: Cell, config: Config, storage: Storage, state: State) -> Opt
     retention = [_finite(row["value"]) for row in rows if row["kind"] == "retention"]
     return {
         "format": FORMAT, "study": cell.group, "cell": cell.cell, "arm": cell.arm, "task": cell.task, "rate": cell.rate, "seed": cell.seed,
-        **({"stream": list(cell.stream), "position": cell.position} if cell.stream else {}),
+        **({"stream": list(cell.stream), "position": cell.position} if cell.stream else {}), **({"of": cell.of} if cell.of else {}),
         "settings": settings_of(config), "evaluate": header["evaluate"], "weights": summary["weights"], "trials": trials,
         "action_kl": retention or None, "drift": summary.get("drift"), "probe_kl": kl[-1] if kl else None,
-        "followed": summary.get("followed"), "curves": _curves(logged),
+        "followed": summary.get("followed"), "curves": _curves(told),
         "seconds": {"train": train_seconds(logged), "evaluate": summary.get("seconds")}, "made": _made(run)}
 
 
@@ -66,12 +72,13 @@ def settings_of(config: Config) -> Dict[str, Any]:
             if key not in GONE and not key.endswith("_dir") and value != default.get(key) and not key.startswith("export.")}
 
 
-def differences(record: Dict[str, Any], config: Config) -> List[str]:
-    """`key: there -> here` of what decides a number and is another in the record's cell."""
+def differences(record: Dict[str, Any], config: Config, of: Optional[Dict[str, Any]] = None) -> List[str]:
+    """`key: there -> here` of what decides a number and is another in the record's cell. of: what the cell is made of."""
     there = {**dict(flat(to_dict(Config()))), **record["settings"]}
     for key in [key for key in there if key.startswith("options.") and key not in record["settings"]]:
         del there[key]
     found = [] if record["arm"] == "base" else config_differences(there, to_dict(config))
+    found += [f"of: {record.get('of')} -> {of}"] if record.get("of") != of else []
     return found + evaluation_differences(record["evaluate"], config)
 
 
