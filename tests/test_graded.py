@@ -191,6 +191,19 @@ def test_the_starting_point_follows_from_the_spectrum():
 # The teacher's answers and the sensor
 
 
+def test_random_directions_have_the_eigenvalues_of_the_probes():
+    own, config = Spectrum(torch.eye(24)[:, :20], torch.arange(20.0, 0.0, -1.0), 0.5), Config()
+    backbone = SimpleNamespace(adapted_linears=lambda: {"x": None}, input_key=lambda name: name)
+    found = {}
+    for directions in ("probe", "random"):
+        config.gains.directions = directions
+        found[directions] = graded_method.Graded(config, SimpleNamespace(spectra=lambda: {"x": own}), dict)._spectra(backbone)["x"]
+    drawn = found["random"]
+    assert found["probe"] is own and torch.equal(drawn.values, own.values) and drawn.rest == own.rest
+    assert torch.allclose(drawn.vectors.T @ drawn.vectors, torch.eye(20), atol=1e-5)
+    assert (drawn.vectors - own.vectors).abs().max() > 0.3
+
+
 @pytest.fixture(scope="module")
 def artefact(graded_folder):
     return artifact.load_artifact(graded_folder)

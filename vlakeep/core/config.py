@@ -191,6 +191,8 @@ class GainsConfig:
     # Unit of lambda. linear: mean eigenvalue of the linear's own inputs; model: the mean over all linears; sensitivity: linear, divided by
     # how strongly the linear's output moves the teacher's answers, relative to the median linear.
     allocation: str = choice("linear", "model", "sensitivity")
+    # The directions that the gains are of: the probe's, or random orthonormal ones with the same eigenvalues (ablation).
+    directions: str = choice("probe", "random")
     # Directions stored of wider inputs, the leading ones; the rest share one gain. Inputs up to this size keep all.
     columns: int = least(1024)
     # Share of the probe items that the spectrum does not see: the sensor measures on them, and the coverage report.

@@ -11,6 +11,7 @@ import torch
 from vlakeep.core.config import Config
 from vlakeep.core.storage import Storage
 from vlakeep.hsw.graded import GradedSite, make_site
+from vlakeep.hsw.transform import random_basis
 from vlakeep.methods import costs, graded_offline
 from vlakeep.methods.base import Method, Problem, never_measured
 from vlakeep.models.adapters import adapters_disabled
@@ -143,6 +144,8 @@ class Graded(Method):
                 f"{self._artifact.folder} has no spectrum for {len(missing)} of the {len(adapted)} adapted linears, such as {missing[0]}; "
                 f"it was made with lora {self._artifact.meta['lora']}: run `vlakeep offline` with the --lora.layers and --lora.modules "
                 "of this run")
+        if self._config.gains.directions == "random":
+            return {name: own._replace(vectors=random_basis(*own.vectors.shape, self._config.seed)) for name, own in spectra.items()}
         return spectra
 
     def before_training(self) -> List[Dict[str, float]]:
