@@ -163,7 +163,7 @@ def test_a_study_that_was_killed_gives_the_table_of_one_that_was_not(world, tmp_
     in elsewhere gives the same tables."""
     whole, killed = small(world, tmp_path, "whole"), small(world, tmp_path, "killed")
     study.show_plan(whole)
-    assert "2 of 2 cells to do, 1 trainings of 2 steps" in capsys.readouterr().out
+    assert "2 of 2 cells to do, 1 trainings, 2 steps in all" in capsys.readouterr().out
     part = tmp_path / "part.jsonl"
     assert study.run_study(whole, 1, run_here(whole), export=part) == {}
     base, first = killed.cells

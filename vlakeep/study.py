@@ -167,7 +167,7 @@ def show_plan(study: Study) -> None:
     runs = {cell.run: study.configs[cell].train.steps for cell in todo if not cell.is_base and states[cell].kind in (OPEN, BEGUN)}
     known = [spent for record in study.records() if (spent := took(record)) is not None]
     price = f", about {human(sum(known) / len(known) * len(todo))} on one worker as the {len(known)} done took" if known else ""
-    print(f"{len(todo)} of {len(study.cells)} cells to do, {len(runs)} trainings of {sum(runs.values())} steps{price}")
+    print(f"{len(todo)} of {len(study.cells)} cells to do, {len(runs)} trainings, {sum(runs.values())} steps in all{price}")
     for line in missing(study, todo):
         print(f"MISSING {line}")
 
