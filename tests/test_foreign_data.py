@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 from test_data_formats import FPS, NAME, copy, edit_json, episodes, written  # noqa: F401  (fixtures)
 
-from vlakeep.data import card
+from vlakeep.data import card, hdf5, lerobot
 from vlakeep.data.conventions import FILE
 from vlakeep.data.dataset import Conventions
 from vlakeep.data.formats import find_format, open_dataset
 from vlakeep.data.images import encode_jpeg, encode_png, may_be_of_one_colour, of_one_colour
 from vlakeep.data.sample import Episode
+from vlakeep.data.suggest import at_ends_only, ready_card
 from vlakeep.data.tfrecord import RecordWriter, parse_example, read_records, write_example
 from vlakeep.data.writer import write_rlds
 
 h5py, av = pytest.importorskip("h5py"), pytest.importorskip("av")
+pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 
 
 def rlds(folder, texts=("open it",) * 3, change=None, size=64):
@@ -237,3 +239,268 @@ def test_names_that_are_no_text_and_videos_of_no_codec_are_damaged_files(written
         video.write_bytes(video.read_bytes().replace(b"avc1", b"\0\0\0\1"))
     with pytest.raises(ValueError, match="cannot be opened as a video .no decoder for it, or no time base"):
         open_dataset(folder)
+
+
+def test_texts_that_are_no_utf8_are_refused(tmp_path):
+    """Replaced letter by letter, two instructions in GBK may become one, and the model learns signs that nobody types."""
+    def gbk(number, features):
+        features["steps/language_instruction"] = ["打开它".encode("gbk") if number == 1 else "\ufffdffne es".encode()] * 8
+
+    version, shard = rlds(tmp_path, change=gbk)
+    with pytest.raises(ValueError, match=f"{shard.name}: record 1: the text .* is no UTF-8; write the set's texts as UTF-8"):
+        open_dataset(version)
+    with open_dataset(version, skip_bad=True) as data:
+        assert [data.number(e) for e in range(len(data))] == [0, 2]
+        note, = (note for note in card.look_at(data)["notes"] if "U+FFFD" in note)
+        assert note.startswith("1 texts hold U+FFFD")
+    folder = write_demos(tmp_path / "libero_x" / "x.hdf5", ["data/demo_0"])
+    (folder / FILE).write_text("text: words\n")
+    with h5py.File(folder / "x.hdf5", "r+") as file:
+        file["data/demo_0"].attrs["words"] = np.bytes_("打开它".encode("gbk"))
+    with pytest.raises(ValueError, match="demo_0: the text .* is no UTF-8"):
+        open_dataset(folder)
+
+
+def test_a_quaternion_is_no_gripper(tmp_path):
+    """openvla issue 102; flower_vla_calvin issue 18 (position, quaternion, gripper, end): seven values of a pose without a gripper."""
+    def pose(number, features):
+        angle = np.linspace(0.1, 1.2, 8)
+        actions = features["steps/action"].reshape(8, 7).copy()
+        actions[:, 3:] = np.stack([0 * angle, 0 * angle, np.sin(angle), np.cos(angle)], axis=1)
+        features["steps/action"] = actions.reshape(-1)
+
+    def still(number, features):  # no rotation, and a gripper of -1 and 1: length 1 all the time, too
+        actions = features["steps/action"].reshape(8, 7).copy()
+        actions[:, 3:6] = 0
+        features["steps/action"] = actions.reshape(-1)
+
+    def problems(name, change, gripper):
+        with open_dataset(rlds(tmp_path / name, change=change)[0], conventions=Conventions(gripper=gripper)) as data:
+            return [one for one in card.look_at(data)["problems"] if "quaternion" in one]
+
+    problem, = problems("pose", pose, "standard")
+    assert problem.startswith("dimensions 3 to 6 have length 1") and "and 6 is read as a gripper" in problem
+    assert "declare `quaternion: [3, 4, 5, 6]`" in problem
+    assert problems("still", still, "libero") == [] and problems("plain", None, "libero") == []
+
+
+def test_a_flag_that_an_episode_ends_is_no_gripper():
+    """open_x_embodiment issue 17: terminate_episode."""
+    actions_NA = np.random.default_rng(0).uniform(-1, 1, (20, 8)).astype(np.float32)
+    actions_NA[:, 6], actions_NA[:, 7] = np.arange(20) % 10 < 5, np.arange(20) % 10 == 9
+    start_E = np.array([0, 10, 10, 20])
+    assert at_ends_only(actions_NA, start_E) == [7] and at_ends_only(actions_NA[:1], np.array([0, 1])) == []
+    offered = ready_card(actions_NA, start_E)
+    assert "{dimension: 6, open: 1, closed: 0}" in offered and "arms" not in offered
+    assert "# dimension 7 changes in the last frame of episodes only" in offered
+
+
+def test_files_that_a_file_leads_to_are_part_of_it(tmp_path):
+    """Sets that were put together by links: of a changed target the old labels stayed, and of a missing one HDF5 reads zeros."""
+    store = write_demos(tmp_path / "store" / "all.hdf5", ["data/demo_0", "data/demo_1"])
+    folder, cache = tmp_path / "libero_x", tmp_path / "cache"
+    folder.mkdir()
+    with h5py.File(folder / "x_demo.hdf5", "w") as file:
+        file["data/demo_0"] = h5py.ExternalLink("../store/all.hdf5", "/data/demo_0")
+        layout = h5py.VirtualLayout((6, 7), "f8")
+        layout[:] = h5py.VirtualSource("../store/all.hdf5", "data/demo_1/actions", (6, 7))
+        file.create_virtual_dataset("data/demo_1/actions", layout, fillvalue=0)
+        file["data/demo_1/obs"] = h5py.ExternalLink("../store/all.hdf5", "/data/demo_1/obs")
+    before = open_dataset(folder, cache_dir=cache)
+    before.close()
+    with h5py.File(store / "all.hdf5", "r+") as file:
+        for demo in file["data"].values():
+            demo["actions"][:, 0] *= 0.5
+    after = open_dataset(folder, cache_dir=cache)
+    after.close()
+    assert np.array_equal(after.index.actions_NA[:, 0], before.index.actions_NA[:, 0] * 0.5) and after.index.key != before.index.key
+    (store / "all.hdf5").rename(store / "moved.hdf5")
+    with pytest.raises(ValueError, match="demo_0' is a link to filename ../store/all.hdf5, path /data/demo_0, which is not there"):
+        open_dataset(folder, cache_dir=cache)
+    for key in ("actions", "obs/agentview_rgb"):  # pictures and actions of a virtual array
+        with h5py.File(folder / "x_demo.hdf5", "w") as file, h5py.File(store / "moved.hdf5") as real:
+            for name, demo in real["data"].items():
+                real.copy(demo, file.require_group("data"), name)
+            shape, kind = file[f"data/demo_1/{key}"].shape, file[f"data/demo_1/{key}"].dtype
+            del file[f"data/demo_1/{key}"]
+            layout = h5py.VirtualLayout(shape, kind)
+            layout[:] = h5py.VirtualSource("../store/all.hdf5", f"data/demo_1/{key}", shape)
+            file.create_virtual_dataset(f"data/demo_1/{key}", layout, fillvalue=0)
+        with pytest.raises(ValueError, match=r"demo_1: the values of \w+ lie in .*all.hdf5, which is not there"):
+            open_dataset(folder, cache_dir=cache)
+    assert len(open_dataset(folder, cache_dir=cache, skip_bad=True)) == 1
+    (store / "moved.hdf5").rename(store / "all.hdf5")
+    assert len(open_dataset(folder, cache_dir=cache)) == 2  # what was not there is not remembered as missing
+
+
+def test_what_hdf5_cannot_read_here_is_told_apart_from_damage(tmp_path, monkeypatch):
+    """h5py issues 2294 (filters), 1066 and 1101 (locks)."""
+    folder = write_demos(tmp_path / "libero_x" / "x_demo.hdf5", ["data/demo_0", "data/demo_1"])
+    with h5py.File(folder / "x_demo.hdf5", "r+") as file:
+        made = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        made.set_chunk((6, 7))
+        made.set_filter(300, h5py.h5z.FLAG_OPTIONAL, ())  # of those that are nobody's
+        del file["data/demo_1/actions"]
+        h5py.h5d.create(file["data/demo_1"].id, b"actions", h5py.h5t.NATIVE_DOUBLE, h5py.h5s.create_simple((6, 7)), dcpl=made)
+    with pytest.raises(ValueError, match="demo_1: actions is compressed by the filter .*300.*pip install hdf5plugin, or .*h5repack"):
+        open_dataset(folder)
+    assert len(open_dataset(folder, skip_bad=True)) == 1
+
+    def locked(*args):
+        raise OSError("[Errno 11] Unable to synchronously open file (unable to lock file, errno = 11)")
+
+    monkeypatch.setattr(h5py, "File", locked)
+    with pytest.raises(ValueError, match="unable to lock file.*wait for what writes to it.*export HDF5_USE_FILE_LOCKING=FALSE") as error:
+        hdf5._open(folder / "x_demo.hdf5")
+    assert "copy, download" not in str(error.value)
+
+
+CAMERA = "observation.images.image"
+
+
+def with_cells(folder, change):
+    """Pictures of the second episode through change(list of cells)."""
+    path = sorted(folder.rglob("*.parquet"))[1]
+    table = pq.read_table(path)
+    cells = change(table[CAMERA].to_pylist())
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    pq.write_table(table.set_column(table.schema.get_field_index(CAMERA), CAMERA, pa.array(cells, kind)), path)
+
+
+@pytest.mark.parametrize("what, words", [
+    ("null", "row 5: the row of .* holds no picture"), ("empty", "row 5: 0 bytes of .* neither JPEG nor PNG"),
+    ("webp", "row 5: .* neither JPEG nor PNG .*RIFF.*write them as one of these"), ("path", "row 5: .*frame_5.png is missing"),
+    ("black", "episode 1: the first, the middle and the last picture of .* are of one colour")])
+def test_pictures_of_lerobot_are_looked_at_when_the_set_is_opened(written, tmp_path, what, words):  # noqa: F811
+    """As those of RLDS and HDF5 are; a training ended at the step that drew them, with --data.skip_bad too."""
+    folder, cache = copy(written, "v2.1-png", tmp_path), tmp_path / "cache"
+
+    def change(cells):
+        cell = {"null": None, "empty": {"bytes": b"", "path": None}, "webp": {"bytes": b"RIFF\0\0\0\0WEBP", "path": None},
+                "path": {"bytes": None, "path": "images/frame_5.png"}}.get(what)
+        black = {"bytes": encode_png(np.zeros((64, 64, 3), np.uint8)), "path": None}
+        return [black] * len(cells) if what == "black" else [cell if row == 5 else one for row, one in enumerate(cells)]
+
+    with_cells(folder, change)
+    with pytest.raises(ValueError, match=words):
+        open_dataset(folder, cache_dir=cache)
+    with open_dataset(folder, cache_dir=cache, skip_bad=True) as data:
+        assert [data.number(e) for e in range(len(data))] == [0, 2] and len(data.left_out) == 1
+    if what == "path":
+        (folder / "images").mkdir()
+        (folder / "images/frame_5.png").write_bytes(encode_png(np.eye(64, dtype=np.uint8)[..., None] * np.uint8([9, 9, 9])))
+        with open_dataset(folder, cache_dir=cache) as data:
+            assert len(data) == 3 and data.image(1, 5).max() == 9
+
+
+def test_what_lies_behind_a_linked_folder_is_seen(written, tmp_path):  # noqa: F811
+    """Chunks on another disk: of files that had changed there, the old labels stayed."""
+    folder, cache = copy(written, "v2.1-png", tmp_path), tmp_path / "cache"
+    (folder / "data/chunk-000").rename(tmp_path / "disk")
+    (folder / "data/chunk-000").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "again").symlink_to(folder / "data")  # a loop
+    before = open_dataset(folder, cache_dir=cache).index.actions_NA
+    for path in sorted((tmp_path / "disk").glob("*.parquet")):
+        table = pq.read_table(path)
+        halved = (np.array(table["action"].to_pylist(), np.float32) * np.float32([.5, 1, 1, 1, 1, 1, 1])).tolist()
+        column = pa.array(halved, pa.list_(pa.float32()))
+        pq.write_table(table.set_column(table.schema.get_field_index("action"), "action", column), path)
+    after = open_dataset(folder, cache_dir=cache).index.actions_NA
+    assert np.array_equal(after[:, 0], before[:, 0] * np.float32(0.5)) and np.array_equal(after[:, 1:], before[:, 1:])
+
+
+def test_chunks_that_lerobot_holds_as_lists_of_lists(written, tmp_path):  # noqa: F811
+    """huggingface/lerobot issue 2445: features of two dimensions."""
+    plain, folder = open_dataset(written / "v2.1-png" / NAME), copy(written, "v2.1-png", tmp_path)
+
+    def set_shape(shape):
+        edit_json("meta/info.json", lambda info: info["features"]["action"].update(shape=shape))(folder)
+
+    for path in sorted(folder.rglob("*.parquet")):
+        table = pq.read_table(path)
+        rows = table["action"].to_pylist()
+        ahead = [[rows[min(t + j, len(rows) - 1)] for j in range(4)] for t in range(len(rows))]
+        column = pa.array(ahead, pa.list_(pa.list_(pa.float32())))
+        pq.write_table(table.set_column(table.schema.get_field_index("action"), "action", column), path)
+    set_shape([4, 7])
+    with pytest.raises(ValueError, match="an action has 28 values(.|\n)*width: 7\nchunk: 4"):
+        open_dataset(folder)
+    (folder / FILE).write_text("width: 7\nchunk: 4\ngrippers: [{dimension: 6, open: -1, closed: 1}]\n")
+    with open_dataset(folder) as data:
+        assert np.array_equal(data.index.actions_NA, plain.index.actions_NA) and np.array_equal(data.actions_NA, plain.actions_NA)
+    set_shape([7, 4])
+    with pytest.raises(ValueError, match=r"actions have the shape \[4, 7\], and info.json says \[7, 4\]; correct it there"):
+        open_dataset(folder)
+
+
+def test_marks_of_the_byte_order_are_read_over_and_missing_keys_named(written, tmp_path):  # noqa: F811
+    folder, (version, _) = copy(written, "v2.1-png", tmp_path), rlds(tmp_path / "rlds")
+    for path in (folder / "meta/info.json", folder / "meta/tasks.jsonl", version / "dataset_info.json"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert len(open_dataset(folder)) == len(open_dataset(version)) == 3
+    info = json.loads((folder / "meta/info.json").read_text(encoding="utf-8-sig"))
+    del info["fps"]
+    (folder / "meta/info.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match="info.json cannot be read .it has no 'fps': write it there"):
+        open_dataset(folder)
+
+
+def test_features_of_another_kind_are_named(tmp_path):
+    """Encoded tensors as the action, and an embedding as the text."""
+    def encoded(number, features):
+        features["steps/action"] = [b"\0" * 28] * 8
+
+    def embedded(number, features):
+        features["steps/language_instruction"] = np.zeros(8 * 512, np.float32)
+
+    with pytest.raises(ValueError, match="'steps/action' holds texts and no numbers; name the keys of numbers with `actions:`"):
+        open_dataset(rlds(tmp_path / "a", change=encoded)[0])
+    version, _ = rlds(tmp_path / "b", change=embedded)
+    with pytest.raises(ValueError, match="'steps/language_instruction' holds numbers and no text; .*`text:`.*`instruction: WORDS`"):
+        open_dataset(version)
+    (version.parent / FILE).write_text("instruction: open it\n")
+    with open_dataset(version) as data:
+        assert data.languages == ["open it"] * 3
+
+
+def test_a_value_that_no_robot_says_is_damage(tmp_path):
+    """Its square is no float32: the spread became infinite, which JSON does not know."""
+    def huge(number, features):
+        actions = features["steps/action"].copy()
+        actions[9] = 1e30 if number == 1 else actions[9]
+        features["steps/action"] = actions
+
+    version, _ = rlds(tmp_path, change=huge)
+    with pytest.raises(ValueError, match="record 1 .*frame 1: action .* is beyond 1e.15"):
+        open_dataset(version)
+    assert np.isfinite(open_dataset(version, skip_bad=True).statistics["action"]["std"]).all()
+
+
+@pytest.mark.parametrize("times, words", [
+    (np.arange(8) / FPS + 0.2, "the video begins at 0.200 s and not at 0: write it again from 0 s .ffmpeg"),
+    (np.arange(8) / FPS + 0.3 * (np.arange(8) > 3), "lacks frames there or pauses: leave the episode out"),
+    (np.arange(8) / 13, "`fps` of meta/info.json is 10, the video has 13: make both the same")])
+def test_why_a_video_does_not_fit_its_table(written, times, words):  # noqa: F811
+    """huggingface/lerobot issues 933, 2364 and 2814; containers such as MPEG-TS, which do not begin at 0."""
+    info = lerobot.read_info(written / "v2.1-rgb" / NAME)
+    with pytest.raises(ValueError, match=words):
+        lerobot._check_video(info, lerobot._Place(0, 8, (0, 0), (0, 0), 0.0), times, np.arange(8) / FPS)
+
+
+def test_the_camera_that_is_looked_through_is_said(written, tmp_path):  # noqa: F811
+    """Chosen by its name where nobody says which."""
+    for folder, camera in ((written / "v2.1-png" / NAME, CAMERA), (written / "hdf5" / NAME, "agentview_rgb"),
+                           (written / "rlds-png" / NAME, "image")):
+        with open_dataset(folder) as data:
+            assert card.lines(card.look_at(data))[1].strip().startswith(f"camera {camera}: 64 x 64")
+
+
+def test_too_few_frames_are_not_blamed_on_a_gripper(tmp_path):
+    def one_step(number, features):
+        for name in [name for name in features if name.startswith("steps/")]:
+            features[name] = features[name][:len(features[name]) // 8]
+        features["steps/action"] = features["steps/action"] * np.float32([number + 1] * 6 + [1])
+
+    with open_dataset(rlds(tmp_path, change=one_step)[0]) as data:
+        problems = card.look_at(data)["problems"]
+    assert problems and all("3 frames are too few for quantiles: add episodes" in problem for problem in problems)

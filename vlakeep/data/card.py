@@ -26,9 +26,9 @@ from vlakeep.data.dataset import DemoDataset
 from vlakeep.data.degenerate import CONSTANT, NOISE, RARE
 from vlakeep.data.formats import closing_all, open_configured
 from vlakeep.data.statistics import unnormalise
-from vlakeep.data.suggest import _GRIPPER_NAME
+from vlakeep.data.suggest import _GRIPPER_NAME, at_ends_only
 
-_FORMAT = 3
+_FORMAT = 4
 BINS = 255  # of an action value, as the official tokenizer has them
 _EPISODES, _FILES = 8, 64  # episodes whose pictures are looked at, and video files whose end is
 _CLIPPED, _MOST_CLIPPED = 0.025, 0.2  # own quantiles clip at most 0.02; statistics that clip a fifth are not of this robot
@@ -91,7 +91,7 @@ def _grippers(dataset: DemoDataset) -> List[Dict[str, Any]]:
     card, told, found = dataset.conventions.card, dataset.conventions.gripper, []
     how = (f"declared in {card.place}" if card and card.grippers is not None else f"--data.gripper {told}" if told
            else f"by the set's name, {dataset.name}")
-    start_E = dataset.index.start_E
+    start_E, stored_NA = dataset.index.start_E, dataset.index.actions_NA
     held = np.diff(start_E) > 0  # episodes that are left out are there with no frame
     for one in dataset.grippers:
         open_N = dataset.standard_NA[:, one.dimension]
@@ -99,6 +99,7 @@ def _grippers(dataset: DemoDataset) -> List[Dict[str, Any]]:
         found.append({"dimension": one.dimension, "open": one.open, "closed": one.closed, "relative": one.relative, "how": how,
                       "share_open": float((open_N > 0.95).mean()), "share_closed": float((open_N < 0.05).mean()),
                       "begin_open": float(begin.mean()), "end_open": float(end.mean()), "moves": bool(open_N.max() > open_N.min()),
+                      "at_ends_only": one.dimension in at_ends_only(stored_NA, start_E),
                       "way": float(open_N.max() - open_N.min())})
     return found
 
@@ -109,7 +110,9 @@ def _texts(dataset: DemoDataset, prompt: Optional[Prompt]) -> Dict[str, Any]:
     blank = [i for i, text in enumerate(texts) if not text.strip()]
     odd = [texts[i] for i in range(len(texts)) if i not in blank and (texts[i] != texts[i].strip() or texts[i].startswith(("b'", 'b"')))]
     stand_ins = [i for i, text in enumerate(texts) if used[i] and _STAND_IN.fullmatch(text.strip())]
-    found: Dict[str, Any] = {"stand_ins": [texts[i] for i in stand_ins], "stand_in_frames": int(used[stand_ins].sum()),
+    replaced = [text for i, text in enumerate(texts) if used[i] and "\ufffd" in text]
+    found: Dict[str, Any] = {"replaced": len(replaced), "replaced_example": (replaced or [""])[0][:40],
+                             "stand_ins": [texts[i] for i in stand_ins], "stand_in_frames": int(used[stand_ins].sum()),
                              "count": len(texts) - len(blank), "blank_frames": int(used[blank].sum()), "odd": len(odd),
                              "odd_example": (odd or [""])[0][-40:], "examples": [text[:200] for text in texts if text.strip()][:3],
                              "longest_tokens": None, "too_long": []}
@@ -178,7 +181,7 @@ def look_at(dataset: DemoDataset, prompt: Optional[Prompt] = None, known: Option
         "episodes": len(dataset), "episodes_in_files": len(usual.start_E) - 1, "unlabelled": dataset.unlabelled,
         "frames": dataset.num_frames, "frame_rate": (card.frame_rate if card else None) or dataset.fps,
         "shortest": int(dataset.lengths.min()), "longest": int(dataset.lengths.max()),
-        "camera": dataset.conventions.camera, "turned": dataset.turned, "turned_by": _turned_by(dataset),
+        "camera": dataset.camera or dataset.conventions.camera, "turned": dataset.turned, "turned_by": _turned_by(dataset),
         "pictures": pictures, "texts": _texts(dataset, prompt),
         "arms": card.arms if card else 1, "chunk": card.chunk if card else 1, "grippers": _grippers(dataset),
         "dimensions": _dimensions(dataset), "degenerate": dataset.conventions.degenerate or "demonstrated",
@@ -193,15 +196,20 @@ def _called(one: Dict[str, Any]) -> str:
 
 
 def _problems(report: Dict[str, Any], dataset: DemoDataset) -> List[str]:
-    found, where = [], report["card"] or str(card_place(report["folder"]))
+    found, where, frames = [], report["card"] or str(card_place(report["folder"])), len(dataset.standard_NA)
     for one in report["dimensions"]:
         if one["lost"] and not (report["degenerate"] == "official" and one["kind"]):
             found.append(f"{_called(one)}: {100 * one['lost']:.1f} % of the demonstrated values do not come back from their tokens (off by "
                          f"up to {one['error']:.4g}, a bin is {one['bin']:.4g} wide); declare what this dimension is in {where}")
         if one["clipped"] > _MOST_CLIPPED and not (report["degenerate"] == "official" and one["kind"]):
             remedy = ("leave --data.statistics out" if not report["own_statistics"] else
+                      f"{frames} frames are too few for quantiles: add episodes" if not one["gripper"] else
                       f"an unscaled value must lie in [-1, 1]: declare this dimension's gripper in {where}")
             found.append(f"{_called(one)}: {100 * one['clipped']:.0f} % of the values lie outside what the statistics can say; {remedy}")
+    for one in _quaternions(dataset):
+        found.append(f"dimensions {one[0]} to {one[-1]} have length 1 in every frame, which is what a quaternion has, and "
+                     f"{', '.join(str(g.dimension) for g in dataset.grippers if g.dimension in one)} is read as a gripper: declare "
+                     f"`quaternion: {one}` and the right `grippers:` in {where}")
     for one in report["texts"]["too_long"]:
         found.append(f"episode {one['episode']}: its text, {one['text']!r}..., makes a prompt of {one['tokens']} tokens in {one['frames']} "
                      f"frames, and the model takes {report['texts']['limit']}; shorten it in the data, or leave the episode out")
@@ -218,6 +226,19 @@ def _problems(report: Dict[str, Any], dataset: DemoDataset) -> List[str]:
     if all(names) and not declared and by_name != [len(names) - 1] and (by_name or _JOINT_NAME.search(names[-1])):
         told = f"those called like one are {', '.join(names[d] for d in by_name)}" if by_name else "none is called like one"
         found.append(f"the last of the values {', '.join(names)} is read as the gripper, and {told}: declare `grippers:` in {where}")
+    return found
+
+
+def _quaternions(dataset: DemoDataset) -> List[List[int]]:
+    """Four dimensions each that are one rotation although one of them is read as a gripper; of such as stand still nothing can be said."""
+    stored_NA, found = dataset.index.actions_NA, []
+    grippers = {one.dimension for one in dataset.grippers}
+    for first in range(stored_NA.shape[1] - 3):
+        four = list(range(first, first + 4))
+        moving = np.ptp(stored_NA[:, four], axis=0) > 1e-3
+        if grippers & {d for d, moves in zip(four, moving) if moves} and moving.sum() > 1:
+            if np.abs(np.linalg.norm(stored_NA[:, four], axis=1) - 1).max() < 1e-3:
+                found.append(four)
     return found
 
 
@@ -256,6 +277,8 @@ def _notes(report: Dict[str, Any]) -> List[str]:
                       f"give --data.gripper {one['closed']:g}/{one['open']:g}, or declare it in a data card")
             found.append(f"{name} begins closed and ends open in nearly every episode, {ends} ({one['how']}): if it is the other way "
                          f"round, {change}")
+        if one["at_ends_only"]:
+            found.append(f"{name} changes in the last frame of its episodes only: if it says that an episode ends, it is no gripper")
         if one["moves"] and one["way"] < _WAY:
             found.append(f"{name} moves over {100 * one['way']:.1f} % of its way only, {ends}: check both values")
         if one["moves"] and one["share_open"] + one["share_closed"] < 0.5:
@@ -268,6 +291,9 @@ def _notes(report: Dict[str, Any]) -> List[str]:
     if texts["odd"]:
         found.append(f"{texts['odd']} texts have blanks or line ends around them, or are written as b'...', such as "
                      f"{texts['odd_example']!r}; `clean_texts: true` in the data card strips them")
+    if texts["replaced"]:
+        found.append(f"{texts['replaced']} texts hold U+FFFD, which stands for letters that were lost when the set was made, such as "
+                     f"{texts['replaced_example']!r}: make it again from texts in UTF-8")
     if texts["stand_ins"]:
         such = ", ".join(map(repr, texts["stand_ins"][:3]))
         found.append(f"{texts['stand_in_frames']} frames have a text that stands in for one, {such}: correct them in the data, or leave "

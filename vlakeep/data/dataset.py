@@ -8,10 +8,11 @@ Axes: E episodes, N frames, A action dimensions, Q numbers of a robot's state.
 import hashlib
 import importlib
 import json
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Callable, Dict, List, Optional, Tuple, cast
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple, Union, cast
 
 import numpy as np
 
@@ -24,9 +25,11 @@ from vlakeep.data.degenerate import demonstrated, kinds
 from vlakeep.data.sample import ONE_PICTURE, Episode, Sample, SampleSpec
 from vlakeep.data.statistics import action_statistics, normalise, normalise_state, standardise, state_statistics
 
-_INDEX_FORMAT = 4
+_INDEX_FORMAT = 5
 _CORE = ("start_E", "text_N", "actions_NA", "texts")
 CONTENT = "content"  # among the places of an index: a hash of all that its episodes hold, pictures too, where that costs nothing
+LINKED = "linked"  # among the places of an index: files outside the list that it was made from, with their marks, as JSON
+MOST = 1e15  # of an action's value; what is larger is damage, and its square no float32
 STATES = "state_NQ"  # among the places of an index, for models that take the robot's state
 
 
@@ -52,6 +55,7 @@ class EpisodeIndex:
     places: Dict[str, np.ndarray]  # where the pictures are; the keys are the format's own
     bad: Dict[str, int] = field(default_factory=dict)  # why episodes cannot be used -> how many; they are there with no frame (bad.py)
     key: str = ""  # of the files it was made from; empty where it is not kept
+    lasting: bool = True  # False: what makes episodes bad is not in these files, so that the index is not kept
 
     def save(self, path: Path) -> None:
         with atomic_write(path) as file:  # a text list goes in as JSON: arrays of objects would need pickle
@@ -68,6 +72,10 @@ class EpisodeIndex:
         return cls(**{**core, "texts": json.loads(str(core["texts"]))}, places=arrays, bad=bad)
 
 
+class Elsewhere(ValueError):
+    """An episode that cannot be used by reason of what the files of an index do not say: a package, a lock, a file that they name."""
+
+
 class IndexBuilder:
     """Collects episodes in order and checks what every format must hold; `where` in the errors is the format's."""
 
@@ -77,6 +85,7 @@ class IndexBuilder:
         self._text_numbers, self._actions, self.lengths = [], [], []
         self._states: List[np.ndarray] = []
         self.bad: Dict[str, int] = {}
+        self.lasting = True
 
     def add(self, actions, texts: List[str], where: str, state: Optional[np.ndarray] = None) -> None:
         """actions [T, A] as stored, texts: one per frame; state [T, Q], if it is read. ValueError for other shapes, another A or Q, or
@@ -90,11 +99,15 @@ class IndexBuilder:
         if self._actions and actions.shape[1] != self._actions[0].shape[1]:
             raise ValueError(f"{where}: {actions.shape[1]} action dimensions, the first episode has {self._actions[0].shape[1]}; episodes "
                              "of several robots go into a data set each")
-        bad = np.flatnonzero(~np.isfinite(actions).all(axis=1))
+        bad = np.flatnonzero(~(np.abs(actions) < MOST).all(axis=1))
         if len(bad):
+            what = f"beyond {MOST:g}" if np.isfinite(actions[bad[0]]).all() else "not finite"
             raise ValueError(f"{where} (episode {len(self.lengths)} of {self.name}), frame {bad[0]}: action "
-                             f"{actions[bad[0]].tolist()} is not finite ({len(bad)} of {len(actions)} frames); "
+                             f"{actions[bad[0]].tolist()} is {what} ({len(bad)} of {len(actions)} frames); "
                              "mend or leave out this episode and make the data set again")
+        for text in dict.fromkeys(texts):
+            if text not in self._texts:
+                _check_text(text, where)
         if state is not None:
             self._add_state(state, len(actions), where)
         self.lengths.append(len(actions))
@@ -111,9 +124,10 @@ class IndexBuilder:
                              f"finite ({len(bad)} of {steps} frames); mend or leave out this episode and make the data set again")
         self._states.append(state.astype(np.float32))
 
-    def leave_out(self, reason: str, episodes: int = 1) -> None:
+    def leave_out(self, reason: Union[str, Exception], episodes: int = 1) -> None:
         """In the place of `add`: this many episodes cannot be used. They keep their numbers, and have no frame."""
-        self.bad[reason] = self.bad.get(reason, 0) + episodes
+        self.lasting = self.lasting and not isinstance(reason, Elsewhere)
+        self.bad[str(reason)] = self.bad.get(str(reason), 0) + episodes
         self.lengths += [0] * episodes
 
     def index(self, places: Dict[str, np.ndarray]) -> EpisodeIndex:
@@ -123,7 +137,51 @@ class IndexBuilder:
             raise ValueError(f"data set {self.name} has no episodes; `vlakeep tabletop-data` makes the tabletop sets")
         start_E = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
         places = {**places, **({STATES: np.concatenate(self._states)} if self._states else {})}
-        return EpisodeIndex(start_E, np.concatenate(self._text_numbers), np.concatenate(self._actions), list(self._texts), places, self.bad)
+        return EpisodeIndex(start_E, np.concatenate(self._text_numbers), np.concatenate(self._actions), list(self._texts), places, self.bad,
+                            lasting=self.lasting)
+
+
+def _check_text(text: str, where: str) -> None:
+    """ValueError for bytes that were no UTF-8, which readers hand on as surrogates: replaced, two instructions may become one."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: the text {text[:60]!a} is no UTF-8; write the set's texts as UTF-8, or name a key of others with "
+                         f"`text:` in its {FILE}") from error
+
+
+def all_files(top: Path) -> List[Path]:
+    """The files below a folder, in order and without hidden ones; folders that are links are entered too, once each."""
+    found: List[Path] = []
+    entered = set()
+    for folder, inside, names in os.walk(top, followlinks=True):
+        real = os.path.realpath(folder)
+        inside[:] = sorted(name for name in inside if not name.startswith(".")) if real not in entered else []
+        found += [Path(folder) / name for name in names if not name.startswith(".")] if real not in entered else []
+        entered.add(real)
+    return sorted(path for path in found if path.is_file())
+
+
+def _marks(files: Iterable[Path]) -> List[Tuple[str, int, int, int]]:
+    """What changes when a file does. The change time too: a tool that mends it in place may keep its size and put its old time back."""
+    told = [(path.name, path.stat()) for path in files]
+    return [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in told]
+
+
+def linked_files(files: Iterable[Path]) -> Dict[str, np.ndarray]:
+    """For the places of an index: files that the listed ones lead to, so that it is made anew when one of these changes."""
+    found = sorted(set(files))
+    return {LINKED: np.array(json.dumps([list(map(str, found)), _marks(found)]))} if found else {}
+
+
+def _same_linked(index: EpisodeIndex) -> bool:
+    if LINKED not in index.places:
+        return True
+    files, marks = json.loads(str(index.places[LINKED]))
+    try:
+        return [list(mark) for mark in _marks(map(Path, files))] == marks
+    except OSError:
+        return False
 
 
 def cached_index(kind: str, name: str, identity, files: List[Path], cache_dir, build: Callable[[], EpisodeIndex]) -> EpisodeIndex:
@@ -134,22 +192,28 @@ def cached_index(kind: str, name: str, identity, files: List[Path], cache_dir, b
                          f"run `git -C {quoted(pointers[0].parent)} lfs pull`, or download the data set in another way")
     if cache_dir is None:
         return build()
-    # The change time too: a tool that mends a file in place may keep its size and put its old time back.
-    marks = [(path.name, path.stat().st_size, path.stat().st_mtime_ns, path.stat().st_ctime_ns) for path in files]
-    key = hashlib.sha256(json.dumps([_INDEX_FORMAT, kind, identity, marks]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([_INDEX_FORMAT, kind, identity, _marks(files)]).encode()).hexdigest()[:16]
     path = Path(cache_dir) / f"{kind}_index_{name}_{key}.npz"
     if path.is_file():
         try:
             index = EpisodeIndex.load(path)
-            index.key = key
-            return index
+            index.key = _whole_key(key, index)
+            if _same_linked(index):
+                return index
         except Exception:  # a damaged cache is a cache miss, whatever way NumPy finds to say so
             pass
     index = build()
+    if not index.lasting:
+        return index
     path.parent.mkdir(parents=True, exist_ok=True)
     index.save(path)
-    index.key = key
+    index.key = _whole_key(key, index)
     return index
+
+
+def _whole_key(key: str, index: EpisodeIndex) -> str:
+    linked = index.places.get(LINKED)
+    return key if linked is None else hashlib.sha256((key + str(linked)).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -205,6 +269,7 @@ class DemoDataset:
     action_names: Tuple[str, ...] = ()
     fps: Optional[float] = None
     robot: str = ""
+    camera: str = ""  # the key of the pictures that are looked at
 
     def __init__(self, folder: Path, name: str, index: EpisodeIndex, split_range: Tuple[int, int], fraction: float,
                  conventions: Conventions):

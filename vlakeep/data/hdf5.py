@@ -13,18 +13,29 @@ Episodes come in the order demo 0 of every file, demo 1 of every file, ...: a tr
 Needs h5py (extra `hdf5`).
 """
 
+import importlib.util
 import json
 import re
 import threading
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
 import numpy as np
 from tqdm import tqdm
 
 from vlakeep.data.bad import refuse
 from vlakeep.data.conventions import FILE, DataCard
-from vlakeep.data.dataset import USUAL, Conventions, DemoDataset, EpisodeIndex, IndexBuilder, cached_index, optional
+from vlakeep.data.dataset import (
+    USUAL,
+    Conventions,
+    DemoDataset,
+    Elsewhere,
+    EpisodeIndex,
+    IndexBuilder,
+    cached_index,
+    linked_files,
+    optional,
+)
 from vlakeep.data.images import decode_image, encode_jpeg, of_one_colour
 from vlakeep.data.suggest import missing_keys
 
@@ -60,10 +71,27 @@ def language_of(path: Path, problem_info=None) -> str:
 
 def _open(path: Path):
     h5py = optional("h5py", "hdf5", f"reading {path}")
+    if importlib.util.find_spec("hdf5plugin"):  # its filters are there once it is imported
+        importlib.import_module("hdf5plugin")
     try:
         return h5py.File(path, "r")
     except OSError as error:  # also what a cut file gives
+        if "unable to lock" in str(error):  # another program writes to it, or its disk has no locks
+            raise Elsewhere(f"{path} cannot be opened as HDF5 ({error}); wait for what writes to it, or end that; if nothing does: export "
+                            "HDF5_USE_FILE_LOCKING=FALSE") from error
         raise ValueError(f"{path} cannot be opened as HDF5 ({error}); {_AGAIN}") from error
+
+
+def _broken_link(group, key: str) -> str:
+    """In words, the link on the way to group[key] that leads nowhere; empty without one."""
+    for name in key.split("/"):
+        link = group.get(name, getlink=True) if name in group else None
+        try:
+            group = group[name]
+        except KeyError:
+            told = [f"{kind} {getattr(link, kind)}" for kind in ("filename", "path") if hasattr(link, kind)]
+            return f"{name!r} is a link to {', '.join(told)}, which is not there: copy that too, or mend the link" if told else ""
+    return ""
 
 
 def _member(group, key: str, where: str, remedy: str = _AGAIN):
@@ -71,7 +99,28 @@ def _member(group, key: str, where: str, remedy: str = _AGAIN):
     try:
         return group[key]
     except KeyError as error:
+        link = _broken_link(group, key)
+        if link:
+            raise Elsewhere(f"{where}: {link}") from error
         raise ValueError(f"{where}: no {key!r} among {', '.join(sorted(group)) or 'nothing'}; {remedy}") from error
+
+
+def _check_array(array, where: str) -> List[Path]:
+    """The other files that an array's values lie in. Elsewhere when HDF5 would give a stand-in for them, or cannot decompress."""
+    h5py, name = optional("h5py", "hdf5", f"reading {where}"), array.name.rpartition("/")[2]
+    folder, plist = Path(array.file.filename).parent, array.id.get_create_plist()
+    for number, _, _, called in (plist.get_filter(i) for i in range(plist.get_nfilters())):
+        if not h5py.h5z.filter_avail(number):
+            raise Elsewhere(f"{where}: {name} is compressed by the filter {called.decode(errors='replace') or 'without a name'} (number "
+                            f"{number}), which is not installed: pip install hdf5plugin, or write the file without it, h5repack -f NONE "
+                            "IN OUT")
+    files = [source.file_name for source in array.virtual_sources()] if array.is_virtual else []
+    files += [one[0] for one in array.external or ()]
+    found = [folder / file for file in dict.fromkeys(files) if file != "." and "%" not in file]
+    missing = [path for path in found if not path.is_file()]
+    if missing:  # of a virtual array the fill value is read, zeros
+        raise Elsewhere(f"{where}: the values of {name} lie in {missing[0]}, which is not there: copy that too")
+    return found
 
 
 def _read_state(demo, names: Sequence[str], where: str) -> np.ndarray:
@@ -95,14 +144,20 @@ def _what(demo) -> Dict[str, str]:
     return found
 
 
-def _read_demo(demo, camera: str, where: str, card: Optional[DataCard] = None) -> np.ndarray:
-    """actions [T, A] of a demonstration whose pictures fit them."""
+def _read_demo(demo, camera: str, where: str, card: Optional[DataCard] = None) -> Tuple[np.ndarray, List[Path]]:
+    """(actions [T, A] of a demonstration whose pictures fit them, the files that it lies in)."""
     keys = list(card.actions) if card and card.actions else ["actions"]
     missing = [key for key in keys if key not in demo]
+    for key in keys:
+        if key not in missing:
+            _member(demo, key, where)
     if missing:
         raise ValueError(missing_keys(where, missing, _what(demo), where.rpartition("/")[0]))
     obs = _member(demo, "obs", where, "a low-dimensional file holds no pictures: take the file that has them")
     images = _member(obs, camera, f"{where}/obs", "choose a camera with --data.camera, or `camera:` in the data card")
+    linked = [Path(one.file.filename) for one in (demo, obs, images, *(demo[key] for key in keys))]
+    for array in (images, *(demo[key] for key in keys)):
+        linked += _check_array(array, where)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(f"{where}/obs/{camera}: {images.dtype} {list(images.shape)} are no pictures (uint8 [T, H, W, 3]); choose another "
                          "camera with --data.camera, or store three channels of 8 bits, decoded: several cameras are several keys")
@@ -116,7 +171,7 @@ def _read_demo(demo, camera: str, where: str, card: Optional[DataCard] = None) -
     if not {len(part) for part in parts} == {len(images)} == {told}:
         raise ValueError(f"{where}: {len(parts[0])} actions, {len(images)} pictures and num_samples {told} do not make one "
                          f"episode; {_AGAIN}")
-    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1), linked
 
 
 def _text_of(demo, data, told: str, where: str) -> str:
@@ -127,7 +182,7 @@ def _text_of(demo, data, told: str, where: str) -> str:
         raise ValueError(f"{where}: text: {told} names no attribute and no array here; there are {', '.join(sorted(demo.attrs)) or 'none'} "
                          f"and {', '.join(sorted(demo))}; correct `text:` in the data card, or give `instruction: WORDS` for all")
     value = found[()] if hasattr(found, "shape") and hasattr(found, "file") else found
-    text = value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
+    text = value.decode("utf-8", errors="surrogateescape") if isinstance(value, bytes) else str(value)
     try:
         return str(json.loads(text)[field]) if field else text
     except (ValueError, TypeError, KeyError) as error:
@@ -140,8 +195,10 @@ def _told(error: Exception, where: str) -> str:
 
 
 def _read_file(path: Path, number: int, camera: str, state: Optional[Sequence[str]], card: Optional[DataCard],
-               read: Dict[Tuple[int, int], Any]) -> None:
-    """Fill `read` with (actions, text, where, upside down, states, key) of every demonstration; actions are the reason if it has none."""
+               read: Dict[Tuple[int, int], Any]) -> Set[Path]:
+    """The files that it links to. Fill `read` with (actions, text, where, upside down, states, key) of every demonstration; actions are the
+    reason if it has none."""
+    linked: Set[Path] = set()
     with _open(path) as file:
         data = _member(file, "data", str(path), _LAYOUT)
         numbered = [found for found in (re.fullmatch(r"demo_(\d+)", key) for key in data) if found]
@@ -156,37 +213,41 @@ def _read_file(path: Path, number: int, camera: str, state: Optional[Sequence[st
             where, states = f"{path}: {key}", None
             actions: Any = None
             try:
-                actions = _read_demo(data[key], camera, where, card)
+                actions, files = _read_demo(_member(data, key, where), camera, where, card)
+                linked.update(files)
                 text = _text_of(data[key], data, card.text, where) if card and card.text else text
                 states = None if state is None else _read_state(data[key], state, where)
             except (ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-                actions = _told(error, where)
+                actions = error if isinstance(error, Elsewhere) else ValueError(_told(error, where))
             read[demo, number] = (actions, text, where, upside_down, states, key)
+    return linked - {path}
 
 
 def build_index(files: List[Path], camera: str, name: str, state: Optional[Sequence[str]] = None,
                 card: Optional[DataCard] = None) -> EpisodeIndex:
     """Read the actions and check every demonstration. state: None reads none, () the usual one."""
     read: Dict[Tuple[int, int], Any] = {}  # by (number of the demonstration, number of the file)
+    linked: Set[Path] = set()
     builder = IndexBuilder(name)
     for number, path in enumerate(tqdm(files, desc=f"index {name}", unit="file", disable=len(files) < _BAR_FROM_FILES)):
         try:
-            _read_file(path, number, camera, state, card, read)
+            linked |= _read_file(path, number, camera, state, card, read)
         except (ValueError, OSError, RuntimeError, TypeError, AttributeError, KeyError) as error:  # what h5py says of a damaged file
-            builder.leave_out(_told(error, str(path)), 0)  # how many it held nobody knows
+            # How many it held nobody knows.
+            builder.leave_out(error if isinstance(error, Elsewhere) else _told(error, str(path)), 0)
     demos = sorted(read)
     for key in demos:
         actions, text, where, _, states, _ = read[key]
         try:
-            if isinstance(actions, str):
-                raise ValueError(actions)
+            if isinstance(actions, ValueError):
+                raise actions
             builder.add(actions, [text] * len(actions), where, states)
         except ValueError as error:
-            builder.leave_out(str(error))
+            builder.leave_out(error)
     return builder.index({"demo_E": np.array([demo for demo, _ in demos], dtype=np.int32),
                           "file_E": np.array([file for _, file in demos], dtype=np.int32),
                           "key_E": np.array([read[key][5] for key in demos]),
-                          "upside_down_E": np.array([read[key][3] for key in demos], dtype=bool)})
+                          "upside_down_E": np.array([read[key][3] for key in demos], dtype=bool), **linked_files(linked)})
 
 
 class Hdf5Dataset(DemoDataset):
@@ -213,6 +274,7 @@ class Hdf5Dataset(DemoDataset):
             raise ValueError(f"{folder}: HDF5 sets have one split, 'train', not {split!r}")
         self.check_extra(folder)
         self._camera, name = conventions.camera or _CAMERA, folder.absolute().name
+        self.camera = self._camera
         card, state = conventions.card, conventions.state_names(with_state)
         identity = [str(folder.resolve()), self._camera, *([] if state is None else [state]), *(card.reads() if card else [])]
         index = cached_index("hdf5", name, identity, self._paths, cache_dir,

@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from vlakeep.data.bad import OPTION, refuse
 from vlakeep.data.conventions import FILE, DataCard
-from vlakeep.data.dataset import USUAL, Conventions, DemoDataset, EpisodeIndex, IndexBuilder, cached_index, optional
+from vlakeep.data.dataset import USUAL, Conventions, DemoDataset, EpisodeIndex, IndexBuilder, all_files, cached_index, optional
 from vlakeep.data.images import decode_image
-from vlakeep.data.parquet_pictures import ParquetPictures
-from vlakeep.data.video import VideoReader, missing_frame, video_times
+from vlakeep.data.parquet_pictures import ParquetPictures, PictureLooks, bytes_of
+from vlakeep.data.video import TOLERANCE, VideoReader, missing_frame, video_times
 
 INFO = "meta/info.json"
 VERSIONS = ("v2.0", "v2.1", "v3.0")
@@ -113,7 +113,7 @@ def read_info(folder, camera: Optional[str] = None, state: Optional[Sequence[str
     folder = Path(folder)
     path = folder / INFO
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        info = json.loads(path.read_text(encoding="utf-8-sig"))  # editors put a mark of the byte order before it
         version, features, fps = info["codebase_version"], info["features"], float(info["fps"])
         if version not in VERSIONS:
             raise ValueError(f"{path}: the format is {version!r}; known are {', '.join(VERSIONS)}. lerobot's own converters "
@@ -139,7 +139,8 @@ def read_info(folder, camera: Optional[str] = None, state: Optional[Sequence[str
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError) as error:
         if isinstance(error, ValueError) and str(path) in str(error):
             raise
-        raise ValueError(f"{path} cannot be read ({error!r}); {_AGAIN}") from error
+        what = f"it has no {error}: write it there" if isinstance(error, KeyError) else f"{error!r}: mend it there"
+        raise ValueError(f"{path} cannot be read ({what}), or {_AGAIN}") from error
 
 
 def _parquet(path: Path, columns=None, unread=()):
@@ -246,16 +247,32 @@ def _actions(column, shape: Sequence[int], where: str, what: str = "action") -> 
     """float32 [rows, A] of a list column. ValueError names the first row of another width than info.json says."""
     pa, pc = (optional(module, "lerobot", f"reading {where}") for module in ("pyarrow", "pyarrow.compute"))
     values = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+    values = getattr(values, "storage", values)  # of an extension type such as the Array2D of datasets
     if int(np.prod(shape)) == 1 and (pa.types.is_floating(values.type) or pa.types.is_integer(values.type)):
         return np.asarray(values.to_numpy(zero_copy_only=False), dtype=np.float32)[:, None]
     if not (pa.types.is_list(values.type) or pa.types.is_fixed_size_list(values.type) or pa.types.is_large_list(values.type)):
         raise ValueError(f"{where}: {what}s are {values.type} and not lists of numbers; name those that are with `actions:` in {FILE}")
+    if pa.types.is_nested(values.type.value_type):
+        return _of_lists(values.to_pylist(), shape, where, what)
     widths = np.array([-1 if n is None else n for n in pc.list_value_length(values).to_pylist()])
     wrong = np.flatnonzero(widths != int(np.prod(shape)))
     if len(wrong):
         raise ValueError(f"{where}, row {wrong[0]}: {max(widths[wrong[0]], 0)} {what} values, and info.json says shape {list(shape)} "
                          f"({len(wrong)} of {len(widths)} rows); correct the shape there, or {_AGAIN}")
     return np.asarray(values.flatten().to_numpy(zero_copy_only=False), dtype=np.float32).reshape(len(widths), -1)
+
+
+def _of_lists(rows: List[Any], shape: Sequence[int], where: str, what: str) -> np.ndarray:
+    """float32 [rows, A] of lists in lists, such as the chunk of actions that a frame holds."""
+    try:
+        found = np.array(rows, dtype=np.float32)
+    except (TypeError, ValueError) as error:  # of unequal lengths, or without a value
+        raise ValueError(f"{where}: {what}s are lists of lists that do not all have the shape {list(shape)} of info.json ({error}); "
+                         f"{_AGAIN}") from error
+    if found.shape[1:] != tuple(shape):
+        raise ValueError(f"{where}: {what}s have the shape {list(found.shape[1:])}, and info.json says {list(shape)}; correct it there, or "
+                         f"{_AGAIN}")
+    return found.reshape(len(found), -1)
 
 
 def _look_at_videos(info: Info, places: List[_Place]) -> Dict[Path, Any]:
@@ -284,9 +301,15 @@ def _check_video(info: Info, place: _Place, times: Any, seconds: np.ndarray) -> 
     wanted, needed = place.start + seconds[first], round(place.start * info.fps) + place.length
     if len(times) < needed:
         raise ValueError(f"{path} holds {len(times)} frames and its episodes need {needed} (episode {place.episode} ends there); {_AGAIN}")
-    nearest = times[np.abs(times - wanted).argmin()]
+    nearest, rate = times[np.abs(times - wanted).argmin()], _rate(times)
+    if abs(rate - info.fps) > 0.001 * info.fps:
+        told = f"`fps` of {INFO} is {info.fps:g}, the video has {rate:.6g}: make both the same"
+    elif times[0] > TOLERANCE / info.fps:
+        told = f"the video begins at {times[0]:.3f} s and not at 0: write it again from 0 s (ffmpeg -i IN -c copy OUT.mp4)"
+    else:
+        told = "the video lacks frames there or pauses: leave the episode out of the table"
     raise ValueError(f"{path}: episode {place.episode}: frame {first} is at {wanted:.3f} s by the table and the nearest of the video at "
-                     f"{nearest:.3f} s; `fps` of {INFO} is {info.fps:g}, the video has {_rate(times):.6g}: make both the same, or {_AGAIN}")
+                     f"{nearest:.3f} s; {told}, or {_AGAIN}")
 
 
 def _rate(times: np.ndarray) -> float:
@@ -304,7 +327,7 @@ def build_index(info: Info, name: str) -> EpisodeIndex:
     columns = [*info.actions, "episode_index", "frame_index", "timestamp", "task_index", *(name for name, _ in info.states),
                *([info.text] if info.text else [])]
     unread = [] if info.video else [info.camera]
-    table, opened = None, None
+    table, opened, looks = None, None, None
     for place in tqdm(places, desc=f"index {name}", unit="episode", disable=len(places) < _BAR_FROM_FILES):
         path = info.data_file(*place.data)
         where = f"{path}: episode {place.episode}"
@@ -313,9 +336,11 @@ def build_index(info: Info, name: str) -> EpisodeIndex:
             if not place.length:
                 raise ValueError(f"{where} has no frame, by its length in meta")
             if path != opened:
-                table, episodes, opened = None, None, path
-                table = _parquet(path, columns, unread)
-                episodes = table["episode_index"].to_numpy()
+                table, episodes, opened, looks = None, None, path, None
+                read = _parquet(path, columns, unread)
+                episodes = read["episode_index"].to_numpy()
+                looks = PictureLooks(info.folder, path, info.camera, episodes) if not info.video else None
+                table = read
             elif table is None:
                 raise ValueError(broken)
             at = np.flatnonzero(episodes == place.episode)
@@ -324,6 +349,8 @@ def build_index(info: Info, name: str) -> EpisodeIndex:
             part = table.slice(int(at[0]), len(at))
             actions = np.concatenate([_actions(part[key], shape, where) for key, shape in info.actions.items()], axis=1)
             states = [_actions(part[name], shape, where, "state") for name, shape in info.states]
+            if looks is not None:
+                looks.check(int(at[0]), len(at), where)
             if not np.array_equal(part["frame_index"].to_numpy(), np.arange(len(at))):
                 raise ValueError(f"{where}: frame_index does not count from 0 to {len(at) - 1}; {_AGAIN}")
             numbers = part["task_index"].to_pylist()
@@ -344,8 +371,8 @@ def build_index(info: Info, name: str) -> EpisodeIndex:
                 raise ValueError(f"{where}: the column {info.text} holds no texts; correct `text:` in the data card")
             builder.add(actions, texts, where, np.concatenate(states, axis=1) if states else None)
         except (ValueError, OSError, TypeError, KeyError, NotImplementedError) as error:  # what pyarrow says of a damaged file too
-            told = str(error) if str(info.folder) in str(error) else f"{where} cannot be read ({error!r}); {_AGAIN}"
-            broken = told if table is None and place.length else broken
+            told: Any = error if str(info.folder) in str(error) else f"{where} cannot be read ({error!r}); {_AGAIN}"
+            broken = str(told) if table is None and place.length else broken
             builder.leave_out(told)
             continue
         rows[-1] = int(at[0])
@@ -379,8 +406,8 @@ class LeRobotDataset(DemoDataset):
         card, state = conventions.card, conventions.state_names(with_state)
         self._info, name = read_info(folder, conventions.camera, state, card), folder.absolute().name
         self.action_names, self.fps, self.robot = self._info.names, self._info.fps, self._info.robot
-        files = [path for top in ("meta", "data", "videos") for path in sorted((folder / top).rglob("*"))
-                 if path.is_file() and not path.name.startswith(".")]
+        files = [path for top in ("meta", "data", "videos") for path in all_files(folder / top)]
+        self.camera = self._info.camera
         identity = [str(folder.resolve()), self._info.camera, *([] if state is None else [self._info.states]),
                     *(card.reads() if card else [])]
         index = cached_index("lerobot", name, identity, files, cache_dir, lambda: build_index(self._info, name))
@@ -426,15 +453,7 @@ class LeRobotDataset(DemoDataset):
             path = self._info.video_file(*places["video_E2"][number])
             return self._videos.frame(path, float(places["start_seconds_E"][number] + places["seconds_N"][row]), where)
         cell = self._pictures.read(self._info.data_file(*places["data_E2"][number]), int(places["row_E"][number]) + frame)
-        data = cell.get("bytes")
-        if data is None and cell.get("path"):
-            path = self._info.folder / cell["path"]
-            if not path.is_file():
-                raise FileNotFoundError(f"{where}: {path} is missing; {_AGAIN}")
-            data = path.read_bytes()
-        if data is None:
-            raise ValueError(f"{where}: the row of {self._info.camera} holds no picture; {_AGAIN}")
-        return decode_image(data, where)
+        return decode_image(bytes_of(cell, self._info.folder, self._info.camera, where), where)
 
     def close(self) -> None:
         if hasattr(self, "_videos"):

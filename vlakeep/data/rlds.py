@@ -29,7 +29,9 @@ from vlakeep.data.tfrecord import RecordError, masked_crc32c, parse_example, sca
 _BAR_FROM_BYTES = 64 << 20  # a smaller data set is indexed within a second
 MOST_EPISODES = 10_000_000  # of a shard; a damaged number must not become a list of that length
 _ACTION, _LANGUAGE, _IMAGES = "steps/action", "steps/language_instruction", "steps/observation/"
-_OTHER = f"choose another camera with --data.camera or `camera:` in the set's {FILE}, or leave this episode out when the set is made"
+_OTHER = (f"write it as one of these, choose another camera with --data.camera or `camera:` in the set's {FILE}, or leave this episode out "
+          "when the set is made")
+_SEEN = f"choose another camera with --data.camera or `camera:` in the set's {FILE}, or leave this episode out when the set is made"
 _STATES = ("state", "proprio")  # what converters call the robot's state
 
 
@@ -50,7 +52,7 @@ def read_info(version: Path, skip_bad: bool = False) -> Tuple[str, Dict[str, Tup
     """(data set name, split -> (shard paths, episodes per shard)). ValueError or FileNotFoundError for an incomplete folder."""
     path = version / "dataset_info.json"
     try:
-        info = json.loads(path.read_text())
+        info = json.loads(path.read_text(encoding="utf-8-sig"))
         name, splits = info["name"], {}
         if not isinstance(name, str):
             raise TypeError(f"the name is {name!r}")
@@ -66,7 +68,8 @@ def read_info(version: Path, skip_bad: bool = False) -> Tuple[str, Dict[str, Tup
             splits[split["name"]] = (shards, lengths)
         missing = [shard.name for shards, _ in splits.values() for shard in shards if not shard.is_file()]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError, OverflowError) as error:
-        raise ValueError(f"{path} cannot be read ({error!r}); download or make the data set again") from error
+        what = f"it has no {error}" if isinstance(error, KeyError) else repr(error)
+        raise ValueError(f"{path} cannot be read ({what}); mend it there, or download or make the data set again") from error
     if info.get("fileFormat", "tfrecord") != "tfrecord":
         raise ValueError(f"{path} says fileFormat {info['fileFormat']!r}, which is not read; only tfrecord is. Write the set again with "
                          f"`tfds build --file_format=tfrecord`, or tfds.core.DatasetBuilder with file_format='tfrecord', into {version}")
@@ -147,7 +150,7 @@ def _kind(feature) -> str:
 def _read_episode(payload: bytes, keys: Keys, folder="", state: Optional[Sequence[str]] = None):
     """(actions [T, A], instructions, byte ranges of the pictures, state [T, Q] or None) of an episode."""
     features = parse_example(payload)
-    has_text = keys.text in features or keys.text_needed
+    has_text = keys.text_needed or (keys.text in features and features[keys.text].kind not in ("float", "int64"))
     missing = [name for name in (*keys.actions, *([keys.text] if has_text else []), keys.image) if name not in features]
     if missing:
         raise ValueError(missing_keys("the episode", missing, {name: _kind(one) for name, one in features.items()}, folder))
@@ -158,8 +161,14 @@ def _read_episode(payload: bytes, keys: Keys, folder="", state: Optional[Sequenc
         a, b = pictures[strange]
         raise ValueError(f"{keys.image!r} of step {strange}: {b - a} bytes that are neither JPEG nor PNG (they start with "
                          f"{payload[a:min(b, a + 4)]!r}); {_OTHER}")
+    for key, one in [(key, one) for key, one in zip(keys.actions, parts) if one.kind == "bytes"]:
+        raise ValueError(f"{key!r} holds {_kind(one)}s and no numbers; name the keys of numbers with `actions:` in the set's {FILE}, or "
+                         "store the action as a tensor of float32 that is not encoded")
+    if has_text and features[keys.text].kind in ("float", "int64"):
+        raise ValueError(f"{keys.text!r} holds numbers and no text; name the key of the words with `text:` in the set's {FILE}, or give "
+                         "`instruction: WORDS`")
     values = [one.ints().astype(np.float32) if one.kind == "int64" else one.floats() for one in parts]
-    texts = [text.decode("utf-8", errors="replace") for text in features[keys.text].bytes()] if has_text else [""] * steps
+    texts = [text.decode("utf-8", errors="surrogateescape") for text in features[keys.text].bytes()] if has_text else [""] * steps
     texts = texts * steps if keys.text.startswith("episode_metadata/") and len(texts) == 1 else texts
     texts = _one_a_frame(texts, steps, keys)
     sizes = [len(one) for one in values]
@@ -168,7 +177,7 @@ def _read_episode(payload: bytes, keys: Keys, folder="", state: Optional[Sequenc
         raise ValueError(f"{steps} pictures, {len(texts)} instructions and {told} action values do not make equal steps; mend or leave out "
                          "this episode when the set is made, or name other keys in its data card (docs/bring-your-own-data.md)")
     if _show_nothing([payload[a:b] for a, b in (pictures[0], pictures[steps // 2], pictures[-1])]):
-        raise ValueError(f"{keys.image!r}: the first, the middle and the last picture are of one colour; {_OTHER}")
+        raise ValueError(f"{keys.image!r}: the first, the middle and the last picture are of one colour; {_SEEN}")
     states = None if state is None else _read_state(features, state, steps)
     return np.concatenate([one.reshape(steps, -1) for one in values], axis=1), texts, pictures, states
 
@@ -237,6 +246,7 @@ class RldsDataset(DemoDataset):
         self._shards = [shard for shards, _ in splits.values() for shard in shards]
         episodes = [count for _, lengths in splits.values() for count in lengths]
         camera, card, state = conventions.camera or "image", conventions.card, conventions.state_names(with_state)
+        self.camera = camera
         identity = [str(version.resolve()), camera, episodes, *([] if state is None else [state]), *(card.reads() if card else [])]
         index = cached_index("rlds", name, identity, [s for s in self._shards if s.is_file()], cache_dir,
                              lambda: build_index(self._shards, episodes, Keys.of(camera, card), name, state))

@@ -32,12 +32,24 @@ def _ends(values_N: np.ndarray) -> float:
     return float(((values_N <= low + 0.05 * (high - low)) | (values_N >= high - 0.05 * (high - low))).mean())
 
 
+def at_ends_only(actions_NA: np.ndarray, start_E: np.ndarray) -> List[int]:
+    """Dimensions that keep one value but in the last frame of episodes: flags that one ends, such as Open X's terminate_episode."""
+    held = np.diff(start_E) > 0
+    inner = np.ones(len(actions_NA), dtype=bool)
+    inner[start_E[1:][held] - 1] = False
+    if not inner.any():
+        return []
+    still = np.ptp(actions_NA[inner], axis=0) == 0
+    return np.flatnonzero(still & (np.ptp(actions_NA, axis=0) > 0)).tolist()
+
+
 def guess_grippers(actions_NA: np.ndarray, start_E: np.ndarray, names: Sequence[str] = ()) -> List[Tuple[int, float, float, str]]:
     """(dimension, open, closed, evidence) of each value that looks like a gripper: by its name, else by values at two ends."""
     width, found = actions_NA.shape[1], []
     begin_E = start_E[:-1][np.diff(start_E) > 0]  # an episode that is left out has no frame
     named = [d for d, name in enumerate(names) if len(names) == width and _GRIPPER_NAME.search(name)]
-    for dimension in named or range(width):
+    flags = at_ends_only(actions_NA, start_E)
+    for dimension in named or [one for one in range(width) if one not in flags]:
         values_N = actions_NA[:, dimension]
         share = _ends(values_N)
         if not named and share < _TWO_VALUED:
@@ -73,6 +85,8 @@ def ready_card(actions_NA: np.ndarray, start_E: np.ndarray, names: Sequence[str]
     if len(grippers) > 1:
         lines.append(f"arms: {len(grippers)}")
     lines.append("grippers:" if grippers else "grippers: []              # no value is called a gripper or has two ends; say which it is")
+    flags = at_ends_only(actions_NA[:, :width], start_E)
+    lines += [f"# dimension {d} changes in the last frame of episodes only: a flag that one ends, no gripper" for d in flags]
     lines += [f"  - {{dimension: {d}, open: {a:g}, closed: {b:g}}}   # {why}" for d, a, b, why in grippers]
     if len(names) == width:
         lines.append(f"names: [{', '.join(str(name) for name in names)}]")
