@@ -19,6 +19,7 @@ writes: run_root_dir/<study>/<cell>/ and its evaluation, as train and evaluate d
         rule claims.md and its tables, imported.jsonl, logs/
 """
 
+import functools
 import os
 import queue
 import shlex
@@ -258,7 +259,7 @@ def run_study(study: Study, workers: int, launch: Optional[Callable[[List[str], 
 
     most: seconds after which no cell is started; export: file that gets the records of what is done, a line with each cell that ends.
     """
-    launcher = launch or Launcher(workers, _gpus())
+    launcher: Callable[[List[str], Path], int] = launch or Launcher(workers, _gpus())
     states, logs, failed = study.states(), study.folder() / "logs", {}
     todo = [cell for cell in study.cells if states[cell].kind != DONE]
     begun = time.perf_counter()
@@ -271,7 +272,7 @@ def run_study(study: Study, workers: int, launch: Optional[Callable[[List[str], 
                            if study.configs[cell].probe.name == name})
     lacking = [(folder, needed, logs / f"offline-{number}.log") for number, (folder, needed) in enumerate(artefacts(study).items())
                if not folder.is_dir() and any(cell in todo for cell in needed.cells)]
-    statuses = at_once(launcher, workers, [lambda words=needed.words, file=file: launcher([*words, *study.folders], file)
+    statuses = at_once(launcher, workers, [functools.partial(launcher, [*needed.words, *study.folders], file)
                                            for _, needed, file in lacking])
     for (folder, needed, file), status in zip(lacking, statuses):
         if status:
@@ -312,7 +313,7 @@ def run_study(study: Study, workers: int, launch: Optional[Callable[[List[str], 
                 failed.update({later.cell: f"the run before it failed: {cell.cell}" for later in chain[number + 1:] if later.needs(cell)})
         return 0
 
-    left_out = sum(at_once(launcher, workers, [lambda chain=chain: start(chain) for chain in chains.values()]))
+    left_out = sum(at_once(launcher, workers, [functools.partial(start, chain) for chain in chains.values()]))
     if left_out:
         log.info(f"{left_out} cells were not started: {most:g} s were over; the same command goes on")
     if export:

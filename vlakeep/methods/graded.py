@@ -145,7 +145,9 @@ class Graded(Method):
                 f"it was made with lora {self._artifact.meta['lora']}: run `vlakeep offline` with the --lora.layers and --lora.modules "
                 "of this run")
         if self._config.gains.directions == "random":
-            return {name: own._replace(vectors=random_basis(*own.vectors.shape, self._config.seed)) for name, own in spectra.items()}
+            seed = 1_000 * self._config.seed  # every input has directions of its own
+            return {name: own._replace(vectors=random_basis(len(own.vectors), own.vectors.shape[1], seed + number))
+                    for number, (name, own) in enumerate(sorted(spectra.items()))}
         return spectra
 
     def before_training(self) -> List[Dict[str, float]]:
