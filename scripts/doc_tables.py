@@ -53,6 +53,8 @@ ROOMS = {
                  "仿真桌面：世界、相机、专家、问题，以及它的各阶段"),
     "libero": ("LIBERO: simulator, expert, questions, and its stages",
                "LIBERO：仿真器、专家、问题，以及它的各阶段"),
+    "language": ("questions about texts: what a model still knows as a language model",
+                 "关于文本的问题：模型作为语言模型还保留了什么"),
     "parity": ("comparison with the official code and with numbers recorded from it",
                "与官方代码及其记录数值的比较"),
     "reporting": ("comparison of arms: statistics, tables, figures, the page",

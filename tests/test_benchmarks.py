@@ -4,6 +4,7 @@ import ast
 import json
 import textwrap
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import fake_libero
@@ -58,6 +59,7 @@ SMALL = {
                  "--evaluate.questions_per_kind", 2],
     "dataset": ["--data.train_fraction", 0.5, "--evaluate.episodes", 3],
     "toy": ["--evaluate.episodes", 2],
+    "language": ["--evaluate.texts", Path(__file__).parent / "texts", "--evaluate.questions_per_kind", 3],
     **{suite: ["--evaluate.skills", "[0]", "--evaluate.episodes", 2, "--evaluate.batch", 1] for suite in SUITES},
 }
 
@@ -187,14 +189,14 @@ def test_what_a_benchmark_does_not_know_is_refused_before_a_model_is_loaded(made
             made(name, "--evaluate.other_suites", f"[{name}]")
 
 
-@pytest.mark.parametrize("name", ["tabletop", "dataset", "toy", "libero_object"])
+@pytest.mark.parametrize("name", ["tabletop", "dataset", "toy", "language", "libero_object"])
 def test_an_evaluation_that_was_killed_goes_on(world, made, name, tmp_path):
     """After the header and a trial, in the middle of the next line."""
     storage, _ = world
     config, _ = made(name)
     folder = run_evaluation(config, storage, tmp_path / "whole")
     whole = read_evaluation(folder)
-    assert {row["kind"] for row in whole[0]} <= {SKILL, QUESTION, "open_loop"} and len(whole[0]) >= 2
+    assert {row["kind"] for row in whole[0]} <= {SKILL, QUESTION, "open_loop", "alarm"} and len(whole[0]) >= 2
     lines = (folder / "records.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "part").mkdir()
     (tmp_path / "part" / "records.jsonl").write_bytes(b"".join(lines[:2]) + lines[2][:20])

@@ -337,7 +337,7 @@ def check_target(benchmark: Benchmark, model: dict) -> List[Line]:
         except (ValueError, OSError) as error:
             return [Line(RED, "target", str(error), "--evaluate.target of another run or checkpoint, or make it with `vlakeep train`")]
         lines += check_target_base(config, storage, base, folder)
-    return lines + check_action_key(benchmark, base, model, own)
+    return lines + (check_action_key(benchmark, base, model, own) if benchmark.acts else [])
 
 
 def check_target_base(config: Config, storage: Storage, base: Path, folder: Path) -> List[Line]:

@@ -133,9 +133,12 @@ def _run(config: Config, storage: Storage, folder: Optional[Path], drift: bool, 
 
 
 def take_model(benchmark: Benchmark) -> Target:
-    """The model with the action statistics that the benchmark picks. ValueError where there are none, or where they do not fit it."""
+    """The model with the action statistics that the benchmark picks, if it plays actions. ValueError where there are none, or where they do
+    not fit it."""
     config, storage = benchmark.config, benchmark.storage
     backbone, name, weights = load_target(config, storage, pick_device(config.device, Distributed.here().local_rank))
+    if not benchmark.acts:
+        return Target(name + benchmark.suffix, weights, backbone)
     own = backbone.unnorm_key or (next(iter(backbone.norm_stats)) if len(backbone.norm_stats) == 1 else None)
     key = backbone.action_key(benchmark.pick_key(config.backbone.unnorm_key, backbone.norm_stats, own))
     benchmark.compare(key, backbone.norm_stats, backbone.processor.spec)
@@ -158,15 +161,21 @@ def ask(benchmark: Benchmark, target: Target, records: Records) -> None:
 
 def model_settings(backbone, config: Config, key: Optional[str], old_key: Optional[str] = None) -> Dict:
     """What beside the weights decides about the actions: how the model computes, and how they are un-normalised."""
-    key, said = backbone.action_key(key), config.backbone
+    key = backbone.action_key(key)
     old_key, chunk = old_key or key, backbone.processor.spec.chunk
 
     def identity(own: str) -> str:
         return hashlib.sha256(json.dumps(backbone.action_statistics(own), sort_keys=True).encode()).hexdigest()
 
-    return {"unnorm_key": key, "statistics": identity(key), "dtype": said.dtype, "attn_implementation": said.attn_implementation,
-            "source": said.source, **({"chunk": min(chunk, config.evaluate.chunk or chunk)} if chunk > 1 else {}),
+    return {"unnorm_key": key, "statistics": identity(key), **computing(config),
+            **({"chunk": min(chunk, config.evaluate.chunk or chunk)} if chunk > 1 else {}),
             **({"old_unnorm_key": old_key, "old_statistics": identity(old_key)} if old_key != key else {})}
+
+
+def computing(config: Config) -> Dict:
+    """How the model computes."""
+    said = config.backbone
+    return {"dtype": said.dtype, "attn_implementation": said.attn_implementation, "source": said.source}
 
 
 def make_header(benchmark: Benchmark, target: Target) -> Dict:
@@ -174,7 +183,8 @@ def make_header(benchmark: Benchmark, target: Target) -> Dict:
     settings = {key: value for key, value in to_dict(benchmark.settings).items() if key in benchmark.decides}
     model = {}
     if target.backbone is not None:
-        model = {"model": model_settings(target.backbone, benchmark.config, target.key, benchmark.old_key(target.known))}
+        model = {"model": model_settings(target.backbone, benchmark.config, target.key, benchmark.old_key(target.known))
+                 if benchmark.acts else computing(benchmark.config)}
     return {"weights": target.weights, "base": target.base, "evaluate": settings, **model, **benchmark.identity()}
 
 

@@ -50,6 +50,7 @@ class Benchmark:
     drift = REQUIRED
     # Whether several processes play what Records.share gives each of them; else the first of them plays alone.
     divides = False
+    acts = True  # whether the model's actions are used, which takes action statistics
     # Of what only some benchmarks know: the settings other_suites and blank, and the target replay.
     knows: Tuple[str, ...] = ()
 

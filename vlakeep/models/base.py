@@ -6,7 +6,7 @@
     adapters             adapted_linears, linear_names, input_key
     layout               embed -> Prefix, text_columns, sequence_mask
     forward              run_layers, norm, logits, loss
-    answers              generate, log_probabilities_of_continuation, attempt_chunks, attempt_batch, predict_actions
+    answers              read_text (Entrance), generate, log_probabilities_of_continuation, attempt_chunks, attempt_batch, predict_actions
     actions              action_key, action_statistics, action_tokens, unnormalise
     folders              load, write, complete_merged
 

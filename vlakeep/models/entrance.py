@@ -11,10 +11,11 @@ directly. Nobody has to know: the methods of ENTRANCES are wrapped where a class
 import functools
 from typing import Any, Callable, Dict, NamedTuple, Tuple
 
+import torch
 from torch import nn
 
 # Of Backbone: each computes with weights.
-ENTRANCES = ("loss", "embed", "run_layers", "norm", "logits", "hidden_states", "next_logits", "generate",
+ENTRANCES = ("loss", "embed", "run_layers", "norm", "logits", "hidden_states", "next_logits", "generate", "read_text",
              "log_probabilities_of_continuation", "attempt_chunks")
 
 
@@ -50,6 +51,15 @@ class Entrance(nn.Module):
     def loss(self, batch):
         """What a batch with labels is asked for."""
         raise NotImplementedError
+
+    def read_text(self, ids_BL: torch.Tensor, places_BL: torch.Tensor, sees_BLL: torch.Tensor) -> torch.Tensor:
+        """What `norm` gives for text without a picture and a state, [B, L, D]: the language model inside, asked as one.
+
+        No prompt of the model looks like that, so a kind of model says here whether it makes sense, and how. places_BL: where each token
+        stands; sees_BLL: bool, which tokens (second) each token (first) sees, so that several continuations may share a beginning.
+        """
+        raise ValueError(f"{type(self).__name__} reads no text without a picture (it has no read_text): ask the model questions about "
+                         "pictures, with another --evaluate.benchmark")
 
     def forward(self, request):
         """A Request, or a batch with labels: its loss."""

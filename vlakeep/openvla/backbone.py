@@ -208,6 +208,15 @@ class OpenVLABackbone(Backbone):
         logits_BLV = self.logits(self.openvla.norm(last_BSD[:, patches + first - 1:patches + length - 1]))
         return loss_output(logits_BLV, batch.labels[:, first:], last_BSD, prefix.attention_mask_BS)
 
+    # Text alone
+
+    def read_text(self, ids_BL: torch.Tensor, places_BL: torch.Tensor, sees_BLL: torch.Tensor) -> torch.Tensor:
+        """As Entrance.read_text. The patches are left out, not made blank: what remains is a prompt of Llama, the official forward without
+        pixel_values. The official tokenizer puts BOS before it."""
+        openvla = self.openvla
+        hidden_BLD = openvla.embed(ids_BL, None)
+        return openvla.norm(openvla.run_layers(hidden_BLD, openvla.given_mask(sees_BLL[:, None], hidden_BLD.dtype), places_BL))
+
     # Generation
 
     @torch.no_grad()

@@ -147,10 +147,16 @@ class OpenVLA(nn.Module):
             return valid_BK
         keys = valid_BK.shape[1]
         row_Q1 = torch.arange(keys - queries, keys, device=valid_BK.device)[:, None]
-        allowed_B1QK = (torch.arange(keys, device=valid_BK.device)[None] <= row_Q1) & valid_BK[:, None, None, :]
+        return self.given_mask((torch.arange(keys, device=valid_BK.device)[None] <= row_Q1) & valid_BK[:, None, None, :], dtype)
+
+    def given_mask(self, allowed_B1QK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The mask that decoder layers take, after a bool one. ValueError for attention that takes none of its own."""
+        if self.attn_implementation == "flash_attention_2":
+            raise ValueError("--backbone.attn_implementation flash_attention_2 knows no mask but the causal one; use sdpa, which gives the "
+                             "same result")
         if self.attn_implementation == "sdpa":
             return allowed_B1QK
-        return torch.zeros(allowed_B1QK.shape, dtype=dtype, device=valid_BK.device).masked_fill_(
+        return torch.zeros(allowed_B1QK.shape, dtype=dtype, device=allowed_B1QK.device).masked_fill_(
             ~allowed_B1QK, torch.finfo(dtype).min
         )
 
