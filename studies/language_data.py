@@ -26,6 +26,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vlakeep.core.compat import import_timm
+from vlakeep.language.items import UNASKED
+from vlakeep.openvla.gguf import to_halves, unpack
 
 HALVES = ("weights-0.safetensors", "weights-1.safetensors")
 OWN = 8  # tokens of the teacher's own answer to a question
@@ -39,24 +41,6 @@ PLACES = "shelf drawer table basket stove tray sink rack".split()
 
 
 # The model
-
-def unpack(raw: torch.Tensor, kind: str, shape) -> torch.Tensor:
-    """Blocks of 32 weights as uint8 -> float32 of this shape. Q4_1: scale, offset, 16 bytes of two; Q8_0: scale, 32 bytes."""
-    if kind == "F32":
-        return raw.view(torch.float32).reshape(shape)
-    blocks = raw.reshape(-1, 20 if kind == "Q4_1" else 34)
-    scale = blocks[:, :2].contiguous().view(torch.float16).float()
-    if kind == "Q8_0":
-        return (scale * blocks[:, 2:].contiguous().view(torch.int8).float()).reshape(shape)
-    offset, pairs = blocks[:, 2:4].contiguous().view(torch.float16).float(), blocks[:, 4:]
-    return (scale * torch.cat([pairs & 15, pairs >> 4], 1).float() + offset).reshape(shape)
-
-
-def to_halves(weight_OI: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of q and k from the order of the file, whose rotary pairs are neighbours, to that of transformers, where they are halves."""
-    size = len(weight_OI) // heads
-    return weight_OI.reshape(heads, size // 2, 2, -1).transpose(1, 2).reshape(weight_OI.shape)
-
 
 def load_model(folder: Path, device) -> torch.nn.Module:
     """The causal language model in float32, frozen, in evaluation mode."""
@@ -151,9 +135,9 @@ def passages(texts, tokenize, count: int, seed: int) -> list:
 
 
 def choices(requests, tokenize, count: int) -> list:
-    """[context, continuations, number of the right one] of so many questions."""
+    """[context, continuations, number of the right one] of so many questions; not of those that are asked without the question."""
     by_question: dict = {}
-    for one in requests:
+    for one in (one for one in requests if one["doc_id"] < UNASKED):
         by_question.setdefault(one["doc_id"], []).append(one)
     keys = sorted(by_question)
     random.Random(0).shuffle(keys)

@@ -24,7 +24,8 @@ from vlakeep.tabletop.questions import QUESTION_KINDS
 
 # Options of other programs in the examples, and the pattern of ours.
 OTHER = {"section.key", "requeue", "signal", "open-mode", "standalone", "nproc-per-node", "signals-to-handle", "local-dir", "array",
-         "model_family", "task_suite_name", "pretrained_checkpoint", "center_crop"}  # the last four: run_libero_eval.py
+         "model_family", "task_suite_name", "pretrained_checkpoint", "center_crop",
+         "no-deps"}  # run_libero_eval.py from model_family on, and pip
 TEXTS = [*DOCUMENTS, *sorted((PACKAGE / "configs").rglob("*.yaml")), *sorted(p for p in (REPO / "scripts").iterdir() if p.is_file())]
 PAIRS = [("README.md", "README.zh-CN.md"), ("docs/RESEARCH_PIPELINE.md", "docs/RESEARCH_PIPELINE.zh-CN.md"),
          ("docs/getting-started.md", "docs/getting-started.zh-CN.md"), ("docs/reading-a-run.md", "docs/reading-a-run.zh-CN.md"),

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny_parts
 import torch
 from conftest import BASELINE, GRADED
 from torch.nn.utils.rnn import pad_sequence
@@ -25,7 +26,7 @@ from vlakeep.models.adapters import adapters_disabled, add_lora, all_linear, loa
 from vlakeep.models.alarms import check_vision
 from vlakeep.models.base import Backbone, captured_outputs
 from vlakeep.models.chain import Chain, Link, chain_hash, merge_chain
-from vlakeep.models.files import weights_hash
+from vlakeep.models.files import STATISTICS, weights_hash, write_json
 from vlakeep.models.load import make_backbone, model_class, model_kinds
 from vlakeep.models.merge import merge_checkpoint, save_checkpoint
 from vlakeep.openvla.load import OpenVLAKind
@@ -51,10 +52,18 @@ def pi0_folder(folder):
     return folder
 
 
+def midsize_folder(folder):
+    """A mid-size OpenVLA of tiny parts: grouped queries, tied embeddings, one vision tower, byte-level tokens."""
+    ends = {"action": {"q01": [-2.0, 0.0, 0.0], "q99": [2.0, 1.0, 1.0], "mask": [True, True, False]}}
+    write_json(tiny_parts.make_folder(folder) / STATISTICS, {"midsize_data": ends})
+    return folder
+
+
 # Model -> (its class, what is said to it, a question and its answer).
 MODELS = {
     "tabletop-base": (OpenVLAKind, ["pick up the red block", "reach the blue ring and stop"], ("what color is the block?", "red")),
     "pi0_fast": (Pi0FastBackbone, ["open the red door", "close the blue box ."], ("what is it?", "the red box")),
+    "midsize": (OpenVLAKind, ["open the red door", "close the blue box ."], ("what is it?", "the red box")),
     "toy": (Toy, ["open the red door", "close the blue box ."], ("what is it", "the red box")),
 }
 
@@ -101,7 +110,7 @@ def toy_kind():
 
 @pytest.fixture(scope="module", params=sorted(MODELS))
 def case(request, tmp_path_factory):
-    name, made = request.param, {"toy": make_folder, "pi0_fast": pi0_folder}
+    name, made = request.param, {"toy": make_folder, "pi0_fast": pi0_folder, "midsize": midsize_folder}
     return Case(name, str(made[name](tmp_path_factory.mktemp("models") / name)) if name in made else name)
 
 
@@ -235,6 +244,25 @@ def test_prefixes_can_be_cut_and_joined(case, backbone):
     first, again = backbone.run_layers(whole.trimmed().rows(slice(1, 3))), backbone.run_layers(joined.rows(torch.tensor([1, 2])))
     valid = joined.attention_mask_BS[1:3]
     assert same(first[valid], again[valid])
+
+
+@torch.no_grad()
+def test_text_alone_is_read_or_refused(case, backbone):
+    """What a token sees is what it depends on."""
+    ids_BL = torch.tensor([backbone.processor.text_ids(case.asked[0])] * 2)
+    length = ids_BL.shape[1]
+    places_BL, sees_BLL = torch.arange(length).expand(2, -1), torch.ones(2, length, length, dtype=torch.bool).tril()
+    if case.kind.read_text is Backbone.read_text:
+        with pytest.raises(ValueError, match="reads no text without a picture"):
+            backbone.read_text(ids_BL, places_BL, sees_BLL)
+        return
+    sees_BLL[1, -1, 1] = False
+    ids_BL[1, 1] += 1
+    normed = backbone.read_text(ids_BL, places_BL, sees_BLL)
+    assert normed.shape == (2, length, backbone.hidden_size) and same(normed[0, 0], normed[1, 0]) and not same(normed[0, 1], normed[1, 1])
+    sees_BLL[1, 2:, 1] = sees_BLL[0, 2:, 1] = False
+    blind = backbone.read_text(ids_BL, places_BL, sees_BLL)
+    assert same(blind[0, 2:], blind[1, 2:]) and not same(blind[0, 2:], normed[0, 2:])
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ import numpy as np
 _HEADER, _FOOTER = struct.Struct("<QI"), struct.Struct("<I")
 HEADER_BYTES, FRAME_BYTES = _HEADER.size, _HEADER.size + _FOOTER.size  # 12 before the payload, 16 around it
 _COMPRESSED = (b"\x1f\x8b", b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda")  # gzip, zlib: how such a file begins
-_LENGTH_DELIMITED, _FIXED32, _FIXED64, _VARINT = 2, 5, 1, 0
+LENGTH_DELIMITED, FIXED32, FIXED64, VARINT = 2, 5, 1, 0
 
 
 class RecordError(ValueError):
@@ -129,7 +129,7 @@ class Feature:
         values = []
         for position, end in self.ranges:
             while position < end:
-                value, position = _varint(self.payload, position, end)
+                value, position = varint(self.payload, position, end)
                 values.append(value - (1 << 64) if value >> 63 else value)
         return np.array(values, dtype=np.int64)
 
@@ -138,7 +138,8 @@ class Feature:
             raise ValueError(f"the feature holds {self.kind} values, not {kind}")
 
 
-def _varint(data: bytes, position: int, end: int) -> Tuple[int, int]:
+def varint(data: bytes, position: int, end: int) -> Tuple[int, int]:
+    """(the number that begins at `position`, where the next thing begins). ValueError for one that does not end before `end`."""
     if position < end and data[position] < 0x80:  # nearly all of them
         return data[position], position + 1
     value = shift = 0
@@ -153,21 +154,21 @@ def _varint(data: bytes, position: int, end: int) -> Tuple[int, int]:
         shift += 7
 
 
-def _fields(data: bytes, position: int, end: int) -> Iterator[Tuple[int, int, int, int]]:
+def wire_fields(data: bytes, position: int, end: int) -> Iterator[Tuple[int, int, int, int]]:
     """Yield (field number, wire type, start, end) of the fields of the message in data[position:end]."""
     while position < end:
-        tag, position = _varint(data, position, end)
+        tag, position = varint(data, position, end)
         number, wire = tag >> 3, tag & 7
         start = position
-        if wire == _LENGTH_DELIMITED:
-            length, start = _varint(data, position, end)
+        if wire == LENGTH_DELIMITED:
+            length, start = varint(data, position, end)
             position = start + length
-        elif wire == _FIXED32:
+        elif wire == FIXED32:
             position = start + 4
-        elif wire == _FIXED64:
+        elif wire == FIXED64:
             position = start + 8
-        elif wire == _VARINT:
-            _, position = _varint(data, position, end)
+        elif wire == VARINT:
+            _, position = varint(data, position, end)
         else:
             raise ValueError(f"unknown protobuf wire type {wire} at byte {start} of the record")
         if position > end:
@@ -176,22 +177,22 @@ def _fields(data: bytes, position: int, end: int) -> Iterator[Tuple[int, int, in
 
 
 def _feature(data: bytes, start: int, end: int) -> Feature:
-    for number, _, a, b in _fields(data, start, end):
+    for number, _, a, b in wire_fields(data, start, end):
         kind = {1: "bytes", 2: "float", 3: "int64"}.get(number)
         if kind:
-            return Feature(kind, data, [(c, d) for field, _, c, d in _fields(data, a, b) if field == 1])
+            return Feature(kind, data, [(c, d) for field, _, c, d in wire_fields(data, a, b) if field == 1])
     return Feature("empty", data, [])
 
 
 def parse_example(payload: bytes) -> Dict[str, Feature]:
     """The features of a serialised tf.train.Example by name; values stay undecoded. ValueError for a broken message."""
     features = {}
-    for number, _, start, end in _fields(payload, 0, len(payload)):
+    for number, _, start, end in wire_fields(payload, 0, len(payload)):
         if number != 1:  # Example.features
             continue
-        for _, _, entry_start, entry_end in _fields(payload, start, end):  # Features.feature, a map entry each
+        for _, _, entry_start, entry_end in wire_fields(payload, start, end):  # Features.feature, a map entry each
             name, span = "", (entry_start, entry_start)
-            for field, _, a, b in _fields(payload, entry_start, entry_end):
+            for field, _, a, b in wire_fields(payload, entry_start, entry_end):
                 if field == 1:
                     name = payload[a:b].decode("utf-8")
                 elif field == 2:
@@ -211,7 +212,7 @@ def _encode_varint(value: int) -> bytes:
 
 
 def _delimited(number: int, data: bytes) -> bytes:
-    return _encode_varint(number << 3 | _LENGTH_DELIMITED) + _encode_varint(len(data)) + data
+    return _encode_varint(number << 3 | LENGTH_DELIMITED) + _encode_varint(len(data)) + data
 
 
 def write_example(features: Mapping[str, Union[List[bytes], np.ndarray]]) -> bytes:

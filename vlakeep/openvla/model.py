@@ -94,6 +94,17 @@ class Projector(nn.Module):
         return self.fc3(F.gelu(x)) if hasattr(self, "fc3") else x
 
 
+class TiedHead(nn.Module):
+    """The head of a model whose embeddings are its head too: it has no weights of its own, in no state dict either."""
+
+    def __init__(self, embeddings: nn.Module):
+        super().__init__()
+        self.__dict__["embeddings"] = embeddings  # no child, or the weights would have a second name
+
+    def forward(self, normed: torch.Tensor) -> torch.Tensor:
+        return F.linear(normed, self.embeddings.weight)
+
+
 def layer_interface(language_model) -> tuple:
     """(name of the cache argument, whether rotary embeddings are made outside the layers): both changed within transformers 4."""
     parameters = inspect.signature(type(language_model.model.layers[0]).forward).parameters
@@ -125,6 +136,8 @@ class OpenVLA(nn.Module):
         llama = LlamaConfig(**text, attn_implementation=attn_implementation)
         self.projector = Projector(self.vision_backbone.embed_dim, llama.hidden_size, fused)
         self.language_model = LlamaForCausalLM(llama)
+        if llama.tie_word_embeddings:  # transformers would share one parameter, which comes apart where parameters are replaced
+            self.language_model.lm_head = TiedHead(self.language_model.model.embed_tokens)
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = False
         self._cache_name, self._rotary_outside = layer_interface(self.language_model)

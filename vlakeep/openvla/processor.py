@@ -23,6 +23,7 @@ from vlakeep.openvla import prompts
 from vlakeep.openvla.action_tokenizer import ActionTokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+SPACES = ("▁", "Ġ")  # how Llama's vocabularies spell a space, and byte-level ones
 PREPROCESSOR_FILE = "preprocessor_config.json"
 STRATEGIES = ("resize-naive", "letterbox", "resize-crop")
 _RESAMPLE = {"nearest": Image.NEAREST, "bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC, "lanczos": Image.LANCZOS}
@@ -153,12 +154,13 @@ class Processor(BaseProcessor):
         self.tokenizer, self.image_processor, self.folder = tokenizer, image_processor, folder
         self.action_tokenizer = ActionTokenizer(tokenizer.vocab_size)
         self.pad_token_id: int = tokenizer.pad_token_id
-        # What the official predict_action appends to a prompt: 29871 in Llama-2, another id in other vocabularies.
-        self.empty_token_id: int = tokenizer.convert_tokens_to_ids("▁")
-        if self.empty_token_id is None or self.empty_token_id == tokenizer.unk_token_id:
-            raise ValueError(
-                f"the tokenizer{f' in {folder}' if folder else ''} has no token '▁': it is not of the Llama type OpenVLA needs"
-            )
+        # What the official predict_action appends to a prompt: a space, 29871 in Llama-2 and another id in other vocabularies.
+        spaces = [tokenizer.convert_tokens_to_ids(space) for space in SPACES]
+        spaces = [number for number in spaces if number not in (None, tokenizer.unk_token_id)]
+        if not spaces:
+            raise ValueError(f"the tokenizer{f' in {folder}' if folder else ''} has no token {' or '.join(map(repr, SPACES))} for a space: "
+                             "it is neither of the Llama type that OpenVLA has nor a byte-level one")
+        self.empty_token_id: int = spaces[0]
 
     @classmethod
     def from_folder(cls, path) -> "Processor":

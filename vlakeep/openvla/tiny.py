@@ -10,7 +10,7 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 from vlakeep.core.compat import import_timm
 
@@ -23,6 +23,8 @@ _SIZES: Dict[str, Dict[str, Any]] = {
 _KINDS: Dict[str, Dict[str, Any]] = {
     "dinov2": dict(class_token=True, reg_tokens=4, no_embed_class=True, init_values=1.0),
     "siglip": dict(class_token=False, global_pool="map"),
+    # As vit_small_patch14_dinov2: no registers, and the class token has a position.
+    "dinov2_plain": dict(class_token=True, init_values=1.0, mlp_ratio=4),
 }
 ACTION_TOKENS = 256
 FIRST_ACTION_CHARACTER = 0x4E00  # CJK ideographs: single characters, no normalisation, in none of the texts
@@ -32,7 +34,7 @@ _TEMPLATE = "In: What action should the robot take to?\nOut:"  # the words of th
 
 @functools.lru_cache(maxsize=None)
 def register_tiny_vits() -> None:
-    """Make `vlakeep_vit_{tiny,small}_patch{8,16}_{dinov2,siglip}` known to timm."""
+    """Make `vlakeep_vit_{tiny,small}_patch{8,16}_{dinov2,siglip,dinov2_plain}` known to timm."""
     import_timm()
     from timm.models import register_model
     from timm.models.vision_transformer import VisionTransformer
@@ -167,24 +169,25 @@ def llama_tokenizer_json(vocab: Dict[str, int], merges: List[Tuple[str, str]], p
     }
 
 
-def preprocessor_config(image_size: int) -> dict:
-    """preprocessor_config.json of a fused backbone, keys and values as the official processor writes them."""
-    means, stds = [[0.485, 0.456, 0.406], [0.5] * 3], [[0.229, 0.224, 0.225], [0.5] * 3]
+def preprocessor_config(image_size: int, fused: bool = True) -> dict:
+    """preprocessor_config.json of DINOv2 and SigLIP, or of DINOv2 alone, keys and values as the official processor writes them."""
+    views = 2 if fused else 1
+    means, stds = [[0.485, 0.456, 0.406], [0.5] * 3][:views], [[0.229, 0.224, 0.225], [0.5] * 3][:views]
     size = [image_size, image_size]
     return {
         "image_processor_type": "PrismaticImageProcessor",
         "image_resize_strategy": "resize-naive",
-        "input_sizes": [[3] + size] * 2,
-        "interpolations": ["bicubic"] * 2,
+        "input_sizes": [[3] + size] * views,
+        "interpolations": ["bicubic"] * views,
         "means": means,
         "processor_class": "PrismaticProcessor",
         "stds": stds,
-        "tvf_crop_params": [{"output_size": size}] * 2,
+        "tvf_crop_params": [{"output_size": size}] * views,
         "tvf_do_letterbox": False,
         "tvf_letterbox_fill": None,
         "tvf_normalize_params": [{"inplace": False, "mean": m, "std": s} for m, s in zip(means, stds)],
-        "tvf_resize_params": [{"antialias": True, "interpolation": 3, "max_size": None, "size": size}] * 2,
-        "use_fused_vision_backbone": True,
+        "tvf_resize_params": [{"antialias": True, "interpolation": 3, "max_size": None, "size": size}] * views,
+        "use_fused_vision_backbone": fused,
     }
 
 
@@ -196,12 +199,13 @@ def build_tiny_tokenizer(corpus: List[str], words: List[str], folder, vocab_size
     write_processor_files(folder, tiny_tokenizer_json(corpus, words, vocab_size), image_size)
 
 
-def write_processor_files(folder, tokenizer: dict, image_size: int) -> None:
-    """The four processor files for a tokenizer.json, in the layout of the official save_pretrained."""
+def write_processor_files(folder, tokenizer: dict, image_size: int, marks: Optional[Dict[str, str]] = None, fused: bool = True) -> None:
+    """The four processor files for a tokenizer.json, in the layout of the official save_pretrained. marks: its special tokens, if they are
+    not Llama's; fused as in preprocessor_config."""
     def plain(content):
         return {"content": content, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
 
-    marks = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<PAD>", "unk_token": "<unk>"}
+    marks = marks or {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<PAD>", "unk_token": "<unk>"}
     config = {
         "add_bos_token": True, "add_eos_token": False,
         "added_tokens_decoder": {str(t["id"]): dict(plain(t["content"]), special=True) for t in tokenizer["added_tokens"]},
@@ -212,7 +216,7 @@ def write_processor_files(folder, tokenizer: dict, image_size: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, value in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config),
                         ("special_tokens_map.json", {key: plain(value) for key, value in marks.items()}),
-                        ("preprocessor_config.json", preprocessor_config(image_size))):
+                        ("preprocessor_config.json", preprocessor_config(image_size, fused))):
         (folder / name).write_text(json.dumps(value, indent=1, ensure_ascii=name != "tokenizer.json") + "\n", encoding="utf-8")
 
 

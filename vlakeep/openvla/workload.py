@@ -60,5 +60,6 @@ def workload(kind, config: dict, shapes: Optional[Shapes]) -> Workload:
                 "decoder" if ".layers." in name else "embeddings and head")
         parameters[part] = parameters.get(part, 0) + math.prod(shape)
     return Workload(layers=layers, width=width, mlp=linears["gate_proj"][1], heads=int(text.get("num_attention_heads", 32)),
-                    linears=linears, shared=kind.shared_inputs, vocabulary=shapes["language_model.lm_head.weight"][0], towers=towers,
+                    linears=linears, shared=kind.shared_inputs, towers=towers,
+                    vocabulary=shapes["language_model.model.embed_tokens.weight"][0],
                     projector=projector, patches=patches, answer=kind.answer_tokens, parameters=parameters)
