@@ -44,7 +44,8 @@ from vlakeep.methods.baseline import Baseline
 from vlakeep.methods.graded import Graded
 from vlakeep.methods.graded_offline import split_items
 from vlakeep.models.adapters import adapters_disabled, attach_lora
-from vlakeep.models.base import LossOutput, Prefix
+from vlakeep.models.base import Prefix
+from vlakeep.models.outputs import LossOutput
 from vlakeep.openvla.backbone import OpenVLABackbone
 from vlakeep.openvla.model import layer_interface
 from vlakeep.teacher.answers import TOP, Answered, Part, divergence, logits_at, run_below, split_log_probabilities, teacher_answers

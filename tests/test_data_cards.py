@@ -16,10 +16,11 @@ from test_layout import REPO
 from vlakeep.core.config import Config, ConfigError, DataConfig, load_config
 from vlakeep.data import card as look
 from vlakeep.data import conventions as con
-from vlakeep.data.dataset import Conventions, DemoDataset, IndexBuilder
+from vlakeep.data.dataset import Conventions, DemoDataset
 from vlakeep.data.degenerate import CONSTANT, NOISE, RARE
 from vlakeep.data.formats import open_dataset, open_datasets
 from vlakeep.data.images import decode_image
+from vlakeep.data.index import IndexBuilder
 from vlakeep.data.sample import Episode
 from vlakeep.data.statistics import action_statistics, normalise, unnormalise
 from vlakeep.data.tfrecord import RecordWriter, write_example

@@ -14,7 +14,7 @@ from test_data_prompts import processor  # noqa: F401  (a fixture)
 from vlakeep.checks import _check_data_set
 from vlakeep.core.config import Config, DataConfig
 from vlakeep.core.storage import Storage
-from vlakeep.data import dataset, images, parquet_pictures
+from vlakeep.data import images, index, parquet_pictures
 from vlakeep.data.dataset import Conventions
 from vlakeep.data.formats import find_format, open_dataset, open_datasets
 from vlakeep.data.hdf5 import Hdf5Dataset, language_of
@@ -370,7 +370,7 @@ def test_a_missing_extra_names_the_pip_command(written, monkeypatch, what, modul
             raise ImportError(f"No module named {name!r}")
         return real(name, *rest)
 
-    monkeypatch.setattr(dataset.importlib, "import_module", without)
+    monkeypatch.setattr(index.importlib, "import_module", without)
     extra = "hdf5" if what == "hdf5" else "lerobot"
     with pytest.raises(ModuleNotFoundError, match=rf"pip install {module}, .*pip install -e .*\[{extra}\]"):
         open_dataset(written / what / NAME)

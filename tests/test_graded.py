@@ -612,7 +612,7 @@ def test_what_is_kept_of_the_first_base_is_of_its_weights(world, graded_folder, 
     (folder / "meta.json").write_text(json.dumps({**meta, "weights_sha256": "1" * 64}))
     with pytest.raises(ArtifactError, match="made for other base weights"):
         Graded.prepare(config, storage, backbone)
-    told = SimpleNamespace(offline=lambda config, storage, backbone: backbone.name)
+    told = SimpleNamespace(divides_offline=False, offline=lambda config, storage, backbone: backbone.name)
     monkeypatch.setattr("vlakeep.offline.method_class", lambda name: told)
     assert run_offline(config, storage) == "tabletop-base"
 

@@ -24,11 +24,12 @@ from vlakeep.methods.graded import Graded
 from vlakeep.models import load
 from vlakeep.models.adapters import adapters_disabled, add_lora, all_linear, load_adapter, save_adapter, select_linears
 from vlakeep.models.alarms import check_vision
-from vlakeep.models.base import Backbone, captured_outputs
+from vlakeep.models.base import Backbone
 from vlakeep.models.chain import Chain, Link, chain_hash, merge_chain
 from vlakeep.models.files import STATISTICS, weights_hash, write_json
 from vlakeep.models.load import make_backbone, model_class, model_kinds
 from vlakeep.models.merge import merge_checkpoint, save_checkpoint
+from vlakeep.models.outputs import captured_outputs
 from vlakeep.openvla.load import OpenVLAKind
 from vlakeep.pi0_fast.backbone import Pi0FastBackbone
 from vlakeep.pi0_fast.tiny import make_folder as make_pi0_folder

@@ -11,8 +11,6 @@ writes: ROOT/eval/<base model>/<benchmark>/<target>/ (core/names.py): records.js
 The same for every benchmark: benchmarks/base.py says what one is, core/registry.py finds it.
 """
 
-import hashlib
-import json
 import sys
 import time
 from contextlib import nullcontext
@@ -22,13 +20,14 @@ from typing import Dict, List, Optional
 import torch
 
 from vlakeep.benchmarks.base import CONTROL, NEVER, NEW, REQUIRED, SKILL, Benchmark
+from vlakeep.benchmarks.identity import make_header
 from vlakeep.benchmarks.policy import Target
 from vlakeep.benchmarks.questions import ask_questions, measure_retention
 from vlakeep.benchmarks.records import Records
 from vlakeep.benchmarks.specs import observation_alarms
 from vlakeep.benchmarks.summary import make_summary, write_summary
 from vlakeep.core.compat import require_numpy
-from vlakeep.core.config import Config, ConfigError, to_dict
+from vlakeep.core.config import Config, ConfigError
 from vlakeep.core.launch import launch
 from vlakeep.core.log import log
 from vlakeep.core.names import evaluation_folder, is_run_name, run_name
@@ -157,35 +156,6 @@ def ask(benchmark: Benchmark, target: Target, records: Records) -> None:
     frames = None if target.is_base else benchmark.retention()
     if frames:
         measure_retention(target.backbone, frames, records)
-
-
-def model_settings(backbone, config: Config, key: Optional[str], old_key: Optional[str] = None) -> Dict:
-    """What beside the weights decides about the actions: how the model computes, and how they are un-normalised."""
-    key = backbone.action_key(key)
-    old_key, chunk = old_key or key, backbone.processor.spec.chunk
-
-    def identity(own: str) -> str:
-        return hashlib.sha256(json.dumps(backbone.action_statistics(own), sort_keys=True).encode()).hexdigest()
-
-    return {"unnorm_key": key, "statistics": identity(key), **computing(config),
-            **({"chunk": min(chunk, config.evaluate.chunk or chunk)} if chunk > 1 else {}),
-            **({"old_unnorm_key": old_key, "old_statistics": identity(old_key)} if old_key != key else {})}
-
-
-def computing(config: Config) -> Dict:
-    """How the model computes."""
-    said = config.backbone
-    return {"dtype": said.dtype, "attn_implementation": said.attn_implementation, "source": said.source}
-
-
-def make_header(benchmark: Benchmark, target: Target) -> Dict:
-    """What records must have in common to be of one evaluation."""
-    settings = {key: value for key, value in to_dict(benchmark.settings).items() if key in benchmark.decides}
-    model = {}
-    if target.backbone is not None:
-        model = {"model": model_settings(target.backbone, benchmark.config, target.key, benchmark.old_key(target.known))
-                 if benchmark.acts else computing(benchmark.config)}
-    return {"weights": target.weights, "base": target.base, "evaluate": settings, **model, **benchmark.identity()}
 
 
 def drift_of(benchmark: Benchmark, target: Target) -> Optional[float]:

@@ -20,14 +20,10 @@ writes: run_root_dir/<study>/<cell>/ and its evaluation, as train and evaluate d
 """
 
 import functools
-import os
-import queue
 import shlex
-import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -43,7 +39,7 @@ from vlakeep.models.load import model_name
 from vlakeep.studies import again, claims, paper, report, streams, tables
 from vlakeep.studies.records import differences, line_of, read_records, record_of, same, write_records
 from vlakeep.studies.rule import Rule, read_rule
-from vlakeep.studies.schedulers import scheduler
+from vlakeep.studies.schedulers import Launcher, at_once, scheduler
 
 TAIL = 6  # lines of a failed cell's log that are shown
 
@@ -197,60 +193,6 @@ def run_cell(study: Study, cell: Cell, call: Callable[[List[str]], int] = cli.ru
         if status:
             return status
     return 0
-
-
-class Launcher:
-    """Runs command lines of `vlakeep` as processes, at most `workers` at a time, each on a GPU of its own where there are several."""
-
-    def __init__(self, workers: int, gpus: int = 0):
-        self._slots: "queue.Queue[int]" = queue.Queue()
-        for slot in range(workers):
-            self._slots.put(slot)
-        self._gpus, self._running, self._lock, self._stopped = gpus, set(), threading.Lock(), False
-
-    def __call__(self, words: List[str], log_file: Path) -> int:
-        slot = self._slots.get()
-        try:
-            environment = dict(os.environ)
-            if self._gpus > 1:
-                environment["CUDA_VISIBLE_DEVICES"] = str(slot % self._gpus)
-            log_file.parent.mkdir(parents=True, exist_ok=True)
-            with open(log_file, "wb") as file:
-                with self._lock:
-                    if self._stopped:
-                        return 143
-                    process = subprocess.Popen([sys.executable, "-m", "vlakeep.cli", *words], stdout=file, stderr=subprocess.STDOUT,
-                                               env=environment)
-                    self._running.add(process)
-                try:
-                    return process.wait()
-                finally:
-                    with self._lock:
-                        self._running.discard(process)
-        finally:
-            self._slots.put(slot)
-
-    def stop(self) -> None:
-        """Ask the processes to save and end; none is started after this."""
-        with self._lock:
-            self._stopped = True
-            for process in self._running:
-                process.terminate()
-
-
-def at_once(launcher, workers: int, calls: Sequence[Callable[[], int]]) -> List[int]:
-    """What the calls return, `workers` of them running side by side; when one raises, what the launcher runs is asked to end."""
-    with ThreadPoolExecutor(workers) as pool:
-        jobs = [pool.submit(call) for call in calls]
-        try:
-            for job in as_completed(jobs):
-                job.result()
-        except BaseException:
-            if hasattr(launcher, "stop"):
-                launcher.stop()
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-    return [job.result() for job in jobs]
 
 
 def run_study(study: Study, workers: int, launch: Optional[Callable[[List[str], Path], int]] = None, most: Optional[float] = None,

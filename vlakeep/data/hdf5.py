@@ -25,18 +25,9 @@ from tqdm import tqdm
 
 from vlakeep.data.bad import refuse
 from vlakeep.data.conventions import FILE, DataCard
-from vlakeep.data.dataset import (
-    USUAL,
-    Conventions,
-    DemoDataset,
-    Elsewhere,
-    EpisodeIndex,
-    IndexBuilder,
-    cached_index,
-    linked_files,
-    optional,
-)
+from vlakeep.data.dataset import USUAL, Conventions, DemoDataset
 from vlakeep.data.images import decode_image, encode_jpeg, of_one_colour
+from vlakeep.data.index import Elsewhere, EpisodeIndex, IndexBuilder, cached_index, linked_files, optional
 from vlakeep.data.suggest import missing_keys
 
 FILES = ("*.hdf5", "*.h5")

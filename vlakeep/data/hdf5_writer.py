@@ -15,7 +15,7 @@ from typing import Dict, NamedTuple
 
 import numpy as np
 
-from vlakeep.data.dataset import optional
+from vlakeep.data.index import optional
 
 
 class Demonstration(NamedTuple):

@@ -20,8 +20,10 @@ from tqdm import tqdm
 
 from vlakeep.data.bad import OPTION, refuse
 from vlakeep.data.conventions import FILE, DataCard
-from vlakeep.data.dataset import USUAL, Conventions, DemoDataset, EpisodeIndex, IndexBuilder, all_files, cached_index, optional
+from vlakeep.data.dataset import USUAL, Conventions, DemoDataset
 from vlakeep.data.images import decode_image
+from vlakeep.data.index import EpisodeIndex, IndexBuilder, all_files, cached_index
+from vlakeep.data.lerobot_tables import AGAIN, json_lines, number_rows, parquet_table
 from vlakeep.data.parquet_pictures import ParquetPictures, PictureLooks, bytes_of
 from vlakeep.data.video import TOLERANCE, VideoReader, missing_frame, video_times
 
@@ -31,7 +33,6 @@ _ACTIONS = ("action", "actions")
 _STATES = ("observation.state", "state")
 # What converters of LIBERO and of robosuite call the camera that OpenVLA looks through.
 _CAMERAS = ("image", "agentview_rgb", "agentview", "front", "top")
-_AGAIN = "copy, download or make the data set again"
 _BAR_FROM_FILES = 50
 
 
@@ -140,35 +141,7 @@ def read_info(folder, camera: Optional[str] = None, state: Optional[Sequence[str
         if isinstance(error, ValueError) and str(path) in str(error):
             raise
         what = f"it has no {error}: write it there" if isinstance(error, KeyError) else f"{error!r}: mend it there"
-        raise ValueError(f"{path} cannot be read ({what}), or {_AGAIN}") from error
-
-
-def _parquet(path: Path, columns=None, unread=()):
-    """A table of a parquet file. ValueError for a damaged file or a missing column; `unread` ones only have to be there."""
-    pq, pa = optional("pyarrow.parquet", "lerobot", f"reading {path}"), optional("pyarrow", "lerobot", f"reading {path}")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: the download or copy is incomplete; {_AGAIN}")
-    try:
-        file = pq.ParquetFile(path)
-        missing = [name for name in [*(columns or ()), *unread] if name not in file.schema_arrow.names]
-        if missing:
-            raise ValueError(f"{path}: no column {', '.join(missing)} among {', '.join(file.schema_arrow.names)}; "
-                             f"name the columns that are there with `actions:` or `text:` in the set's {FILE}, or {_AGAIN}")
-        return file.read(columns=columns)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as parquet ({error}); {_AGAIN}") from error
-
-
-def _json_lines(path: Path) -> List[dict]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: the download or copy is incomplete; {_AGAIN}")
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):  # a text may hold other Unicode line breaks
-        try:
-            rows += [dict(json.loads(line))] if line.strip() else []
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: {error}; {_AGAIN}") from error
-    return rows
+        raise ValueError(f"{path} cannot be read ({what}), or {AGAIN}") from error
 
 
 def read_tasks(info: Info) -> Dict[int, str]:
@@ -176,19 +149,19 @@ def read_tasks(info: Info) -> Dict[int, str]:
     if not info.v3:
         path = info.folder / "meta/tasks.jsonl"
         try:
-            return _texts([(row["task_index"], row["task"]) for row in _json_lines(path)])
+            return _texts([(row["task_index"], row["task"]) for row in json_lines(path)])
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: a line is no task_index and task ({error!r}); {_AGAIN}") from error
-    table = _parquet(info.folder / "meta/tasks.parquet", None)
+            raise ValueError(f"{path}: a line is no task_index and task ({error!r}); {AGAIN}") from error
+    table = parquet_table(info.folder / "meta/tasks.parquet", None)
     # lerobot writes the texts as the index of a pandas table, whose column is called task or has a made-up name
     texts = [name for name in table.column_names if name in ("task", "__index_level_0__")]
     if not texts or "task_index" not in table.column_names:
         raise ValueError(f"{info.folder}/meta/tasks.parquet: no texts and task_index among {', '.join(table.column_names)}; "
-                         f"call the column of the texts `task`, or {_AGAIN}")
+                         f"call the column of the texts `task`, or {AGAIN}")
     try:
         return _texts(list(zip(table["task_index"].to_pylist(), table[texts[0]].to_pylist())))
     except (TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{info.folder}/meta/tasks.parquet: a row is no task_index and text ({error}); {_AGAIN}") from error
+        raise ValueError(f"{info.folder}/meta/tasks.parquet: a row is no task_index and text ({error}); {AGAIN}") from error
 
 
 def _texts(rows: List[Tuple[Any, Any]]) -> Dict[int, str]:
@@ -215,18 +188,18 @@ def read_places(info: Info) -> List[_Place]:
     places = []
     try:
         if not info.v3:
-            for row in _json_lines(info.folder / "meta/episodes.jsonl"):
+            for row in json_lines(info.folder / "meta/episodes.jsonl"):
                 at = (row["episode_index"] // info.chunk_size, row["episode_index"])
                 places.append(_Place(row["episode_index"], row["length"], at, at, 0.0))
         else:
             files = sorted(path for path in (info.folder / "meta/episodes").glob("*/*.parquet") if not path.name.startswith("."))
             if not files:
-                raise FileNotFoundError(f"{info.folder}/meta/episodes holds no */*.parquet; {_AGAIN}")
+                raise FileNotFoundError(f"{info.folder}/meta/episodes holds no */*.parquet; {AGAIN}")
             video = f"videos/{info.camera}/"
             columns = ["episode_index", "length", "data/chunk_index", "data/file_index"]
             columns += [video + "chunk_index", video + "file_index", video + "from_timestamp"] if info.video else []
             for path in files:
-                for row in _parquet(path, columns).to_pylist():
+                for row in parquet_table(path, columns).to_pylist():
                     at = (row["data/chunk_index"], row["data/file_index"])
                     there = (row[video + "chunk_index"], row[video + "file_index"]) if info.video else at
                     start = row[video + "from_timestamp"] if info.video else 0.0
@@ -235,44 +208,12 @@ def read_places(info: Info) -> List[_Place]:
         if wrong:
             raise TypeError(f"numbers such as those of {wrong[0]}")
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{info.folder}/meta: the list of episodes lacks {error}; {_AGAIN}") from error
+        raise ValueError(f"{info.folder}/meta: the list of episodes lacks {error}; {AGAIN}") from error
     places.sort(key=lambda place: place.episode)
     twice = next((one.episode for one, after in zip(places, places[1:]) if one.episode == after.episode), None)
     if twice is not None:
-        raise ValueError(f"{info.folder}/meta: the list of episodes holds episode {twice} twice; take one out, or {_AGAIN}")
+        raise ValueError(f"{info.folder}/meta: the list of episodes holds episode {twice} twice; take one out, or {AGAIN}")
     return places
-
-
-def _actions(column, shape: Sequence[int], where: str, what: str = "action") -> np.ndarray:
-    """float32 [rows, A] of a list column. ValueError names the first row of another width than info.json says."""
-    pa, pc = (optional(module, "lerobot", f"reading {where}") for module in ("pyarrow", "pyarrow.compute"))
-    values = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-    values = getattr(values, "storage", values)  # of an extension type such as the Array2D of datasets
-    if int(np.prod(shape)) == 1 and (pa.types.is_floating(values.type) or pa.types.is_integer(values.type)):
-        return np.asarray(values.to_numpy(zero_copy_only=False), dtype=np.float32)[:, None]
-    if not (pa.types.is_list(values.type) or pa.types.is_fixed_size_list(values.type) or pa.types.is_large_list(values.type)):
-        raise ValueError(f"{where}: {what}s are {values.type} and not lists of numbers; name those that are with `actions:` in {FILE}")
-    if pa.types.is_nested(values.type.value_type):
-        return _of_lists(values.to_pylist(), shape, where, what)
-    widths = np.array([-1 if n is None else n for n in pc.list_value_length(values).to_pylist()])
-    wrong = np.flatnonzero(widths != int(np.prod(shape)))
-    if len(wrong):
-        raise ValueError(f"{where}, row {wrong[0]}: {max(widths[wrong[0]], 0)} {what} values, and info.json says shape {list(shape)} "
-                         f"({len(wrong)} of {len(widths)} rows); correct the shape there, or {_AGAIN}")
-    return np.asarray(values.flatten().to_numpy(zero_copy_only=False), dtype=np.float32).reshape(len(widths), -1)
-
-
-def _of_lists(rows: List[Any], shape: Sequence[int], where: str, what: str) -> np.ndarray:
-    """float32 [rows, A] of lists in lists, such as the chunk of actions that a frame holds."""
-    try:
-        found = np.array(rows, dtype=np.float32)
-    except (TypeError, ValueError) as error:  # of unequal lengths, or without a value
-        raise ValueError(f"{where}: {what}s are lists of lists that do not all have the shape {list(shape)} of info.json ({error}); "
-                         f"{_AGAIN}") from error
-    if found.shape[1:] != tuple(shape):
-        raise ValueError(f"{where}: {what}s have the shape {list(found.shape[1:])}, and info.json says {list(shape)}; correct it there, or "
-                         f"{_AGAIN}")
-    return found.reshape(len(found), -1)
 
 
 def _look_at_videos(info: Info, places: List[_Place]) -> Dict[Path, Any]:
@@ -280,7 +221,7 @@ def _look_at_videos(info: Info, places: List[_Place]) -> Dict[Path, Any]:
     files = list(OrderedDict.fromkeys(info.video_file(*place.video) for place in places if place.length))
     missing = [path for path in files if not path.is_file()]
     some = f"{missing[0]}{', ...' if missing[1:] else ''}" if missing else ""
-    lacks = f"{info.folder} lacks {len(missing)} of its {len(files)} video files ({some}): the download or copy is incomplete; {_AGAIN}"
+    lacks = f"{info.folder} lacks {len(missing)} of its {len(files)} video files ({some}): the download or copy is incomplete; {AGAIN}"
     found: Dict[Path, Any] = dict.fromkeys(missing, lacks)
     for path in tqdm(files, desc="check videos", unit="file", disable=len(files) < _BAR_FROM_FILES):
         try:
@@ -300,7 +241,7 @@ def _check_video(info: Info, place: _Place, times: Any, seconds: np.ndarray) -> 
         return
     wanted, needed = place.start + seconds[first], round(place.start * info.fps) + place.length
     if len(times) < needed:
-        raise ValueError(f"{path} holds {len(times)} frames and its episodes need {needed} (episode {place.episode} ends there); {_AGAIN}")
+        raise ValueError(f"{path} holds {len(times)} frames and its episodes need {needed} (episode {place.episode} ends there); {AGAIN}")
     nearest, rate = times[np.abs(times - wanted).argmin()], _rate(times)
     if abs(rate - info.fps) > 0.001 * info.fps:
         told = f"`fps` of {INFO} is {info.fps:g}, the video has {rate:.6g}: make both the same"
@@ -309,7 +250,7 @@ def _check_video(info: Info, place: _Place, times: Any, seconds: np.ndarray) -> 
     else:
         told = "the video lacks frames there or pauses: leave the episode out of the table"
     raise ValueError(f"{path}: episode {place.episode}: frame {first} is at {wanted:.3f} s by the table and the nearest of the video at "
-                     f"{nearest:.3f} s; {told}, or {_AGAIN}")
+                     f"{nearest:.3f} s; {told}, or {AGAIN}")
 
 
 def _rate(times: np.ndarray) -> float:
@@ -337,7 +278,7 @@ def build_index(info: Info, name: str) -> EpisodeIndex:
                 raise ValueError(f"{where} has no frame, by its length in meta")
             if path != opened:
                 table, episodes, opened, looks = None, None, path, None
-                read = _parquet(path, columns, unread)
+                read = parquet_table(path, columns, unread)
                 episodes = read["episode_index"].to_numpy()
                 looks = PictureLooks(info.folder, path, info.camera, episodes) if not info.video else None
                 table = read
@@ -345,25 +286,25 @@ def build_index(info: Info, name: str) -> EpisodeIndex:
                 raise ValueError(broken)
             at = np.flatnonzero(episodes == place.episode)
             if len(at) != place.length or not len(at) or at[-1] - at[0] + 1 != len(at):
-                raise ValueError(f"{where} has {len(at)} rows and meta says {place.length}, one after the other; {_AGAIN}")
+                raise ValueError(f"{where} has {len(at)} rows and meta says {place.length}, one after the other; {AGAIN}")
             part = table.slice(int(at[0]), len(at))
-            actions = np.concatenate([_actions(part[key], shape, where) for key, shape in info.actions.items()], axis=1)
-            states = [_actions(part[name], shape, where, "state") for name, shape in info.states]
+            actions = np.concatenate([number_rows(part[key], shape, where) for key, shape in info.actions.items()], axis=1)
+            states = [number_rows(part[name], shape, where, "state") for name, shape in info.states]
             if looks is not None:
                 looks.check(int(at[0]), len(at), where)
             if not np.array_equal(part["frame_index"].to_numpy(), np.arange(len(at))):
-                raise ValueError(f"{where}: frame_index does not count from 0 to {len(at) - 1}; {_AGAIN}")
+                raise ValueError(f"{where}: frame_index does not count from 0 to {len(at) - 1}; {AGAIN}")
             numbers = part["task_index"].to_pylist()
             unknown = sorted({n for n in numbers if n not in tasks}, key=str)
             if unknown:
-                raise ValueError(f"{where}: task_index {unknown[0]} is not among the {len(tasks)} tasks of meta; {_AGAIN}")
+                raise ValueError(f"{where}: task_index {unknown[0]} is not among the {len(tasks)} tasks of meta; {AGAIN}")
             seconds = np.asarray(part["timestamp"].to_numpy(), dtype=np.float64)
             if not np.isfinite(seconds).all():
-                raise ValueError(f"{where}: a timestamp is no number; {_AGAIN}")
+                raise ValueError(f"{where}: a timestamp is no number; {AGAIN}")
             slow = np.flatnonzero(np.diff(seconds) < 0.5 / info.fps)
             if info.video and len(slow):  # two rows would show one frame
                 raise ValueError(f"{where}: frame {slow[0] + 1} is at {seconds[slow[0] + 1]:.3f} s by its timestamp and the one before at "
-                                 f"{seconds[slow[0]]:.3f} s, with {info.fps:g} frames a second; {_AGAIN}")
+                                 f"{seconds[slow[0]]:.3f} s, with {info.fps:g} frames a second; {AGAIN}")
             if info.video:
                 _check_video(info, place, videos[info.video_file(*place.video)], seconds)
             texts = [text or "" for text in part[info.text].to_pylist()] if info.text else [tasks[n] or "" for n in numbers]
@@ -371,7 +312,7 @@ def build_index(info: Info, name: str) -> EpisodeIndex:
                 raise ValueError(f"{where}: the column {info.text} holds no texts; correct `text:` in the data card")
             builder.add(actions, texts, where, np.concatenate(states, axis=1) if states else None)
         except (ValueError, OSError, TypeError, KeyError, NotImplementedError) as error:  # what pyarrow says of a damaged file too
-            told: Any = error if str(info.folder) in str(error) else f"{where} cannot be read ({error!r}); {_AGAIN}"
+            told: Any = error if str(info.folder) in str(error) else f"{where} cannot be read ({error!r}); {AGAIN}"
             broken = str(told) if table is None and place.length else broken
             builder.leave_out(told)
             continue
@@ -432,12 +373,12 @@ class LeRobotDataset(DemoDataset):
         whole = len(splits) == 1 and (start, end) == (0, count)
         first, last = (start, end) if whole else (int(at) for at in np.searchsorted(number_E, [start, end]))
         if not 0 <= start < end or first == last:
-            raise ValueError(f"{told}; {_AGAIN}")
+            raise ValueError(f"{told}; {AGAIN}")
         lacking = end - start - (last - first)
         if lacking:  # some were taken out by hand
             if not skip_bad:
                 write = f'write "0:{count}" there, or ' if len(splits) == 1 and start == 0 else ""
-                raise ValueError(f"{told}, and {lacking} of them not there; {write}{_AGAIN}. To train with those that are there: {OPTION}")
+                raise ValueError(f"{told}, and {lacking} of them not there; {write}{AGAIN}. To train with those that are there: {OPTION}")
             index.bad[told] = lacking
         return first, last - first
 

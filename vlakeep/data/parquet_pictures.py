@@ -7,8 +7,8 @@ from typing import Any, Dict, Tuple
 
 import numpy as np
 
-from vlakeep.data.dataset import Elsewhere, optional
 from vlakeep.data.images import decode_image, is_picture, may_be_of_one_colour, of_one_colour
+from vlakeep.data.index import Elsewhere, optional
 
 _LOOKED_AT = 256  # pictures in memory while a file is looked at
 _PICTURE_BYTES = 256 << 20  # encoded pictures of the row groups read last

@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from vlakeep.data.bad import OPTION, SHOWN, refuse
 from vlakeep.data.conventions import FILE, DataCard
-from vlakeep.data.dataset import CONTENT, USUAL, Conventions, DemoDataset, EpisodeIndex, IndexBuilder, cached_index
+from vlakeep.data.dataset import USUAL, Conventions, DemoDataset
 from vlakeep.data.images import decode_image, is_picture, may_be_of_one_colour, of_one_colour
+from vlakeep.data.index import CONTENT, EpisodeIndex, IndexBuilder, cached_index
 from vlakeep.data.suggest import missing_keys
 from vlakeep.data.tfrecord import RecordError, masked_crc32c, parse_example, scan_records
 

@@ -11,7 +11,7 @@ from typing import Tuple
 
 import numpy as np
 
-from vlakeep.data.dataset import optional
+from vlakeep.data.index import optional
 
 _OPEN_FILES = 8  # per thread
 _AGAIN = "copy, download or make the file again"

@@ -17,9 +17,8 @@ Axes: B batch, L text tokens, S sequence, D hidden, V vocabulary, T generated to
 """
 
 from abc import ABC, abstractmethod
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -28,48 +27,21 @@ from torch.nn import functional as F
 
 from vlakeep.core.errors import CheckpointError
 from vlakeep.data.processor import BaseProcessor
-from vlakeep.data.sample import IGNORE_INDEX, Batch, Sample, SampleSpec
+from vlakeep.data.sample import Batch, Sample, SampleSpec
 from vlakeep.data.statistics import unnormalise
 from vlakeep.models import files
 from vlakeep.models.entrance import Entrance
 from vlakeep.models.lean import compile_layers, compile_problem
 from vlakeep.models.load import model_name
+from vlakeep.models.outputs import LossOutput, loss_output
 from vlakeep.models.prefix import Prefix
 from vlakeep.models.quantised import identity
 from vlakeep.models.sharded_base import Averaged, shard
 from vlakeep.models.workload import Workload
 
 
-class LossOutput(NamedTuple):
-    """All tensors stay on the device; nothing is read by the host."""
-
-    loss: torch.Tensor  # float32, mean cross entropy over labelled tokens
-    num_labelled: torch.Tensor  # how many tokens that are
-    correct: torch.Tensor  # how many of them the model would have chosen
-    last_hidden_norm: torch.Tensor  # mean norm of the last layer's output before the final norm, over valid positions
-
-
 class EarlyStop(ValueError):
     """The model ended its answer before all action dimensions were out; the official code returns garbage here."""
-
-
-@contextmanager
-def captured_outputs(decoder_layers, numbers):
-    """Within the context, a dictionary fills with the raw output [B, S, D] of each numbered decoder layer."""
-    outputs, handles = {}, []
-
-    def keep(number):
-        def hook(module, args, output):
-            outputs[number] = (output[0] if isinstance(output, tuple) else output).detach()
-        return hook
-
-    try:
-        for number in numbers:
-            handles.append(decoder_layers[number].register_forward_hook(keep(number)))
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class Backbone(Entrance, ABC):
@@ -455,15 +427,3 @@ class Backbone(Entrance, ABC):
         """(chunks of actions [B, C, A] float64, bool [B]: which rows ended early) for encoded action prompts."""
         ids_BT, ended_B = self.generate(batch, self.action_tokens(unnorm_key), stop_at_eos=True)
         return self.unnormalise(self.processor.decode_actions(ids_BT.cpu().numpy()), unnorm_key), ended_B.cpu().numpy()
-
-
-def loss_output(logits_BLV: torch.Tensor, labels_BL: torch.Tensor, last_BSD: torch.Tensor, valid_BS: torch.Tensor) -> LossOutput:
-    """The LossOutput of logits that stand above their labels, and of the last layer's raw output."""
-    loss = F.cross_entropy(logits_BLV.flatten(0, 1), labels_BL.flatten(), ignore_index=IGNORE_INDEX)
-    with torch.no_grad():
-        labelled_BL = labels_BL != IGNORE_INDEX
-        correct = ((logits_BLV.argmax(-1) == labels_BL) & labelled_BL).sum()
-        norm_BS = last_BSD.detach().float().norm(dim=-1)
-        weight_BS = valid_BS.float()
-        mean_norm = (norm_BS * weight_BS).sum() / weight_BS.sum()
-    return LossOutput(loss, labelled_BL.sum(), correct, mean_norm)

@@ -46,8 +46,8 @@ def main(argv: List[str]) -> int:
     args, _, _ = split(ASSEMBLE, argv)
     if args.image % PATCH:
         raise ConfigError(f"--image {args.image}: must be a multiple of {PATCH}")
-    files = {package: find_part(package, args.packages) for package in PARTS}
-    facts = assemble(*files.values(), args.out, VIT, args.image, args.seed)
+    language, vision = (find_part(package, args.packages) for package in PARTS)
+    facts = assemble(language, vision, args.out, VIT, args.image, args.seed)
     shown = [arg.replace(str(args.out), "OUT").replace(str(args.packages), "PACKAGES") for arg in argv]
     write_provenance(args.out, {"command": shlex.join(["vlakeep", "assemble-openvla", *shown]), "seed": args.seed,
                                 "parts": {pip: digest for pip, _, digest in PARTS.values()}, **facts})

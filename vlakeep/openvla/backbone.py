@@ -15,9 +15,10 @@ from torch import nn
 
 from vlakeep.core.errors import CheckpointError
 from vlakeep.data.sample import Batch, SampleSpec
-from vlakeep.models.base import Backbone, LossOutput, Prefix, loss_output
+from vlakeep.models.base import Backbone, Prefix
 from vlakeep.models.lean import too_old
 from vlakeep.models.load import DTYPES
+from vlakeep.models.outputs import LossOutput, loss_output
 from vlakeep.models.workload import Workload
 from vlakeep.openvla import format as checkpoint_format
 from vlakeep.openvla.model import OpenVLA

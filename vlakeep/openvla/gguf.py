@@ -86,7 +86,7 @@ def read_gguf(file: Path) -> GGUF:
         places = [_place(reader) for _ in range(tensors)]
         align = about.get("general.alignment", 32)
         start = -(-reader.at // align) * align
-        return GGUF(about, {name: _tensor(data, start, *place) for name, *place in places})
+        return GGUF(about, {name: _tensor(data, start, shape, kind, offset) for name, shape, kind, offset in places})
     except (ValueError, KeyError, struct.error, UnicodeDecodeError, RuntimeError) as error:
         raise CheckpointError(f"{file} is not a GGUF file that can be read ({error}): install its package again") from error
 

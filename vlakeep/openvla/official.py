@@ -14,9 +14,10 @@ from torch.nn.utils import parametrize
 
 from vlakeep.core.official_code import load_official
 from vlakeep.data.sample import IGNORE_INDEX, Batch
-from vlakeep.models.base import Backbone, LossOutput, captured_outputs
+from vlakeep.models.base import Backbone
 from vlakeep.models.files import read_statistics
 from vlakeep.models.load import DTYPES
+from vlakeep.models.outputs import LossOutput, captured_outputs
 from vlakeep.openvla import format as checkpoint_format
 from vlakeep.openvla.backbone import OpenVLABackbone
 from vlakeep.openvla.model import OpenVLA, layer_interface, parameters_on_meta

@@ -17,8 +17,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from vlakeep.data.sample import IGNORE_INDEX, Batch, SampleSpec
-from vlakeep.models.base import Backbone, LossOutput, Prefix, loss_output
+from vlakeep.models.base import Backbone, Prefix
 from vlakeep.models.load import DTYPES
+from vlakeep.models.outputs import LossOutput, loss_output
 from vlakeep.models.workload import Workload
 from vlakeep.pi0_fast import format as checkpoint_format
 from vlakeep.pi0_fast.model import DECODER, Cache, Pi0Fast

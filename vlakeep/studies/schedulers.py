@@ -1,4 +1,4 @@
-"""Where the cells of a study run, beside processes of this machine: a SLURM cluster by submitit, or many machines by Ray.
+"""Where the cells of a study run: processes of this machine, a SLURM cluster by submitit, or many machines by Ray.
 
     vlakeep study studies/X.yaml --scheduler slurm --workers 40 --resources slurm_partition=gpu,gpus_per_node=1,timeout_min=120
     vlakeep study studies/X.yaml --scheduler ray --workers 16 --resources num_gpus=0.25,num_cpus=2
@@ -10,12 +10,14 @@ starts on this machine.
 """
 
 import os
+import queue
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Sequence
 
 from vlakeep.core.config import ConfigError
 from vlakeep.core.errors import install_extra
@@ -61,7 +63,7 @@ class _Scheduler:
 
     def __call__(self, words: List[str], log_file: Path) -> int:
         with self._lock:
-            if self._stopped:
+            if self._stopped:  # nothing is submitted any more
                 return STOPPED
             job = self._submit(words, str(log_file))
             self._running.append(job)
@@ -131,6 +133,60 @@ class Ray(_Scheduler):
 
     def _cancel(self, job) -> None:
         self._ray.cancel(job, force=False)
+
+
+class Launcher:
+    """Runs command lines of `vlakeep` as processes, at most `workers` at a time, each on a GPU of its own where there are several."""
+
+    def __init__(self, workers: int, gpus: int = 0):
+        self._slots: "queue.Queue[int]" = queue.Queue()
+        for slot in range(workers):
+            self._slots.put(slot)
+        self._gpus, self._running, self._lock, self._stopped = gpus, set(), threading.Lock(), False
+
+    def __call__(self, words: List[str], log_file: Path) -> int:
+        slot = self._slots.get()
+        try:
+            environment = dict(os.environ)
+            if self._gpus > 1:
+                environment["CUDA_VISIBLE_DEVICES"] = str(slot % self._gpus)
+            log_file.parent.mkdir(parents=True, exist_ok=True)
+            with open(log_file, "wb") as file:
+                with self._lock:
+                    if self._stopped:
+                        return STOPPED
+                    process = subprocess.Popen([sys.executable, "-m", "vlakeep.cli", *words], stdout=file, stderr=subprocess.STDOUT,
+                                               env=environment)
+                    self._running.add(process)
+                try:
+                    return process.wait()
+                finally:
+                    with self._lock:
+                        self._running.discard(process)
+        finally:
+            self._slots.put(slot)
+
+    def stop(self) -> None:
+        """Ask the processes to save and end; none is started after this."""
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                process.terminate()
+
+
+def at_once(launcher, workers: int, calls: Sequence[Callable[[], int]]) -> List[int]:
+    """What the calls return, `workers` of them running side by side; when one raises, what the launcher runs is asked to end."""
+    with ThreadPoolExecutor(workers) as pool:
+        jobs = [pool.submit(call) for call in calls]
+        try:
+            for job in as_completed(jobs):
+                job.result()
+        except BaseException:
+            if hasattr(launcher, "stop"):
+                launcher.stop()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return [job.result() for job in jobs]
 
 
 def _library(name: str, extra: str):

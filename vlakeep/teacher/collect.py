@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from vlakeep.data.sample import Batch
-from vlakeep.models.base import captured_outputs
+from vlakeep.models.outputs import captured_outputs
 from vlakeep.probe.pooling import masked_mean
 
 

@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from vlakeep.models.base import captured_outputs
+from vlakeep.models.outputs import captured_outputs
 from vlakeep.teacher.collect import with_own_answers
 
 

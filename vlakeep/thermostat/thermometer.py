@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from vlakeep.core.parallel import broadcast_float
-from vlakeep.models.base import captured_outputs
 from vlakeep.models.lean import autocast
+from vlakeep.models.outputs import captured_outputs
 from vlakeep.probe.pooling import masked_mean
 from vlakeep.thermostat.drift import covariance_drift, paired_drift
 
