@@ -614,7 +614,7 @@ def test_what_is_kept_of_the_first_base_is_of_its_weights(world, graded_folder, 
         Graded.prepare(config, storage, backbone)
     told = SimpleNamespace(divides_offline=False, offline=lambda config, storage, backbone: backbone.name)
     monkeypatch.setattr("vlakeep.offline.method_class", lambda name: told)
-    assert run_offline(config, storage) == "tabletop-base"
+    assert run_offline(config, storage) == Path("tabletop-base")
 
 
 def test_data_that_are_not_there_do_not_hide_an_artefact_that_does_not_fit(world, graded_folder):

@@ -296,4 +296,4 @@ def test_sensitivity_items_are_spread_over_all_usable_items(world, monkeypatch):
     config = make_config(METHOD, "--icsm.name", "spread", "--icsm.sensitivity_items", 28, "--icsm.rank", 4, "--icsm.tokens", False)
     run_offline(config, storage)
     joined = [item for part in asked for item in part]
-    assert joined[:48] == list(range(48)) and joined[48:] == [i * 48 // 28 for i in range(28)] and len(set(joined[48:])) == 28
+    assert joined[:48] == list(range(48)) and joined[48:76] == [i * 48 // 28 for i in range(28)] and len(set(joined[48:])) == 28
