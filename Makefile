@@ -2,7 +2,7 @@
 # make study  a small study: three arms, two seeds, trained and evaluated, minutes on a CPU (docs/study.md)
 # make test   all tests; TESTS=tests/test_storage.py runs one file, WORKERS=4 uses more processes
 # make test-openvla-env   the tests on the library versions of the official OpenVLA environment
-# make mutations   plants the faults of tests/mutations.txt one by one and sees that the tests catch them (an hour; FAULT=text takes some)
+# make mutations   plants the faults of tests/mutations.txt one by one and sees that the tests catch them (an hour; FAULT=expression takes some)
 # make fuzz   random files, texts and configurations, EXAMPLES for each property (hours)
 # make lint   ruff and mypy
 # make wheel  build sdist and wheel into dist/, and run what the wheel installs into an empty virtual environment

@@ -1,7 +1,7 @@
 """Plant the faults of tests/mutations.txt one by one in a copy of the sources and see that the named tests catch each of them.
 
     make mutations                                   # all of them, WORKERS side by side
-    make mutations FAULT="gripper"                   # those whose name holds this text
+    make mutations FAULT="gripper|^demo:"            # those in whose name this regular expression is found
     python tests/mutations.py --workers 4 --limit 900
 
 The working tree stays as it is. Exit status 1 when a fault survives, when one gives no answer, or when the tests fail without it.
@@ -10,6 +10,7 @@ The working tree stays as it is. Exit status 1 when a fault survives, when one g
 import argparse
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -129,8 +130,11 @@ def check_all(faults: List[Fault], repo: Path, workers: int, limit: float) -> bo
                      for fault in faults})
         outcomes = {}
         for job in as_completed(jobs):
-            outcomes[jobs[job]] = job.result()
+            what, outcome = jobs[job], job.result()
+            outcomes[what] = outcome
             bar.update()
+            if outcome.verdict != (CAUGHT if isinstance(what, Fault) else SURVIVED):  # the table is an hour away
+                bar.write(f"{getattr(what, 'name', what)}  {outcome.verdict} {outcome.what}".rstrip())
     ill = {name: outcomes[name] for name in files if outcomes[name].verdict != SURVIVED}
     for name, outcome in ill.items():
         print(f"without any fault {name} fails: {outcome.what}")
@@ -144,12 +148,12 @@ def check_all(faults: List[Fault], repo: Path, workers: int, limit: float) -> bo
 
 def main(argv: List[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("fault", nargs="?", default="", help="only faults whose name holds this text")
+    parser.add_argument("fault", nargs="?", default="", help="only faults in whose name this regular expression is found")
     parser.add_argument("--workers", type=int, default=int(os.environ.get("WORKERS", "2")), help="faults side by side")
     parser.add_argument("--limit", type=float, default=900.0, help="seconds for the tests of one fault")
     options = parser.parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = "1"
-    faults = [fault for fault in read_faults() if options.fault in fault.name]
+    faults = [fault for fault in read_faults() if re.search(options.fault, fault.name)]
     if not faults:
         parser.error(f"no fault of {LIST.name} is called like {options.fault!r}")
     return 0 if check_all(faults, REPO, options.workers, options.limit) else 1

@@ -167,7 +167,7 @@ def test_what_cannot_be_held_out_is_said(world):
     config = make_config(BASELINE, *BRIEF, "--data.datasets", "[tabletop_none]")
     red = [line for line in preflight.run_checks(config, "evaluate") if line.status == checks.RED]
     assert any("tabletop_none" in line.where for line in red)
-    with pytest.raises(ConfigError, match="evaluate.benchmark 'data': must be one of tabletop, dataset, libero_spatial"):
+    with pytest.raises(ConfigError, match="evaluate.benchmark 'data': must be one of tabletop, dataset, language, libero_spatial"):
         make_config(BASELINE, "--evaluate.benchmark", "data")
 
 

@@ -62,7 +62,7 @@ def read_bytes(file: Path) -> bytes:
     """The content, unpacked. ValueError when it is damaged."""
     data = file.read_bytes()
     try:
-        return gzip.decompress(data) if file.name.endswith(".gz") else data
+        return gzip.decompress(data) if file.suffix == ".gz" else data
     except (OSError, EOFError) as error:
         raise ValueError(f"{file} is damaged ({error}): fetch it again") from error
 
