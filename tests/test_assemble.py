@@ -8,6 +8,7 @@ import pytest
 import tiny_parts
 import torch
 from test_layout import PACKAGE
+from tokenizers import Tokenizer
 
 from vlakeep import cli
 from vlakeep.core.errors import CheckpointError
@@ -92,6 +93,13 @@ def test_the_tokenizer_is_byte_level_and_keeps_action_tokens_out_of_texts(backbo
     assert max(processor.text_ids(chr(0x4E00) + " " + chr(0x4EFF))) < len(words)
     with pytest.raises(AssertionError, match="twice"):
         byte_level_tokenizer([*words, words[-1]], [], [], words[0])
+
+
+def test_digits_stand_alone_and_action_tokens_follow_the_words():
+    words = [*tiny_parts.words(), "12"]
+    made = byte_level_tokenizer(words, [*tiny_parts.MERGES, "1 2"], [0, 1, 2], words[0])
+    assert Tokenizer.from_str(json.dumps(made)).encode("12").tokens[1:] == ["1", "2"]
+    assert sorted(made["model"]["vocab"].values()) == list(range(len(words) + 256))
 
 
 def test_the_head_is_the_embeddings_and_both_learn_together(folder, backbone):
