@@ -140,9 +140,9 @@ class Distributed:
         """The current job; outside of one, this process alone."""
         if cls._current is not None:
             return cls._current
-        alone = cls.__new__(cls)
-        alone.rank, alone.world, alone.local_rank, alone.device = 0, 1, 0, torch.device("cpu")
-        return alone
+        one = cls.__new__(cls)
+        one.rank, one.world, one.local_rank, one.device = 0, 1, 0, torch.device("cpu")
+        return one
 
     def wrap(self, module):
         """`module` in DistributedDataParallel; itself in a single process."""
