@@ -60,6 +60,8 @@ def test_inputs_are_dealt_by_their_work_and_stay_together():
     assert all(sum(name.endswith("down") for name in hand) == 1 for hand in hands)
     assert all((f"{layer}.q" in hand) == (f"{layer}.k" in hand) for hand in hands for layer in range(4))
     assert sum(map(bool, dealt(linears, key_of, 40))) == 12 and dealt(linears, key_of, 1) == [linears]
+    one_wide = {"0.down": Linear(3), **{f"{layer}.o": Linear(1) for layer in range(5)}}
+    assert sorted(map(len, dealt(one_wide, key_of, 2))) == [1, 5]  # a moment of three columns costs nine of one
 
 
 # ---- evaluate ----
