@@ -226,7 +226,7 @@ def scale(session, job, mode: str, dtype: str, size: int) -> None:
     config = session.config("--method", "baseline", *(["--backbone.dtype", dtype, "--train.autocast", dtype] if session.gpu else []))
     session.fresh()
     begin, counted, losses = time.perf_counter(), [], []
-    backbone = make_backbone(config.backbone, "cpu" if mode == "fsdp" else job.device, session.base.parent)
+    backbone = make_backbone(config.backbone, "cpu" if mode == "fsdp" else job.device, session.base.parent, runs_on=job.device)
     add_lora(backbone, config.lora, config.seed)
     if mode == "fsdp":
         backbone.shard(job)

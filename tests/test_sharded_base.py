@@ -1,5 +1,6 @@
 """A base in pieces over two processes (models/sharded_base.py): the training of one process, killed, continued, on any number of them."""
 
+import gc
 import inspect
 import os
 import signal
@@ -7,14 +8,17 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
+from types import SimpleNamespace
 
 import forked
 import pytest
+import torch
 from conftest import BASELINE, GRADED, METHOD, SMALL, final_adapter
 
 from vlakeep.core.checkpoint import latest_intact
-from vlakeep.models.sharded_base import refuse_sharding
-from vlakeep.train import run_training
+from vlakeep.models.sharded_base import Averaged, refuse_sharding
+from vlakeep.train import load_base, run_training
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
 new = pytest.mark.skipif("ignored_params" not in inspect.signature(getattr(fsdp, "fully_shard", len)).parameters,
@@ -54,6 +58,23 @@ def test_two_processes_that_share_the_base_are_one_with_two_micro_batches_bitwis
     again = [run_training(make_config(file, "--name", f"{name}-{which}", *longer, *(SHARDED if which == "two" else [])), storage)
              for which in ("one", "two")]
     assert final_adapter(again[0]) == final_adapter(again[1])
+
+
+def test_a_base_that_was_shared_is_given_back():
+    linear = torch.nn.Linear(2, 2)
+    kept, averaged = weakref.ref(linear), Averaged(linear, SimpleNamespace(world=1))
+    del linear, averaged
+    gc.collect()
+    assert kept() is None
+
+
+def test_a_base_to_be_shared_is_loaded_in_the_type_of_the_devices_it_goes_to(world):
+    storage, make_config = world
+    config = make_config(BASELINE, *SHARDED, "--backbone.dtype", "float16")
+    loaded = load_base(config, storage, SimpleNamespace(device=torch.device("cuda"), world=2))
+    assert loaded.dtype == torch.float16 and {p.device.type for p in loaded.parameters()} == {"cpu"}
+    with pytest.raises(ValueError, match="float16: not on a CPU"):
+        load_base(config, storage, SimpleNamespace(device=torch.device("cpu"), world=2))
 
 
 @new

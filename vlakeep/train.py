@@ -166,11 +166,10 @@ def run_training(config: Config, storage: Storage) -> Path:
         reports = look_early(config, storage, dist)
         resumes = config.train.resume and bool(ckpt.list_checkpoints(storage.run_folder(config.name)))
         chain = chain_of_run(config, storage, resumes)
-        shards = config.train.sharding == "fsdp" and dist.world > 1
-        backbone = make_backbone(config.backbone, torch.device("cpu") if shards else dist.device, storage.cache)
+        backbone = load_base(config, storage, dist)
         merge_chain(backbone, chain)
         add_lora(backbone, config.lora, config.seed)
-        if shards:
+        if shares_base(config, dist):
             backbone.shard(dist)
         check_vision(backbone)  # the new adapters do nothing yet
         backbone.train()
@@ -195,6 +194,16 @@ def run_training(config: Config, storage: Storage) -> Path:
                 _loop(config, dist, run, backbone, method, stream)
                 method.detach()
         return run.folder
+
+
+def shares_base(config: Config, dist: Distributed) -> bool:
+    return config.train.sharding == "fsdp" and dist.world > 1
+
+
+def load_base(config: Config, storage: Storage, dist: Distributed):
+    """The base on this process's device, or in host memory where the processes will share it."""
+    place = torch.device("cpu") if shares_base(config, dist) else dist.device
+    return make_backbone(config.backbone, place, storage.cache, runs_on=dist.device)
 
 
 def refuse_early(config: Config, storage: Storage, dist: Distributed) -> None:

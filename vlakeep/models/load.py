@@ -87,15 +87,16 @@ def _refuse_unusable(settings, device: torch.device) -> None:
                          "which gives the same result")
 
 
-def make_backbone(source, device="cpu", cache: Optional[Path] = None):
+def make_backbone(source, device="cpu", cache: Optional[Path] = None, runs_on=None):
     """The Backbone of a folder, or of the backbone section of a configuration (config.BackboneConfig), in evaluation mode.
 
     cache: where base models lie by name; None takes HF_HOME, else hf_cache below the storage root.
+    runs_on: the device it is moved to before it runs, where that is another one than it is loaded to.
     Raises FileNotFoundError or CheckpointError with the remedy.
     """
     settings = source if isinstance(source, BackboneConfig) else BackboneConfig(checkpoint=str(source))
     cache = Path(cache or os.environ.get("HF_HOME") or Path(pick_root()) / "hf_cache")
-    _refuse_unusable(settings, torch.device(device))
+    _refuse_unusable(settings, torch.device(runs_on or device))
     folder = find_checkpoint(settings.checkpoint, cache)
     if settings.quantisation == "none":
         return model_class(folder).load(settings, folder, device)

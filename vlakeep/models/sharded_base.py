@@ -7,6 +7,7 @@ A checkpoint holds adapters alone, so it does not depend on who wrote it, nor on
 """
 
 import inspect
+import weakref
 from contextlib import contextmanager
 from typing import Iterator, List
 
@@ -53,8 +54,13 @@ class Averaged:
         self._backbone, self._world = backbone, job.world
         self._params: List[nn.Parameter] = [p for p in backbone.parameters() if p.requires_grad]
         self._averages, self._queued = True, False
+        own = weakref.ref(self)  # hooks that held this held the whole model, where the collector does not look
+
+        def accumulated(param: nn.Parameter) -> None:
+            own()._accumulated()
+
         for p in self._params:
-            p.register_post_accumulate_grad_hook(self._accumulated)
+            p.register_post_accumulate_grad_hook(accumulated)
 
     def __call__(self, batch):
         return self._backbone(batch)
@@ -68,7 +74,7 @@ class Averaged:
         finally:
             self._averages = True
 
-    def _accumulated(self, param: nn.Parameter) -> None:
+    def _accumulated(self) -> None:
         if self._averages and not self._queued:
             self._queued = True
             torch.autograd.Variable._execution_engine.queue_callback(self._average)
