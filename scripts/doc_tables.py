@@ -1,4 +1,4 @@
-"""Tables of the documents that follow from the code: the file map, the rooms, the stages, the results of the demo.
+"""Tables of the documents that follow from code and records: the file map, the rooms, the stages, results of the demo and of studies.
 
     python scripts/doc_tables.py                    # writes those that are stale
     python scripts/doc_tables.py --check            # names them; exit status 1 when there are any
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Callable, Dict, List
 
 REPO = Path(__file__).resolve().parents[1]
+sys.path.append(str(REPO / "scripts"))  # where this is loaded by its path
 PACKAGE = REPO / "vlakeep"
 RESULTS = REPO / "docs" / "img" / "demo.json"  # summary.json of the report whose figure is demo.png
 
@@ -163,7 +164,13 @@ def filled(text: str, name: str, content: str) -> str:
 
 def documents() -> Dict[Path, str]:
     """Every document with such tables, as it should be."""
+    from result_tables import all_tables  # imports vlakeep, from the checkout
+
     found = {REPO / "docs" / "file-map.md": file_map()}
+    page = REPO / "docs" / "results.md"
+    found[page] = page.read_text(encoding="utf-8")
+    for name, content in all_tables().items():
+        found[page] = filled(found[page], name, content)
     overview = REPO / "docs" / "OVERVIEW.md"
     found[overview] = filled(overview.read_text(encoding="utf-8"), "stages", stages())
     for name, language in LANGUAGES.items():

@@ -65,6 +65,15 @@ def test_a_measured_recipe_is_predicted_within_a_tenth_in_memory_and_a_fifth_in_
         assert (found.each or found.seconds) == pytest.approx(seconds, rel=0.2)
 
 
+@pytest.mark.parametrize("sharding, memory, seconds", [("none", 20.9, 0.230), ("fsdp", 18.8, 0.266)])
+def test_two_cards_are_predicted_as_they_were_measured(seven_b, sharding, memory, seconds):
+    """speed/two_cards.py: plain LoRA, 16 samples on each of two H100 with NVLink."""
+    options = [*PLAIN, *ONE, "--train.batch_size", 16, "--train.sharding", sharding]
+    found = Planner(configuration(FROZEN, *DATA, *options), seven_b, CARDS["h100"], 2).plan("train")
+    assert found.reserved / GIB == pytest.approx(memory, rel=0.1)
+    assert found.each == pytest.approx(seconds, rel=0.2)
+
+
 def test_allocated_is_that_of_the_measured_stages(seven_b):
     for recipe, allocated in (("offline, frozen form", 21.5), ("plain LoRA, 8 x 2", 17.5), ("graded, 16 x 1", 21.3), ("export", 15.7)):
         stage, file, options, card, _, _ = MEASURED[recipe]
@@ -233,7 +242,8 @@ def test_a_base_that_cards_share_takes_its_share_and_the_layers_at_work(seven_b)
     assert any(("train.sharding", "fsdp") in remedy.options for remedy in found)
 
 
-@pytest.mark.parametrize("options, memory, seconds", [(["--backbone.gradient_checkpointing", "false"], 17.0, 0.134)])
+@pytest.mark.parametrize("options, memory, seconds", [
+    (["--backbone.gradient_checkpointing", "false"], 16.05, 0.119), (["--backbone.gradient_checkpointing", "true"], 9.76, 0.140)])
 def test_pi0_fast_is_planned_from_its_variant_and_the_cameras_asked_for(options, memory, seconds):
     """speed/pi0_full.py: a plain step of 8 rows with two cameras on an H100, weights with vision and norms in float32."""
     config = configuration("pi0_fast_libero_graded", *DATA, *ONE, *options)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import lzma
 import os
 import re
 import subprocess
@@ -386,6 +387,16 @@ def test_records_that_disagree_are_refused_and_half_a_line_is_left_out(tmp_path)
         study.take_in(made, [str(files[1])])
     with pytest.raises(ConfigError, match="none.jsonl cannot be read: No such file"):
         study.take_in(made, [str(tmp_path / "none.jsonl")])
+
+
+def test_records_may_be_compressed(tmp_path):
+    lines = [records.line_of(record(cell=f"cell-{i}")) for i in range(3)]
+    packed = tmp_path / "a.jsonl.xz"
+    packed.write_bytes(lzma.compress("".join(lines).encode()))
+    assert [one["cell"] for one in records.read_records(packed)] == ["cell-0", "cell-1", "cell-2"]
+    packed.write_bytes(packed.read_bytes()[:-30])
+    with pytest.raises(ConfigError, match="a.jsonl.xz are no whole .xz file"):
+        records.read_records(packed)
 
 
 def test_outcomes_are_a_digit_a_trial_and_crashes_are_neither():

@@ -30,6 +30,7 @@ class Hardware(NamedTuple):
     dtype: str  # narrowest type of weights that it computes in
     cards: int = 1
     device: str = "cuda"
+    link: float = 20e9  # bytes a second between cards: PCIe, and V100s that are linked are planned as if they were not
 
     def seconds(self, work: "Work") -> float:
         """Time of some work: products and streams do not overlap, the host's launches overlap with both."""
@@ -82,8 +83,8 @@ def _cpu() -> Hardware:
 CARDS = {
     "rtx4090": Hardware("rtx4090", 22.5, 165e12, 82.6e12, 1.3e12, 1.008e12, "bfloat16"),
     "v100x8": Hardware("v100x8", 15.0, 125e12, 15.7e12, 7.8e12, 0.9e12, "float16", cards=8),
-    "h100": Hardware("h100", 78.0, 989e12, 67e12, 67e12, 3.35e12, "bfloat16"),
-    "h200": Hardware("h200", 139.0, 989e12, 67e12, 67e12, 4.8e12, "bfloat16"),
+    "h100": Hardware("h100", 78.0, 989e12, 67e12, 67e12, 3.35e12, "bfloat16", link=300e9),
+    "h200": Hardware("h200", 139.0, 989e12, 67e12, 67e12, 4.8e12, "bfloat16", link=300e9),
 }
 NAMES = ("auto", "rtx4090", "v100x8", "h100", "h200", "cpu")
 _SEEN = {"4090": "rtx4090", "V100": "v100x8", "H100": "h100", "H200": "h200"}  # part of the name that a driver gives

@@ -154,7 +154,7 @@ def graded(config: Config, work: Workload, adapters: Adapters, numbers: Numbers)
 def practice(config: Config, work: Workload, adapters: Adapters, numbers: Numbers, items: int) -> Costs:
     """What distillation adds to method graded: some probe items beside each micro-batch, forward and backward."""
     found = graded(config, work, adapters, numbers)
-    found.resident["practice on the probe"] = sum(work.kept(adapters, numbers, items).values())
+    found.resident["practice on the probe"] = sum(work.kept(adapters, numbers, items).values()) + work.logits(numbers, items)
     pass_ = work.training_step(adapters, numbers, items)
     below = work.forward(items)  # which is cached
     above = work.layer_work(items * work.columns, count=work.layers - adapters.first)

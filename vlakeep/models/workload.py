@@ -155,9 +155,11 @@ class Workload:
                 found[tower.name] = self.block_keeps(tower, adapters.rank, numbers) * tower.blocks * tower.tokens * rows
             ins = sum(a for a, _ in self.projector)
             found["projector"] = numbers.activation * (2 * ins + len(self.projector) * adapters.rank) * self.patches * rows
-        # Half, float32, its log-softmax and their gradients.
-        found["logits"] = (2 * numbers.activation + 12.0) * self.vocabulary * self.labelled * rows
         return found
+
+    def logits(self, numbers: Numbers, rows: int) -> float:
+        """Bytes of the logits at labelled columns while their gradient is made: themselves and it, and both in float32."""
+        return (2 * numbers.activation + 8.0) * self.vocabulary * self.labelled * rows
 
     # Needed at the moment
 

@@ -20,7 +20,6 @@ from vlakeep.models.workload import Adapters, Numbers, Workload
 STAGES = ("offline", "train", "evaluate", "export")
 OPTIMIZER = {"adamw": 8.0, "adamw8bit": 2.03, "paged_adamw8bit": 2.03, "sgd": 0.0}  # bytes of state a parameter; 8 bit: and a scale a block
 POLICY_STEPS = 300  # actions of an episode where the benchmark does not say how many it may take
-LINK = 20e9  # bytes a second between cards over PCIe; with NVLink most of it is hidden
 PARITY = 8  # frames that export asks together
 
 
@@ -94,7 +93,7 @@ class Planner:
         memory = {"weights": weights, **held, **phases}
         alive = weights + sum(held.values())
         allocated = alive + max(phases.values(), default=0.0)
-        moving = sum(size for name, size in held.items() if name.startswith(("layer ", "logits")))
+        moving = sum(size for name, size in {**held, **phases}.items() if name.startswith(("layer ", "logits")))
         needed = max(phases.values(), default=0.0) if given_back else sum(phases.values())
         reserved = alive + needed + SLACK * moving
         return StagePlan(stage, memory, allocated, reserved, seconds, each, tuple(notes))
@@ -120,7 +119,8 @@ class Planner:
         if self.gpus > 1:
             held["buckets of DDP"] = (1.0 if shared else 0.05) * size * count  # in DDP gradients are views of them
         kept = work.kept(adapters, self.numbers, train.batch_size)
-        phases = {"backward pass": work.backward_needs(self.numbers, train.batch_size)}
+        # The gradient has left the logits when it comes to the layers.
+        phases = {"logits": work.logits(self.numbers, train.batch_size), "backward pass": work.backward_needs(self.numbers, train.batch_size)}
         if self.numbers.recompute:
             leaves = adapters.leaves
             phases["a layer computed again"] = work.layer_keeps(leaves, adapters.rank, self.numbers) * train.batch_size * work.columns
@@ -136,9 +136,9 @@ class Planner:
             # Its share; and what lies outside the layers whole, with two layers, the one at work and the next.
             weights = self.weights / self.gpus + (self.weights - decoder) + 2 * layer
             gathered = decoder * (1 + (work.layers - adapters.first) / work.layers) * (self.gpus - 1) / self.gpus
-            each += train.accumulation * gathered / LINK
+            each += train.accumulation * gathered / self.card.link
         if self.gpus > 1:
-            each += 2 * size * count / LINK
+            each += 2 * size * count / self.card.link
         if self.costs.every:
             each += self.card.seconds(self.costs.measuring) / self.costs.every
         seconds = self.card.seconds(self.loading) + train.steps * each

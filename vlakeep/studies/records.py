@@ -21,6 +21,7 @@ Tables, statistics and report of a study read these records and nothing else, so
 """
 
 import json
+import lzma
 import math
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional, Sequence
@@ -153,10 +154,16 @@ def write_records(path, records: Sequence[Dict[str, Any]]) -> None:
 
 
 def read_records(path) -> List[Dict[str, Any]]:
-    """Records of a file; an unfinished last line is left out. ConfigError naming file and line for what is none."""
+    """Records of a file, which may be compressed (.xz); an unfinished last line is left out.
+
+    ConfigError naming file and line for what is none.
+    """
     path, found = Path(path), []
     try:
-        lines = path.read_bytes().split(b"\n")
+        content = path.read_bytes()
+        lines = (lzma.decompress(content) if path.suffix == ".xz" else content).split(b"\n")
+    except lzma.LZMAError as error:
+        raise ConfigError(f"the records {path} are no whole .xz file ({error}): take the file again from where it came from") from error
     except OSError as error:
         raise ConfigError(f"the records {path} cannot be read: {error.strerror}; "
                           f"`vlakeep study STUDY --export {quoted(path)}` writes them") from error
