@@ -120,7 +120,8 @@ class Planner:
             held["buckets of DDP"] = (1.0 if shared else 0.05) * size * count  # in DDP gradients are views of them
         kept = work.kept(adapters, self.numbers, train.batch_size)
         # The gradient has left the logits when it comes to the layers.
-        phases = {"logits": work.logits(self.numbers, train.batch_size), "backward pass": work.backward_needs(self.numbers, train.batch_size)}
+        phases = {"logits": work.logits(self.numbers, train.batch_size)}
+        phases["backward pass"] = work.backward_needs(self.numbers, train.batch_size)
         if self.numbers.recompute:
             leaves = adapters.leaves
             phases["a layer computed again"] = work.layer_keeps(leaves, adapters.rank, self.numbers) * train.batch_size * work.columns
