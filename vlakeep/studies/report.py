@@ -157,9 +157,9 @@ def headline(judged: Judged) -> str:
     if one is None or one.kept is None:
         return f"{rule.subject} and {rule.reference} have no seed in common yet."
     rival = best_rival(judged)
-    said = (f"{rule.subject} keeps {points(one.kept.mean, one.kept.low, one.kept.high)} points more than {rule.reference} "
-            f"and learns {points(one.new.mean, one.new.low, one.new.high)} points more"
-            f"{'' if judged.choices[rule.subject].matched else ', though it does not come near its success on the choosing seeds'}")
+    said = (f"{rule.subject} against {rule.reference}: {points(one.kept.mean, one.kept.low, one.kept.high)} points of what is kept, "
+            f"{points(one.new.mean, one.new.low, one.new.high)} points of the new task"
+            f"{'' if judged.choices[rule.subject].matched else ', near which it does not come on the choosing seeds'}")
     said += f"; the claim is {'shown' if one.shown else 'not shown'} against it"
     if rival and rival != rule.reference and of[rival].kept:
         other = of[rival]
