@@ -84,6 +84,16 @@ def test_no_bit_of_a_run_depends_on_the_factor(world, graded_folder, monkeypatch
             assert one[key] == pytest.approx(other[key], rel=1e-5, abs=1e-12), key
 
 
+def test_one_gradient_that_overflows_is_enough():
+    good, bad = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer, scaler = torch.optim.SGD([good, bad], lr=0.5), LossScaler(True, factor=8.0)
+    scaler.scale(good.sum() + (bad * torch.tensor([1.0, math.inf])).sum()).backward()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(good, torch.ones(2)) and scaler.skipped == 1 and scaler.get_scale() == 4.0
+
+
 def test_a_step_in_float16_is_that_of_float32_within_its_rounding(world):
     """The real model in half precision: weights, activations and their gradients; adapters, norms and the loss are float32."""
     storage, make_config = world
