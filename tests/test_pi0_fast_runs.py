@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from types import SimpleNamespace
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,7 @@ from vlakeep.data.formats import open_configured
 from vlakeep.evaluate import run_evaluation
 from vlakeep.export import run_export
 from vlakeep.models.load import make_backbone
+from vlakeep.models.sharded_base import refuse_sharding
 from vlakeep.offline import run_offline
 from vlakeep.openvla import audit
 from vlakeep.pi0_fast.model import DECODER
@@ -49,14 +51,18 @@ def runs(written, tmp_path_factory):  # noqa: F811
     make_folder(root / "pi0", TEXTS, [rng.uniform(-1, 1, (2, 3)) for _ in range(200)], {}, ("base_0_rgb", "left_wrist_0_rgb", "right"),
                 state=32)
 
-    def make(file, *overrides):
-        return load_config(file, [
+    def words(*overrides):
+        return [
             "--root", str(root), "--threads", "1", "--device", "cpu", "--backbone.checkpoint", str(root / "pi0"), "--backbone.state", "2",
             "--backbone.cameras", "[left, right]", "--probe.name", "pairs", "--probe.size", "24", "--lora.rank", "4", "--lora.alpha", "8",
             "--lora.layers", "last:2", "--train.steps", "3", "--train.batch_size", "4", "--train.warmup", "0", "--train.save_every", "2",
             "--thermostat.every", "1", "--thermostat.batch_size", "4", "--data.datasets", f"[{NAME}]", "--data.gripper", "standard",
-            "--data.cameras", "[image, wrist_image]", "--data.train_fraction", "0.5", *map(str, overrides)])
+            "--data.cameras", "[image, wrist_image]", "--data.train_fraction", "0.5", *map(str, overrides)]
 
+    def make(file, *overrides):
+        return load_config(file, words(*overrides))
+
+    make.words = words
     storage = Storage.from_config(make(BASELINE))
     run_offline(make(GRADED), storage)
     run_offline(make(METHOD, "--icsm.rank", 12, "--icsm.sensitivity_items", 4), storage)
@@ -87,6 +93,25 @@ def test_a_run_learns_and_resumes_to_the_bit(runs, site):
     run_training(make(*arm, "--name", f"{site}-part", "--train.steps", 2), storage)
     part = run_training(make(*arm, "--name", f"{site}-part", "--train.resume", True), storage)
     assert final_adapter(part) == final_adapter(whole)
+
+
+def _train(file, words):
+    config = load_config(file, words)
+    run_training(config, Storage.from_config(config))
+
+
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_two_processes_are_one_with_two_micro_batches_bitwise(runs, sharding):
+    """Gains, sensor and loop included; the base whole in each, and shared."""
+    storage, make = runs
+    if sharding == "fsdp":
+        try:
+            refuse_sharding("fsdp", 2)
+        except ValueError as error:
+            pytest.skip(str(error))
+    one = run_training(make(GRADED, "--name", f"one-{sharding}", "--train.accumulation", 2), storage)
+    forked.two_ranks(_train, GRADED, make.words("--name", f"two-{sharding}", "--train.sharding", sharding))
+    assert final_adapter(storage.run_folder(f"two-{sharding}")) == final_adapter(one)
 
 
 def test_held_out_episodes_are_judged_and_an_export_is_lerobots(runs, tmp_path, capsys):
