@@ -67,7 +67,7 @@ def test_a_measured_recipe_is_predicted_within_a_tenth_in_memory_and_a_fifth_in_
 
 @pytest.mark.parametrize("sharding, memory, seconds", [("none", 20.9, 0.230), ("fsdp", 18.8, 0.266)])
 def test_two_cards_are_predicted_as_they_were_measured(seven_b, sharding, memory, seconds):
-    """speed/two_cards.py: plain LoRA, 16 samples on each of two H100 with NVLink."""
+    """speed/cards.py: plain LoRA, 16 samples on each of two H100 with NVLink."""
     options = [*PLAIN, *ONE, "--train.batch_size", 16, "--train.sharding", sharding]
     found = Planner(configuration(FROZEN, *DATA, *options), seven_b, CARDS["h100"], 2).plan("train")
     assert found.reserved / GIB == pytest.approx(memory, rel=0.1)

@@ -1,19 +1,25 @@
 """Several cards against one, and the narrow types against float32, on the tabletop; a step of 7B shapes on one card and on two.
 
-    python speed/two_cards.py --tokenizer DIR --out FILE [--parts scaling,prepare,equal,killed,types] [--tiny]
+    python speed/cards.py --tokenizer DIR --out FILE [--ranks 2,4,8] [--parts scaling,prepare,equal,killed,spread,types] [--tiny]
+    python speed/cards.py --table FILE
 
     types      method graded in float32, bfloat16, float16 and NF4, some seeds each: new skill, old skills, divergence, skipped steps; and
                in each type the method with everything off is plain LoRA to the bit, and a run that is continued is the one that was not
-    equal      DistributedDataParallel and FSDP2 on two cards against one card with twice the micro-batches, plain and both sites of surgery
-    killed     one of two ranks is killed; how the job ends, and the run continued on one card
-    scaling    7B shapes, random weights: seconds of a step and memory, one card, two with DDP, two with FSDP2 (in float16 too)
+    equal      DistributedDataParallel and FSDP2 on each number of cards against one card with as many micro-batches, plain and both sites
+    killed     one of all ranks is killed; how the job ends, and the run continued on half of the cards and on one
+    spread     the offline step and an evaluation over all cards against one card: are the files the same
+    scaling    7B shapes, random weights: seconds of a step and memory, one card, several with DDP, with FSDP2, in float16 within 15 GiB and
+               without flash kernels as on a V100; the rate of an all-reduce, and what a step sends by count
 
-Runs go side by side, half on each card; every figure is a line of JSON in FILE as soon as it is there. --tiny: on a CPU, a few steps.
+Runs go side by side, spread over the cards; every figure is a line of JSON in FILE as soon as it is there. On two cards a sum has one
+order, so that runs are equal to the bit; on more NCCL adds in another. --tiny: on a CPU, a few steps.
 """
 
 import argparse
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +29,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from vlakeep.core.checkpoint import latest_intact
@@ -40,9 +47,13 @@ class Bench:
     def __init__(self, args):
         self.args, self.gpu, self.started = args, torch.cuda.is_available(), time.perf_counter()
         self.cards = torch.cuda.device_count() if self.gpu else 1
+        powers = [2**i for i in range(1, 9) if 2**i <= max(2, self.cards)]
+        self.ranks = [int(one) for one in args.ranks.split(",")] if args.ranks else powers
+        self.most = max(self.ranks)
         small = ["--probe.size", "40"]
         one = [*small, "--threads", "1"]
-        self.few = {} if self.gpu else {"tabletop-data": small, "offline": one, "evaluate": one, "train": [*one, "--train.batch_size", "4"]}
+        self.few: dict = {} if self.gpu else {"tabletop-data": small, "offline": one, "evaluate": one,
+                                              "train": [*one, "--train.batch_size", "4"]}
         self.storage = Storage(Path(args.root))
 
     def note(self, part: str, **figures) -> None:
@@ -149,21 +160,22 @@ def equal(bench) -> None:
     arms = {arm: [*words, *steps, *(["--gains.name", "graded_float32"] if arm == "graded" else bench.icsm if arm == "residual" else [])]
             for arm, words in ARMS.items()}
     with ThreadPoolExecutor(9 if bench.gpu else 1) as pool:
-        ones = {arm: pool.submit(bench.train, f"one-{arm}", [*words, "--train.accumulation", 2], number)
+        ones = {arm: pool.submit(bench.train, f"one-{arm}", [*words, "--train.accumulation", bench.most], number)
                 for number, (arm, words) in enumerate(arms.items())}
-        for arm, words in arms.items():
-            for word, extra in (("ddp", []), ("fsdp", ["--train.sharding", "fsdp"])):
-                def work(_, arm=arm, word=word, words=(*words, *extra)):
-                    two = bench.train(f"{word}-{arm}", words, ranks=2)
-                    bench.note("equal", arm=arm, on=word, **compared(ones[arm].result(), two))
-                pool.submit(guarded, bench, f"equal {arm} {word}", work, None)
+        for ranks in bench.ranks:
+            for arm, words in arms.items():
+                for word, extra in (("ddp", []), ("fsdp", ["--train.sharding", "fsdp"])):
+                    def work(_, arm=arm, word=word, ranks=ranks, words=(*words, *extra, "--train.accumulation", bench.most // ranks)):
+                        several = bench.train(f"{word}-{arm}-{ranks}", words, ranks=ranks)
+                        bench.note("equal", arm=arm, on=word, ranks=ranks, **compared(ones[arm].result(), several))
+                    pool.submit(guarded, bench, f"equal {arm} {word}", work, None)
 
 
 def killed(bench) -> None:
     steps, each = (60, 10) if bench.gpu else (8, 2)
     words = [*ARMS["graded"], "--gains.name", "graded_float32", "--train.steps", steps, "--train.save_every", each, *bench.few_items]
-    whole = bench.train("whole", [*words, "--train.accumulation", 2])
-    process = bench.vlakeep(["train", *words, "--name", "killed", "--train.sharding", "fsdp"], ranks=2, wait=False)
+    whole = bench.train("whole", [*words, "--train.accumulation", bench.most])
+    process = bench.vlakeep(["train", *words, "--name", "killed", "--train.sharding", "fsdp"], ranks=bench.most, wait=False)
     folder, deadline = bench.storage.run_folder("killed"), time.monotonic() + 120
     while process.poll() is None and not (folder.is_dir() and latest_intact(folder)) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -174,18 +186,67 @@ def killed(bench) -> None:
     lines = [line[-300:] for line in said.splitlines() if "xitcode" in line or "ignal" in line]
     bench.note("killed", ranks=len(ranks), exit_status=process.returncode, seconds_to_end=time.perf_counter() - begin,
                kept=latest_intact(folder).name, said=lines[-4:])
-    again = bench.train("killed", [*words, "--train.accumulation", 2, "--train.resume", "true"])
-    bench.note("continued on one card", **compared(whole, again))
+    half = bench.most // 2
+    if half > 1:
+        shutil.copytree(folder, bench.storage.run_folder("killed_half"))
+        again = bench.train("killed_half", [*words, "--train.accumulation", 2, "--train.resume", "true"], ranks=half)
+        bench.note("continued", cards=half, **compared(whole, again))
+    again = bench.train("killed", [*words, "--train.accumulation", bench.most, "--train.resume", "true"])
+    bench.note("continued", cards=1, **compared(whole, again))
+
+
+def spread(bench) -> None:
+    few = "10" if bench.gpu else "2"
+    ask = ["evaluate", "--config", "baseline_lora", "--evaluate.target", "base", "--evaluate.episodes", few,
+           "--evaluate.questions_per_kind", few, "--evaluate.retention_frames", few]
+    for ranks in (0, bench.most):
+        begin, name = time.perf_counter(), f"spread{ranks}"
+        bench.vlakeep(["offline", "--config", "method_graded", "--gains.name", name], ranks=ranks)
+        middle = time.perf_counter()
+        said = bench.vlakeep([*ask, "--as", name], ranks=ranks)
+        folder = Path(next(line for line in said.splitlines() if line.startswith("wrote ")).partition("wrote ")[2])
+        made = {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+                for file in sorted(bench.storage.artifact_folder(name).glob("*.safetensors"))}
+        rows = hashlib.sha256("\n".join(sorted((folder / "records.jsonl").read_text().splitlines())).encode()).hexdigest()[:16]
+        bench.note("spread", cards=max(1, ranks), artefact=made, records=rows, offline_seconds=middle - begin,
+                   evaluate_seconds=time.perf_counter() - middle)
 
 
 def scaling(bench) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, "--worker",
-               "--tokenizer", bench.args.tokenizer, "--out", bench.args.out, "--root", bench.args.root,
-               *(["--tiny"] if bench.args.tiny else [])]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=230)
-    if done.returncode:
-        said = [line for line in done.stdout.splitlines() if not line.startswith("RESULT")]
-        bench.note("scaling", error="\n".join(said)[-3000:])
+    for ranks in bench.ranks:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), __file__, "--worker",
+                   "--tokenizer", bench.args.tokenizer, "--out", bench.args.out, "--root", bench.args.root,
+                   *(["--tiny"] if bench.args.tiny else [])]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=230)
+        if done.returncode:
+            said = [line for line in done.stdout.splitlines() if not line.startswith("RESULT")]
+            bench.note("scaling", ranks=ranks, error="\n".join(said)[-3000:])
+
+
+def reduced(job, size: int = 2**28, rounds: int = 5) -> float:
+    """Bytes a second and card of an all-reduce: what each sends, 2 (N - 1) / N of it."""
+    flat = torch.zeros(size // 4 if job.device.type == "cuda" else 2**16, device=job.device)
+    for number in range(rounds + 2):
+        if number == 2:
+            begin = wait(job.device)
+        dist.all_reduce(flat)
+    return rounds * 2 * (job.world - 1) / job.world * flat.nbytes / (wait(job.device) - begin)
+
+
+def wait(device) -> float:
+    """The time when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def sent(backbone, mode: str, world: int) -> float:
+    """Bytes that a card sends in a step: gradients of adapters; and of a shared base the layers, forward and, where adapted, backward."""
+    adapters = sum(p.nbytes for p in backbone.parameters() if p.requires_grad)
+    if mode != "fsdp":
+        return 2 * (world - 1) / world * adapters if mode == "ddp" else 0.0
+    layers = [sum(p.nbytes for p in layer.parameters() if not p.requires_grad) for layer in backbone.decoder_layers]
+    return (world - 1) / world * (2 * adapters + sum(layers) + sum(layers[backbone.first_adapted_layer():]))
 
 
 def worker(args) -> int:
@@ -204,17 +265,20 @@ def worker(args) -> int:
         in_memory(session.base, Path(args.tokenizer), job.device, 32, args.tiny)
         write_rlds(Storage(Path(args.root)).data, "tabletop_corner",
                    tabletop.collect_demos("corner", 12, seed=1 + job.rank, noise=0.2), overwrite=True)
-        for mode, dtype, size, gib in (("alone", "bfloat16", 16, 70.0), ("ddp", "bfloat16", 16, 70.0), ("fsdp", "bfloat16", 16, 70.0),
+        rate = reduced(job)
+        session.note("all-reduce", ranks=job.world, bytes_per_second=rate)
+        for mode, dtype, size, gib in (("alone", "bfloat16", 16, 70.0), ("ddp", "bfloat16", 16, 22.5), ("fsdp", "bfloat16", 16, 22.5),
                                        ("fsdp", "float16", 8, 15.0), ("fsdp", "float16", 4, 15.0)):
             session.limit(gib)
+            torch.backends.cuda.enable_flash_sdp(dtype != "float16")  # a V100 has no flash kernels
             try:
-                scale(session, job, mode, dtype, size)
-            except torch.OutOfMemoryError as error:  # in both ranks alike
-                session.note("scaling", mode=mode, dtype=dtype, samples=size * job.world, error=str(error)[:500])
+                scale(session, job, mode, dtype, size, rate)
+            except torch.OutOfMemoryError as error:  # in all ranks alike
+                session.note("scaling", mode=mode, dtype=dtype, ranks=job.world, samples=size * job.world, error=str(error)[:500])
     return 0
 
 
-def scale(session, job, mode: str, dtype: str, size: int) -> None:
+def scale(session, job, mode: str, dtype: str, size: int, rate: float) -> None:
     from sites import Placed, residual_site
 
     from vlakeep.core.loss_scale import LossScaler
@@ -231,7 +295,7 @@ def scale(session, job, mode: str, dtype: str, size: int) -> None:
     if mode == "fsdp":
         backbone.shard(job)
     backbone.train()
-    loaded = time.perf_counter() - begin
+    loaded, wire = time.perf_counter() - begin, sent(backbone, mode, job.world)
     model = backbone if mode == "alone" else backbone.parallelised(job)
     batch = session.batches(config, backbone, size, 1)
     for name, method in (("plain", Method()), ("residual", Placed(residual_site))):
@@ -251,7 +315,8 @@ def scale(session, job, mode: str, dtype: str, size: int) -> None:
             losses.append(run(step)["loss"])
         session.wait()
         seconds, world = (time.perf_counter() - begin) / count, 1 if mode == "alone" else job.world
-        session.note("scaling", mode=mode, arm=name, dtype=dtype, seconds=seconds, samples=size * world, loading=loaded,
+        session.note("scaling", mode=mode, arm=name, dtype=dtype, ranks=world, seconds=seconds, samples=size * world, loading=loaded,
+                     sent_gib=wire / 2**30, sent_floor=wire / rate,
                      samples_per_second=size * world / seconds, hooks_a_step=len(counted) / (count + 3), skipped=scaler.skipped,
                      last_loss=float(losses[-1]), **session.peaks())
         method.detach()
@@ -272,19 +337,45 @@ def together(bench) -> None:
     """Everything whose time does not matter, side by side."""
     with ThreadPoolExecutor(3 if bench.gpu else 1) as pool:
         [each.result() for each in [pool.submit(guarded, bench, work.__name__, lambda _, work=work: work(bench), None)
-                                    for work in (equal, killed, types)]]
+                                    for work in (equal, killed, spread, types)]]
+
+
+def table(file: Path) -> str:
+    """What the lines of a file say of `scaling`, efficiency against one card of the same run, and of `equal` and `killed`."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    scaled = [row for row in rows if row.get("stage") == "scaling" and "error" not in row]
+    alone: dict = {}
+    lines = [f"{'cards':>5} {'mode':6} {'type':9} {'arm':9} {'s a step':>9} {'samples/s':>10} {'efficiency':>10} {'reserved GiB':>12} "
+             f"{'sent GiB':>9} {'its floor s':>11}"]
+    for row in scaled:
+        each = row["samples_per_second"] / row["ranks"]
+        if row["mode"] == "alone":  # measured again beside each number of cards
+            alone[row["arm"]] = each
+        part = f"{each / alone[row['arm']]:.3f}" if row["dtype"] == "bfloat16" and row["arm"] in alone else ""
+        lines.append(f"{row['ranks']:5d} {row['mode']:6} {row['dtype']:9} {row['arm']:9} {row['seconds']:9.4f} "
+                     f"{row['samples_per_second']:10.1f} {part:>10} {row.get('reserved_gib', 0.0):12.2f} {row['sent_gib']:9.3f} "
+                     f"{row['sent_floor']:11.4f}")
+    told = [row for row in rows if row.get("part") in ("equal", "killed", "continued", "spread", "laws", "types") or "error" in row]
+    return "\n".join([*lines, *map(json.dumps, told)])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--out", required=True)
+    parser.add_argument("--tokenizer")
+    parser.add_argument("--out")
+    parser.add_argument("--ranks", default="", help="numbers of processes; without it 2, 4, 8 as far as there are cards")
+    parser.add_argument("--table", type=Path, help="print what a FILE of an earlier run says")
     parser.add_argument("--root", default=str(pick_root(quiet=True)))
     parser.add_argument("--parts", default="scaling,prepare,together")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # a rank of `scaling`
     args = parser.parse_args()
+    if args.table:
+        print(table(args.table))
+        return 0
+    if not args.tokenizer or not args.out:
+        parser.error("--tokenizer and --out are needed, or --table")
     if args.worker:
         return worker(args)
     bench = Bench(args)
