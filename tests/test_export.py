@@ -8,6 +8,7 @@ import torch
 from conftest import BASELINE
 from safetensors.torch import load_file, save_file
 
+from vlakeep import export
 from vlakeep.core.errors import CheckpointError
 from vlakeep.core.storage import find_checkpoint
 from vlakeep.core.target import target_checkpoint
@@ -95,6 +96,28 @@ def test_a_merge_that_changes_the_actions_leaves_nothing(run, monkeypatch):
     with pytest.raises(CheckpointError, match="different actions.*nothing was written"):
         run_export(config, storage)
     assert not (storage.runs / "merged-wrong").exists()
+
+
+def test_a_sum_that_is_stored_in_half_precision_may_move_an_action(run, monkeypatch):
+    """The shipped base is stored in bfloat16 and runs in float32: a token at a tie is no wrong merge, many are."""
+    config, storage = run
+    config.export.dtype, config.export.folder = "stored", str(storage.runs / "merged-stored")
+    asked = []
+
+    def one_moves(backbone, samples, key):
+        asked.append(export.action_ids.original(backbone, samples, key))
+        asked[-1][0, 0] += len(asked) - 1  # in the merged model
+        return asked[-1]
+
+    one_moves.original = export.action_ids
+    monkeypatch.setattr(export, "action_ids", one_moves)
+    record = json.loads((run_export(config, storage) / "vlakeep_export.json").read_text())
+    assert record["parity"]["frames_identical"] == 5
+    monkeypatch.undo()
+    config.export.folder = str(storage.runs / "merged-stored-wrong")
+    monkeypatch.setattr(merge, "merged", lambda weight, pair, scale: -weight.float())
+    with pytest.raises(CheckpointError, match="which no rounding explains.*nothing was written"):
+        run_export(config, storage)
 
 
 def test_a_convolution_merges_like_a_linear():
