@@ -213,7 +213,7 @@ def table(rows, items: int) -> str:
 
 
 def interval(values, asked=None):
-    """(mean, half of its 95 % interval): over the seeds (Student's t), and where so many were asked, over the questions too; 0 for neither."""
+    """(mean, half of its 95 % interval): over the seeds (Student's t), and over so many questions too; 0 for neither."""
     mean, parts = sum(values) / len(values), []
     if len(values) > 1:
         t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(values), 2.57)

@@ -92,7 +92,7 @@ def in_child(options, function, *args) -> None:
 
 
 def make_data(source: Path, folder: Path) -> None:
-    """A copy of the golden data with each episode LAPS times on end: a chunk has eight actions, and the script reads no shorter episodes."""
+    """A copy of the golden data with each episode LAPS times on end: the script makes chunks of eight actions, and these are shorter."""
     import tensorflow as tf
 
     part = folder.with_suffix(".part")
@@ -183,10 +183,9 @@ def run_script(name: str, args, arguments, patched: bool = False) -> None:
     for old, new in EDITS.items():
         assert old in text, f"finetune.py has changed: {old}"
         text = text.replace(old, new)
-    if args.keep_head and "resume" in arguments:
+    if args.keep_head and "resume" in arguments and not patched:
         assert OPTIMIZER in text
         text = text.replace(OPTIMIZER, "optimizer = AdamW([p for p in vla.parameters() if p.requires_grad], ")
-        text = text.replace('unprotected="train"', 'unprotected="freeze"')
     text = text.replace('"probe.pt"', repr(str(Path(args.out) / arguments.pop("probe", "probe.pt"))))
     import vlakeep.protect as library
 
@@ -268,7 +267,7 @@ def main() -> int:
     parser.add_argument("--out", required=True, help="a folder; what is there of an earlier call is not made again")
     parser.add_argument("--kinds", nargs="+", default=["l1"], choices=list(KINDS))
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--keep_head", action="store_true", help="the second training leaves head, projectors and convolutions as they are")
+    parser.add_argument("--keep_head", action="store_true", help="plain too leaves head and projectors as they are, as the patch does")
     args = parser.parse_args()
     args.out = str(Path(args.out).resolve())
     out = Path(args.out)
@@ -291,7 +290,7 @@ def main() -> int:
             in_child(args, make_probe, out / "random", str(data), out / f"probe-{kind}.pt", kind == "diffusion")
         found = {}
         for arm in ("plain", "patched"):
-            name = f"{kind}-{arm}" + "-kept" * args.keep_head
+            name = f"{kind}-{arm}" + "-kept" * (args.keep_head and arm == "plain")
             in_child(args, run_script, name, args,
                      {**shared, "vla_path": str(base), "dataset_name": NEW, "max_steps": 2 * args.steps, "resume": True,
                       "resume_step": args.steps, "run_id_override": name, "probe": f"probe-{kind}.pt"}, arm == "patched")

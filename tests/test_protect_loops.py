@@ -40,6 +40,7 @@ from vlakeep.protect import Probe, ProtectCallback, measure, protect
 from vlakeep.teacher.answers import run_below
 from vlakeep.train import learning_rate, run_training
 
+
 def test_the_callback_is_there_before_peft_and_transformers_are():
     """In an interpreter that has imported neither: what they need of torchvision beside a CPU build of torch has to be mended first."""
     done = subprocess.run([sys.executable, "-c", "from vlakeep.protect import ProtectCallback"], capture_output=True, text=True)
