@@ -212,19 +212,24 @@ def table(rows, items: int) -> str:
     return "\n".join(lines)
 
 
-def spread(values, asked=None) -> str:
-    """Mean and half of its 95 % interval: over the seeds (Student's t), and where so many were asked, over the questions too."""
+def interval(values, asked=None):
+    """(mean, half of its 95 % interval): over the seeds (Student's t), and over so many questions too; 0 for neither."""
     mean, parts = sum(values) / len(values), []
     if len(values) > 1:
         t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(values), 2.57)
         parts.append(t * (sum((x - mean) ** 2 for x in values) / (len(values) - 1) / len(values)) ** 0.5)
     if asked:
         parts.append(1.96 * (mean * (1 - mean) / asked) ** 0.5)
-    return f"{mean:.3f}" + (f" ±{sum(part ** 2 for part in parts) ** 0.5:.3f}" if parts else "")
+    return mean, sum(part ** 2 for part in parts) ** 0.5
 
 
-def figure(rows, path):
-    """Left what is learnt, step by step; right what is kept."""
+def spread(values, asked=None) -> str:
+    mean, half = interval(values, asked)
+    return f"{mean:.3f}" + (f" ±{half:.3f}" if asked or len(values) > 1 else "")
+
+
+def figure(rows, path, items: int):
+    """Left what is learnt, step by step; right what is kept, with 95 % intervals."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -239,9 +244,11 @@ def figure(rows, path):
     left.legend(frameon=False)
     for i, arm in enumerate(("base", *ARMS)):
         own = [row for row in rows if row["arm"] == arm]
-        heights = [sum(row[key] for row in own) / len(own) for key in ("questions", "words")]
-        bars = right.bar([place + (i - 1) * 0.27 for place in range(2)], heights, 0.25, color=colours[arm], label=arm)
-        right.bar_label(bars, [f"{height:.2f}" for height in heights], fontsize=8)
+        heights, halves = zip(*(interval([row[key] for row in own], items) for key in ("questions", "words")))
+        bars = right.bar([place + (i - 1) * 0.27 for place in range(2)], heights, 0.25, yerr=halves, capsize=3, color=colours[arm],
+                         ecolor="#444444", label=arm)
+        for bar, height in zip(bars, heights):  # at the foot, where no interval reaches
+            right.text(bar.get_x() + bar.get_width() / 2, 0.02, f"{height:.2f}", ha="center", color="white", fontsize=8)
     right.set(xticks=range(2), xticklabels=["science questions\n(SciQ)", "last words\n(LAMBADA)"], ylabel="right", ylim=(0, 1))
     right.legend(frameon=False)
     for axis in (left, right):
@@ -277,7 +284,7 @@ def main():
         rows.append({**row, "losses": [round(loss, 4) for loss in row.get("losses", [])]})
         Path(args.out + ".json").write_text(json.dumps({**told, "total": time.perf_counter() - started, "rows": rows}) + "\n")
     print(table(rows, args.items) + f"\n\n{time.perf_counter() - started:.0f} s on {args.device} with {args.threads} threads")
-    figure(rows, args.out + ".png")
+    figure(rows, args.out + ".png", args.items)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ environment of the checkout: transformers from its fork, TensorFlow 2.15, diffus
 """
 
 import argparse
+import importlib.machinery
 import json
 import os
 import shutil
@@ -35,7 +36,9 @@ EDITS = {
     'torch.autocast("cuda"': 'torch.autocast("cpu"',
     "                optimizer.step()\n": "                TRIAL.tick(); optimizer.step()\n",
 }
+OPTIMIZER = "optimizer = AdamW(trainable_params, "
 KINDS = {"l1": {}, "film": {"use_film": True}, "diffusion": {"use_l1_regression": False, "use_diffusion": True}}
+LAPS = 4
 ITEMS = 16  # for the bases, as many held out for the loop, as many that judge
 
 
@@ -49,13 +52,33 @@ class Trial:
         self.times.append(time.thread_time())
 
 
-def in_child(function, *args) -> None:
-    """The libraries are imported once; each run has a process of its own, for the script registers classes and starts process groups."""
+def surroundings(options) -> None:
+    """What the script finds: its sources, a group of one process, a W&B that keeps what is logged, and all that it imports."""
+    sys.path[:0] = [str(Path(options.oft_dir).resolve()), str(Path(options.dlimp_dir).resolve()), str(REPO)]
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0", HF_HUB_OFFLINE="1",
+                      TF_CPP_MIN_LOG_LEVEL="2", CUDA_VISIBLE_DEVICES="")
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)  # transformers asks whether it is installed
+    wandb.rows, wandb.init = [], lambda **more: None
+    wandb.log = lambda row, step=None: wandb.rows.append(row)
+    sys.modules["wandb"] = wandb
+    torch.set_num_threads(1)
+    from vlakeep.openvla.tiny import register_tiny_vits
+
+    register_tiny_vits()  # mends torchvision beside a CPU build of torch, before transformers imports it
+    import experiments.robot.openvla_utils  # noqa: F401  with TensorFlow and all that the script imports
+    import prismatic.vla.datasets  # noqa: F401
+
+
+def in_child(options, function, *args) -> None:
+    """A process for each run, since the script registers classes and starts process groups. The libraries are imported in it: with those
+    of TensorFlow in the parent, the script's dist.barrier() never came back."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
         code = 1
         try:
+            surroundings(options)
             function(*args)
             code = 0
         except BaseException:
@@ -66,6 +89,24 @@ def in_child(function, *args) -> None:
         os._exit(code)
     if os.waitpid(child, 0)[1]:
         raise SystemExit(f"{function.__name__}{args[:1]} has failed, as said above")
+
+
+def make_data(source: Path, folder: Path) -> None:
+    """A copy of the golden data with each episode LAPS times on end: the script makes chunks of eight actions, and these are shorter."""
+    import tensorflow as tf
+
+    part = folder.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(source, part, copy_function=shutil.copyfile, ignore=shutil.ignore_patterns("dataset_statistics_*"))
+    for file in part.rglob("*.tfrecord-*"):
+        episodes = [tf.train.Example.FromString(raw.numpy()) for raw in tf.data.TFRecordDataset(str(file))]
+        with tf.io.TFRecordWriter(str(file)) as writer:
+            for episode in episodes:
+                for name, feature in episode.features.feature.items():
+                    values = getattr(feature, feature.WhichOneof("kind")).value
+                    values.extend(list(values) * (LAPS - 1) if name.startswith("steps/") else [])
+                writer.write(episode.SerializeToString())
+    part.rename(folder)
 
 
 def make_base(folder: Path, tokenizer: str) -> None:
@@ -142,6 +183,9 @@ def run_script(name: str, args, arguments, patched: bool = False) -> None:
     for old, new in EDITS.items():
         assert old in text, f"finetune.py has changed: {old}"
         text = text.replace(old, new)
+    if args.keep_head and "resume" in arguments and not patched:
+        assert OPTIMIZER in text
+        text = text.replace(OPTIMIZER, "optimizer = AdamW([p for p in vla.parameters() if p.requires_grad], ")
     text = text.replace('"probe.pt"', repr(str(Path(args.out) / arguments.pop("probe", "probe.pt"))))
     import vlakeep.protect as library
 
@@ -207,7 +251,8 @@ def judge(base: Path, folder: Path, probe: Path, out: Path) -> None:
 def report(kind: str, plain: dict, kept: dict) -> None:
     step = {arm: statistics.median(row["steps"][2:]) for arm, row in (("plain", plain), ("patched", kept))}
     cells = [f"{row[key]:.4f}" if key in row else "" for row in (kept, plain) for key in ("whole", "adapter alone")]
-    print(f"| {kind} | {kept['linears']} | {kept['history'][-1].get('kl', float('nan')):.4f} | "
+    told = f"{kept['history'][-1]['kl']:.4f}" if kept["history"] else "not asked"  # the loop asks every 50 steps
+    print(f"| {kind} | {kept['linears']} | {told} | "
           f"{' | '.join(cells)} | {step['patched']:.3f} | {step['patched'] / step['plain']:.3f} |", flush=True)
     print(f"  losses, first and last ten: plain {plain['losses'][0]:.4f}, {statistics.mean(plain['losses'][-10:]):.4f}; patched "
           f"{kept['losses'][0]:.4f}, {statistics.mean(kept['losses'][-10:]):.4f}; not bounded: {len(kept['unprotected'])}", flush=True)
@@ -222,29 +267,16 @@ def main() -> int:
     parser.add_argument("--out", required=True, help="a folder; what is there of an earlier call is not made again")
     parser.add_argument("--kinds", nargs="+", default=["l1"], choices=list(KINDS))
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--keep_head", action="store_true", help="plain too leaves head and projectors as they are, as the patch does")
     args = parser.parse_args()
     args.out = str(Path(args.out).resolve())
-    sys.path[:0] = [str(Path(args.oft_dir).resolve()), str(Path(args.dlimp_dir).resolve()), str(REPO)]
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29631", HF_HUB_OFFLINE="1",
-                      TF_CPP_MIN_LOG_LEVEL="2", CUDA_VISIBLE_DEVICES="")
-    wandb = types.ModuleType("wandb")
-    wandb.rows, wandb.init = [], lambda **more: None
-    wandb.log = lambda row, step=None: wandb.rows.append(row)
-    sys.modules["wandb"] = wandb
-    torch.set_num_threads(1)
-    from vlakeep.openvla.tiny import register_tiny_vits
-
-    register_tiny_vits()  # mends torchvision beside a CPU build of torch, before transformers imports it
-    import experiments.robot.openvla_utils  # noqa: F401  with TensorFlow and all that the script imports
-    import prismatic.vla.datasets  # noqa: F401
-
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     data = out / "rlds"  # the pipeline writes its statistics beside the data
     if not data.exists():
-        shutil.copytree(args.rlds, data, copy_function=shutil.copyfile)
+        in_child(args, make_data, Path(args.rlds), data)
     if not (out / "random").exists():
-        in_child(make_base, out / "random", args.tokenizer)
+        in_child(args, make_base, out / "random", args.tokenizer)
     print("| kind | linears | kl of .01 allowed | judged: adapter and head | adapter alone | plain: adapter and head | adapter alone | "
           "step, s | over plain |\n|---|---|---|---|---|---|---|---|---|", flush=True)
     for kind in args.kinds:
@@ -252,14 +284,14 @@ def main() -> int:
                   "use_proprio": True, "learning_rate": 2e-3, "save_freq": args.steps, "wandb_log_freq": 1, **KINDS[kind]}
         base = out / "runs" / f"{kind}-base--{args.steps}_chkpt"
         if not base.exists():
-            in_child(run_script, f"{kind}-base", args, {**shared, "vla_path": str(out / "random"), "dataset_name": OLD,
+            in_child(args, run_script, f"{kind}-base", args, {**shared, "vla_path": str(out / "random"), "dataset_name": OLD,
                                                         "max_steps": args.steps, "run_id_override": f"{kind}-base"})
         if not (out / f"probe-{kind}.pt").exists():
-            in_child(make_probe, out / "random", str(data), out / f"probe-{kind}.pt", kind == "diffusion")
+            in_child(args, make_probe, out / "random", str(data), out / f"probe-{kind}.pt", kind == "diffusion")
         found = {}
         for arm in ("plain", "patched"):
-            name = f"{kind}-{arm}"
-            in_child(run_script, name, args,
+            name = f"{kind}-{arm}" + "-kept" * (args.keep_head and arm == "plain")
+            in_child(args, run_script, name, args,
                      {**shared, "vla_path": str(base), "dataset_name": NEW, "max_steps": 2 * args.steps, "resume": True,
                       "resume_step": args.steps, "run_id_override": name, "probe": f"probe-{kind}.pt"}, arm == "patched")
             found[arm] = json.loads((out / name / "row.json").read_text())
@@ -268,7 +300,7 @@ def main() -> int:
                 break
             if kind == "l1":
                 saved = out / "runs" / f"{name}--{2 * args.steps}_chkpt"
-                in_child(judge, base, saved, out / f"probe-{kind}.pt", out / name / "judged.json")
+                in_child(args, judge, base, saved, out / f"probe-{kind}.pt", out / name / "judged.json")
                 found[arm].update(json.loads((out / name / "judged.json").read_text()))
         else:
             report(kind, found["plain"], found["patched"])

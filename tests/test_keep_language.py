@@ -34,7 +34,7 @@ def test_the_example_runs_and_draws(tmp_path):
     assert len(texts["fit"]) == len(texts["sensor"]) == 6 and len(texts["questions"]) == 4
     lines = example.table([*found, dict(found[1], seed=12, kl=0.0)], 4).splitlines()
     assert len(lines) == 5 and lines[3].count("±") == 5 and lines[2].count("±") == lines[4].count("±") == 2
-    example.figure(found, tmp_path / "figure.png")
+    example.figure(found, tmp_path / "figure.png", 4)
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
@@ -66,3 +66,11 @@ def test_answers_that_share_a_row_are_scored_as_if_each_had_its_own(context):
     texts = example.run_below(model, [(context, list(start)) for start in starts], 1)
     top, best = example.top_of(model, 1), alone.index(max(alone))
     assert [example.right_answer(top, texts, list(starts.values()), i) for i in range(4)] == [i == best for i in range(4)]
+
+
+def test_intervals_are_over_seeds_and_questions():
+    mean, half = example.interval([0.2, 0.4, 0.6])
+    assert mean == pytest.approx(0.4) and half == pytest.approx(4.30 * 0.2 / 3 ** 0.5)
+    assert example.interval([0.4], 96) == (0.4, pytest.approx(1.96 * (0.4 * 0.6 / 96) ** 0.5))
+    assert example.interval([0.2, 0.4, 0.6], 96)[1] == pytest.approx((half ** 2 + 1.96 ** 2 * 0.24 / 96) ** 0.5)
+    assert example.spread([0.4]) == "0.400" and example.spread([0.2, 0.4, 0.6]) == "0.400 ±0.497"

@@ -4,6 +4,8 @@ kind of LoRA that docs/protect.md lists."""
 import dataclasses
 import itertools
 import multiprocessing
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -37,6 +39,13 @@ from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.protect import Probe, ProtectCallback, measure, protect
 from vlakeep.teacher.answers import run_below
 from vlakeep.train import learning_rate, run_training
+
+
+def test_the_callback_is_there_before_peft_and_transformers_are():
+    """In an interpreter that has imported neither: what they need of torchvision beside a CPU build of torch has to be mended first."""
+    done = subprocess.run([sys.executable, "-c", "from vlakeep.protect import ProtectCallback"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
 
 # The framework's own trainer
 

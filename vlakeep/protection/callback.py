@@ -8,10 +8,12 @@ Checkpoints hold plain PEFT adapters, and beside each the handle's state, with w
 from pathlib import Path
 from typing import Optional
 
-from transformers.trainer_callback import TrainerCallback
-
+from vlakeep.core.compat import import_timm
 from vlakeep.protection.bases import Bases
 from vlakeep.protection.handle import Handle, protect, read_state
+
+import_timm()  # transformers imports torchvision, which must be mended first beside a CPU build of torch
+from transformers.trainer_callback import TrainerCallback  # noqa: E402
 
 STATE_FILE = "vlakeep_protect.safetensors"
 

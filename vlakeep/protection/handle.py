@@ -46,7 +46,7 @@ def protect(model: nn.Module, bases: Bases, *, target: Optional[float] = None, p
     - `adapter`: its name, None for the active one.
     - `state`: of an earlier handle, to go on with a loaded adapter.
 
-    Call it before DistributedDataParallel; an optimizer that was made before keeps working. The model is as it was when this raises.
+    Before DistributedDataParallel or after it; an optimizer that was made before keeps working. The model is as it was when this raises.
     Costs per optimizer step O(rank D K) for each linear, whatever the batch; per measurement one forward pass of the probe.
     ValueError: bases of another model, a target without a probe or the other way round, an adapter that was trained already (give
     `state`), trained parameters outside (see `unprotected`), weights split over processes.
