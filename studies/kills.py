@@ -175,17 +175,16 @@ class training:
     def __init__(self, root: Path, kind: str):
         self.root, self.folder = root, root / "runs" / kind
 
-    def have(self) -> int:
+    def have(self) -> tuple:
+        """Step of the newest whole checkpoint, and of the last row of the log."""
         newest = latest_intact(self.folder, say=lambda text: None) if self.folder.is_dir() else None
-        return int(newest.name.split("_")[1]) if newest else 0
+        rows = read_metrics(self.folder) if (self.folder / "metrics.jsonl").is_file() else []
+        return int(newest.name.split("_")[1]) if newest else 0, max((row["step"] for row in rows), default=0)
 
-    def logged(self) -> int:
-        return max((row["step"] for row in read_metrics(self.folder)), default=0) if (self.folder / "metrics.jsonl").is_file() else 0
-
-    def lost(self, before: int) -> int:
-        now = self.have()
-        assert now >= before, "a checkpoint that was there is gone"
-        return max(0, self.logged() - now)
+    def lost(self, before: tuple) -> int:
+        kept, logged = self.have()
+        assert kept >= before[0], "a checkpoint that was there is gone"
+        return 0 if (kept, logged) == before else max(0, logged - kept)  # hit before it began: what the log has was lost by an earlier hit
 
     def not_whole(self) -> int:
         return sum(broken(folder) is not None for _, folder in list_checkpoints(self.folder))
