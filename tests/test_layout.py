@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -203,3 +204,17 @@ def test_dependencies_have_lower_bounds_only_and_constraints_pin():
 
     for name, bound in LOWER_BOUNDS.items():
         assert f"{name}>={bound}" in wanted, f"{name}: pyproject.toml and preflight.py disagree"
+
+
+def test_what_lies_at_the_root_belongs_there():
+    """What a tool drops into a checkout (a wheel, a file called like an option) is not committed with the rest by oversight."""
+    if not (REPO / ".git").exists():
+        pytest.skip("no checkout")
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=REPO, capture_output=True, text=True, check=True).stdout.split("\0")
+    roots = {file.split("/")[0] for file in files if file}
+    assert roots == set("""
+        .ci .gitignore .pre-commit-config.yaml CHANGELOG.md CONTRIBUTING.md LICENSE MANIFEST.in Makefile README.md
+        README.zh-CN.md constraints-docs.txt constraints-openvla.txt constraints.txt docs examples mkdocs.yml
+        pyproject.toml scripts setup.py speed studies tests vlakeep""".split())
+    assert {file for file in files if file and (REPO / file).stat().st_size > 2 ** 21} == {
+        f"vlakeep/assets/tabletop-{base}/model.safetensors" for base in ("base", "pi0")}
