@@ -25,7 +25,7 @@ MAY_IMPORT_STAGES = {"cli": None, "demo": None, "preflight": {"checks"}, "export
 # others ask models/base.py.
 MODELS = ("openvla", "pi0_fast")
 MAY_NAME_A_MODEL = {*MODELS, "parity", *(f"{room}/{file}.py" for room in ("tabletop", "libero") for file in ("pretrain", "stages")),
-                    "tabletop/pretrain_pi0_fast.py"}
+                    "tabletop/pretrain_pi0_fast.py", "libero/train_base.py"}
 OPTIONAL = {"timm", "torchvision", "wandb", "tensorboard", "tensorflow", "h5py", "pyarrow", "av", "bitsandbytes", "ray", "submitit"}
 DOCUMENTS = sorted([*REPO.glob("*.md"), *(REPO / "docs").glob("*.md")])
 

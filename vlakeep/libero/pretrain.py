@@ -18,7 +18,7 @@ import multiprocessing
 import os
 import shlex
 import sys
-from typing import List, Tuple
+from typing import Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from tqdm import tqdm
 from vlakeep.core.config import ConfigError
 from vlakeep.core.options import read
 from vlakeep.core.storage import Storage
+from vlakeep.data.dataset import DemoDataset
 from vlakeep.data.formats import open_datasets
 from vlakeep.data.images import resize_uint8
 from vlakeep.data.sample import Sample
@@ -64,8 +65,8 @@ def main(argv: List[str]) -> int:
     backbone, processor = new_model(args, corpus, words, args.image, "small")
     backbone.norm_stats = {args.key: statistics}
     trained = fit(backbone, processor, samples, Windows(images, args.image), args, args.share)
-    shown = [arg.replace(str(args.out), "OUT").replace(str(config.root), "ROOT") for arg in argv]
-    command = shlex.join(["vlakeep", "pretrain-libero", *shown])
+    said = [arg.replace(str(args.out), "OUT").replace(str(config.root), "ROOT") for arg in argv]
+    command = shlex.join(["vlakeep", "pretrain-libero", *said])
     names = args.data.split(",")
     save(backbone, args, command, trained, samples=len(samples), data=names,
          renderers={name: rendered_with(storage.data / name) for name in names})
@@ -85,8 +86,13 @@ def shrink(image_HWC: np.ndarray, side: int) -> np.ndarray:
 
 def demonstrations(args, storage: Storage) -> Tuple[List[np.ndarray], List[Sample], dict]:
     """(pictures per episode, samples without them, joint action statistics of all data sets)."""
-    names = args.data.split(",")
-    datasets = open_datasets(storage.data, names, 1.0, storage.cache)
+    datasets = open_datasets(storage.data, args.data.split(","), 1.0, storage.cache)
+    samples, statistics = labelled(datasets)
+    return list(shown(datasets, storage, stored_side(args.image), args.processes)), samples, statistics
+
+
+def labelled(datasets: Sequence[DemoDataset]) -> Tuple[List[Sample], dict]:
+    """(a sample a frame, without its picture; joint action statistics, by which their actions are scaled)."""
     actions = [standardise(d.index.actions_NA, d.name) for d in datasets]
     statistics = action_statistics(np.concatenate(actions), sum(map(len, datasets)))
     samples: List[Sample] = []
@@ -97,10 +103,14 @@ def demonstrations(args, storage: Storage) -> Tuple[List[np.ndarray], List[Sampl
             samples += [Sample(None, dataset.instruction(episode, t), scaled_NA[start + t]) for t in range(length)]
             start += int(length)
         assert start == len(raw_NA), f"{dataset.name} has episodes without an instruction"
-    jobs = [(str(storage.data), str(storage.cache), d.name, e, stored_side(args.image)) for d in datasets for e in range(len(d))]
-    with multiprocessing.get_context("spawn").Pool(args.processes or os.cpu_count()) as pool:
-        frames = list(tqdm(pool.imap(_episode, jobs, chunksize=8), total=len(jobs), desc="pictures", mininterval=2.0))
-    return frames, samples, statistics
+    return samples, statistics
+
+
+def shown(datasets: Sequence[DemoDataset], storage: Storage, side: int, processes: Optional[int]) -> Iterator[np.ndarray]:
+    """Pictures of every episode, uint8 [T, side, side, 3], in the order of `labelled`."""
+    jobs = [(str(storage.data), str(storage.cache), d.name, e, side) for d in datasets for e in range(len(d))]
+    with multiprocessing.get_context("spawn").Pool(processes or os.cpu_count()) as pool:
+        yield from tqdm(pool.imap(_episode, jobs, chunksize=8), total=len(jobs), desc="pictures", mininterval=2.0)
 
 
 _open: dict = {}  # data sets that a process of the pool has open

@@ -1,5 +1,7 @@
 """The stages of LIBERO: what each reads (core/options.py says how it is written down)."""
 
+from pathlib import Path
+
 from vlakeep.core.options import Option, Stage, names, number, whole
 from vlakeep.core.stages import FOLDERS
 from vlakeep.libero.env import CAMERA, CAMERAS, SUITES
@@ -41,4 +43,25 @@ PRETRAIN = Stage("pretrain-libero", "vlakeep.libero.pretrain", "a small model of
     Option("--key", None, "Name under which the action statistics are stored, such as libero_object.", required=True),
     Option("--share", 0.2, "Part of each batch that asks a question.", number()),
     Option("--image", 128, "Side of the model's pictures in pixels.", whole())))
-STAGES = (CHECK, DEMOS, VQA, PRETRAIN)
+TRAIN_BASE = Stage("train-base", "vlakeep.libero.train_base", "a mid-size base: an assembled model learns LIBERO, in pieces (one GPU)",
+                   FOLDERS, file=False, own=(
+    Option("--base", None, "The model to begin with: a folder of assemble-openvla, or its name.", required=True),
+    Option("--out", None, "The folder that is written, in float32; the state of the training lies in OUT-training.", Path, required=True),
+    Option("--data", None, "KEY=NAME with commas between them: data sets, and the name of their action statistics; sets of one key share "
+           "them.", names, required=True),
+    Option("--questions", [], "Names of probes with answers, with commas between them.", names),
+    Option("--texts", None, "A file of own-texts; null trains without.", Path),
+    Option("--steps", 13_000, "Optimizer steps of the whole training.", whole()),
+    Option("--stop_after", None, "Seconds after which this call saves and ends, reading the data included; the same call goes on.",
+           number(above=True)),
+    Option("--batch", 256, "Samples per step.", whole()),
+    Option("--text_rows", 32, "Texts per step beside the samples.", whole()),
+    Option("--text_weight", 1.0, "Weight of the KL on texts.", number()),
+    Option("--share", 0.15, "Part of the samples of a step that ask a question.", number()),
+    Option("--rank", 64, "Of the change of every linear.", whole()),
+    Option("--lr", 1e-3, "Highest rate of the schedule.", number(above=True)),
+    Option("--processes", None, "Processes that read the pictures; null takes one per core.", whole()),
+    Option("--seed", 0, "Seed of the adapters and of the order.", whole(0)),
+    Option("--device", "cuda", "cuda or cpu."),
+    Option("--compile", False, "Fuse the kernels of each layer, after a minute or two.", bool)))
+STAGES = (CHECK, DEMOS, VQA, PRETRAIN, TRAIN_BASE)

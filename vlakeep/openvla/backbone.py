@@ -202,7 +202,10 @@ class OpenVLABackbone(Backbone):
         """
         batch = batch.to(self.device)
         prefix = self.embed(batch)
-        last_BSD = self.run_layers(prefix, stop=self.num_layers)
+        return self.loss_of(batch, prefix, self.run_layers(prefix, stop=self.num_layers))
+
+    def loss_of(self, batch: Batch, prefix: Prefix, last_BSD: torch.Tensor) -> LossOutput:
+        """`loss` from what the last layer gave, before the final norm."""
         length, first = batch.input_ids.shape[1], batch.first_label
         patches = last_BSD.shape[1] - length
         # Text token j >= 1 is predicted one position before its own, at P + j - 1.

@@ -1,8 +1,8 @@
 """Training a small model from nothing, with all parameters, on samples that lie on the device.
 
 The stages that build the models of this project use it: pretrain-tabletop and pretrain-libero for the OpenVLA architecture,
-pretrain-tabletop-pi0 for the part that knows none (optimise, save). Fine-tuning does not; it goes through the training loop of
-vlakeep/train.py.
+pretrain-tabletop-pi0 for the part that knows none (optimise, save), train-base for batches and steps (pieces.py counts them). Fine-tuning
+does not; it goes through the training loop of vlakeep/train.py.
 """
 
 import hashlib
@@ -104,7 +104,7 @@ class Step:
     The model is so small that launching its kernels one by one takes several times as long as running them.
     """
 
-    def __init__(self, backbone, optimizer, make_batch: Callable, size: int, device: torch.device):
+    def __init__(self, backbone: Callable, optimizer, make_batch: Callable, size: int, device: torch.device):
         self._backbone, self._optimizer, self._make_batch = backbone, optimizer, make_batch
         self._params = [p for group in optimizer.param_groups for p in group["params"]]
         self.pick_B = torch.zeros(size, dtype=torch.int64, device=device)
@@ -143,7 +143,7 @@ class Step:
 
 def make_optimizer(backbone, lr: float, cuda: bool) -> torch.optim.Optimizer:
     """AdamW with weight decay on matrices. On a GPU the rate is a tensor, so that a captured graph reads it anew."""
-    params = list(backbone.parameters())
+    params = [p for p in backbone.parameters() if p.requires_grad]
     groups = [{"params": [p for p in params if p.ndim >= 2], "weight_decay": 0.05},
               {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
     for group in groups:
@@ -157,18 +157,22 @@ def fit(backbone, processor, samples, pictures: Callable, args, share: Optional[
     pictures(pick_B): [B, H, W, 3] from 0 to 255 of those samples, on the device. share: part of each batch that is drawn from the
     samples with an answer, whatever their number; None draws from all alike.
     """
-    device = torch.device(args.device)
+    make_batch = batches(samples, processor, pictures, args.batch, torch.device(args.device))
+    if args.compile:
+        compile_layers(backbone.openvla)
+    return optimise(backbone, samples, make_batch, args, share)
+
+
+def batches(samples, processor, pictures: Callable, size: int, device: torch.device) -> Callable[[torch.Tensor], Batch]:
+    """pick_B -> the batch of those samples, of `size` rows and always as long as the longest text; all of it lies on the device."""
     ids_NL, labels_NL = (t.to(device) for t in token_matrix(samples, processor))
     first_label = int((labels_NL != IGNORE_INDEX).any(0).int().argmax())
     normalise = Normalise(processor, device)
 
-    def make_batch(pick_B):
+    def make_batch(pick_B: torch.Tensor) -> Batch:
         return Batch(input_ids=ids_NL[pick_B], attention_mask=ids_NL[pick_B] != processor.pad_token_id, labels=labels_NL[pick_B],
-                     pixel_values=normalise(pictures(pick_B)), dataset_names=[""] * args.batch, first_label=first_label)
-
-    if args.compile:
-        compile_layers(backbone.openvla)
-    return optimise(backbone, samples, make_batch, args, share)
+                     pixel_values=normalise(pictures(pick_B)), dataset_names=[""] * size, first_label=first_label)
+    return make_batch
 
 
 def optimise(backbone, samples, make_batch: Callable, args, share: Optional[float] = None) -> Dict:
@@ -210,11 +214,11 @@ def picker(samples, size: int, share: Optional[float], generator, device) -> Cal
     return lambda: torch.where(torch.rand(size, generator=generator, device=device) < share, draw(questions), draw(actions))
 
 
-def save(backbone, args, command: str, trained: Dict, **facts) -> None:
-    """The weights in bfloat16, and PROVENANCE.json with the command, seed, data, versions, hashes and time."""
-    save_checkpoint(backbone, args.out, dtype=torch.bfloat16)
+def save(backbone, args, command: str, trained: Dict, dtype: torch.dtype = torch.bfloat16, **facts) -> None:
+    """The weights, and PROVENANCE.json with the command, seed, data, versions, hashes and time."""
+    save_checkpoint(backbone, args.out, dtype=dtype)
     provenance = {
-        "command": command, "seed": args.seed, "batch": args.batch, "minutes": args.minutes, **facts,
+        "command": command, "seed": args.seed, "batch": args.batch, **({"minutes": args.minutes} if "minutes" in args else {}), **facts,
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu", **trained,
         "versions": library_versions(), "commit": source_commit(),
         "sha256": {f.relative_to(args.out).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest()

@@ -1,0 +1,120 @@
+"""What is trained of an assembled model, and the loss beside which its language stands.
+
+    adapters of one rank    all linears of the decoder, and of the tower's blocks that are run
+    in full                 the projector, and the rows of the vocabulary that no text uses (action tokens, padding)
+    as they were            everything else: words, norms, positions, patches
+
+So the change is small by its making (delta.py writes it), and the model with its adapters off is its own teacher: on texts, whose tokens
+are words, it computes what the assembled one did.
+
+Axes: B samples, T texts, P patches, L text tokens of a sample, S = P + L, D hidden, K rows of the vocabulary, W of them words.
+"""
+
+from typing import List, Optional, Tuple
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from vlakeep.core.errors import CheckpointError
+from vlakeep.data.sample import Batch
+from vlakeep.models.adapters import adapters_disabled, attach_lora
+from vlakeep.models.outputs import LossOutput
+from vlakeep.models.prefix import Prefix
+from vlakeep.openvla.model import TiedHead
+from vlakeep.openvla.tiny import ACTION_TOKENS, FIRST_ACTION_CHARACTER
+
+PROJECTOR = "projector."
+
+
+def words_of(processor) -> int:
+    """W. CheckpointError for a vocabulary whose action tokens are words too, as Llama's are."""
+    tokenizer = processor.tokenizer
+    words = tokenizer.vocab_size - ACTION_TOKENS
+    if tokenizer.convert_ids_to_tokens(words) != chr(FIRST_ACTION_CHARACTER):
+        raise CheckpointError("the action tokens of this model stand on rows of words, which are not trained here: give --base a folder of "
+                              "`vlakeep assemble-openvla`")
+    return words
+
+
+class NewRows(nn.Module):
+    """The parametrisation of an embedding of which only the rows [K - W, D] behind the words are a parameter."""
+
+    def __init__(self, words_WD: torch.Tensor):
+        super().__init__()
+        self.register_buffer("words_WD", words_WD.detach().clone())
+
+    def forward(self, new_D: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.words_WD, new_D])
+
+    def right_inverse(self, weight_KD: torch.Tensor) -> torch.Tensor:
+        return weight_KD[len(self.words_WD):].detach().clone()
+
+
+def seeing_linears(backbone) -> List[str]:
+    """Names of the tower's linears that are run."""
+    run = {id(module) for block in backbone.vision_blocks() for module in block.modules()}
+    return [name for name, module in backbone.network.named_modules() if isinstance(module, nn.Linear) and id(module) in run]
+
+
+def make_trainable(backbone, rank: int, seed: int) -> None:
+    """Everything is frozen but the change; after it the model computes what it did before. CheckpointError for one that is not assembled."""
+    if not isinstance(backbone.language_model.lm_head, TiedHead):
+        raise CheckpointError(f"the head of {backbone.name} is not its embeddings, and has rows of its own for action tokens: give --base a "
+                              "folder of `vlakeep assemble-openvla`")
+    words, embeddings = words_of(backbone.processor), backbone.language_model.model.embed_tokens
+    targets = backbone.linear_names(range(backbone.num_layers), list(backbone.groups)) + seeing_linears(backbone)
+    attach_lora(backbone, targets, rank, float(rank), init="kaiming", seed=seed)
+    parametrize.register_parametrization(embeddings, "weight", NewRows(embeddings.weight[:words]))
+    embeddings.parametrizations.weight.original.requires_grad_(True)
+    for name, parameter in backbone.network.named_parameters():
+        if name.startswith(PROJECTOR):
+            parameter.requires_grad_(True)
+
+
+def make_whole(backbone) -> None:
+    """The vocabulary is one parameter again, so that the model can be written."""
+    parametrize.remove_parametrizations(backbone.language_model.model.embed_tokens, "weight", leave_parametrized=True)
+
+
+class BesideTexts:
+    """The loss of a batch and, beside it, how far the model has moved on texts: a KL from itself without its change, a token.
+
+    Texts have as many tokens as a sample has positions, so that both go through the decoder as rows of one pass, of one shape. The teacher
+    says nothing but words; the student's action tokens cost what it gives them.
+    """
+
+    def __init__(self, backbone, weight: float):
+        self._backbone, self._weight, self._words = backbone, weight, words_of(backbone.processor)
+        self.kl = torch.zeros(())  # of the newest pass, nats a token
+
+    def __call__(self, given: Tuple[Batch, Optional[torch.Tensor]]) -> LossOutput:
+        """given: a batch, and texts as ids [T, S] or None."""
+        batch, ids_TS = given
+        with parametrize.cached():  # the vocabulary is put together once
+            if ids_TS is None:
+                return self._backbone(batch)
+            return self._beside(batch, ids_TS)
+
+    def _beside(self, batch: Batch, ids_TS: torch.Tensor) -> LossOutput:
+        backbone = self._backbone
+        prefix = backbone.embed(batch)
+        texts_TSD = backbone.network.embed(ids_TS, None).to(prefix.hidden_BSD.dtype)
+        both = Prefix(torch.cat([prefix.hidden_BSD, texts_TSD]),
+                      torch.cat([prefix.attention_mask_BS, torch.ones_like(ids_TS, dtype=torch.bool)]))
+        last_BSD = backbone.run_layers(both, stop=backbone.num_layers)
+        out = backbone.loss_of(batch, prefix, last_BSD[:batch.size])
+        student_TSK = backbone.logits(backbone.norm(last_BSD[batch.size:]))
+        with torch.no_grad(), adapters_disabled(backbone):
+            before_TSD = backbone.run_layers(Prefix(texts_TSD.detach(), both.attention_mask_BS[batch.size:]))
+            teacher_TSW = backbone.logits(before_TSD)[..., :self._words].log_softmax(-1)
+        kl = kl_of_words(teacher_TSW, student_TSK)
+        self.kl = kl.detach()
+        return out._replace(loss=out.loss + self._weight * kl)
+
+
+def kl_of_words(teacher_TSW: torch.Tensor, student_TSK: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of KL(teacher || student) in nats, from the teacher's log-probabilities of words and the student's logits of all
+    rows."""
+    student_TSW = student_TSK.log_softmax(-1)[..., :teacher_TSW.shape[-1]]
+    return (teacher_TSW.exp() * (teacher_TSW - student_TSW)).sum(-1).mean()
