@@ -205,7 +205,8 @@ def test_pieces_leave_the_weights_of_one_piece_to_the_bit(world, parts, capsys):
     assert facts["steps"] == 4 and facts["samples"] == 27 and len(facts["final"]) == 4 and str(root) not in facts["command"]
     assert cli.run([*command, str(root / "whole")]) == 0 and "is trained" in capsys.readouterr().out
     backbone = make_backbone(root / "whole")
-    assert backbone.dtype == torch.float32 and backbone.predict_actions(np.zeros((1, 64, 64, 3), np.uint8), ["red"], "libero_two").shape == (1, 7)
+    assert backbone.dtype == torch.float32
+    assert backbone.predict_actions(np.zeros((1, 64, 64, 3), np.uint8), ["red"], "libero_two").shape == (1, 7)
 
 
 def test_pictures_are_made_once_and_anew_for_other_data(tmp_path):
@@ -347,8 +348,8 @@ def test_directions_compete_for_the_bytes_and_a_full_matrix_takes_no_more_than_i
     assert everything["weak"] * 100 > 2400 and delta.chosen(spectra, 300 + 2400 + 800) == everything
     for kept, most in ((1, 0.9), (3, 0.01)):
         left = strong - delta.restored(delta.in_directions(strong, kept))
-        values = torch.linalg.svdvals(strong)
-        assert float(left.norm()) == pytest.approx(float(values[kept:].norm()), abs=0.02 * float(strong.norm())) and left.norm() < most * strong.norm()
+        best = float(torch.linalg.svdvals(strong)[kept:].norm())
+        assert float(left.norm()) == pytest.approx(best, abs=0.02 * float(strong.norm())) and left.norm() < most * strong.norm()
     for matrix in (weak, weak.T):
         full = delta.in_full(matrix)
         assert (matrix - delta.restored(full)).norm() < 0.01 * matrix.norm() and full["full"].dtype == torch.int8

@@ -114,8 +114,10 @@ def test_demonstrations_are_played_stored_rendered_and_read_back(tmp_path, capsy
     from vlakeep.data.rlds import RldsDataset
 
     command = ["libero-demos", "--suite", "libero_goal", "--tasks", "1", "--demos", "1", "--resolution", "64"]
-    assert cli.run([*command, "--root", str(tmp_path)]) == 0 and "1 of   1 attempts succeeded" in capsys.readouterr().out
     folder = tmp_path / "datasets" / "libero_goal_expert"
+    assert cli.run([*command, "--root", str(tmp_path), "--simulate"]) == 0 and "simulated 1 demonstrations" in capsys.readouterr().out
+    assert [path.name for path in folder.iterdir()] == ["states"]
+    assert cli.run([*command, "--root", str(tmp_path)]) == 0 and "1 of   1 attempts succeeded" in capsys.readouterr().out
     demo = Demo.load(folder / "states" / "task01_seed1000.npz")
     steps = len(demo.actions)
     assert demo.proprio.shape == (steps, 8) and len(demo.states) == steps + 1

@@ -80,6 +80,9 @@ def main(argv: List[str]) -> int:
     order = [(task, chosen[task][k]) for k in range(own["demos"]) for task in tasks if k < len(chosen[task])]
     if not order:
         raise ValueError("the expert failed at every seed of these tasks; try others with --tasks or --first")
+    if own["simulate"]:
+        print(f"simulated {len(order)} demonstrations in {states}; the same command without --simulate renders them, here or elsewhere")
+        return 0
     more = [WRIST] if own["wrist"] else []
     cameras = list(dict.fromkeys([own["camera"], *(more if own["format"] == "rlds" else [CAMERA, WRIST])]))
     shots = rendered(suite, order, own["resolution"], cameras, own["workers"], states, storage.tmp)

@@ -27,7 +27,9 @@ DEMOS = Stage("libero-demos", "vlakeep.libero.demos", "demonstrations of LIBERO 
     Option("--approach", "above", "How the hand comes to a thing.", choices=APPROACHES),
     Option("--format", "rlds", "What is written.", choices=("rlds", "hdf5", "both")),
     Option("--camera", CAMERA, "The picture of the RLDS set.", choices=CAMERAS),
-    Option("--wrist", False, "The RLDS set has the camera on the hand too, as wrist_image, for models that take two.", bool)))
+    Option("--wrist", False, "The RLDS set has the camera on the hand too, as wrist_image, for models that take two.", bool),
+    Option("--simulate", False, "Simulate only: `states/` may be copied to a machine that renders faster, where the same call without "
+           "it goes on.", bool)))
 VQA = Stage("libero-vqa", "vlakeep.libero.vqa", "a probe of LIBERO scenes: instructions, and visual questions with known answers",
             f"{FOLDERS} probe.name seed", own=(
     suite("libero_90"), TASKS, WORKERS,

@@ -58,10 +58,10 @@ def seeing_linears(backbone) -> List[str]:
 
 
 def make_trainable(backbone, rank: int, seed: int) -> None:
-    """Everything is frozen but the change; after it the model computes what it did before. CheckpointError for one that is not assembled."""
+    """Everything is frozen but the change; the model still computes what it did. CheckpointError for one that is not assembled."""
     if not isinstance(backbone.language_model.lm_head, TiedHead):
-        raise CheckpointError(f"the head of {backbone.name} is not its embeddings, and has rows of its own for action tokens: give --base a "
-                              "folder of `vlakeep assemble-openvla`")
+        raise CheckpointError(f"the head of {backbone.name} is not its embeddings, so that its action tokens are not trained here: give "
+                              "--base a folder of `vlakeep assemble-openvla`")
     words, embeddings = words_of(backbone.processor), backbone.language_model.model.embed_tokens
     targets = backbone.linear_names(range(backbone.num_layers), list(backbone.groups)) + seeing_linears(backbone)
     attach_lora(backbone, targets, rank, float(rank), init="kaiming", seed=seed)

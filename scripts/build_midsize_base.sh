@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# A mid-size base for LIBERO from nothing: public parts, demonstrations, questions, texts, training in pieces, its difference as a small file.
+#   scripts/build_midsize_base.sh [WORKERS] [SECONDS]      default: 16 540
+# What is there is not made again, so the same command goes on wherever it was stopped: SECONDS end a piece of the training (exit status 75
+# until the last one is done). STOP=parts|demos|questions|texts|training|base ends behind that step. Everything lands below VLAKEEP_ROOT, the base
+# in hf_cache/midsize-base, its difference in midsize-delta.safetensors (with that file and the parts alone: `vlakeep base-delta apply`).
+#
+# Seconds expected with 16 cores and one H100 (only the parts are measured, on one CPU core; the others are reckoned, docs/libero.md):
+#   parts 30, demonstrations 1500 (simulated 500, rendered 1000: no GPU is needed), questions 300, texts 120,
+#   training 4 pieces of 540, difference 180 (a CPU will do), evaluation 900
+set -euo pipefail
+workers="${1:-16}" seconds="${2:-540}" stop="${STOP:-}"
+root="${VLAKEEP_ROOT:?set VLAKEEP_ROOT to the storage root}"
+demos90="${DEMOS90:-20}" demos10="${DEMOS10:-40}" steps="${STEPS:-13000}"
+run() { echo "+ $*" >&2; "$@"; }
+end_of() { [ "$stop" != "$1" ] || { echo "stopped behind $1" >&2; exit 0; }; }
+
+# 157 million parameters: SmolLM2-135M-Instruct and DINOv2-S/14
+parts="$root/hf_cache/midsize-parts"
+[ -f "$parts/PROVENANCE.json" ] || run vlakeep assemble-openvla --out "$parts"
+end_of parts
+
+# Demonstrations: scenes with seeds of their own. libero_goal and libero_10 are new tasks and never occur.
+suites="libero_90 libero_spatial libero_object" data="" asked=""
+for suite in $suites; do
+  demos="$demos10"; [ "$suite" != libero_90 ] || demos="$demos90"
+  name="${suite}_expert_side_noise0_3"
+  [ -f "$root/datasets/$name/demos.json" ] ||
+    run vlakeep libero-demos --suite "$suite" --demos "$demos" --noise 0.3 --approach side --workers "$workers"
+  data="$data,$suite=$name" asked="$asked,${suite}_pretraining"
+done
+end_of demos
+
+# Questions: scenes behind those of the probes that the method and the evaluation use
+for suite in $suites; do
+  items=1000; [ "$suite" != libero_90 ] || items=3000
+  [ -f "$root/probe/${suite}_pretraining/answers.jsonl" ] ||
+    run vlakeep libero-vqa --suite "$suite" --items "$items" --questions_per_scene 4 --first 50000 --workers "$workers" \
+      --probe.name "${suite}_pretraining"
+done
+end_of questions
+
+texts="$root/midsize-texts.safetensors"
+[ -f "$texts" ] || run vlakeep own-texts --base "$parts" --out "$texts"
+end_of texts
+
+trained="$root/midsize-trained"
+[ -f "$trained/PROVENANCE.json" ] ||
+  run vlakeep train-base --base "$parts" --out "$trained" --data "${data#,}" --questions "${asked#,}" --texts "$texts" --steps "$steps" \
+    --compile --stop_after "$seconds"
+[ -f "$trained/PROVENANCE.json" ] || { echo "the training is not done: the same command goes on" >&2; exit 75; }
+end_of training
+
+delta="$root/midsize-delta.safetensors"
+[ -f "$delta" ] || run vlakeep base-delta make --parts "$parts" --trained "$trained" --delta "$delta"
+base="$root/hf_cache/midsize-base"
+[ -f "$base/PROVENANCE.json" ] || run vlakeep base-delta apply --parts "$parts" --delta "$delta" --out "$base"
+
+end_of base
+
+# What it is worth: of the base that the studies use, not of what was trained in float32. Each call plays only what is missing.
+held="libero_90_heldout"
+[ -f "$root/probe/$held/answers.jsonl" ] ||
+  run vlakeep libero-vqa --suite libero_90 --items 500 --questions_per_scene 4 --split heldout --workers "$workers" --probe.name "$held"
+for model in midsize-parts midsize-base; do
+  run vlakeep evaluate --backbone.checkpoint "$model" --evaluate.benchmark language --evaluate.questions_per_kind 1000
+done
+for suite in $suites libero_goal; do
+  more=(--evaluate.episodes 5)
+  [ "$suite" != libero_90 ] || more=(--evaluate.episodes 1 --evaluate.probe "$held")
+  [ "$suite" != libero_goal ] || more+=(--backbone.unnorm_key libero_90)  # new tasks: the base has no statistics of them
+  run vlakeep evaluate --backbone.checkpoint midsize-base --evaluate.benchmark "$suite" --evaluate.workers "$workers" \
+    --evaluate.batch "$((workers / 2))" --evaluate.center_crop true "${more[@]}"
+done
+run vlakeep evaluate --backbone.checkpoint midsize-base --evaluate.benchmark libero_object --evaluate.workers "$workers" \
+  --evaluate.batch "$((workers / 2))" --evaluate.center_crop true --evaluate.episodes 5 --evaluate.blank true
