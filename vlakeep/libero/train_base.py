@@ -73,9 +73,10 @@ def main(argv: List[str]) -> int:
     print(f"{len(samples):,} samples, {len(asked):,} of them questions; {time.perf_counter() - started:.0f} s")
 
     backbone.norm_stats = statistics
+    whole = sum(p.numel() for p in backbone.parameters())
     make_trainable(backbone, args.rank, args.seed)
     trained = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
-    print(f"{trained:,} of {sum(p.numel() for p in backbone.parameters()):,} parameters are trained")
+    print(f"{trained:,} parameters are trained beside {whole:,}")
     make_batch = batches(samples, backbone.processor, Windows(images, side), args.batch, device)
     positions = backbone.num_patches + make_batch(torch.zeros(args.batch, dtype=torch.int64, device=device)).input_ids.shape[1]
     texts_NS, said = read_texts(args.texts, positions, backbone.weights_sha256) if args.texts else (None, None)
