@@ -65,7 +65,7 @@ def main(argv: List[str]) -> int:
     backbone, processor = new_model(args, corpus, words, args.image, "small")
     backbone.norm_stats = {args.key: statistics}
     trained = fit(backbone, processor, samples, Windows(images, args.image), args, args.share)
-    said = [arg.replace(str(args.out), "OUT").replace(str(config.root), "ROOT") for arg in argv]
+    said = [arg.replace(str(args.out), "OUT").replace(str(storage.root), "ROOT") for arg in argv]
     command = shlex.join(["vlakeep", "pretrain-libero", *said])
     names = args.data.split(",")
     save(backbone, args, command, trained, samples=len(samples), data=names,

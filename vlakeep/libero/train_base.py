@@ -93,7 +93,7 @@ def main(argv: List[str]) -> int:
         print("not done: the same command goes on")
         return 0
     make_whole(backbone)
-    words = [arg.replace(str(args.out), "OUT").replace(str(config.root), "ROOT") for arg in argv]
+    words = [arg.replace(str(args.out), "OUT").replace(str(storage.root), "ROOT") for arg in argv]
     save(backbone, args, shlex.join(["vlakeep", "train-base", *words]), done, torch.float32, samples=len(samples), data=keyed,
          parameters=trained, base=backbone.weights_sha256, texts=said,
          renderers={d.name: rendered_with(storage.data / d.name) for d in sets})

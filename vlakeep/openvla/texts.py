@@ -43,7 +43,7 @@ def main(argv: List[str]) -> int:
         return 0
     backbone: Any = make_backbone(BackboneConfig(checkpoint=args.base), torch.device(args.device), storage.cache)
     ids_NL = drawn(backbone, args.texts, args.length, args.batch, args.seed)
-    shown = [arg.replace(str(args.out), "OUT").replace(str(config.root), "ROOT") for arg in argv]
+    shown = [arg.replace(str(args.out), "OUT").replace(str(storage.root), "ROOT") for arg in argv]
     facts = {"command": shlex.join(["vlakeep", "own-texts", *shown]), "weights": backbone.weights_sha256, "openings": OPENINGS}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(args.out) as partial:
