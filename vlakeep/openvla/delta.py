@@ -132,7 +132,7 @@ def make(parts: Path, trained: Path, file: Path, megabytes: float) -> List[Dict]
     facts["result"] = weights_of(before, stored, starts)
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(file) as partial:
-        save_file(stored, str(partial), metadata={"format": "pt", "facts": json.dumps(facts)})
+        save_file(stored, str(partial), metadata={"facts": json.dumps(facts)})  # two entries would be written in any order
     return table
 
 

@@ -47,7 +47,7 @@ def main(argv: List[str]) -> int:
     facts = {"command": shlex.join(["vlakeep", "own-texts", *shown]), "weights": backbone.weights_sha256, "openings": OPENINGS}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(args.out) as partial:
-        save_file({"ids": ids_NL.to(torch.int32)}, str(partial), metadata={"format": "pt", "facts": json.dumps(facts)})
+        save_file({"ids": ids_NL.to(torch.int32)}, str(partial), metadata={"facts": json.dumps(facts)})
     print(f"wrote {args.out}: {len(ids_NL):,} texts of {args.length} tokens")
     for row in ids_NL[:: max(1, len(ids_NL) // 4)][:4]:
         print(f"  {backbone.processor.tokenizer.decode(row[:40])!r}")
