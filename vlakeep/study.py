@@ -30,6 +30,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 from vlakeep import checks, cli
 from vlakeep.core.config import Config, ConfigError
 from vlakeep.core.log import log
+from vlakeep.core.next_step import completed_remedy
 from vlakeep.core.options import split
 from vlakeep.core.registry import method_class
 from vlakeep.core.stages import STUDY
@@ -138,7 +139,8 @@ def missing(study: Study, cells: Sequence[Cell]) -> List[str]:
         reads = (method_class(config.method).needs_offline(config) or cell.closes) and not cell.added
         if reads and first("probe", config.probe.name, config.probe.size):
             found += checks.check_probe(config, study.storage)[0]
-        lines += [f"{line.what}: {line.where}\n    {line.remedy}" for line in found if line.status == checks.RED]
+        lines += [f"{line.what}: {line.where}\n    {completed_remedy(line.remedy, ['offline', *study.folders])}"
+                  for line in found if line.status == checks.RED]
     return list(dict.fromkeys(lines))
 
 
