@@ -17,7 +17,8 @@ from vlakeep.reporting.intervals import t_quantile
 from vlakeep.studies import claims, figures, front, inference, paper, power, report, streams
 from vlakeep.studies.data import Data, Setting
 from vlakeep.studies.records import rate_of, read_records
-from vlakeep.studies.rule import Rule, choose, families_of, read_rule
+from vlakeep.studies.rule import Rule, choose, families_of, of_reported, read_rule
+from vlakeep.studies.tables import Table
 
 
 def made(arm, task, rate, seed, new, old, kl=(0.1, 0.2), first=1000):
@@ -415,3 +416,71 @@ def test_ties_go_to_the_lower_rate_crashes_are_no_trials_and_a_paired_test_has_a
     pairs = [0.1, 0.2, 0.4]
     t = np.mean(pairs) / (np.std(pairs, ddof=1) / math.sqrt(3))
     assert streams._paired(pairs) == pytest.approx(1 - t / math.sqrt(2 + t * t)), "the closed form of two degrees of freedom"
+
+
+def test_power_is_that_of_the_test_that_is_run():
+    """Its bootstrap takes the luck of single episodes for more than it is, so it finds less than the t test on the true standard error."""
+    generator = np.random.default_rng(7)
+    for sd, effect in (((0.0, 0.0, 0.5), 0.13), ((0.05, 0.1, 0.3), 0.13), ((0.05, 0.0, 0.0), 0.09)):
+        parts = power.Parts(*(one ** 2 for one in sd))
+        found = [inference.estimate({"one": crossed(generator, 5, 50, *sd, mean=effect)}, 200, 1, binary=False) for _ in range(300)]
+        taken = math.sqrt(np.mean([one.se ** 2 for one in found]))
+        assert taken == pytest.approx(parts.taken(5, 50)[0], rel=0.05)
+        share = sum(one.superior() < 0.05 for one in found) / len(found)
+        assert parts.power(effect, 5, 50) == pytest.approx(share, abs=0.12)
+    assert power.table(0.1, power.Parts(0.0, 0.0, 0.25), (5,), (50,))[0][0] < 0.3 < power.power(0.1, 0.5 / math.sqrt(250), 5)
+
+
+def test_what_was_not_measured_is_no_divergence_of_zero():
+    records = [{**made("a", "t", 1e-3, seed, "11", "10"), "action_kl": None} for seed in (1, 2)]
+    data = Data([*records, *(made("a", "u", 1e-3, seed, "11", "10") for seed in (1, 2)), {**made("base", "t", 0.0, 0, "11", "10"),
+                                                                                          "action_kl": None}])
+    assert inference.value(Data(records), A, "action_kl", [1, 2], 100) is None and Data(records).mean(A, "action_kl", [1]) is None
+    assert data.mean(A, "action_kl", [1, 2]) == pytest.approx(0.15), "that of the task where it was"
+    assert data.mean(Setting("base", 0.0), "action_kl", [1]) == 0.0, "the base is the teacher"
+
+
+def test_the_front_has_what_the_rule_calls_retention():
+    records = whole()
+    for one in records:
+        one["trials"]["question:left_of"] = {"outcomes": "0" * 20, "seeds": [1000, 1]}
+    judged = claims.judge(cells_of(records), records, Rule("ours", "plain", choose=[1, 2], near=0.1, retention="all", draws=200))
+    for family in ("ours", "base"):
+        assert judged.values[family]["all"].mean == pytest.approx(judged.values[family]["old"].mean / 2)
+    from matplotlib.figure import Figure
+    drawn = Figure()
+    figures._front(drawn, judged, figures.style_of(judged))
+    marks = {one.get_label(): float(one.lines[0].get_xdata()[0]) for one in drawn.axes[0].containers}
+    assert marks["ours"] == pytest.approx(100 * judged.values["ours"]["all"].mean)
+
+
+def test_cells_that_left_no_record_are_told():
+    records = whole()
+    cells = cells_of(records)
+    judged = claims.judge(cells, records, Rule("ours", "plain", choose=[1, 2], near=0.1, draws=200))
+    assert not any("without a record" in note for note in judged.notes)
+    gone = [one for one in records if (one["arm"], one["task"], one["seed"]) not in (("ours", "t", 1), ("ours", "u", 12))
+            and (one["arm"], one["rate"], one["seed"]) != ("plain", 1e-3 if judged.choices["plain"].setting.rate == 2e-3 else 2e-3, 13)]
+    notes = claims.judge(cells, gone, Rule("ours", "plain", choose=[1, 2], near=0.1, draws=200)).notes
+    assert "cells without a record on the choosing seeds, where settings are chosen by the others: ours 1 of 4" in notes
+    assert "cells without a record at the chosen settings on the reported seeds, where the others speak for them: ours 1 of 6" in notes
+
+
+@pytest.mark.parametrize("given, words", [
+    (5, "`rule` must be a table"), ({"subject": ["a"], "reference": "b"}, "['a'] is no family"),
+    ({"subject": "a", "reference": "a"}, "a is subject and reference"), ({"subject": "a", "reference": "b", "compare": ["a"]}, "itself"),
+])
+def test_a_rule_that_compares_nothing_is_refused(given, words):
+    cells = cells_of([made(arm, "t", 1e-3, seed, "1", "1") for arm in "ab" for seed in (1, 2)])
+    with pytest.raises(ConfigError) as caught:
+        read_rule({"rule": given}, cells)
+    assert words in str(caught.value)
+
+
+def test_streams_are_told_of_the_seeds_that_are_reported():
+    records = [{"arm": arm, "seed": seed} for arm, seed in (("base", 1), ("a", 1), ("a", 2))]
+    assert of_reported(Rule("a", "b", choose=[1]), records) == [records[0], records[2]] and of_reported(None, records) == records
+
+
+def test_a_table_keeps_columns_of_one_name():
+    assert Table("x", "", ["family", "count", "count"], [["a", "1", "2"]]).csv() == "family,count,count\na,1,2\n"
