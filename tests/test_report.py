@@ -16,7 +16,7 @@ from vlakeep.core.storage import Storage
 from vlakeep.report import arms_from_runs, build_report, main
 from vlakeep.reporting import words
 from vlakeep.reporting.arms import Arm, load_arms
-from vlakeep.reporting.compare import Comparison, pair
+from vlakeep.reporting.compare import Comparison, confounds, pair
 from vlakeep.reporting.figures import figures, render, together
 from vlakeep.reporting.intervals import mean_of, newcombe, paired_mean
 from vlakeep.reporting.provenance import reproduce
@@ -373,6 +373,14 @@ def test_stale_summary_and_confounded_arms_are_noted(tmp_path):
     comparison = compare(arms)
     assert "disagree on colour" in said(comparison, "baseline")
     assert len(comparison.warnings) == 1 and "train.lr (0.0001 against 0.0005)" in comparison.warnings[0]
+
+
+def test_what_makes_an_arm_is_no_confound():
+    config = to_dict(Config())
+    plain = Arm("baseline", None, config=config)
+    for section, key, value, said in (("gains", "scale", 30.0, False), ("export", "parity_frames", 1, False), ("train", "lr", 1.0, True)):
+        other = Arm("graded", None, config={**config, section: {**config[section], key: value}})
+        assert bool(confounds({"baseline": plain, "graded": other})) == said, key
 
 
 def test_only_one_arm_and_gains_that_never_moved(tmp_path):
