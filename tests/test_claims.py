@@ -16,9 +16,9 @@ from vlakeep.core.study import Cell
 from vlakeep.reporting.intervals import t_quantile
 from vlakeep.studies import claims, figures, front, inference, paper, power, report, streams
 from vlakeep.studies.data import Data, Setting
-from vlakeep.studies.records import rate_of, read_records
+from vlakeep.studies.records import _curves, rate_of, read_records, states_of, train_seconds, values_of
 from vlakeep.studies.rule import Rule, choose, families_of, of_reported, read_rule
-from vlakeep.studies.tables import Table
+from vlakeep.studies.tables import Table, spread
 
 
 def made(arm, task, rate, seed, new, old, kl=(0.1, 0.2), first=1000):
@@ -484,3 +484,78 @@ def test_streams_are_told_of_the_seeds_that_are_reported():
 
 def test_a_table_keeps_columns_of_one_name():
     assert Table("x", "", ["family", "count", "count"], [["a", "1", "2"]]).csv() == "family,count,count\na,1,2\n"
+
+
+# One by one: what of a number nothing else would notice
+
+
+def test_the_luck_of_few_trainings_is_no_difference_between_states():
+    few = power.parts_of({"one": crossed(np.random.default_rng(3), 3, 6000, 0.0, 0.2, 0.5)})
+    assert few.states == pytest.approx(0.04, rel=0.15), "and not .04 + .25 / 3"
+    np.testing.assert_allclose(power._filled(np.array([[1.0, 2.0], [3.0, np.nan]])), [[1, 2], [3, 3]])
+    np.testing.assert_allclose(power._filled(np.array([[1.0, np.nan], [3.0, np.nan]])), [[1, 1], [3, 3]])
+
+
+def test_blocks_count_alike_and_their_states_are_drawn_apart():
+    uneven = inference.estimate({"one": np.zeros((2, 30)), "two": np.ones((2, 10))}, 50, 1)
+    assert uneven.mean == 0.5, "a block with more states counts no more"
+    row = np.random.default_rng(0).random((1, 40)).repeat(3, 0)
+    alone, both = (np.std(inference.sample(dict.fromkeys(names, row), 4000)) for names in (["skill:a"], ["skill:a", "skill:b"]))
+    assert both == pytest.approx(alone / math.sqrt(2), rel=0.1), "two skills are asked at states of their own"
+
+
+def test_choices_pairs_and_fronts_are_those_that_they_are_called():
+    """ours has two rates: .8 with 9 of 10 kept, and 1.0 with 6 kept; plain reaches .9 and keeps 3; slow keeps more and learns less than
+    near allows; keen learns as much as plain and keeps 5."""
+    tens = {("plain", 1e-3): (9, 3), ("ours", 1e-3): (8, 9), ("ours", 2e-3): (10, 6), ("keen", 1e-3): (9, 5), ("slow", 1e-3): (2, 10)}
+    records = [made(arm, "t", rate, seed, "1" * new + "0" * (10 - new), "1" * old + "0" * (10 - old))
+               for (arm, rate), (new, old) in tens.items() for seed in (1, 2, 3)]
+    judged = claims.judge(cells_of(records), records, Rule("ours", "plain", choose=[1], near=0.15, draws=500))
+    assert (judged.choices["ours"].setting.rate, judged.own_best["ours"].setting.rate) == (1e-3, 2e-3)
+    matched, best = ({one.family: (round(one.new.mean, 6), round(one.kept.mean, 6)) for one in found} for found in (judged.matched, judged.best))
+    assert matched["plain"] == (-0.1, 0.6) and best["plain"] == (0.1, 0.3)
+    assert claims.best_rival(judged) == "keen", "of those that learn enough what keeps most"
+    wanted = power.parts_of(judged.data.blocks(Setting("ours", 1e-3), "old", ["t"], [2, 3], minus=Setting("plain", 1e-3)))
+    assert judged.parts == wanted and wanted != power.parts_of(
+        judged.data.blocks(Setting("ours", 1e-3), "new", ["t"], [2, 3], minus=Setting("plain", 1e-3)))
+    rows = {row["family"]: row for row in claims.volume_rows(judged)}
+    assert rows["ours"]["hypervolume"] == pytest.approx(0.8 * 0.9 + 0.2 * 0.6) and rows["plain"]["hypervolume"] == pytest.approx(0.27)
+    assert 0 < rows["plain"]["more_low"] < rows["plain"]["more"] == pytest.approx(0.84 - 0.27)
+    assert rows["plain"]["more"] < rows["plain"]["more_high"]
+    versus = judged.matched[0]
+    assert [versus._replace(holm=p).shown for p in (0.049, 0.051, None)] == [True, False, False]
+
+
+def test_a_record_says_its_states_its_time_its_curves_and_its_worst_skill():
+    assert states_of({"outcomes": "0101", "seeds": [7, 3]}) == [7, 10, 13, 16] and states_of({"outcomes": "01", "seeds": [7, 3]}) == [7, 10]
+    assert states_of({"outcomes": "010", "seeds": [1, 5, 6]}) == [1, 5, 6] and states_of({"outcomes": "0", "seeds": [4, 1]}) == [4]
+    assert train_seconds([{"seconds": one} for one in (1.0, 5.0, 2.0, 4.0)]) == 9.0 and train_seconds([{}]) is None, "resumed after 5 s"
+    rows = [{"step": step, "loss": 1.0, **({"kl": 0.5} if step == 7 else {})} for step in range(500)]
+    kept = _curves(rows)
+    assert 7 in kept["step"] and 499 in kept["step"] and len(kept["step"]) < 80 and kept["kl"][kept["step"].index(7)] == 0.5
+    record = made("a", "t", 1e-3, 1, "11", "10")
+    record["trials"]["skill:tap"] = {"outcomes": "00", "seeds": [1, 1]}
+    found = values_of(record)
+    assert (found["worst"], found["old"], found["new"]) == (0.0, 0.25, 1.0)
+    assert spread([(1, 0.0), (1, 1.0), (2, 0.5)]) == "0.5 ±0", "a seed is one value, its mean over tasks"
+
+
+def test_the_figures_show_what_is_forgotten_and_the_reported_seeds():
+    from matplotlib.figure import Figure
+
+    records = whole()
+    for one in records:
+        if one["arm"] == "ours":
+            one["curves"]["kl"] = [0.0, None, 1.0 if one["seed"] in (1, 2) else 0.01 * one["seed"]]
+            one["settings"]["thermostat.target"] = 0.07
+    judged = claims.judge(cells_of(records), records, Rule("ours", "plain", choose=[1, 2], near=0.1, draws=200))
+    steps, mean, low, high = figures._curve(judged, "ours", "kl")
+    assert list(steps) == [0, 100] and mean[1] == pytest.approx(0.12) and (low[1], high[1]) == (0.11, 0.13)
+    assert figures.budget(judged) == 0.07
+    drawn = Figure()
+    figures._forgetting(drawn, judged, figures.style_of(judged), ["skill:reach"])
+    e = inference.difference(judged.data, judged.choices["plain"].setting, Setting("base", 0.0), "skill:reach", judged.seeds, 200)
+    bars = next(one for one in drawn.axes[0].containers if one.get_label() == "plain")
+    assert e.mean < -0.3 and bars.patches[0].get_width() == pytest.approx(-100 * e.mean), "to the right is lost"
+    ends = bars.errorbar.lines[2][0].get_segments()[0][:, 0]
+    assert sorted(ends) == pytest.approx([-100 * e.high, -100 * e.low])
