@@ -512,7 +512,8 @@ def test_choices_pairs_and_fronts_are_those_that_they_are_called():
                for (arm, rate), (new, old) in tens.items() for seed in (1, 2, 3)]
     judged = claims.judge(cells_of(records), records, Rule("ours", "plain", choose=[1], near=0.15, draws=500))
     assert (judged.choices["ours"].setting.rate, judged.own_best["ours"].setting.rate) == (1e-3, 2e-3)
-    matched, best = ({one.family: (round(one.new.mean, 6), round(one.kept.mean, 6)) for one in found} for found in (judged.matched, judged.best))
+    matched, best = ({one.family: (round(one.new.mean, 6), round(one.kept.mean, 6)) for one in found}
+                     for found in (judged.matched, judged.best))
     assert matched["plain"] == (-0.1, 0.6) and best["plain"] == (0.1, 0.3)
     assert claims.best_rival(judged) == "keen", "of those that learn enough what keeps most"
     wanted = power.parts_of(judged.data.blocks(Setting("ours", 1e-3), "old", ["t"], [2, 3], minus=Setting("plain", 1e-3)))
