@@ -558,7 +558,7 @@ def test_options_and_versions_are_told(monkeypatch):
     from vlakeep.core.config import ConfigError
     wrong = [("gpm", "energy", "0.0"), ("sgp", "a", "-1.0"), ("adam_nscl", "a", "0.5"), ("owm", "alpha", "0.0"), ("sc_lora", "beta", "2.0"),
              ("keeplora", "weight_energy", "0.0"), ("inflora", "frames", "0"), ("l2_sp", "strength", "-1.0"), ("ewc", "items", "0"),
-             ("consft", "sharpness", "-1.0"), ("replay", "datasets", "''")]
+             ("consft", "sharpness", "-1.0"), ("replay", "datasets", "''"), ("owm", "alpha", ".inf"), ("ewc", "strength", ".nan")]
     for name, option, value in wrong:
         with pytest.raises(ConfigError, match=rf"--options\.{option}"):
             load_config(None, ["--method", name, f"--options.{option}", value] if name != "replay" else ["--method", name])
