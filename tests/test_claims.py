@@ -560,3 +560,18 @@ def test_the_figures_show_what_is_forgotten_and_the_reported_seeds():
     assert e.mean < -0.3 and bars.patches[0].get_width() == pytest.approx(-100 * e.mean), "to the right is lost"
     ends = bars.errorbar.lines[2][0].get_segments()[0][:, 0]
     assert sorted(ends) == pytest.approx([-100 * e.high, -100 * e.low])
+
+
+def test_the_front_is_of_settings_that_have_reported_seeds():
+    """Rates that were run on the choosing seed alone hid the front of all others."""
+    records = [made(arm, "t", rate, seed, new, old) for arm, rate, new, old, seeds in (
+        ("plain", 1e-3, "1111", "1100", (1, 11, 12)), ("plain", 2e-3, "1110", "1000", (1,)), ("ours", 1e-3, "1110", "1111", (1, 11, 12)))
+        for seed in seeds]
+    judged = claims.judge(cells_of(records), records, Rule("ours", "plain", choose=[1], near=0.3, draws=200))
+    assert judged.front.settings == [Setting("plain", 1e-3), Setting("ours", 1e-3)] and judged.front.seeds == [11, 12]
+    assert "settings without a record on the reported seeds, which the front lacks: 1" in judged.notes
+    few = [one for one in records if (one["arm"], one["seed"]) != ("ours", 12)]
+    notes = claims.judge(cells_of(records), few, Rule("ours", "plain", choose=[1], near=0.3, draws=200)).notes
+    said = next(note for note in notes if note.startswith("the front is over 1 of 2 seeds and 1 of 1 tasks"))
+    assert "no difference between trainings" in said
+    assert not any("the front is over" in note for note in judged.notes)

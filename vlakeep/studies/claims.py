@@ -76,6 +76,12 @@ def judge(cells: Sequence[Cell], records: Sequence[Dict[str, Any]], rule: Rule) 
     try:
         if choices and seeds:
             front = front_of(data, families, rule.retention, seeds, min(rule.draws, DRAWS_OF_FRONT))
+            left = sum(map(len, families.values())) - len(front.settings)
+            notes += [f"settings without a record on the reported seeds, which the front lacks: {left}"] if left else []
+            if len(front.seeds) < len(seeds) or len(front.tasks) < len(data.tasks):
+                notes.append(f"the front is over {len(front.seeds)} of {len(seeds)} seeds and {len(front.tasks)} of {len(data.tasks)} "
+                             "tasks, which all its settings have"
+                             + (": of one seed its draws know no difference between trainings" if len(front.seeds) == 1 else ""))
     except ValueError as error:
         notes.append(f"no front: {error}")
     return Judged(rule, data, seeds, choices, own_best, values, _versus(rule, data, choices, seeds),
