@@ -387,12 +387,13 @@ def test_gradients_of_the_new_task_are_those_of_the_frozen_weights(toy):
 def test_fisher_information_is_that_of_single_items(toy):
     """The diagonal against autograd, item by item; K-FAC's factor, with the inputs' moment, as the same where one token is seen."""
     few, linears = samples(toy, 4), toy.adapted_linears()
-    pairs = []
-    for one in few:
-        prompts = toy.processor.encode_prompts([one])
-        pairs.append((prompts, with_own_answers(toy, prompts, 3)))
-    first = toy.first_adapted_layer()
-    parts = run_below(toy, pairs, first)
+
+    def answered(some):
+        prompts = toy.processor.encode_prompts(some)
+        return prompts, with_own_answers(toy, prompts, 3)
+
+    pairs, first = [answered([one]) for one in few], toy.first_adapted_layer()
+    parts = run_below(toy, [answered(few[:3]), answered(few[3:])], first)  # of several items, with padding
     weights = torch.tensor([1.0, 0.5, 1.5, 1.0]).double()
     found = fisher.fisher_diagonal(toy, parts, first, linears, weights)
     base = {name: linear.get_base_layer().weight.requires_grad_(True) for name, linear in linears.items()}
