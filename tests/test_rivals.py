@@ -682,9 +682,9 @@ def test_importance_is_estimated_on_items_that_the_sensor_does_not_measure(monke
     monkeypatch.setattr(measured, "run_below", lambda backbone, pairs, first: list(pairs))
     monkeypatch.setattr(measured.graded_offline, "answered_samples", lambda backbone, samples, size: samples)
     config = load_config(None, ["--method", "ewc", "--probe.size", "100"])
-    _, weights = measured.answered_items(config, SimpleNamespace(probe_folder=str), SimpleNamespace(first_adapted_layer=lambda: 0), 20)
+    _, weights = measured.answered_items(config, SimpleNamespace(probe_folder=str), SimpleNamespace(first_adapted_layer=lambda: 0), 70)
     fit, held = measured.graded_offline.split_items(list(range(100)), kinds, config.gains.holdout)
-    assert len(asked) == 20 == len(set(asked)) and set(asked) <= set(fit) and held and len(weights) == 20
+    assert len(asked) == 70 == len(set(asked)) and set(asked) <= set(fit) and held and len(weights) == 70
     assert {kinds[i] for i in asked} == {"act", "ask"} and float(weights.mean()) == pytest.approx(1.0)
 
 
