@@ -272,6 +272,7 @@ def test_harm_is_said_in_words(tmp_path):
     rates = dict(RATES, method=(0.06, 0.10), method_lora_input=(0.36, 0.33))
     comparison = compare(make(tmp_path, rates))
     lower = said(comparison, "method")
+    assert {o.arm.name: (o.success, o.verdict) for o in words.outcomes(comparison)}["method"] == ("lower", "harms")
     assert "Harm: new-skill success is below Plain LoRA beyond the interval" in lower and "not matched" in lower
     forgot = said(comparison, "method_lora_input")
     assert "Harm: mean old ability is below Plain LoRA beyond the interval" in forgot and "matched success" in forgot
@@ -410,6 +411,11 @@ def test_resumed_runs_add_up_their_time(tmp_path):
 def test_newcombe_matches_the_paper_and_covers():
     # Newcombe 1998, table II, method 10, the column of counts 36, 12, 2, 0
     assert newcombe(36, 12, 2, 0, wilson) == pytest.approx((0.2, 0.0569, 0.3404), abs=2e-4)
+    # By hand where success goes together: the correlation is (20 22 - 5 3 - 50 / 2) / sqrt(25 25 23 27).
+    (p, low, high), (q, lower, higher), phi = wilson(25, 50), wilson(23, 50), 400 / (25 * 25 * 23 * 27) ** 0.5
+    down = ((p - low) ** 2 - 2 * phi * (p - low) * (higher - q) + (higher - q) ** 2) ** 0.5
+    up = ((high - p) ** 2 - 2 * phi * (high - p) * (q - lower) + (q - lower) ** 2) ** 0.5
+    assert newcombe(20, 5, 3, 22, wilson) == pytest.approx((0.04, 0.04 - down, 0.04 + up), abs=1e-9)
     assert newcombe(0, 1, 0, 29, wilson)[0] == pytest.approx(1 / 30)
     same = newcombe(50, 0, 0, 0, wilson)
     assert same[0] == 0 and same[1] < -0.03 and same[2] > 0.03  # agreement on few trials is not certainty

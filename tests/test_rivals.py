@@ -595,7 +595,8 @@ def test_penalties_are_half_the_strength_times_the_squares_of_the_update():
     fisher_OD, F, C = torch.rand(OUT, D, generator=generator), moment(torch.randn(50, OUT, generator=generator)), moment(
         torch.randn(50, D, generator=generator))
     squares = {name: delta(layer).detach().square() for name, layer in layers.items()}
-    wanted = {"l2_sp": sum(float(one.sum()) for one in squares.values()), "maps": float(squares["layers.0.q"].sum() + 0.5 * squares["layers.1.q"].sum()),
+    wanted = {"l2_sp": sum(float(one.sum()) for one in squares.values()),
+              "maps": float(squares["layers.0.q"].sum() + 0.5 * squares["layers.1.q"].sum()),
               "ewc": sum(float((fisher_OD * one).sum()) for one in squares.values()),
               "kfac": sum(float(torch.trace(F @ delta(layer) @ C @ delta(layer).T).detach()) for layer in layers.values())}
     for name, value in wanted.items():
