@@ -39,7 +39,7 @@ from vlakeep.core.study import BEGUN, DONE, OPEN, OTHER, Cell, State, checkpoint
 from vlakeep.models.load import model_name
 from vlakeep.studies import again, claims, paper, report, streams, tables
 from vlakeep.studies.records import differences, line_of, read_records, record_of, same, write_records
-from vlakeep.studies.rule import Rule, read_rule
+from vlakeep.studies.rule import Rule, of_reported, read_rule
 from vlakeep.studies.schedulers import Launcher, at_once, scheduler
 
 TAIL = 6  # lines of a failed cell's log that are shown
@@ -337,7 +337,7 @@ def write_tables(study: Study) -> str:
     if rule is not None:
         files.update(claims.files(study.cells, records, rule))
         text += "\n" + files["claims.md"]
-    found = streams.files(records, rule.reference if rule else None)
+    found = streams.files(of_reported(rule, records), rule.reference if rule else None)
     text += "\n" + found["streams.md"] if found else ""
     for name, content in {**files, **found}.items():
         with atomic_write(folder / name, "w") as file:
