@@ -28,8 +28,9 @@ def options(words: List[str]) -> Set[str]:
         return set()
     if path.suffix not in (".sh", ".sbatch"):
         return {"help"} | parsed_options(path)
-    # A run script hands all but --gpus to its stage, that of studies the words of each part.
-    stages = re.findall(r"^launch (\w+)|vlakeep (\w+) \"\$\{words\[@\]\}\"", path.read_text(), re.M)
+    # A run script hands all but --gpus to its stage, those of studies the words of each part, or all.
+    handed = r'^launch (\w+)|vlakeep (\w+) (?:"\$study" )?"\$(?:\{words\[@\]\}|@)"'
+    stages = re.findall(handed, path.read_text(), re.M)
     return {"gpus", "config", "help"}.union(*(cli.STAGES[one or other].names() for one, other in stages))
 
 

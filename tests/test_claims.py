@@ -16,8 +16,9 @@ from vlakeep.core.study import Cell
 from vlakeep.reporting.intervals import t_quantile
 from vlakeep.studies import claims, figures, front, inference, paper, power, report, streams
 from vlakeep.studies.data import Data, Setting
-from vlakeep.studies.records import rate_of, read_records
-from vlakeep.studies.rule import Rule, choose, families_of, read_rule
+from vlakeep.studies.records import _curves, rate_of, read_records, states_of, train_seconds, values_of
+from vlakeep.studies.rule import Rule, choose, families_of, of_reported, read_rule
+from vlakeep.studies.tables import Table, spread
 
 
 def made(arm, task, rate, seed, new, old, kl=(0.1, 0.2), first=1000):
@@ -415,3 +416,162 @@ def test_ties_go_to_the_lower_rate_crashes_are_no_trials_and_a_paired_test_has_a
     pairs = [0.1, 0.2, 0.4]
     t = np.mean(pairs) / (np.std(pairs, ddof=1) / math.sqrt(3))
     assert streams._paired(pairs) == pytest.approx(1 - t / math.sqrt(2 + t * t)), "the closed form of two degrees of freedom"
+
+
+def test_power_is_that_of_the_test_that_is_run():
+    """Its bootstrap takes the luck of single episodes for more than it is, so it finds less than the t test on the true standard error."""
+    generator = np.random.default_rng(7)
+    for sd, effect in (((0.0, 0.0, 0.5), 0.13), ((0.05, 0.1, 0.3), 0.13), ((0.05, 0.0, 0.0), 0.09)):
+        parts = power.Parts(*(one ** 2 for one in sd))
+        found = [inference.estimate({"one": crossed(generator, 5, 50, *sd, mean=effect)}, 200, 1, binary=False) for _ in range(300)]
+        taken = math.sqrt(np.mean([one.se ** 2 for one in found]))
+        assert taken == pytest.approx(parts.taken(5, 50)[0], rel=0.05)
+        share = sum(one.superior() < 0.05 for one in found) / len(found)
+        assert parts.power(effect, 5, 50) == pytest.approx(share, abs=0.12)
+    assert power.table(0.1, power.Parts(0.0, 0.0, 0.25), (5,), (50,))[0][0] < 0.3 < power.power(0.1, 0.5 / math.sqrt(250), 5)
+
+
+def test_what_was_not_measured_is_no_divergence_of_zero():
+    records = [{**made("a", "t", 1e-3, seed, "11", "10"), "action_kl": None} for seed in (1, 2)]
+    data = Data([*records, *(made("a", "u", 1e-3, seed, "11", "10") for seed in (1, 2)), {**made("base", "t", 0.0, 0, "11", "10"),
+                                                                                          "action_kl": None}])
+    assert inference.value(Data(records), A, "action_kl", [1, 2], 100) is None and Data(records).mean(A, "action_kl", [1]) is None
+    assert data.mean(A, "action_kl", [1, 2]) == pytest.approx(0.15), "that of the task where it was"
+    assert data.mean(Setting("base", 0.0), "action_kl", [1]) == 0.0, "the base is the teacher"
+
+
+def test_the_front_has_what_the_rule_calls_retention():
+    records = whole()
+    for one in records:
+        one["trials"]["question:left_of"] = {"outcomes": "0" * 20, "seeds": [1000, 1]}
+    judged = claims.judge(cells_of(records), records, Rule("ours", "plain", choose=[1, 2], near=0.1, retention="all", draws=200))
+    for family in ("ours", "base"):
+        assert judged.values[family]["all"].mean == pytest.approx(judged.values[family]["old"].mean / 2)
+    from matplotlib.figure import Figure
+    drawn = Figure()
+    figures._front(drawn, judged, figures.style_of(judged))
+    marks = {one.get_label(): float(one.lines[0].get_xdata()[0]) for one in drawn.axes[0].containers}
+    assert marks["ours"] == pytest.approx(100 * judged.values["ours"]["all"].mean)
+
+
+def test_cells_that_left_no_record_are_told():
+    records = whole()
+    cells = cells_of(records)
+    judged = claims.judge(cells, records, Rule("ours", "plain", choose=[1, 2], near=0.1, draws=200))
+    assert not any("without a record" in note for note in judged.notes)
+    gone = [one for one in records if (one["arm"], one["task"], one["seed"]) not in (("ours", "t", 1), ("ours", "u", 12))
+            and (one["arm"], one["rate"], one["seed"]) != ("plain", 1e-3 if judged.choices["plain"].setting.rate == 2e-3 else 2e-3, 13)]
+    notes = claims.judge(cells, gone, Rule("ours", "plain", choose=[1, 2], near=0.1, draws=200)).notes
+    assert "cells without a record on the choosing seeds, where settings are chosen by the others: ours 1 of 4" in notes
+    assert "cells without a record at the chosen settings on the reported seeds, where the others speak for them: ours 1 of 6" in notes
+
+
+@pytest.mark.parametrize("given, words", [
+    (5, "`rule` must be a table"), ({"subject": ["a"], "reference": "b"}, "['a'] is no family"),
+    ({"subject": "a", "reference": "a"}, "a is subject and reference"), ({"subject": "a", "reference": "b", "compare": ["a"]}, "itself"),
+])
+def test_a_rule_that_compares_nothing_is_refused(given, words):
+    cells = cells_of([made(arm, "t", 1e-3, seed, "1", "1") for arm in "ab" for seed in (1, 2)])
+    with pytest.raises(ConfigError) as caught:
+        read_rule({"rule": given}, cells)
+    assert words in str(caught.value)
+
+
+def test_streams_are_told_of_the_seeds_that_are_reported():
+    records = [{"arm": arm, "seed": seed} for arm, seed in (("base", 1), ("a", 1), ("a", 2))]
+    assert of_reported(Rule("a", "b", choose=[1]), records) == [records[0], records[2]] and of_reported(None, records) == records
+
+
+def test_a_table_keeps_columns_of_one_name():
+    assert Table("x", "", ["family", "count", "count"], [["a", "1", "2"]]).csv() == "family,count,count\na,1,2\n"
+
+
+# One by one: what of a number nothing else would notice
+
+
+def test_the_luck_of_few_trainings_is_no_difference_between_states():
+    few = power.parts_of({"one": crossed(np.random.default_rng(3), 3, 6000, 0.0, 0.2, 0.5)})
+    assert few.states == pytest.approx(0.04, rel=0.15), "and not .04 + .25 / 3"
+    np.testing.assert_allclose(power._filled(np.array([[1.0, 2.0], [3.0, np.nan]])), [[1, 2], [3, 3]])
+    np.testing.assert_allclose(power._filled(np.array([[1.0, np.nan], [3.0, np.nan]])), [[1, 1], [3, 3]])
+
+
+def test_blocks_count_alike_and_their_states_are_drawn_apart():
+    uneven = inference.estimate({"one": np.zeros((2, 30)), "two": np.ones((2, 10))}, 50, 1)
+    assert uneven.mean == 0.5, "a block with more states counts no more"
+    row = np.random.default_rng(0).random((1, 40)).repeat(3, 0)
+    alone, both = (np.std(inference.sample(dict.fromkeys(names, row), 4000)) for names in (["skill:a"], ["skill:a", "skill:b"]))
+    assert both == pytest.approx(alone / math.sqrt(2), rel=0.1), "two skills are asked at states of their own"
+
+
+def test_choices_pairs_and_fronts_are_those_that_they_are_called():
+    """ours has two rates: .8 with 9 of 10 kept, and 1.0 with 6 kept; plain reaches .9 and keeps 3; slow keeps more and learns less than
+    near allows; keen learns as much as plain and keeps 5."""
+    tens = {("plain", 1e-3): (9, 3), ("ours", 1e-3): (8, 9), ("ours", 2e-3): (10, 6), ("keen", 1e-3): (9, 5), ("slow", 1e-3): (2, 10)}
+    records = [made(arm, "t", rate, seed, "1" * new + "0" * (10 - new), "1" * old + "0" * (10 - old))
+               for (arm, rate), (new, old) in tens.items() for seed in (1, 2, 3)]
+    judged = claims.judge(cells_of(records), records, Rule("ours", "plain", choose=[1], near=0.15, draws=500))
+    assert (judged.choices["ours"].setting.rate, judged.own_best["ours"].setting.rate) == (1e-3, 2e-3)
+    matched, best = ({one.family: (round(one.new.mean, 6), round(one.kept.mean, 6)) for one in found}
+                     for found in (judged.matched, judged.best))
+    assert matched["plain"] == (-0.1, 0.6) and best["plain"] == (0.1, 0.3)
+    assert claims.best_rival(judged) == "keen", "of those that learn enough what keeps most"
+    wanted = power.parts_of(judged.data.blocks(Setting("ours", 1e-3), "old", ["t"], [2, 3], minus=Setting("plain", 1e-3)))
+    assert judged.parts == wanted and wanted != power.parts_of(
+        judged.data.blocks(Setting("ours", 1e-3), "new", ["t"], [2, 3], minus=Setting("plain", 1e-3)))
+    rows = {row["family"]: row for row in claims.volume_rows(judged)}
+    assert rows["ours"]["hypervolume"] == pytest.approx(0.8 * 0.9 + 0.2 * 0.6) and rows["plain"]["hypervolume"] == pytest.approx(0.27)
+    assert 0 < rows["plain"]["more_low"] < rows["plain"]["more"] == pytest.approx(0.84 - 0.27)
+    assert rows["plain"]["more"] < rows["plain"]["more_high"]
+    versus = judged.matched[0]
+    assert [versus._replace(holm=p).shown for p in (0.049, 0.051, None)] == [True, False, False]
+
+
+def test_a_record_says_its_states_its_time_its_curves_and_its_worst_skill():
+    assert states_of({"outcomes": "0101", "seeds": [7, 3]}) == [7, 10, 13, 16] and states_of({"outcomes": "01", "seeds": [7, 3]}) == [7, 10]
+    assert states_of({"outcomes": "010", "seeds": [1, 5, 6]}) == [1, 5, 6] and states_of({"outcomes": "0", "seeds": [4, 1]}) == [4]
+    assert train_seconds([{"seconds": one} for one in (1.0, 5.0, 2.0, 4.0)]) == 9.0 and train_seconds([{}]) is None, "resumed after 5 s"
+    rows = [{"step": step, "loss": 1.0, **({"kl": 0.5} if step == 7 else {})} for step in range(500)]
+    kept = _curves(rows)
+    assert 7 in kept["step"] and 499 in kept["step"] and len(kept["step"]) < 80 and kept["kl"][kept["step"].index(7)] == 0.5
+    record = made("a", "t", 1e-3, 1, "11", "10")
+    record["trials"]["skill:tap"] = {"outcomes": "00", "seeds": [1, 1]}
+    found = values_of(record)
+    assert (found["worst"], found["old"], found["new"]) == (0.0, 0.25, 1.0)
+    assert spread([(1, 0.0), (1, 1.0), (2, 0.5)]) == "0.5 ±0", "a seed is one value, its mean over tasks"
+
+
+def test_the_figures_show_what_is_forgotten_and_the_reported_seeds():
+    from matplotlib.figure import Figure
+
+    records = whole()
+    for one in records:
+        if one["arm"] == "ours":
+            one["curves"]["kl"] = [0.0, None, 1.0 if one["seed"] in (1, 2) else 0.01 * one["seed"]]
+            one["settings"]["thermostat.target"] = 0.07
+    judged = claims.judge(cells_of(records), records, Rule("ours", "plain", choose=[1, 2], near=0.1, draws=200))
+    steps, mean, low, high = figures._curve(judged, "ours", "kl")
+    assert list(steps) == [0, 100] and mean[1] == pytest.approx(0.12) and (low[1], high[1]) == (0.11, 0.13)
+    assert figures.budget(judged) == 0.07
+    drawn = Figure()
+    figures._forgetting(drawn, judged, figures.style_of(judged), ["skill:reach"])
+    e = inference.difference(judged.data, judged.choices["plain"].setting, Setting("base", 0.0), "skill:reach", judged.seeds, 200)
+    bars = next(one for one in drawn.axes[0].containers if one.get_label() == "plain")
+    assert e.mean < -0.3 and bars.patches[0].get_width() == pytest.approx(-100 * e.mean), "to the right is lost"
+    ends = bars.errorbar.lines[2][0].get_segments()[0][:, 0]
+    assert sorted(ends) == pytest.approx([-100 * e.high, -100 * e.low])
+
+
+def test_the_front_is_of_settings_that_have_reported_seeds():
+    """Rates that were run on the choosing seed alone hid the front of all others."""
+    records = [made(arm, "t", rate, seed, new, old) for arm, rate, new, old, seeds in (
+        ("plain", 1e-3, "1111", "1100", (1, 11, 12)), ("plain", 2e-3, "1110", "1000", (1,)), ("ours", 1e-3, "1110", "1111", (1, 11, 12)))
+        for seed in seeds]
+    judged = claims.judge(cells_of(records), records, Rule("ours", "plain", choose=[1], near=0.3, draws=200))
+    assert judged.front.settings == [Setting("plain", 1e-3), Setting("ours", 1e-3)] and judged.front.seeds == [11, 12]
+    assert "settings without a record on the reported seeds, which the front lacks: 1" in judged.notes
+    few = [one for one in records if (one["arm"], one["seed"]) != ("ours", 12)]
+    notes = claims.judge(cells_of(records), few, Rule("ours", "plain", choose=[1], near=0.3, draws=200)).notes
+    said = next(note for note in notes if note.startswith("the front is over 1 of 2 seeds and 1 of 1 tasks"))
+    assert "no difference between trainings" in said
+    assert not any("the front is over" in note for note in judged.notes)

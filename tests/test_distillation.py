@@ -11,6 +11,7 @@ from vlakeep.methods.distillation import HEAVIEST, Distillation
 from vlakeep.models.adapters import adapters_disabled, add_lora
 from vlakeep.models.load import make_backbone
 from vlakeep.probe.probe_set import ProbeSet
+from vlakeep.thermostat.kl_sensor import KLSensor
 from vlakeep.thermostat.loop import set_point
 from vlakeep.thermostat.setpoint import SetPoint, replay
 from vlakeep.train import run_training
@@ -78,8 +79,9 @@ def test_every_micro_batch_of_every_process_draws_items_of_its_own(attached):
 def test_rare_kinds_are_drawn_as_often_as_others(attached):
     _, _, method = attached
     practice = method._practice
-    practice._weights_N = torch.ones(len(practice)).double()
-    practice._weights_N[0] = 50.0
+    assert torch.equal(practice._chances_N, practice._weights_N.float()) and len(practice._chances_N.unique()) > 1
+    practice._chances_N = torch.ones(len(practice))
+    practice._chances_N[0] = 50.0
     first = sum(0 in practice.draw(2, (0, step, 0)).tolist() for step in range(100))
     assert first > 60
 
@@ -131,3 +133,10 @@ def test_the_loop_may_move_the_opening_of_the_gains_and_resumes(world, artefact)
 def test_wrong_options_are_refused(world, wrong):
     with pytest.raises(ConfigError, match=wrong[0].replace(".", r"\.")):
         world[1](*ARM, *wrong)
+
+
+def test_drawing_items_waits_for_no_device():
+    """Weights on the device meta stand for those on a card: nothing can be brought from there."""
+    sensor = object.__new__(KLSensor)
+    sensor._count, sensor._weights_N, sensor._chances_N = 4, torch.ones(4, device="meta"), torch.tensor([0.0, 0.0, 1.0, 0.0])
+    assert sensor.draw(1, (0, 1, 2)).tolist() == [2]

@@ -288,7 +288,7 @@ def test_a_camera_that_is_turned_and_another_renderer_are_named(place, simulator
     simulator({"turned": True})
     _, summary, _ = place.evaluation("--evaluate.target", RUN, "--evaluate.episodes", 1)
     for name in SETS.values():
-        assert any(alarm.startswith(f"{name} was rendered with mujoco 2.3.7, this evaluation renders with 3.3.7")
+        assert any(alarm.startswith(f"{name} was rendered as by mujoco 2.3.7, this evaluation renders as mujoco 3.3.7")
                    for alarm in summary["alarms"])
     assert any("fit the training data better turned by 180 degrees" in alarm for alarm in summary["alarms"])
     assert len(summary["alarms"]) == 3

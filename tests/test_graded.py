@@ -368,6 +368,14 @@ def test_coverage_tells_inputs_like_the_probe_from_others():
     assert [line.split(":")[0] for line in coverage.warnings(found)] == ["keep", "new"]
 
 
+def test_what_passes_is_the_squared_gain_of_every_direction():
+    part = Spectrum(torch.eye(6)[:, :2], torch.tensor([3.0, 1.0]), 0.5)
+    assert coverage.own_energy(part).tolist() == [3.0, 1.0, 0.5 * 4] and part.mean == 1.0
+    gains = [0.2 / (value + 0.2) for value in (3.0, 1.0, 0.5)]
+    energy = torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64)
+    assert coverage.passed(energy, part, 0.2, 1.0) == pytest.approx(sum(g * g * e for g, e in zip(gains, (1, 10, 100))))
+
+
 def test_an_artefact_of_something_else_is_refused(artefact):
     meta = artefact.meta
     good = dict(weights_hash=meta["weights_sha256"], probe_hash=meta["probe_sha256"], probe_size=48, depth=6, dtype="float32",

@@ -254,3 +254,8 @@ def test_a_tokenizer_that_is_not_the_models_is_an_alarm(backbone):
     assert evaluation.given_back(backbone.processor, " What color is the ring?\nred")
     blind = SimpleNamespace(text_ids=backbone.processor.text_ids, tokenizer=SimpleNamespace(decode=lambda ids, **options: "What color"))
     assert not evaluation.given_back(blind, "What color is it?")
+
+
+def test_a_choice_that_the_tokenizer_drops_keeps_a_token():
+    dropping = SimpleNamespace(text_ids=lambda text: [len(word) for word in text.replace("~", "").split()], max_tokens=None)
+    assert row_of(dropping, Item("one three", [" ~"])) == ([3], [[5]])

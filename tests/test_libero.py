@@ -17,6 +17,7 @@ if importlib.util.find_spec("libero") is None or importlib.util.find_spec("robos
 from vlakeep.data.dataset import Conventions
 from vlakeep.data.images import center_crop, decode_image, encode_jpeg, resize_uint8
 from vlakeep.libero import benchmark as libero
+from vlakeep.libero import official
 from vlakeep.libero import setup as libero_setup
 from vlakeep.libero.env import IDLE, MAX_STEPS, LiberoEnv, blind, load_suite, policy_image, to_simulator
 from vlakeep.libero.expert import Expert, NotCovered, goals
@@ -43,7 +44,7 @@ def actions(number):
 
 
 def official_loop(suite, task, episodes):
-    """The plain loop, written after the official protocol: (pictures, rewards, final state) per episode."""
+    """The plain loop, written after the official protocol, on the installed simulator: (pictures, rewards, final state) per episode."""
     libero_setup.import_libero()
     from libero.libero import get_libero_path
     from libero.libero.envs import OffScreenRenderEnv
@@ -71,10 +72,39 @@ def official_loop(suite, task, episodes):
     return results, info.language
 
 
-def test_episodes_are_those_of_the_official_loop_to_the_bit():
+@pytest.fixture
+def simulator_as_official(monkeypatch):
+    """The plain simulator with contacts and colours as the official data have them: two passes of the same arithmetic and no shortcut."""
+    libero_setup.import_libero()
+    from robosuite.utils.binding_utils import MjSim
+
+    def forward(sim):
+        model, data = sim.model._model, sim.data._data
+        official.step1(model, data, official.boxes(model))
+        for part in (mujoco.mj_fwdActuation, mujoco.mj_fwdAcceleration, mujoco.mj_fwdConstraint, mujoco.mj_sensorAcc):
+            part(model, data)
+
+    def step(sim, with_udd=True):
+        model, data = sim.model._model, sim.data._data
+        official.step1(model, data, official.boxes(model))
+        mujoco.mj_step2(model, data)
+
+    import mujoco
+
+    if not official.halves_depth():
+        monkeypatch.setattr(MjSim, "forward", forward)
+        monkeypatch.setattr(MjSim, "step", step)
+    with official.colours():
+        yield
+
+
+@pytest.mark.parametrize("as_official", [True, False])
+def test_episodes_are_those_of_the_official_loop_to_the_bit(request, as_official):
     """A task with a drawer, whose placement takes random numbers at every reset; our episodes in another order."""
+    if as_official:
+        request.getfixturevalue("simulator_as_official")
     expected, language = official_loop("libero_spatial", 4, 2)
-    env = LiberoEnv("libero_spatial", 4)
+    env = LiberoEnv("libero_spatial", 4, as_official=as_official)
     assert env.language == language == "pick up the black bowl in the top drawer of the wooden cabinet and place it on the plate"
     for number in (1, 0):
         observation = env.start(number)

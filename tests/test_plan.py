@@ -14,6 +14,7 @@ from vlakeep.core.options import read
 from vlakeep.models.load import make_backbone
 from vlakeep.models.workload import Numbers
 from vlakeep.openvla.workload import shapes_of
+from vlakeep.planning import fit
 from vlakeep.planning.fit import batch_choices, remedies
 from vlakeep.planning.predict import Planner, find_model
 
@@ -186,6 +187,17 @@ def test_the_command_shows_every_stage_and_its_parts(capsys, tmp_path):
     said = capsys.readouterr().out
     assert "published shapes of openvla/openvla-7b" in said and "offline does not fit" in said and "--icsm.answered " in said
     assert list(tmp_path.iterdir()) == [], "a plan writes nothing"
+
+
+def test_fewer_layers_are_the_upper_half_of_those_that_the_model_has(capsys, tmp_path):
+    """A model of six layers was told to take the last 16, and the plan ended there."""
+    given = ["--config", "method_graded", "--hardware", "rtx4090", "--gib", "0.02", "--root", str(tmp_path)]
+    assert plan.main(given) == 1 and "train does not fit" in capsys.readouterr().out
+    for layers, depth, half in (("all", 18, "last:9"), ("last:4", 32, "last:2"), ("24-31", 32, "last:4")):
+        config = load_config("method_graded", ["--lora.layers", layers])
+        assert fit._fewer_layers(config, depth) == {"lora.layers": half}
+    for layers in ("0,2,4", "5"):
+        assert fit._fewer_layers(load_config("method_graded", ["--lora.layers", layers]), 6) is None
 
 
 def test_eight_bit_moments_take_a_quarter_and_the_package_is_asked_for(seven_b):

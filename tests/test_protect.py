@@ -314,3 +314,17 @@ def test_a_policy_that_says_numbers():
     with torch.no_grad():
         by_hand = float((model(held) - teacher).square().mean() / (2 * 0.1 ** 2))
     assert probe.measure(model) == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_pictures_before_the_text_move_no_answer():
+    """Logits of nine columns, of which the last five are text: answers 3 and 4 are predicted at columns 6 and 7."""
+    model = torch.nn.Linear(1, 1)
+    now = torch.randn(1, 9, 6, generator=torch.Generator().manual_seed(0))
+    probe = Probe([{"labels": torch.tensor([[-100, -100, -100, 1, 2]])}], lambda model, batch: now)
+    probe.prepare(model)
+    told = now.clone()
+    now[:, :6], now[:, 8] = 7.0, 7.0
+    assert probe.measure(model) == pytest.approx(0.0, abs=1e-6)
+    now[:, 6:8, 0] += 2.0
+    log_p, log_q = torch.log_softmax(told[0, 6:8], -1), torch.log_softmax(now[0, 6:8], -1)
+    assert probe.measure(model) == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-4)

@@ -16,7 +16,7 @@ from vlakeep.core.storage import Storage
 from vlakeep.report import arms_from_runs, build_report, main
 from vlakeep.reporting import words
 from vlakeep.reporting.arms import Arm, load_arms
-from vlakeep.reporting.compare import Comparison, pair
+from vlakeep.reporting.compare import Comparison, confounds, pair
 from vlakeep.reporting.figures import figures, render, together
 from vlakeep.reporting.intervals import mean_of, newcombe, paired_mean
 from vlakeep.reporting.provenance import reproduce
@@ -272,6 +272,7 @@ def test_harm_is_said_in_words(tmp_path):
     rates = dict(RATES, method=(0.06, 0.10), method_lora_input=(0.36, 0.33))
     comparison = compare(make(tmp_path, rates))
     lower = said(comparison, "method")
+    assert {o.arm.name: (o.success, o.verdict) for o in words.outcomes(comparison)}["method"] == ("lower", "harms")
     assert "Harm: new-skill success is below Plain LoRA beyond the interval" in lower and "not matched" in lower
     forgot = said(comparison, "method_lora_input")
     assert "Harm: mean old ability is below Plain LoRA beyond the interval" in forgot and "matched success" in forgot
@@ -375,6 +376,14 @@ def test_stale_summary_and_confounded_arms_are_noted(tmp_path):
     assert len(comparison.warnings) == 1 and "train.lr (0.0001 against 0.0005)" in comparison.warnings[0]
 
 
+def test_what_makes_an_arm_is_no_confound():
+    config = to_dict(Config())
+    plain = Arm("baseline", None, config=config)
+    for section, key, value, said in (("gains", "scale", 30.0, False), ("export", "parity_frames", 1, False), ("train", "lr", 1.0, True)):
+        other = Arm("graded", None, config={**config, section: {**config[section], key: value}})
+        assert bool(confounds({"baseline": plain, "graded": other})) == said, key
+
+
 def test_only_one_arm_and_gains_that_never_moved(tmp_path):
     arms = make(tmp_path, {"method": RATES["method"]})
     path = tmp_path / "runs" / "method" / "metrics.jsonl"
@@ -402,6 +411,11 @@ def test_resumed_runs_add_up_their_time(tmp_path):
 def test_newcombe_matches_the_paper_and_covers():
     # Newcombe 1998, table II, method 10, the column of counts 36, 12, 2, 0
     assert newcombe(36, 12, 2, 0, wilson) == pytest.approx((0.2, 0.0569, 0.3404), abs=2e-4)
+    # By hand where success goes together: the correlation is (20 22 - 5 3 - 50 / 2) / sqrt(25 25 23 27).
+    (p, low, high), (q, lower, higher), phi = wilson(25, 50), wilson(23, 50), 400 / (25 * 25 * 23 * 27) ** 0.5
+    down = ((p - low) ** 2 - 2 * phi * (p - low) * (higher - q) + (higher - q) ** 2) ** 0.5
+    up = ((high - p) ** 2 - 2 * phi * (high - p) * (q - lower) + (q - lower) ** 2) ** 0.5
+    assert newcombe(20, 5, 3, 22, wilson) == pytest.approx((0.04, 0.04 - down, 0.04 + up), abs=1e-9)
     assert newcombe(0, 1, 0, 29, wilson)[0] == pytest.approx(1 / 30)
     same = newcombe(50, 0, 0, 0, wilson)
     assert same[0] == 0 and same[1] < -0.03 and same[2] > 0.03  # agreement on few trials is not certainty

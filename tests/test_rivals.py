@@ -16,10 +16,10 @@ from vlakeep.core.registry import method_class, method_names
 from vlakeep.core.schema import SHIPPED
 from vlakeep.core.storage import Storage
 from vlakeep.data.sample import IGNORE_INDEX
-from vlakeep.hsw import rules
+from vlakeep.hsw import placed, rules
 from vlakeep.hsw.placed import FixedGains, PlacedSite
 from vlakeep.hsw.rules import Start
-from vlakeep.methods import consft, subspace
+from vlakeep.methods import consft, measured, subspace
 from vlakeep.methods.l2_sp import distance
 from vlakeep.methods.maps import MAPS
 from vlakeep.methods.measured import Measured, factors
@@ -387,12 +387,13 @@ def test_gradients_of_the_new_task_are_those_of_the_frozen_weights(toy):
 def test_fisher_information_is_that_of_single_items(toy):
     """The diagonal against autograd, item by item; K-FAC's factor, with the inputs' moment, as the same where one token is seen."""
     few, linears = samples(toy, 4), toy.adapted_linears()
-    pairs = []
-    for one in few:
-        prompts = toy.processor.encode_prompts([one])
-        pairs.append((prompts, with_own_answers(toy, prompts, 3)))
-    first = toy.first_adapted_layer()
-    parts = run_below(toy, pairs, first)
+
+    def answered(some):
+        prompts = toy.processor.encode_prompts(some)
+        return prompts, with_own_answers(toy, prompts, 3)
+
+    pairs, first = [answered([one]) for one in few], toy.first_adapted_layer()
+    parts = run_below(toy, [answered(few[:3]), answered(few[3:])], first)  # of several items, with padding
     weights = torch.tensor([1.0, 0.5, 1.5, 1.0]).double()
     found = fisher.fisher_diagonal(toy, parts, first, linears, weights)
     base = {name: linear.get_base_layer().weight.requires_grad_(True) for name, linear in linears.items()}
@@ -558,7 +559,7 @@ def test_options_and_versions_are_told(monkeypatch):
     from vlakeep.core.config import ConfigError
     wrong = [("gpm", "energy", "0.0"), ("sgp", "a", "-1.0"), ("adam_nscl", "a", "0.5"), ("owm", "alpha", "0.0"), ("sc_lora", "beta", "2.0"),
              ("keeplora", "weight_energy", "0.0"), ("inflora", "frames", "0"), ("l2_sp", "strength", "-1.0"), ("ewc", "items", "0"),
-             ("consft", "sharpness", "-1.0"), ("replay", "datasets", "''")]
+             ("consft", "sharpness", "-1.0"), ("replay", "datasets", "''"), ("owm", "alpha", ".inf"), ("ewc", "strength", ".nan")]
     for name, option, value in wrong:
         with pytest.raises(ConfigError, match=rf"--options\.{option}"):
             load_config(None, ["--method", name, f"--options.{option}", value] if name != "replay" else ["--method", name])
@@ -575,3 +576,148 @@ def test_what_peft_imports_and_does_not_ask_for_is_named(monkeypatch):
     monkeypatch.setattr(subspace, "find_spec", lambda module: None)
     assert method_class("corda").lacking("corda") == ("peft imports attrs for method corda, which is not installed", "pip install attrs")
     assert method_class("eva").lacking("eva") == ("", "")
+
+
+# What a class makes of its formula: factors, the gain of what is not stored, which moment goes where, what is frozen
+
+
+def of_class(name, *given):
+    """A method with its options and nothing else."""
+    kind = method_class(name)
+    method = object.__new__(kind)
+    method._options, method._config = kind.options(load_config(None, ["--method", name, "--lora.rank", str(R), *given])), None
+    return method
+
+
+def test_penalties_are_half_the_strength_times_the_squares_of_the_update():
+    layers = {f"layers.{i}.q": lora(i) for i in range(3)}
+    generator = torch.Generator().manual_seed(5)
+    fisher_OD, F, C = torch.rand(OUT, D, generator=generator), moment(torch.randn(50, OUT, generator=generator)), moment(
+        torch.randn(50, D, generator=generator))
+    squares = {name: delta(layer).detach().square() for name, layer in layers.items()}
+    wanted = {"l2_sp": sum(float(one.sum()) for one in squares.values()),
+              "maps": float(squares["layers.0.q"].sum() + 0.5 * squares["layers.1.q"].sum()),
+              "ewc": sum(float((fisher_OD * one).sum()) for one in squares.values()),
+              "kfac": sum(float(torch.trace(F @ delta(layer) @ C @ delta(layer).T).detach()) for layer in layers.values())}
+    for name, value in wanted.items():
+        method = of_class(name, "--options.strength", "3.0")
+        method._linears, method._prefix = layers, "layers."
+        method._fisher = dict.fromkeys(layers, F if name == "kfac" else fisher_OD)
+        method._moments = dict.fromkeys(layers, C)
+        method._weights = method.weights_of(list(layers)) if name in ("l2_sp", "maps") else None
+        assert float(method.penalty().detach()) == pytest.approx(1.5 * value, rel=1e-4), name
+
+
+def test_what_is_not_stored_has_the_gain_of_its_mean_energy(inputs):
+    part = spectrum(moment(inputs[0]), 6)
+    assert 0 < part.rest < float(part.values[-1])
+    gains = {name: of_class(name, *given).gains("one", part) for name, given in {
+        "gpm": ["--options.energy", "0.5"], "sgp": ["--options.energy", "0.5"], "owm": ["--options.alpha", "0.02"]}.items()}
+    assert gains["gpm"][1] == gains["sgp"][1] == 1.0 == float(gains["gpm"][0][-1]) == float(gains["sgp"][0][-1])
+    assert gains["owm"][1] == pytest.approx(0.02 / (0.02 + part.rest)) and float(gains["owm"][0][0]) < gains["owm"][1] < 1
+    assert of_class("adam_nscl").gains("one", spectrum(moment(inputs[0]), 1024))[1] == 0.0
+    C = subspace.moment(part, torch.device("cpu"))
+    assert float(C.trace()) == pytest.approx(subspace.trace(part), rel=1e-5), "what is not stored has its mean"
+    assert float(torch.linalg.eigvalsh(C)[0]) == pytest.approx(part.rest, rel=1e-3)
+
+
+def test_starts_take_the_moments_and_directions_that_they_name(inputs):
+    old_TD, new_TD, W, G = inputs
+    seen = subspace.Seen("layers.0.q", W.float(), spectrum(moment(old_TD), 1024), moment(new_TD).float(), G.float(), R, 0.5)
+    A, B = of_class("sc_lora", "--options.beta", "0.8").start(seen)
+    wanted = rules.sc_lora(W, moment(new_TD), moment(old_TD), 0.8, R, 0.5)
+    assert torch.allclose(B @ A, wanted.B @ wanted.A, atol=1e-4)
+    null = of_class("lora_null").start(seen)
+    assert null.B is None and float((null.A.double() @ old_TD.T).norm()) < 0.1 * float(
+        rules.lora_null(W, torch.linalg.eigh(moment(old_TD))[1][:, -R:], 0.5).A.double().matmul(old_TD.T).norm())
+    assert of_class("lora_null", "--options.freeze", "false").start(seen).B is not None
+    for name, energy in (("inflora", 0.9), ("keeplora", 0.9)):
+        method = of_class(name, "--options.energy", str(energy))
+        count = rules.leading_count(seen.spectrum.values, subspace.trace(seen.spectrum), energy)
+        assert float((method.start(seen).A @ seen.spectrum.vectors[:, :count]).abs().max()) < 1e-5, name
+
+
+def test_what_is_frozen_and_what_is_taken_out():
+    frozen, taken = {"inflora", "keeplora", "lora_null"}, {"sc_lora", "corda", "lora_null v1"}
+    for case, given in SUBSPACES.items():
+        method = of_class(case.split()[0], *given)
+        assert (method.freezes(method._options), method.takes_out(method._options)) == (case in frozen, case in taken), case
+        method._options.enabled = False
+        assert not method.freezes(method._options) and not method.takes_out(method._options)
+    assert (placed.trained_rank(8, True), placed.trained_rank(8, False)) == (4, 8)
+
+
+def test_replay_draws_from_the_memory_anew_for_every_step_and_micro_batch():
+    drawn = []
+    order = SimpleNamespace(keys=lambda position, count: drawn.append(position) or [(0, position)])
+    method = of_class("replay", "--options.datasets", "old", "--options.items", "50", "--options.weight", "0.25")
+    method._config, method._size, method._old = load_config(None, []), 7, SimpleNamespace(order=order, sample=lambda e, t: t)
+
+    class Loss:
+        device = torch.device("cpu")
+        processor = SimpleNamespace(encode_batch=lambda samples: SimpleNamespace(to=lambda device: samples))
+
+        def __call__(self, batch):
+            return SimpleNamespace(loss=torch.tensor(8.0))
+
+    method._backbone, method._step, method._micro_batch, found = Loss(), 3, 0, []
+    for step in (3, 3, 4):
+        if step == 4:
+            method._step, method._micro_batch = 4, 0
+        drawn.clear()
+        assert float(method.penalty()) == 2.0
+        found.append(list(drawn))
+    assert set(found[0]) == set(range(7)) and found[0] != found[1] and found[0] != found[2]
+    method._step, method._micro_batch = 3, 0
+    drawn.clear()
+    method.penalty()
+    assert drawn == found[0], "a resumed run draws the same"
+
+
+def test_importance_is_estimated_on_items_that_the_sensor_does_not_measure(monkeypatch):
+    kinds = ["act"] * 60 + ["ask"] * 40
+    probe = SimpleNamespace(spread=lambda size: list(range(size)), kinds=lambda items: [kinds[i] for i in items],
+                            samples=lambda items: asked.extend(items) or items)
+    asked = []
+    monkeypatch.setattr(measured, "ProbeSet", lambda folder: probe)
+    monkeypatch.setattr(measured, "run_below", lambda backbone, pairs, first: list(pairs))
+    monkeypatch.setattr(measured.graded_offline, "answered_samples", lambda backbone, samples, size: samples)
+    config = load_config(None, ["--method", "ewc", "--probe.size", "100"])
+    _, weights = measured.answered_items(config, SimpleNamespace(probe_folder=str), SimpleNamespace(first_adapted_layer=lambda: 0), 70)
+    fit, held = measured.graded_offline.split_items(list(range(100)), kinds, config.gains.holdout)
+    assert len(asked) == 70 == len(set(asked)) and set(asked) <= set(fit) and held and len(weights) == 70
+    assert {kinds[i] for i in asked} == {"act", "ask"} and float(weights.mean()) == pytest.approx(1.0)
+
+
+def test_consft_weighs_no_measurement():
+    class Toy(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(4, 7, generator=torch.Generator().manual_seed(0)))
+
+        def logits(self, hidden):
+            return hidden @ self.weight
+
+        def forward(self, batch):
+            return self.logits(batch.hidden)
+
+    model, hidden = Toy(), torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
+    batch = SimpleNamespace(hidden=hidden, labels=torch.tensor([[9, 0, 1, 2], [9, 3, 4, 5]]), first_label=1)
+    method = of_class("consft", "--options.sharpness", "2.0")
+    method._config, method._sensors = load_config(None, ["--thermostat.enabled", "false"]), {}
+    method._site = None
+    method.attach(model)
+    calls = []
+    monkey, consft.weigh = consft.weigh, lambda *args: calls.append(1) or monkey(*args)
+    try:
+        model(batch)
+        with torch.no_grad():
+            model(batch)
+        model.logits(hidden)
+        assert len(calls) == 1, "in training alone"
+    finally:
+        consft.weigh = monkey
+        method.detach()
+    assert "logits" not in model.__dict__ and not model._forward_hooks and not model._forward_pre_hooks

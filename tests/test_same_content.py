@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -176,6 +176,12 @@ def test_a_method_declares_what_it_reads(name):
     found = {key for key in [*reads.nodes, *reads.whole] if key.split(".")[0] in SECTIONS}
     found -= {"icsm.moments_gib", "icsm.answered"}  # memory, and no bit of a result
     assert {key for key in found if not any(key == one or key.startswith(one + ".") for one in cls.reads)} == set()
+    assert ("options" in cls.reads) == bool(fields(cls.Options)), "they are read by base.py for all methods"
+
+
+def test_a_run_of_another_strength_is_another_run():
+    one, two = (dict(to_dict(Config()), method="ewc", options={"strength": strength}) for strength in (100.0, 1.0))
+    assert config_differences(one, two) == ["options.strength: 100.0 -> 1.0"] and run_id(one, {}) != run_id(two, {})
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import json
 import lzma
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from vlakeep import cli, study
 from vlakeep.core import study as study_cells
 from vlakeep.core.config import ConfigError, load_config
 from vlakeep.core.errors import install_extra
+from vlakeep.core.options import read
 from vlakeep.core.schema import find_config
 from vlakeep.core.stages import EVALUATE, TRAIN
 from vlakeep.core.study import BEGUN, DONE, OPEN, OTHER, READY, TRAINED, named, read_study, said, share
@@ -527,12 +529,18 @@ def test_after_the_time_no_cell_is_started(tmp_path, capsys):
 
 
 def test_what_is_missing_is_told_with_its_remedy(tmp_path):
-    made = study.open_study(write(tmp_path / "one.yaml"), ["--root", str(tmp_path / "root")])
+    tasks = {task: {"data.datasets": [f"tabletop_{task}"], "evaluate.new_skill": task} for task in ("corner", "path")}
+    made = study.open_study(write(tmp_path / "one.yaml", tasks=tasks), ["--root", str(tmp_path / "root")])
     lines = "\n".join(study.missing(made, made.cells))
     assert "tabletop_corner" in lines and "vlakeep tabletop-data" in lines
+    said = [shlex.split(line) for line in lines.splitlines() if line.startswith("    vlakeep tabletop-data")]
+    sets = {name for cell in made.cells for name in made.configs[cell].data.datasets}
+    told = [read(cli.STAGES[words[1]], words[2:])[1] for words in said]
+    assert {name for config in told for name in config.data.datasets} == sets == {"tabletop_corner", "tabletop_path"}
+    assert {config.root for config in told} == {str(tmp_path / "root")}
     assert "\nprobe: " in lines, "of an arm behind the first too"
     folder = next(iter(study.artefacts(made)))
-    assert folder.name == "graded_tabletop-base" and [cell.arm for cell in study.artefacts(made)[folder].cells] == ["gpm", "gpm"]
+    assert folder.name == "graded_tabletop-base" and [cell.arm for cell in study.artefacts(made)[folder].cells] == ["gpm"] * 4
     assert json.dumps(load_config(None).train.lr) and Path(folder).parent == made.storage.artifacts
 
 

@@ -186,8 +186,8 @@ def _check_data_set(folder: Path, name: str, storage: Storage) -> Line:
 
     what = f"data set {name}"
     make = (
-        "vlakeep tabletop-data"
-        if name.startswith("tabletop")
+        f"vlakeep tabletop-data --data.datasets {quoted(f'[{name}]')}"
+        if name.startswith("tabletop_")
         else f"put the data set there, or choose with --data.datasets and --data_root_dir (now {storage.data})"
     )
     if not folder.is_dir():

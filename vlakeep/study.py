@@ -30,6 +30,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 from vlakeep import checks, cli
 from vlakeep.core.config import Config, ConfigError
 from vlakeep.core.log import log
+from vlakeep.core.next_step import completed_remedy
 from vlakeep.core.options import split
 from vlakeep.core.registry import method_class
 from vlakeep.core.stages import STUDY
@@ -38,7 +39,7 @@ from vlakeep.core.study import BEGUN, DONE, OPEN, OTHER, Cell, State, checkpoint
 from vlakeep.models.load import model_name
 from vlakeep.studies import again, claims, paper, report, streams, tables
 from vlakeep.studies.records import differences, line_of, read_records, record_of, same, write_records
-from vlakeep.studies.rule import Rule, read_rule
+from vlakeep.studies.rule import Rule, of_reported, read_rule
 from vlakeep.studies.schedulers import Launcher, at_once, scheduler
 
 TAIL = 6  # lines of a failed cell's log that are shown
@@ -138,7 +139,8 @@ def missing(study: Study, cells: Sequence[Cell]) -> List[str]:
         reads = (method_class(config.method).needs_offline(config) or cell.closes) and not cell.added
         if reads and first("probe", config.probe.name, config.probe.size):
             found += checks.check_probe(config, study.storage)[0]
-        lines += [f"{line.what}: {line.where}\n    {line.remedy}" for line in found if line.status == checks.RED]
+        lines += [f"{line.what}: {line.where}\n    {completed_remedy(line.remedy, ['offline', *study.folders])}"
+                  for line in found if line.status == checks.RED]
     return list(dict.fromkeys(lines))
 
 
@@ -335,7 +337,7 @@ def write_tables(study: Study) -> str:
     if rule is not None:
         files.update(claims.files(study.cells, records, rule))
         text += "\n" + files["claims.md"]
-    found = streams.files(records, rule.reference if rule else None)
+    found = streams.files(of_reported(rule, records), rule.reference if rule else None)
     text += "\n" + found["streams.md"] if found else ""
     for name, content in {**files, **found}.items():
         with atomic_write(folder / name, "w") as file:

@@ -36,7 +36,7 @@ class Score(NamedTuple):
 
 def row_of(processor, item: Item) -> Row:
     """Context and choice are tokenised together, and cut where all choices are still the same: a tokenizer may join what stands at the
-    seam. ValueError for a choice without a token of its own, and for a text that is longer than the model reads."""
+    seam. A choice has at least one token. ValueError where none stands before it, and for a text that is longer than the model reads."""
     alone = processor.text_ids(item.context)
     wholes = [processor.text_ids(item.context + choice) for choice in item.choices]
     shared = 0

@@ -13,11 +13,12 @@ picture that nobody looks at. tests/test_libero.py compares all of it with the p
 import contextlib
 import io
 import os
-from typing import List, Sequence, Tuple, Union
+from typing import List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
 from vlakeep.data.images import center_crop, libero_image
+from vlakeep.libero import official
 from vlakeep.libero.setup import fitting_mujoco, import_libero
 
 # Control steps that the official script allows, the settling ones not counted.
@@ -85,8 +86,10 @@ def about_task(info, cameras: Sequence[str], resolution: int) -> dict:
 
 
 @contextlib.contextmanager
-def _one_evaluation_per_substep(sim):
+def _one_evaluation_per_substep(sim, boxes_G: Optional[np.ndarray]):
     """Within the context robosuite's forward, forward, step of every 2 ms evaluate the dynamics once.
+
+    boxes_G: which geoms are boxes, for contacts as the official simulator has them; None takes the installed one's.
 
     mj_step1 (kinematics, collision, bias) runs where the controller first asks for it, mj_step2 (actuation, constraints,
     integration) when the torques are set. The two are mj_step; what robosuite adds are repetitions that leave the state as it
@@ -103,7 +106,7 @@ def _one_evaluation_per_substep(sim):
     def forward():
         nonlocal fresh
         if not fresh:
-            mujoco.mj_step1(model, data)
+            mujoco.mj_step1(model, data) if boxes_G is None else official.step1(model, data, boxes_G)
             fresh = True
 
     def step(with_udd=True):
@@ -135,20 +138,25 @@ def blind(sim):
 
 
 class LiberoEnv:
-    """One task of a suite. `language` is the task's name in words, as the official script takes it (the bddl file's differs)."""
+    """One task of a suite. `language` is the task's name in words, as the official script takes it (the bddl file's differs).
+
+    as_official: contacts and colours of the mujoco of the official data, whichever is installed (libero/official.py).
+    """
 
     def __init__(self, suite: str, task: int, seed: int = 0, render: bool = True, resolution: int = RESOLUTION,
-                 cameras: Sequence[str] = (CAMERA,)):
+                 cameras: Sequence[str] = (CAMERA,), as_official: bool = True):
         found = load_suite(suite)
         if not 0 <= task < found.n_tasks:
             raise ValueError(f"{suite} has tasks 0 to {found.n_tasks - 1}, not {task}")
         info = found.get_task(task)
         self.suite, self.task, self.seed, self.name, self.language = suite, task, seed, info.name, info.language
-        with contextlib.redirect_stdout(io.StringIO()), fitting_mujoco():
+        libero = import_libero()
+        with contextlib.redirect_stdout(io.StringIO()), fitting_mujoco(), official.colours() if as_official else contextlib.nullcontext():
             self.init_states_KS = found.get_task_init_states(task)
-            self.control = import_libero().environment(
+            self.control = libero.environment(
                 bddl_file_name=bddl_file(info), camera_heights=resolution, camera_widths=resolution,
                 camera_names=list(cameras), hard_reset=False, has_offscreen_renderer=render, use_camera_obs=render)
+        self._boxes_G = official.boxes(self.control.sim.model._model) if as_official and not official.halves_depth() else None
         self._samplers = list(self.env.object_property_initializers)
         np.random.seed(seed)
         self._generator = [np.random.get_state()]  # [k] is NumPy's state before reset k of an uninterrupted run
@@ -209,7 +217,7 @@ class LiberoEnv:
 
     def step(self, action: Union[Sequence[float], np.ndarray]) -> Tuple[dict, float, bool]:
         """(observation, reward, success) of one 50 ms control step, action in the simulator's units."""
-        with _one_evaluation_per_substep(self.control.sim):
+        with _one_evaluation_per_substep(self.control.sim, self._boxes_G):
             observation, reward, done, _ = self.control.step(list(action))
         return observation, float(reward), bool(done)
 

@@ -120,7 +120,9 @@ class Libero(Benchmark):
         return "benchmark", "skills", "seed", "batch", "center_crop", *asked
 
     def identity(self) -> Dict[str, Any]:
-        return {**({"probe": self._probe.sha256} if self._probe else {}), "mujoco": libero_setup.versions().get("mujoco")}
+        found = libero_setup.versions()
+        made = {"simulated_as": found[libero_setup.AS]} if libero_setup.AS in found else {}
+        return {**({"probe": self._probe.sha256} if self._probe else {}), "mujoco": found.get("mujoco"), **made}
 
     def play(self, target, records, folder) -> None:
         if target.backbone is None:

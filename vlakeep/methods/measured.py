@@ -27,6 +27,8 @@ from vlakeep.thermostat.loop import Loop
 class Measured(Graded):
     """See the module's first line."""
 
+    reads = (*Graded.reads, "options")
+
     @classmethod
     def uses_probe(cls, config: Config) -> bool:
         """Whether the method itself needs the artefact."""

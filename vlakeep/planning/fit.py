@@ -15,9 +15,14 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from vlakeep.core.config import Config
 from vlakeep.core.hardware import GIB, Choice, Hardware
+from vlakeep.models.adapters import layer_numbers
 from vlakeep.planning.predict import Model, Planner, StagePlan, find_model
 
 ROOM = 0.9  # share of a card that weights may take
+
+
+# (configuration, number of decoder layers) -> what to set, None where nothing is left.
+Change = Callable[[Config, int], Optional[Dict[str, object]]]
 
 
 class Remedy(NamedTuple):
@@ -37,45 +42,47 @@ def _set(config: Config, key: str, value) -> None:
     setattr(attrgetter(section)(config) if section else config, name, value)
 
 
-def _halved(key: str, least: int = 1) -> Callable[[Config], Optional[Dict[str, object]]]:
-    def change(config: Config):
+def _halved(key: str, least: int = 1) -> Change:
+    def change(config: Config, depth: int):
         value = attrgetter(key)(config)
         return {key: max(least, value // 2)} if value > least else None
     return change
 
 
-def _smaller_batch(config: Config):
+def _smaller_batch(config: Config, depth: int):
     """Half of a micro-batch, as many samples a step."""
     train = config.train
     return {"train.batch_size": train.batch_size // 2, "train.accumulation": train.accumulation * 2} if train.batch_size % 2 == 0 else None
 
 
-def _fewer_layers(config: Config):
-    text = str(config.lora.layers)
-    count = int(text.partition(":")[2]) if text.startswith("last:") else 32 if text == "all" else 0
-    return {"lora.layers": f"last:{count // 2}"} if count > 1 and "all-linear" not in config.lora.modules else None
+def _fewer_layers(config: Config, depth: int):
+    """The upper half of them; None where they are not the last ones of the model."""
+    numbers = layer_numbers(config.lora.layers, depth)
+    if len(numbers) < 2 or numbers != list(range(depth - len(numbers), depth)) or "all-linear" in config.lora.modules:
+        return None
+    return {"lora.layers": f"last:{len(numbers) // 2}"}
 
 
-def _fewer_moments(config: Config):
+def _fewer_moments(config: Config, depth: int):
     gib = config.icsm.moments_gib
     return {"icsm.moments_gib": gib / 2} if gib > 0.5 else None
 
 
-def _shared_base(config: Config):
+def _shared_base(config: Config, depth: int):
     """Helps where several processes train."""
     free = config.train.sharding == "none" and config.backbone.quantisation == "none"
     return {"train.sharding": "fsdp"} if free else None
 
 
 # Stage -> what may be changed, in the order of how little it costs.
-CHANGES: Dict[str, Sequence[Callable[[Config], Optional[Dict[str, object]]]]] = {
+CHANGES: Dict[str, Sequence[Change]] = {
     "offline": (_halved("icsm.answered"), _halved("icsm.batch_size"), _fewer_moments, _halved("gains.columns", 64)),
     "train": (_smaller_batch, _halved("thermostat.batch_size", 4),
-              lambda config: None if config.backbone.gradient_checkpointing else {"backbone.gradient_checkpointing": True},
+              lambda config, depth: None if config.backbone.gradient_checkpointing else {"backbone.gradient_checkpointing": True},
               _shared_base,
-              lambda config: {"train.optimizer": "paged_adamw8bit"} if config.train.optimizer == "adamw" else None, _fewer_layers),
+              lambda config, depth: {"train.optimizer": "paged_adamw8bit"} if config.train.optimizer == "adamw" else None, _fewer_layers),
     "evaluate": (_halved("evaluate.batch"), _halved("evaluate.parallel")),
-    "export": (lambda config: {"export.parity_frames": 0} if config.export.parity_frames else None,),
+    "export": (lambda config, depth: {"export.parity_frames": 0} if config.export.parity_frames else None,),
 }
 
 
@@ -89,7 +96,7 @@ def remedies(config: Config, model: Model, card: Hardware, gpus: int, stage: str
 
     def step(one: Config, change) -> Optional[Tuple[Config, Dict[str, object], StagePlan]]:
         """The configuration after one change, what it sets, and its plan; None where it does not help."""
-        after, new = deepcopy(one), change(one)
+        after, new = deepcopy(one), change(one, model.work.layers)
         for key, value in (new or {}).items():
             _set(after, key, value)
         plan = look(after) if new else None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from vlakeep.core.config import Config
-from vlakeep.core.hardware import GIB, SLACK, Hardware, Work, total
+from vlakeep.core.hardware import SLACK, Hardware, Work, total
 from vlakeep.core.registry import benchmark_class, method_class
 from vlakeep.core.storage import find_checkpoint
 from vlakeep.models.adapters import layer_numbers
@@ -178,11 +178,3 @@ def plan_all(config: Config, model: Model, card: Hardware, gpus: int = 1) -> Lis
     """Every stage that the configuration has."""
     planner = Planner(config, model, card, gpus)
     return [found for found in map(planner.plan, STAGES) if found]
-
-
-
-
-def gib(value: float) -> float:
-    return value / GIB
-
-

@@ -56,17 +56,19 @@ class Judged(NamedTuple):
 
 def judge(cells: Sequence[Cell], records: Sequence[Dict[str, Any]], rule: Rule) -> Judged:
     data, families, notes = Data(records), families_of(cells), []
+    measures = tuple(dict.fromkeys((*MEASURES, rule.retention)))
     seeds = reported(rule, data)
     if not rule.choose:
         notes.append("the rule names no choosing seeds: settings are chosen on the seeds that are reported, which flatters each arm")
     choices, own_best = choose(rule, families, data), choose(rule, families, data, own_best=True)
-    values = {family: {measure: value(data, choice.setting, measure, seeds, rule.draws) for measure in MEASURES}
+    values = {family: {measure: value(data, choice.setting, measure, seeds, rule.draws) for measure in measures}
               for family, choice in choices.items()}
     if data.records(Setting(BASE, 0.0)):
-        values[BASE] = {measure: value(data, Setting(BASE, 0.0), measure, seeds[:1], rule.draws) for measure in MEASURES}
+        values[BASE] = {measure: value(data, Setting(BASE, 0.0), measure, seeds[:1], rule.draws) for measure in measures}
     lacking = [family for family in families if family not in choices]
     if lacking:
         notes.append(f"without records on the choosing seeds: {', '.join(lacking)}")
+    notes += _undone(rule, cells, data, choices)
     notes += [f"{family}: no setting comes within {100 * rule.near:g} points of the best of {rule.reference} on the choosing seeds; its "
               "own best stands for it, and what it keeps is not what is kept at that success"
               for family, one in choices.items() if not one.matched]
@@ -74,10 +76,32 @@ def judge(cells: Sequence[Cell], records: Sequence[Dict[str, Any]], rule: Rule) 
     try:
         if choices and seeds:
             front = front_of(data, families, rule.retention, seeds, min(rule.draws, DRAWS_OF_FRONT))
+            left = sum(map(len, families.values())) - len(front.settings)
+            notes += [f"settings without a record on the reported seeds, which the front lacks: {left}"] if left else []
+            if len(front.seeds) < len(seeds) or len(front.tasks) < len(data.tasks):
+                notes.append(f"the front is over {len(front.seeds)} of {len(seeds)} seeds and {len(front.tasks)} of {len(data.tasks)} "
+                             "tasks, which all its settings have"
+                             + (": of one seed its draws know no difference between trainings" if len(front.seeds) == 1 else ""))
     except ValueError as error:
         notes.append(f"no front: {error}")
     return Judged(rule, data, seeds, choices, own_best, values, _versus(rule, data, choices, seeds),
                   _versus(rule, data, own_best, seeds), front, _parts(rule, data, choices, seeds), notes)
+
+
+def _undone(rule: Rule, cells: Sequence[Cell], data: Data, choices: Dict[str, Choice]) -> List[str]:
+    """Cells without a record where others stand for them: a training that fails leaves none, and is not counted against its setting."""
+    done, found = set(data.keys()), []
+    for said, what in (("on the choosing seeds, where settings are chosen by the others", lambda one: one.seed in rule.choose
+                        or not rule.choose),
+                       ("at the chosen settings on the reported seeds, where the others speak for them",
+                        lambda one: one.seed not in rule.choose and choices[one.family].setting == (one.arm, one.rate))):
+        counts = {}
+        for family in choices:
+            own = [one for one in cells if one.family == family and not one.is_base and what(one)]
+            counts[family] = (sum((Setting(one.arm, one.rate), one.task, one.seed) not in done for one in own), len(own))
+        lacking = [f"{family} {missing} of {all_}" for family, (missing, all_) in counts.items() if missing]
+        found += [f"cells without a record {said}: {', '.join(lacking)}"] if lacking else []
+    return found
 
 
 def _versus(rule: Rule, data: Data, choices: Dict[str, Choice], seeds: Sequence[int]) -> List[Versus]:

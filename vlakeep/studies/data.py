@@ -11,9 +11,9 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
+from vlakeep.core.study import BASE
 from vlakeep.studies.records import states_of
 
-BASE = "base"
 Blocks = Dict[str, np.ndarray]  # name -> [S, I], NaN where a trial crashed
 
 
@@ -84,7 +84,9 @@ class Data:
         """Block -> [S, I]; with `minus` the differences, trial by trial at the same start state. ValueError where states differ."""
         found: Blocks = {}
         if measure == "action_kl":
-            stacks = {"action_kl": [np.stack([self._kl(setting, minus, task, seed) for seed in seeds]) for task in tasks]}
+            known = [task for task in tasks if all(one is None or self._measured(one, task, seed) for one in (setting, minus)
+                                                   for seed in seeds)]
+            stacks = {"action_kl": [np.stack([self._kl(setting, minus, task, seed) for seed in seeds]) for task in known]}
         elif measure == "new":
             stacks = {name: [self._stack(setting, minus, task, name, seeds)] for task in tasks for name in self._new(task)}
         else:
@@ -128,10 +130,12 @@ class Data:
             rows.append(row)
         return np.stack(rows)
 
+    def _measured(self, setting: Setting, task: str, seed: int) -> bool:
+        return setting.arm == BASE or bool(self._record(setting, task, seed)["action_kl"])
+
     def _kl(self, setting, minus, task: str, seed: int) -> np.ndarray:
         def values(one: Setting) -> np.ndarray:
-            record = self._record(one, task, seed)
-            return np.array(record["action_kl"] or [0.0], dtype=float)  # the base is the teacher
+            return np.array(self._record(one, task, seed)["action_kl"] or [0.0], dtype=float)  # the base is the teacher
 
         row = values(setting)
         return row if minus is None else row - values(minus)

@@ -89,7 +89,7 @@ def _front(figure, judged: Judged, style: Style) -> None:
             axes.plot(100 * kept[best][order], 100 * new[best][order], color=colour, linewidth=1.1, alpha=0.8, zorder=2)
     named: List[Tuple[float, float]] = []  # where words stand already, in points
     for family, values in judged.values.items():
-        new, kept = values["new"], values.get(judged.rule.retention) or values["old"]
+        new, kept = values["new"], values[judged.rule.retention]
         if new is None or kept is None:
             continue
         colour, _, marker = style.get(family, (MUTED, MUTED, "."))

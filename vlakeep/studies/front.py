@@ -58,9 +58,10 @@ def shortfall(own: Tuple[np.ndarray, np.ndarray], other: Tuple[np.ndarray, np.nd
 
 
 def front_of(data: Data, families: Dict[str, List[Setting]], retention: str, seeds: Sequence[int], draws: int) -> Front:
-    """All settings over the tasks and seeds that all of them have; those without any record are left out. ValueError where none are
-    common."""
-    pairs = [(family, setting) for family, settings in families.items() for setting in settings if data.records(setting)]
+    """All settings over the tasks and seeds that all of them have; those without any record on these seeds are left out. ValueError where
+    none are common."""
+    pairs = [(family, setting) for family, settings in families.items() for setting in settings
+             if any(record["seed"] in seeds for record in data.records(setting))]
     settings = [setting for _, setting in pairs]
     tasks, common = data.common(settings, seeds)
     if not tasks or not common:

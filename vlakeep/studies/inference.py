@@ -18,6 +18,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 
+from vlakeep.core.study import BASE
 from vlakeep.reporting.intervals import t_quantile, t_within
 from vlakeep.studies.data import Blocks, Data, Setting, weights
 
@@ -91,7 +92,7 @@ def estimate(blocks: Blocks, draws: int, tasks: int, binary: bool = True) -> Opt
 def value(data: Data, setting: Setting, measure: str, seeds: Sequence[int], draws: int) -> Optional[Estimate]:
     """A setting's mean over these seeds, as far as they are there."""
     tasks, own = data.complete(setting, seeds)
-    own = own[:1] if setting.arm == "base" else own
+    own = own[:1] if setting.arm == BASE else own
     if not tasks or not own:
         return None
     return estimate(data.blocks(setting, measure, tasks, own), draws, len(tasks), measure != "action_kl")

@@ -23,7 +23,7 @@ from vlakeep.core.config import ConfigError
 from vlakeep.core.storage import atomic_dir
 from vlakeep.core.study import BASE, Cell
 from vlakeep.reporting.figures import Figure, save_files
-from vlakeep.studies import claims, report, streams
+from vlakeep.studies import claims, report
 from vlakeep.studies.claims import Judged, Versus
 from vlakeep.studies.figures import figures
 from vlakeep.studies.rule import Rule
@@ -46,7 +46,7 @@ def t2(judged: Judged) -> Optional[Table]:
 
 
 def t3(judged: Judged) -> Optional[Table]:
-    return _named("T3", streams.tables(judged.data.all(), judged.rule.reference), "streams")
+    return _named("T3", report.streams_of(judged), "streams")
 
 
 def t4(judged: Judged) -> Optional[Table]:

@@ -25,8 +25,8 @@ from vlakeep.studies.data import Setting
 from vlakeep.studies.figures import figures, highlighted, style_of
 from vlakeep.studies.inference import Estimate, difference, value
 from vlakeep.studies.records import write_records
-from vlakeep.studies.rule import Rule
-from vlakeep.studies.tables import Table, percent, points, to_csv
+from vlakeep.studies.rule import Rule, of_reported
+from vlakeep.studies.tables import Table, percent, points
 
 OURS = {"index.html", "report.md", "records.jsonl", "tables", "figures"}
 
@@ -66,13 +66,16 @@ def write_table(table: Table, folder: Path) -> None:
     """NAME.md, NAME.tex and NAME.csv."""
     (folder / f"{table.name}.md").write_text(table.markdown(), encoding="utf-8")
     (folder / f"{table.name}.tex").write_text(table.latex(), encoding="utf-8")
-    (folder / f"{table.name}.csv").write_text(to_csv([dict(zip(table.head, row)) for row in table.rows]), encoding="utf-8")
+    (folder / f"{table.name}.csv").write_text(table.csv(), encoding="utf-8")
 
 
 def tables_of(cells: Sequence[Cell], judged: Judged) -> List[Table]:
-    found = [*claims.tables(judged), *streams.tables(judged.data.all(), judged.rule.reference), *_abilities(judged), cost(judged),
-             progress(cells, judged)]
+    found = [*claims.tables(judged), *streams_of(judged), *_abilities(judged), cost(judged), progress(cells, judged)]
     return [table for table in found if table.rows]
+
+
+def streams_of(judged: Judged) -> List[Table]:
+    return streams.tables(of_reported(judged.rule, judged.data.all()), judged.rule.reference)
 
 
 def _abilities(judged: Judged) -> List[Table]:
@@ -104,7 +107,8 @@ def _points(one: Optional[Estimate]) -> str:
 
 
 def cost(judged: Judged) -> Table:
-    """Medians over the reported runs of the chosen settings. Times are of whatever else ran beside them: a ratio is of one machine only."""
+    """Median time, mean divergence and drift over the reported runs of the chosen settings. Times are of whatever else ran beside
+    them: a ratio is of one machine only."""
     runs = {family: [record for record in judged.data.records(setting_of(judged, family)) if record["seed"] in judged.seeds]
             for family in judged.choices}
     times = {family: [one["seconds"]["train"] for one in own if one["seconds"]["train"]] for family, own in runs.items()}

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 from vlakeep.core.config import ConfigError
-from vlakeep.core.study import Cell
+from vlakeep.core.study import BASE, Cell
 from vlakeep.studies.data import Data, Setting
 
 RETENTION = ("old", "questions", "all")
@@ -56,13 +56,19 @@ def read_rule(tree: Dict[str, Any], cells: Sequence[Cell]) -> Optional[Rule]:
     given = tree.get("rule")
     if given is None:
         return None
+    if not isinstance(given, dict):
+        raise ConfigError(f"`rule` must be a table of names and values, such as `subject: graded`, not {given!r}")
     known = {one.name: one for one in fields(Rule)}
     families = {cell.family for cell in cells if not cell.is_base}
     wrong = [f"`rule.{key}` is unknown; there are {', '.join(known)}" for key in given if key not in known]
     wrong += [f"`rule.{key}` is missing" for key in ("subject", "reference") if not given.get(key)]
     named = [given.get("subject"), given.get("reference"), *_list(given.get("oracles")), *_list(given.get("compare"))]
     wrong += [f"`rule`: {one} is no family of the study, which has {', '.join(sorted(families))}" for one in named
-              if one and one not in families]
+              if one and not (isinstance(one, str) and one in families)]
+    if given.get("subject") and given.get("subject") == given.get("reference"):
+        wrong.append(f"`rule`: {given['subject']} is subject and reference: nothing would be compared")
+    if given.get("subject") in _list(given.get("compare")):
+        wrong.append(f"`rule.compare` names the subject, {given['subject']}, itself")
     seeds = {cell.seed for cell in cells if not cell.is_base}
     wrong += [f"`rule.choose`: the study has no seed {seed}" for seed in _list(given.get("choose")) if seed not in seeds]
     if seeds and set(_list(given.get("choose"))) >= seeds:
@@ -97,6 +103,11 @@ def families_of(cells: Sequence[Cell]) -> Dict[str, List[Setting]]:
 def reported(rule: Rule, data: Data) -> List[int]:
     """Seeds that are reported."""
     return [seed for seed in data.seeds if seed not in rule.choose]
+
+
+def of_reported(rule: Optional[Rule], records: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """The records of the base and of the seeds that are reported; all without a rule."""
+    return [one for one in records if rule is None or one["arm"] == BASE or one["seed"] not in rule.choose]
 
 
 def choose(rule: Rule, families: Dict[str, List[Setting]], data: Data, own_best: bool = False) -> Dict[str, Choice]:

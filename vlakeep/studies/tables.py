@@ -72,6 +72,12 @@ class Table(NamedTuple):
     def markdown(self) -> str:
         return f"**{self.caption}**\n\n" + markdown(self.head, self.rows)
 
+    def csv(self) -> str:
+        """Columns stand by their place: a skill and a question may have one name."""
+        out = io.StringIO()
+        csv.writer(out, lineterminator="\n").writerows([self.head, *self.rows])
+        return out.getvalue()
+
     def html(self) -> str:
         def cells(line):
             return [escape(cell) for cell in line]

@@ -49,6 +49,8 @@ class KLSensor:
         device = backbone.device
         self._answered = Answered(*[value.to(device) for value in answered])
         self._weights_N = None if weights_N is None else weights_N.double().to(device)
+        # On the CPU, where items are drawn: from the device they would be waited for in every micro-batch.
+        self._chances_N = torch.ones(self._count) if weights_N is None else weights_N.float().cpu()
 
     @torch.no_grad()
     def per_item(self) -> torch.Tensor:
@@ -75,8 +77,7 @@ class KLSensor:
         """Numbers [B] of up to `count` items, each once, the more probable the larger its weight; a function of `key` alone."""
         seed, step, number = key
         generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 1_009 + number)
-        weights_N = torch.ones(self._count) if self._weights_N is None else self._weights_N.cpu().float()
-        return torch.multinomial(weights_N, min(count, len(weights_N)), generator=generator)
+        return torch.multinomial(self._chances_N, min(count, self._count), generator=generator)
 
     def __len__(self) -> int:
         return self._count

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# From OpenVLA's checkpoint of libero_object to the report of studies/libero_7b.yaml. What is there is not made again; stopped, the same command goes on.
+#   scripts/study_libero_7b.sh [words of vlakeep study]
+#   scripts/study_libero_7b.sh --arms base,plain,graded --tasks spatial --seeds 1 --rates 5.0e-4                # first: three cells
+#   HARDWARE=v100x8 scripts/study_libero_7b.sh --workers 8                                                      # a cell a GPU
+#   scripts/study_libero_7b.sh --scheduler slurm --workers 16 --resources slurm_partition=gpu,gpus_per_node=1,timeout_min=600
+# VLAKEEP_ROOT: the storage root (60 GB and 1 GB a run). HARDWARE: rtx4090 (default), v100x8 or h100, for the plan that is printed.
+# The simulator must be installed (make libero), and HF_ENDPOINT names a mirror of the hub.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+root="${VLAKEEP_ROOT:?set VLAKEEP_ROOT to the storage root}"
+base=openvla/openvla-7b-finetuned-libero-object
+study=studies/libero_7b.yaml
+python="${PYTHON:-python}"
+run() { echo "+ $*" >&2; "$@"; }
+vlakeep() { run "$python" -m vlakeep.cli "$@"; }
+
+vlakeep libero-check
+[ -e "$root/hf_cache/$base/config.json" ] || vlakeep fetch "$base"
+for suite in spatial goal object; do  # object: of the probe and of the replay
+  [ -e "$root/datasets/libero_${suite}_no_noops" ] || run "$python" - "$root/datasets" "libero_${suite}_no_noops" <<'PY'
+import sys
+from huggingface_hub import snapshot_download
+snapshot_download("openvla/modified_libero_rlds", repo_type="dataset", local_dir=sys.argv[1], allow_patterns=[f"{sys.argv[2]}/*"])
+PY
+done
+# The probe: frames from everywhere in the old suite's episodes, a task a kind. Held out: other scenes of the same suite.
+[ -e "$root/probe/keep/probe.json" ] || run "$python" - <<'PY'
+from vlakeep.core.config import load_config
+from vlakeep.core.storage import Storage
+from vlakeep.data.formats import open_dataset
+from vlakeep.data.images import resize_uint8
+from vlakeep.data.sample import Sample
+from vlakeep.probe.probe_set import write_probe
+storage = Storage.from_config(load_config())
+data = open_dataset(storage.data / "libero_object_no_noops", cache_dir=storage.cache)
+samples = []
+for i in range(500):
+    episode = i * len(data) // 500
+    frame = data.frame(episode, int(data.lengths[episode]) * (i % 5) // 5)
+    samples.append(Sample(resize_uint8(frame.image, (224, 224)), frame.instruction))
+write_probe(storage.guard_write(storage.probe_folder("keep"), what="probe"), samples, [sample.instruction for sample in samples])
+PY
+[ -e "$root/probe/keep_heldout/probe.json" ] ||
+  vlakeep libero-vqa --suite libero_object --items 500 --split heldout --workers 8 --probe.name keep_heldout
+vlakeep plan --config configs/openvla_libero_graded.yaml --hardware "${HARDWARE:-rtx4090}" --backbone.checkpoint "$base"
+vlakeep study "$study" --dry-run "$@" | tail -n 3
+vlakeep study "$study" "$@"
+vlakeep study "$study" --report
