@@ -17,7 +17,7 @@ from vlakeep.data import suggest
 from vlakeep.data.bad import in_words
 from vlakeep.data.conventions import USUAL_WIDTH, DataCard, Gripper, as_declared, card_place, check_values, to_open, usual_gripper
 from vlakeep.data.degenerate import demonstrated, kinds
-from vlakeep.data.index import CONTENT, STATES, EpisodeIndex, optional
+from vlakeep.data.index import CONTENT, STATES, VALID, EpisodeIndex, optional
 from vlakeep.data.sample import ONE_PICTURE, Episode, Sample, SampleSpec
 from vlakeep.data.statistics import action_statistics, normalise, normalise_state, standardise, state_statistics
 
@@ -231,6 +231,11 @@ class DemoDataset:
     def starts(self) -> np.ndarray:
         """int64: first row of each usable episode."""
         return self._first
+
+    @property
+    def of_validation(self) -> int:
+        """How many of the usable episodes the files themselves call those of validation or test."""
+        return int(self.index.places[VALID][self._numbers].sum()) if VALID in self.index.places else 0
 
     @property
     def own_statistics(self) -> bool:

@@ -27,7 +27,7 @@ from vlakeep.data.bad import refuse
 from vlakeep.data.conventions import FILE, DataCard
 from vlakeep.data.dataset import USUAL, Conventions, DemoDataset
 from vlakeep.data.images import decode_image, encode_jpeg, of_one_colour
-from vlakeep.data.index import Elsewhere, EpisodeIndex, IndexBuilder, cached_index, linked_files, optional
+from vlakeep.data.index import VALID, Elsewhere, EpisodeIndex, IndexBuilder, cached_index, linked_files, optional
 from vlakeep.data.suggest import missing_keys
 
 FILES = ("*.hdf5", "*.h5")
@@ -185,10 +185,21 @@ def _told(error: Exception, where: str) -> str:
     return str(error) if isinstance(error, ValueError) and where in str(error) else f"{where} cannot be read ({error}); {_AGAIN}"
 
 
+def _valid(file) -> Set[str]:
+    """The demonstrations that a file itself calls those of validation or test, by robomimic's filter keys."""
+    mask = file.get("mask")
+    named = [mask[key] for key in mask if re.match("valid|test", key, re.I)] if hasattr(mask, "keys") else []
+    found: Set[str] = set()
+    for one in named:
+        values = one[()] if hasattr(one, "shape") and one.dtype.kind in "SO" else ()
+        found.update(value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in np.ravel(values))
+    return found
+
+
 def _read_file(path: Path, number: int, camera: str, state: Optional[Sequence[str]], card: Optional[DataCard],
                read: Dict[Tuple[int, int], Any]) -> Set[Path]:
-    """The files that it links to. Fill `read` with (actions, text, where, upside down, states, key) of every demonstration; actions are the
-    reason if it has none."""
+    """The files that it links to. Fill `read` with (actions, text, where, upside down, states, key, of validation) of every demonstration;
+    actions are the reason if it has none."""
     linked: Set[Path] = set()
     with _open(path) as file:
         data = _member(file, "data", str(path), _LAYOUT)
@@ -200,6 +211,7 @@ def _read_file(path: Path, number: int, camera: str, state: Optional[Sequence[st
             raise ValueError(f"{path}: data holds no demo_0, demo_1, ...; it holds {', '.join(data) or 'nothing'}; call its groups so")
         text = language_of(path, data.attrs.get("problem_info"))
         upside_down = data.attrs.get("macros_image_convention", "opengl") != "opencv"  # robosuite's default
+        valid = _valid(file)
         for demo, key in keys.items():
             where, states = f"{path}: {key}", None
             actions: Any = None
@@ -210,7 +222,7 @@ def _read_file(path: Path, number: int, camera: str, state: Optional[Sequence[st
                 states = None if state is None else _read_state(data[key], state, where)
             except (ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError) as error:
                 actions = error if isinstance(error, Elsewhere) else ValueError(_told(error, where))
-            read[demo, number] = (actions, text, where, upside_down, states, key)
+            read[demo, number] = (actions, text, where, upside_down, states, key, key in valid)
     return linked - {path}
 
 
@@ -228,7 +240,7 @@ def build_index(files: List[Path], camera: str, name: str, state: Optional[Seque
             builder.leave_out(error if isinstance(error, Elsewhere) else _told(error, str(path)), 0)
     demos = sorted(read)
     for key in demos:
-        actions, text, where, _, states, _ = read[key]
+        actions, text, where, _, states = read[key][:5]
         try:
             if isinstance(actions, ValueError):
                 raise actions
@@ -238,6 +250,7 @@ def build_index(files: List[Path], camera: str, name: str, state: Optional[Seque
     return builder.index({"demo_E": np.array([demo for demo, _ in demos], dtype=np.int32),
                           "file_E": np.array([file for _, file in demos], dtype=np.int32),
                           "key_E": np.array([read[key][5] for key in demos]),
+                          VALID: np.array([read[key][6] for key in demos], dtype=bool),
                           "upside_down_E": np.array([read[key][3] for key in demos], dtype=bool), **linked_files(linked)})
 
 

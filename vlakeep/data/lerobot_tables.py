@@ -15,8 +15,9 @@ from vlakeep.data.index import optional
 AGAIN = "copy, download or make the data set again"
 
 
-def parquet_table(path: Path, columns=None, unread=()):
-    """A table of a parquet file. ValueError for a damaged file or a missing column; `unread` ones only have to be there."""
+def parquet_table(path: Path, columns=None, unread=(), maybe=()):
+    """A table of a parquet file. ValueError for a damaged file or a missing column; `unread` ones only have to be there, and those of
+    `maybe` need not be."""
     pq, pa = optional("pyarrow.parquet", "lerobot", f"reading {path}"), optional("pyarrow", "lerobot", f"reading {path}")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: the download or copy is incomplete; {AGAIN}")
@@ -26,7 +27,8 @@ def parquet_table(path: Path, columns=None, unread=()):
         if missing:
             raise ValueError(f"{path}: no column {', '.join(missing)} among {', '.join(file.schema_arrow.names)}; "
                              f"name the columns that are there with `actions:` or `text:` in the set's {FILE}, or {AGAIN}")
-        return file.read(columns=columns)
+        there = [name for name in maybe if name in file.schema_arrow.names]
+        return file.read(columns=[*columns, *there] if columns is not None else None)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as parquet ({error}); {AGAIN}") from error
 
