@@ -19,6 +19,7 @@ from vlakeep.benchmarks.records import Records
 from vlakeep.core.checkpoint import list_checkpoints
 from vlakeep.core.errors import DiskFull, explain
 from vlakeep.core.rundir import RunLock, read_metrics
+from vlakeep.core.strict_yaml import read_mapping
 from vlakeep.data import writer
 from vlakeep.data.rlds import RldsDataset
 from vlakeep.data.sample import Episode, Sample
@@ -155,6 +156,17 @@ def test_files_that_are_no_configuration(refused, tmp_path, content, words):
     has(refused("train", "--config", path), path, *words)
 
 
+@pytest.mark.parametrize("content", [b"train: [", b"a: 1\na: 2\n", b"\xff", b"[]", b"a: 2001-99-99\n", b"a: " + b"[" * 3000, b"{[a]: 1}"])
+def test_a_damaged_configuration_is_a_damaged_file(refused, tmp_path, content):
+    """Of a run, and one that is given: PyYAML says of some in Python's own words, or keeps the last of two equal keys."""
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    has(refused("train", "--config", path), path)
+    with pytest.raises(ValueError, match="is damaged") as error:
+        read_mapping(path, "train again")
+    has(str(error.value), path, "train again")
+
+
 def test_a_value_may_start_with_a_minus():
     from vlakeep.core.config import load_config
 
@@ -233,6 +245,7 @@ def remake(folder, tokens, lora, section):
     """The artefact in `folder` as `vlakeep offline` would have made it with these tokens and this lora section."""
     meta = json.loads((folder / "meta.json").read_text())
     meta["config"]["tokens"], meta["lora"] = section, lora
+    meta.pop("meta_sha256")
     if tokens is None:
         (folder / "tokens.safetensors").unlink()
         meta["files"].pop("tokens.safetensors")

@@ -722,3 +722,54 @@ def test_a_card_is_read_strictly(tmp_path, words, told):
     with pytest.raises(ValueError, match=told) as error:
         open_dataset(version)
     assert FILE in str(error.value)
+
+
+def test_colours_in_another_order_are_declared(written, tmp_path):  # noqa: F811
+    """Tavish9/any4lerobot pull 38: some robots' pictures are BGR; nothing in the files says which."""
+    for what in ("rlds-png", "hdf5", "v2.1-png"):
+        folder = copy(written, what, tmp_path / what)
+        with open_dataset(folder) as data:
+            before = data.image(1, 2)
+            plain, words = data.fingerprint(), "" if data.conventions.card is None else (folder / FILE).read_text()
+        (folder / FILE).write_text(words + "colours: bgr\n")
+        with open_dataset(folder) as data:
+            after = data.image(1, 2)
+            assert after.flags.c_contiguous and data.fingerprint() != plain
+            assert np.abs(after.astype(int) - before[..., ::-1]).max() <= (0 if what != "hdf5" else 80) and not np.array_equal(after, before)
+        (folder / FILE).write_text(words + "colours: brg\n")
+        with pytest.raises(ValueError, match="colours: must be rgb or bgr"):
+            open_dataset(folder)
+
+
+def test_damaged_caches_are_made_anew(tmp_path):
+    """A list of entries that lost one ended in a KeyError in training, and a card that lost a bit told other numbers."""
+    version, _ = rlds(tmp_path)
+    cache = tmp_path / "cache"
+
+    def looked():
+        with open_dataset(version, cache_dir=cache) as data:
+            return card.cached_look(data, cache, None, None), data.image(1, 1).tobytes()
+
+    before = looked()
+    index, = cache.glob("rlds_index_*")
+    whole = index.read_bytes()
+    with np.load(index) as entries:
+        less = {name: entries[name] for name in entries.files if name != "length_N"}
+    np.savez(index, **less)
+    assert looked() == before and index.read_bytes() == whole
+    for at in range(len(whole) - 200, len(whole), 7):
+        index.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+        assert looked() == before
+    report, = cache.glob("data_card_*")
+    told = report.read_text()
+    report.write_text(told.replace('"episodes": 3', '"episodes": 8'))
+    assert report.read_text() != told and looked() == before and report.read_text() == told
+    report.write_text(json.dumps(before[0]))  # as older versions wrote it
+    assert looked() == before
+
+
+def test_an_empty_list_of_episodes_is_called_so(written, tmp_path):  # noqa: F811
+    folder = copy(written, "v2.1-png", tmp_path)
+    (folder / "meta/episodes.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="meta: the list of episodes is empty; copy"):
+        open_dataset(folder, skip_bad=True)

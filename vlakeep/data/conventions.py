@@ -13,6 +13,7 @@
     units: rad                one for all, or a list: m, mm, rad, deg, percent, normalised, other
     quaternion: [3, 4, 5, 6]  values that are one rotation of length 1
     camera: image             rotate: false      the picture's key, and whether it has to be turned by 180 degrees
+    colours: rgb              or bgr: the first of the three colours is blue, as OpenCV keeps it
     text: observation/natural_language_instruction      instruction: words of every frame that has none of its own
     blank_texts: keep         or episode: a frame without a text takes its episode's
     spare_frames: end         LeRobot: where a video is longer than its table, the frames that are too many come last
@@ -69,6 +70,7 @@ class DataCard:
     quaternion: Tuple[int, ...] = ()
     camera: Optional[str] = None
     rotate: Optional[bool] = None
+    colours: Optional[str] = None
     text: Optional[str] = None
     instruction: Optional[str] = None
     blank_texts: str = "keep"
@@ -94,7 +96,7 @@ class CardError(ValueError):
 
 
 _LISTS = ("actions", "names", "units", "quaternion")
-_KINDS = {"width": int, "arms": int, "chunk": int, "camera": str, "rotate": bool, "text": str, "instruction": str, "blank_texts": str,
+_KINDS = {"width": int, "arms": int, "chunk": int, "camera": str, "rotate": bool, "colours": str, "text": str, "instruction": str, "blank_texts": str,
           "clean_texts": bool, "spare_frames": str, "frame_rate": float, "robot": str}
 _IN_WORDS = {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}
 
@@ -157,6 +159,8 @@ def _contradictions(card: DataCard) -> List[str]:
     found = [f"{key}: must be at least 1" for key in ("width", "arms", "chunk", "frame_rate") if getattr(card, key) is not None and getattr(card, key) < 1]
     if card.blank_texts not in ("keep", "episode"):
         found.append("blank_texts: must be keep or episode")
+    if card.colours not in (None, "rgb", "bgr"):
+        found.append("colours: must be rgb or bgr")
     if card.spare_frames not in (None, "end"):
         found.append("spare_frames: must be end, or left out")
     found += [f"units: {unit!r} is none of {', '.join(UNITS)}" for unit in dict.fromkeys(card.units) if unit not in UNITS]

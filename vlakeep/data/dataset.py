@@ -259,13 +259,14 @@ class DemoDataset:
         return self.rotated if self.conventions.rotate is None else self.conventions.rotate
 
     def _upright(self, image_HWC: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(image_HWC[::-1, ::-1]) if self.turned else image_HWC
+        return np.ascontiguousarray(image_HWC[::-1, ::-1] if self.turned else image_HWC)
 
     def image(self, episode: int, frame: int) -> np.ndarray:
         """uint8 [H, W, 3]: upright, not resized."""
         row = self._row(episode, frame)
         where = f"{self.name} episode {episode} frame {frame}"
-        return self._upright(self._picture(int(self._numbers[episode]), row, int(frame), where))
+        picture, card = self._picture(int(self._numbers[episode]), row, int(frame), where), self.conventions.card
+        return self._upright(picture[..., ::-1] if card is not None and card.colours == "bgr" else picture)
 
     def frame(self, episode: int, frame: int) -> Sample:
         """The frame's pictures at stored size, its instruction, its state, and its normalised action, or the chunk that begins with it.
