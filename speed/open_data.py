@@ -161,7 +161,7 @@ def opened(config, root: Path, cache: Path) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (("episodes", 10_000), ("frames", 20), ("side", 128)):
+    for name, value in (("episodes", 10_000), ("frames", 20), ("side", 64)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--formats", default=",".join(SETS))
     parser.add_argument("--folder", default=None, help="where the sets are made, and stay; else a temporary folder")

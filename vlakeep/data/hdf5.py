@@ -15,6 +15,7 @@ Needs h5py (extra `hdf5`).
 
 import importlib.util
 import json
+import os
 import re
 import threading
 from pathlib import Path
@@ -96,10 +97,19 @@ def _member(group, key: str, where: str, remedy: str = _AGAIN):
         raise ValueError(f"{where}: no {key!r} among {', '.join(sorted(group)) or 'nothing'}; {remedy}") from error
 
 
+def _file_of(one) -> str:
+    """The name of the file that an object lies in, which a link may lead to; as h5py's `file.filename`, without an object for the file."""
+    h5f = optional("h5py.h5f", "hdf5", "reading HDF5")
+    return os.fsdecode(h5f.get_name(one.id))
+
+
 def _check_array(array, where: str) -> List[Path]:
     """The other files that an array's values lie in. Elsewhere when HDF5 would give a stand-in for them, or cannot decompress."""
+    plist = array.id.get_create_plist()
+    if not (plist.get_nfilters() or array.is_virtual or plist.get_external_count()):  # nearly all of them
+        return []
     h5py, name = optional("h5py", "hdf5", f"reading {where}"), array.name.rpartition("/")[2]
-    folder, plist = Path(array.file.filename).parent, array.id.get_create_plist()
+    folder = Path(array.file.filename).parent
     for number, _, _, called in (plist.get_filter(i) for i in range(plist.get_nfilters())):
         if not h5py.h5z.filter_avail(number):
             raise Elsewhere(f"{where}: {name} is compressed by the filter {called.decode(errors='replace') or 'without a name'} (number "
@@ -139,15 +149,13 @@ def _read_demo(demo, camera: str, where: str, card: Optional[DataCard] = None) -
     """(actions [T, A] of a demonstration whose pictures fit them, the files that it lies in)."""
     keys = list(card.actions) if card and card.actions else ["actions"]
     missing = [key for key in keys if key not in demo]
-    for key in keys:
-        if key not in missing:
-            _member(demo, key, where)
+    arrays = [_member(demo, key, where) for key in keys if key not in missing]
     if missing:
         raise ValueError(missing_keys(where, missing, _what(demo), where.rpartition("/")[0]))
     obs = _member(demo, "obs", where, "a low-dimensional file holds no pictures: take the file that has them")
     images = _member(obs, camera, f"{where}/obs", "choose a camera with --data.camera, or `camera:` in the data card")
-    linked = [Path(one.file.filename) for one in (demo, obs, images, *(demo[key] for key in keys))]
-    for array in (images, *(demo[key] for key in keys)):
+    linked = [Path(_file_of(one)) for one in (demo, obs, images, *arrays)]
+    for array in (images, *arrays):
         linked += _check_array(array, where)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(f"{where}/obs/{camera}: {images.dtype} {list(images.shape)} are no pictures (uint8 [T, H, W, 3]); choose another "
@@ -155,7 +163,7 @@ def _read_demo(demo, camera: str, where: str, card: Optional[DataCard] = None) -
     if len(images) and of_one_colour(images[t] for t in (0, len(images) // 2, -1)):
         raise ValueError(f"{where}/obs/{camera}: the first, the middle and the last picture are of one colour; choose another camera with "
                          "--data.camera or `camera:` in the data card, or take this demonstration out of the file")
-    parts = [demo[key][()] for key in keys]
+    parts = [array[()] for array in arrays]
     if card is not None:
         parts = [part.reshape(len(part), -1) for part in parts]
     told = int(demo.attrs.get("num_samples", len(images)))

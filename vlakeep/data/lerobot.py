@@ -290,6 +290,17 @@ def _rate(times: np.ndarray) -> float:
     return float(1 / np.median(np.diff(times))) if len(times) > 1 and np.median(np.diff(times)) > 0 else 0.0
 
 
+def _runs(episodes_N: np.ndarray) -> Dict[Any, Tuple[int, int, bool]]:
+    """Episode -> (its first row, its rows, whether they are one after the other), of the number of the episode in each row. In one pass: a
+    file may hold all episodes of a set."""
+    starts = np.flatnonzero(np.concatenate([[True], episodes_N[1:] != episodes_N[:-1]])) if len(episodes_N) else np.empty(0, np.int64)
+    found: Dict[Any, Tuple[int, int, bool]] = {}
+    for number, start, end in zip(episodes_N[starts].tolist(), starts.tolist(), [*starts[1:].tolist(), len(episodes_N)]):
+        first, count, _ = found.get(number, (start, 0, True))
+        found[number] = (first, count + end - start, count == 0)
+    return found
+
+
 def build_index(info: Info, name: str) -> EpisodeIndex:
     """Read every parquet file without its pictures and check it against meta. Errors name file, episode and row."""
     places, tasks = read_places(info), read_tasks(info)
@@ -301,6 +312,7 @@ def build_index(info: Info, name: str) -> EpisodeIndex:
                *([info.text] if info.text else [])]
     unread = [] if info.video else [info.camera]
     table, opened, looks = None, None, None
+    runs: Dict[Any, Tuple[int, int, bool]] = {}
     for place in tqdm(places, desc=f"index {name}", unit="episode", disable=len(places) < _BAR_FROM_FILES):
         path = info.data_file(*place.data)
         where = f"{path}: episode {place.episode}"
@@ -312,20 +324,21 @@ def build_index(info: Info, name: str) -> EpisodeIndex:
                 table, episodes, opened, looks = None, None, path, None
                 read = parquet_table(path, columns, unread)
                 episodes = read["episode_index"].to_numpy()
+                runs = _runs(episodes)
                 looks = PictureLooks(info.folder, path, info.camera, episodes) if not info.video else None
                 table = read
             elif table is None:
                 raise ValueError(broken)
-            at = np.flatnonzero(episodes == place.episode)
-            if len(at) != place.length or not len(at) or at[-1] - at[0] + 1 != len(at):
-                raise ValueError(f"{where} has {len(at)} rows and meta says {place.length}, one after the other; {AGAIN}")
-            part = table.slice(int(at[0]), len(at))
+            at, count, whole = runs.get(place.episode, (0, 0, False))
+            if count != place.length or not whole:
+                raise ValueError(f"{where} has {count} rows and meta says {place.length}, one after the other; {AGAIN}")
+            part = table.slice(at, count)
             actions = np.concatenate([number_rows(part[key], shape, where) for key, shape in info.actions.items()], axis=1)
             states = [number_rows(part[name], shape, where, "state") for name, shape in info.states]
             if looks is not None:
-                looks.check(int(at[0]), len(at), where)
-            if not np.array_equal(part["frame_index"].to_numpy(), np.arange(len(at))):
-                raise ValueError(f"{where}: frame_index does not count from 0 to {len(at) - 1}; {AGAIN}")
+                looks.check(at, count, where)
+            if not np.array_equal(part["frame_index"].to_numpy(), np.arange(count)):
+                raise ValueError(f"{where}: frame_index does not count from 0 to {count - 1}; {AGAIN}")
             numbers = part["task_index"].to_pylist()
             unknown = sorted({n for n in numbers if n not in tasks}, key=str)
             if unknown:
@@ -348,7 +361,7 @@ def build_index(info: Info, name: str) -> EpisodeIndex:
             broken = str(told) if table is None and place.length else broken
             builder.leave_out(told)
             continue
-        rows[-1] = int(at[0])
+        rows[-1] = at
         times.append(seconds)
     return builder.index({
         "data_E2": np.array([place.data for place in places], dtype=np.int64), "row_E": np.array(rows, dtype=np.int64),
