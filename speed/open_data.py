@@ -4,8 +4,9 @@
                               [--profile] [--out FILE]
 
 Makes the sets (JPEG in RLDS, raw pixels in HDF5, H.264 in LeRobot: v3.0 with 100 episodes to a file, and `lerobot2`, v2.1 with two files to
-an episode), and opens each as `vlakeep preflight` does, without a tokenizer: index and data card. Seconds are of processor time, per thousand
-episodes; the floor is reading every byte of the files once (RLDS's checksums among it), of the page cache. --profile: where the first time goes.
+an episode), and opens each as `vlakeep preflight` does, without a tokenizer: index and data card. Seconds are of processor time, per
+thousand episodes; `reading` is the floor: every byte of the files once from the page cache, with RLDS's checksums. --profile: where the
+first time goes.
 """
 
 import argparse
@@ -191,7 +192,8 @@ def main() -> int:
                 pstats.Stats(profile).sort_stats("tottime").print_stats(18)
             if args.out:
                 with open(args.out, "a") as file:
-                    file.write(json.dumps({"format": kind, "episodes": args.episodes, "frames": args.frames, "side": args.side, **found}) + "\n")
+                    sizes = {key: vars(args)[key] for key in ("episodes", "frames", "side")}
+                    file.write(json.dumps({"format": kind, **sizes, **found}) + "\n")
             if args.folder is None:
                 shutil.rmtree(folder)
     return 0

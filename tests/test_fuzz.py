@@ -196,8 +196,8 @@ def content_of(folder, **options):
 
 
 ODD_TEXT = st.one_of(TEXT, st.text(alphabet=st.characters(), max_size=20), st.sampled_from([
-    "open\x00it", "\u202eti nepo", "افتح الدرج", "e\u0301 and \xe9", "\u200bopen", "\ufeffopen", "🤖" * 9, "\ud83d", "a\ud800b", "\r\n", "\u2028", "open\tit",
-    "'; rm -r /", '"', "{}", "%s{0}", "\x1b[31m"]))
+    "open\x00it", "\u202eti nepo", "افتح الدرج", "e\u0301 and \xe9", "\u200bopen", "\ufeffopen", "🤖" * 9, "\ud83d", "a\ud800b", "\r\n",
+    "\u2028",     "open\tit", "'; rm -r /", '"', "{}", "%s{0}", "\x1b[31m"]))
 
 
 @given(st.lists(ODD_TEXT, min_size=2, max_size=2), st.sampled_from(["plain", "it's", "two\nlines", 'a "b" c', "ü 机器人", "$HOME `x`"]))
@@ -240,7 +240,8 @@ def test_a_damaged_index_or_card_of_the_cache_is_made_anew(rlds, place, damage):
         path.write_bytes(kept)
 
 
-CARD_VALUE = st.one_of(JSON, st.sampled_from([True, 0, -1, 1.5, float("nan"), float("inf"), 10**30, "6", [6], "end", [0, 1, 2, 3], "m", [[1]], {"a": 1}]),
+CARD_VALUE = st.one_of(JSON, st.sampled_from([True, 0, -1, 1.5, float("nan"), float("inf"), 10**30, "6", [6], "end", "bgr",
+                                                  [0, 1, 2, 3], "m", [[1]], {"a": 1}]),
                        st.lists(st.dictionaries(st.sampled_from(["dimension", "open", "closed", "relative", "x"]),
                                                 st.one_of(st.integers(-2, 8), st.booleans(), st.floats(), TEXT)), max_size=2))
 CARD = st.dictionaries(st.one_of(st.sampled_from([f.name for f in fields(DataCard)]), TEXT), CARD_VALUE, max_size=4)
@@ -337,12 +338,14 @@ def test_a_damaged_file_of_another_format_is_refused_by_name_or_read(others, wha
 COLUMNS = ["action", "timestamp", "frame_index", "episode_index", "index", "task_index", "observation.images.image"]
 CELL = st.one_of(st.none(), st.booleans(), st.integers(-2, 9), st.floats(width=32), st.sampled_from(["", "0", "x"]),
                  st.lists(st.floats(-1, 1, width=32), max_size=8), st.lists(st.lists(st.floats(-1, 1, width=32), max_size=8), max_size=3))
+TYPES = ["float64", "float32", "float16", "int64", "int32", "int8", "uint8", "string", "bool", "list<double>", "list<int32>",
+         "list<float16>", "large_list<float>"]
 EDIT = st.one_of(
     st.tuples(st.sampled_from(["drop", "twice", "first", "rename"]), st.sampled_from(COLUMNS)),
-    st.tuples(st.just("cast"), st.sampled_from(COLUMNS), st.sampled_from(["float64", "float32", "float16", "int64", "int32", "int8", "uint8", "string",
-                                                                         "bool", "list<double>", "list<int32>", "list<float16>", "large_list<float>"])),
+    st.tuples(st.just("cast"), st.sampled_from(COLUMNS), st.sampled_from(TYPES)),
     st.tuples(st.just("cell"), st.sampled_from(COLUMNS), st.integers(0, 14), CELL),
-    st.tuples(st.sampled_from(["move", "copy", "exchange"]), st.integers(0, 14), st.integers(0, 14)), st.tuples(st.just("remove"), st.integers(0, 14)))
+    st.tuples(st.sampled_from(["move", "copy", "exchange"]), st.integers(0, 14), st.integers(0, 14)),
+    st.tuples(st.just("remove"), st.integers(0, 14)))
 
 
 def edited(table, edit):
@@ -363,8 +366,8 @@ def edited(table, edit):
             if kind == "rename":
                 return table.rename_columns([name + "s" if name == rest[0] else name for name in table.column_names])
             if kind == "cast":
-                inner = {"list<double>": pa.list_(pa.float64()), "list<int32>": pa.list_(pa.int32()), "list<float16>": pa.list_(pa.float16()),
-                         "large_list<float>": pa.large_list(pa.float32()), "bool": pa.bool_()}
+                inner = {"list<double>": pa.list_(pa.float64()), "list<int32>": pa.list_(pa.int32()),
+                         "list<float16>": pa.list_(pa.float16()), "large_list<float>": pa.large_list(pa.float32()), "bool": pa.bool_()}
                 return table.set_column(at, rest[0], column.cast(inner.get(rest[1]) or getattr(pa, rest[1])(), safe=False))
             values = column.to_pylist()
             values[rest[1] % len(values)] = rest[2]
@@ -433,8 +436,8 @@ def test_a_table_of_any_columns_and_rows_gives_its_own_labels_or_is_refused(othe
 
 @given(st.lists(st.dictionaries(st.sampled_from(["episode_index", "length", "tasks", "x"]),
                                 st.one_of(st.integers(-1, 7), st.floats(), st.booleans(), TEXT, st.none()), max_size=3), max_size=4),
-       st.lists(st.dictionaries(st.sampled_from(["task_index", "task"]), st.one_of(st.integers(-1, 3), st.booleans(), TEXT, st.none()), max_size=2),
-                max_size=4), st.booleans())
+       st.lists(st.dictionaries(st.sampled_from(["task_index", "task"]), st.one_of(st.integers(-1, 3), st.booleans(), TEXT, st.none()),
+                                max_size=2), max_size=4), st.booleans())
 def test_any_lines_of_episodes_and_tasks_are_read_or_refused(others, lines, tasks, keep):
     folder, _ = others["v2.1"]
     paths = [folder / "meta/episodes.jsonl", folder / "meta/tasks.jsonl"]
@@ -655,14 +658,15 @@ def test_any_bytes_as_weights(place, saved, content):
 def test_a_damaged_artefact_is_refused_or_the_same(place, data):
     folder = place / "artefact"
     if not folder.exists():
-        meta = dict(weights_sha256="w" * 64, dtype="float32", quantisation="none", probe_sha256="p" * 64, probe_items=4, depth=4, layers=[1, 3],
-                    layer_map={"0": 1, "1": 1, "2": 3, "3": 3}, config={"rank": 2})
+        meta = dict(weights_sha256="w" * 64, dtype="float32", quantisation="none", probe_sha256="p" * 64, probe_items=4, depth=4,
+                    layers=[1, 3], layer_map={"0": 1, "1": 1, "2": 3, "3": 3}, config={"rank": 2})
         layers = {layer: dict(U_f=torch.ones(4, 1), U_p=torch.eye(4)[:, :2], mu=torch.arange(4.0), C_T=torch.eye(4)) for layer in (1, 3)}
         icsm_artifact.write(folder, layers, {"a.p": torch.ones(4, 2)}, {"pooled.1": torch.ones(4, 4), "items": torch.arange(4)}, meta)
 
     def everything():
         found = icsm_artifact.load(folder)
-        return {**found.meta, "map": found.layer_map, "bases": [[t.tolist() for t in found.residual_basis(layer)] for layer in found.layers],
+        return {**found.meta, "map": found.layer_map, "bases": [[t.tolist() for t in found.residual_basis(layer)] for layer in
+                                                                 found.layers],
                 "statistics": [[t.tolist() for t in found.teacher_statistics(layer)] for layer in found.layers],
                 "tokens": {name: {k: t.tolist() for k, t in one.items()} for name, one in found.token_bases().items()}}
 

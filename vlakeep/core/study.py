@@ -35,8 +35,8 @@ import yaml
 
 from vlakeep.core.checkpoint import latest_intact, list_checkpoints
 from vlakeep.core.config import Config, ConfigError, load_config, to_dict
-from vlakeep.core.errors import quoted
 from vlakeep.core.derived import Making, adapter_of, kept_steps, makings, mistakes, weights
+from vlakeep.core.errors import quoted
 from vlakeep.core.names import find_evaluation
 from vlakeep.core.options import Stage
 from vlakeep.core.registry import method_class

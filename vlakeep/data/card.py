@@ -190,7 +190,8 @@ def look_at(dataset: DemoDataset, prompt: Optional[Prompt] = None, known: Option
     report: Dict[str, Any] = {
         "format": _FORMAT, "name": dataset.name, "kind": dataset.kind, "folder": str(dataset.folder),
         "card": card.place if card else None, "robot": (card.robot if card else None) or dataset.robot or None,
-        "episodes": len(dataset), "episodes_in_files": len(usual.start_E) - 1, "unlabelled": dataset.unlabelled, "of_validation": dataset.of_validation,
+        "episodes": len(dataset), "episodes_in_files": len(usual.start_E) - 1, "unlabelled": dataset.unlabelled,
+        "of_validation": dataset.of_validation,
         "frames": dataset.num_frames, "frame_rate": (card.frame_rate if card else None) or dataset.fps,
         "shortest": int(dataset.lengths.min()), "longest": int(dataset.lengths.max()),
         "camera": dataset.camera or dataset.conventions.camera, "turned": dataset.turned, "turned_by": _turned_by(dataset),
@@ -308,8 +309,8 @@ def _notes(report: Dict[str, Any]) -> List[str]:
                      f"{texts['replaced_example']!r}: make it again from texts in UTF-8")
     if texts["structured_frames"]:
         found.append(f"{texts['structured_frames']} frames have a text that is JSON and no instruction, such as "
-                     f"{texts['structured_example'][0][:60]!r}: the model would be asked for all of it; write the instruction alone into the "
-                     "data" + (", or name its field, `text: NAME.FIELD`, in the data card" if report["kind"] == "hdf5" else ""))
+                     f"{texts['structured_example'][0][:60]!r}: the model would be asked for all of it; write the instruction alone into "
+                     "the data" + (", or name its field, `text: NAME.FIELD`, in the data card" if report["kind"] == "hdf5" else ""))
     if texts["stand_ins"]:
         such = ", ".join(map(repr, texts["stand_ins"][:3]))
         found.append(f"{texts['stand_in_frames']} frames have a text that stands in for one, {such}: correct them in the data, or leave "

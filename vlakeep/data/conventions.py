@@ -96,8 +96,8 @@ class CardError(ValueError):
 
 
 _LISTS = ("actions", "names", "units", "quaternion")
-_KINDS = {"width": int, "arms": int, "chunk": int, "camera": str, "rotate": bool, "colours": str, "text": str, "instruction": str, "blank_texts": str,
-          "clean_texts": bool, "spare_frames": str, "frame_rate": float, "robot": str}
+_KINDS = {"width": int, "arms": int, "chunk": int, "camera": str, "rotate": bool, "colours": str, "text": str, "instruction": str,
+          "blank_texts": str, "clean_texts": bool, "spare_frames": str, "frame_rate": float, "robot": str}
 _IN_WORDS = {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}
 
 
@@ -156,7 +156,8 @@ def make_card(tree: Any, place: str) -> DataCard:
 
 
 def _contradictions(card: DataCard) -> List[str]:
-    found = [f"{key}: must be at least 1" for key in ("width", "arms", "chunk", "frame_rate") if getattr(card, key) is not None and getattr(card, key) < 1]
+    counts = {key: getattr(card, key) for key in ("width", "arms", "chunk", "frame_rate")}
+    found = [f"{key}: must be at least 1" for key, count in counts.items() if count is not None and count < 1]
     if card.blank_texts not in ("keep", "episode"):
         found.append("blank_texts: must be keep or episode")
     if card.colours not in (None, "rgb", "bgr"):

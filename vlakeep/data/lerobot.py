@@ -89,8 +89,8 @@ def _choose_camera(features: dict, wanted: Optional[str], where: str) -> str:
         told += f" ({', '.join(depth)}: depth, is_depth_map, which is no colour picture)" if depth else ""
         numbers = [key for key, value in features.items() if key not in cameras and len(value.get("shape") or ()) == 3]
         if not cameras and numbers:
-            told += (f" ({', '.join(numbers)}: pictures kept as numbers, dtype {features[numbers[0]].get('dtype')}, which are not read: write "
-                     "the set again with their dtype as image or video)")
+            told += (f" ({', '.join(numbers)}: pictures kept as numbers, dtype {features[numbers[0]].get('dtype')}, which are not read: "
+                     "write the set again with their dtype as image or video)")
         raise ValueError(f"{where}: of the cameras {', '.join(cameras) or '(none)'}, {told}; choose with --data.camera, or "
                          f"`camera:` in the set's {FILE}")
     return found[0]
@@ -136,7 +136,8 @@ def read_info(folder, camera: Optional[str] = None, state: Optional[Sequence[str
         found = Info(folder, version, fps, {one: list(features[one]["shape"]) for one in action_keys}, key,
                      features[key]["dtype"] == "video", info["data_path"], info.get("video_path") or "",
                      int(info.get("chunks_size", 1000)), dict(info.get("splits") or {}), names, str(info.get("robot_type") or ""),
-                     card.text if card else None, card.spare_frames if card else None, () if state is None else _choose_state(features, state, str(path)))
+                     card.text if card else None, card.spare_frames if card else None,
+                     () if state is None else _choose_state(features, state, str(path)))
         if not 0 < fps < 1e6 or found.chunk_size < 1:
             raise ValueError(f"fps is {fps} and chunks_size {found.chunk_size}")
         for file in (found.data_file, found.video_file) if found.video else (found.data_file,):
@@ -280,9 +281,10 @@ def _check_length(info: Info, place: _Place, times: np.ndarray, path: Path) -> N
     spare = shown - place.length
     if abs(spare) < 2 or (spare > 0 and info.spare == "end"):  # one is what rounding and encoders make
         return
-    raise ValueError(f"{path}: episode {place.episode} has {shown} frames there and {place.length} rows in its table. A recorder that keeps "
-                     "the frames of a discarded take puts them first, so that each picture would have another's action: look at the video, "
-                     f"and leave the episode out; if the frames that are too many come last, say `spare_frames: end` in the set's {FILE}")
+    raise ValueError(f"{path}: episode {place.episode} has {shown} frames there and {place.length} rows in its table. A recorder that "
+                     "keeps the frames of a discarded take puts them first, so that each picture would have another's action: look at the "
+                     "video, and leave the episode out; if the frames that are too many come last, say `spare_frames: end` in the set's "
+                     f"{FILE}")
 
 
 def _rate(times: np.ndarray) -> float:

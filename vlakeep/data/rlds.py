@@ -179,8 +179,8 @@ def _read_episode(payload: bytes, keys: Keys, folder="", state: Optional[Sequenc
         told = sizes[0] if len(sizes) == 1 else sizes
         several = steps // len(texts) if texts and steps % len(texts) == 0 else 1
         why = f" ({several} pictures a step, where one is read: write each as a feature of its own)" if several > 1 else ""
-        raise ValueError(f"{steps} pictures, {len(texts)} instructions and {told} action values do not make equal steps{why}; mend or leave "
-                         "out this episode when the set is made, or name other keys in its data card (docs/bring-your-own-data.md)")
+        raise ValueError(f"{steps} pictures, {len(texts)} instructions and {told} action values do not make equal steps{why}; mend or "
+                         "leave out this episode when the set is made, or name other keys in its data card (docs/bring-your-own-data.md)")
     if _show_nothing([payload[a:b] for a, b in (pictures[0], pictures[steps // 2], pictures[-1])]):
         raise ValueError(f"{keys.image!r}: the first, the middle and the last picture are of one colour; {_SEEN}")
     states = None if state is None else _read_state(features, state, steps)

@@ -30,8 +30,8 @@ def _open(path: Path):
     if len(streams) != 1:
         sizes = ", ".join(f"{one.codec_context.width} x {one.codec_context.height}" for one in streams if one.codec_context)
         container.close()
-        raise ValueError(f"{path} holds {len(streams)} video streams ({sizes}), and which one is the camera it does not say: write that one "
-                         "alone, such as the first by ffmpeg -i IN -map 0:v:0 -c copy OUT")
+        raise ValueError(f"{path} holds {len(streams)} video streams ({sizes}), and which one is the camera it does not say: write that "
+                         "one alone, such as the first by ffmpeg -i IN -map 0:v:0 -c copy OUT")
     codec = streams[0].codec_context
     if codec is None or not streams[0].time_base:  # a damaged header names none that there is
         container.close()
