@@ -1,12 +1,12 @@
 """How long it takes to open a large data set, the first time and from then on, by format, beside the time that reading its bytes takes.
 
-    python speed/open_data.py [--episodes 10000] [--frames 20] [--side 128] [--formats rlds,hdf5,lerobot,lerobot2] [--folder DIR]
-                              [--profile] [--out FILE]
+    python speed/open_data.py [--episodes 10000] [--frames 20] [--side 64] [--each 100] [--formats rlds,hdf5,lerobot,lerobot2]
+                              [--folder DIR] [--profile] [--out FILE]
 
-Makes the sets (JPEG in RLDS, raw pixels in HDF5, H.264 in LeRobot: v3.0 with 100 episodes to a file, and `lerobot2`, v2.1 with two files to
-an episode), and opens each as `vlakeep preflight` does, without a tokenizer: index and data card. Seconds are of processor time, per
-thousand episodes; `reading` is the floor: every byte of the files once from the page cache, with RLDS's checksums. --profile: where the
-first time goes.
+Makes the sets (JPEG in RLDS, raw pixels in HDF5, H.264 in LeRobot: v3.0, and `lerobot2`, v2.1 with two files to an episode; --each:
+episodes to a file of RLDS and v3.0), and opens each as `vlakeep preflight` does, without a tokenizer: index and data card. Seconds are of
+processor time, per thousand episodes; `reading` is the floor: every byte of the files once from the page cache, with RLDS's checksums.
+--profile: where the first time goes.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from vlakeep.data.card import look_at_all
 from vlakeep.data.images import encode_jpeg
 from vlakeep.data.tfrecord import RecordWriter, write_example
 
-FPS, TEXTS, FILES_OF = 10, 50, 100  # texts in all; episodes to a file
+FPS, TEXTS = 10, 50
 SETS = {"rlds": "libero_open_rlds", "hdf5": "libero_open_hdf5", "lerobot": "libero_open_lerobot", "lerobot2": "libero_open_lerobot2"}
 
 
@@ -49,11 +49,11 @@ def text_of(episode: int) -> str:
     return f"put object {episode % TEXTS} on the plate"
 
 
-def write_rlds(folder: Path, episodes: int, images: np.ndarray) -> None:
+def write_rlds(folder: Path, episodes: int, images: np.ndarray, each: int) -> None:
     folder = folder / "1.0.0"
     folder.mkdir(parents=True)
     encoded, frames = [encode_jpeg(image) for image in images], len(images)
-    shards = [range(a, min(a + FILES_OF, episodes)) for a in range(0, episodes, FILES_OF)]
+    shards = [range(a, min(a + each, episodes)) for a in range(0, episodes, each)]
     for number, shard in enumerate(shards):
         with RecordWriter(folder / f"{folder.parent.name}-train.tfrecord-{number:05d}-of-{len(shards):05d}") as writer:
             for episode in shard:
@@ -65,7 +65,7 @@ def write_rlds(folder: Path, episodes: int, images: np.ndarray) -> None:
         {"name": "train", "shardLengths": [str(len(shard)) for shard in shards]}]}))
 
 
-def write_hdf5(folder: Path, episodes: int, images: np.ndarray) -> None:
+def write_hdf5(folder: Path, episodes: int, images: np.ndarray, each: int) -> None:
     import h5py
 
     folder.mkdir(parents=True)
@@ -77,23 +77,23 @@ def write_hdf5(folder: Path, episodes: int, images: np.ndarray) -> None:
                 demo["actions"], demo["obs/agentview_rgb"] = actions_of(episode, len(images)).astype(np.float64), images
 
 
-def encode_video(path: Path, images) -> None:
+def encode_video(path: Path, images: np.ndarray, times: int) -> None:
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as out:
         stream = out.add_stream("libx264", rate=FPS, options={"g": str(FPS), "preset": "ultrafast"})
         stream.width, stream.height, stream.pix_fmt = images[0].shape[1], images[0].shape[0], "yuv420p"
-        for image in images:
+        for image in (image for _ in range(times) for image in images):
             out.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         out.mux(stream.encode())
 
 
-def write_lerobot(folder: Path, episodes: int, images: np.ndarray, v3: bool = True) -> None:
+def write_lerobot(folder: Path, episodes: int, images: np.ndarray, each: int, v3: bool = True) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    camera, frames, each = "observation.images.image", len(images), FILES_OF if v3 else 1
+    camera, frames, each = "observation.images.image", len(images), each if v3 else 1
     meta, first_video = [], None
     for number, start in enumerate(range(0, episodes, each)):
         members = range(start, min(start + each, episodes))
@@ -109,7 +109,7 @@ def write_lerobot(folder: Path, episodes: int, images: np.ndarray, v3: bool = Tr
         video = (folder / "videos" / camera / (place.format(number) + ".mp4") if v3 else
                  folder / "videos" / place.format(number).replace("/", f"/{camera}/")).with_suffix(".mp4")
         if first_video is None or count != each:
-            encode_video(video, list(images) * count)
+            encode_video(video, images, count)
             first_video = video
         else:
             video.parent.mkdir(parents=True, exist_ok=True)
@@ -162,7 +162,7 @@ def opened(config, root: Path, cache: Path) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (("episodes", 10_000), ("frames", 20), ("side", 64)):
+    for name, value in (("episodes", 10_000), ("frames", 20), ("side", 64), ("each", 100)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--formats", default=",".join(SETS))
     parser.add_argument("--folder", default=None, help="where the sets are made, and stay; else a temporary folder")
@@ -176,7 +176,7 @@ def main() -> int:
         for kind in args.formats.split(","):
             folder, cache = root / SETS[kind], Path(place) / f"cache_{kind}"
             if not folder.exists():
-                WRITERS[kind](folder, args.episodes, pictures(args.frames, args.side))
+                WRITERS[kind](folder, args.episodes, pictures(args.frames, args.side), args.each)
             found = floor(folder, kind)
             config = load_config(None, ["--data.datasets", f"[{SETS[kind]}]"])
             profile = cProfile.Profile()
@@ -192,7 +192,7 @@ def main() -> int:
                 pstats.Stats(profile).sort_stats("tottime").print_stats(18)
             if args.out:
                 with open(args.out, "a") as file:
-                    sizes = {key: vars(args)[key] for key in ("episodes", "frames", "side")}
+                    sizes = {key: vars(args)[key] for key in ("episodes", "frames", "side", "each")}
                     file.write(json.dumps({"format": kind, **sizes, **found}) + "\n")
             if args.folder is None:
                 shutil.rmtree(folder)
