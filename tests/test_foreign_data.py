@@ -644,6 +644,17 @@ def test_a_file_of_two_videos_is_refused_and_a_cover_read_over(tmp_path):
             out.mux(one.encode())
     with pytest.raises(ValueError, match=f"{video.name} holds 2 video streams .32 x 32, 64 x 64.*-map 0:v:0"):
         open_dataset(folder)
+    with av.open(str(video), "w") as out:
+        cover, one = out.add_stream("mjpeg", rate=FPS), out.add_stream("libx264", rate=FPS)
+        for stream, side, kind in ((cover, 32, "yuvj420p"), (one, 64, "yuv420p")):
+            stream.width, stream.height, stream.pix_fmt = side, side, kind
+        out.mux(cover.encode(av.VideoFrame.from_ndarray(np.full((32, 32, 3), 200, np.uint8), format="rgb24")))
+        for image in made[0].images:
+            out.mux(one.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
+        out.mux(cover.encode())
+        out.mux(one.encode())
+    with open_dataset(folder) as data:
+        assert [number_of(data.image(0, t)) for t in range(6)] == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_text_beside_the_steps_is_read(tmp_path):
@@ -774,3 +785,45 @@ def test_an_empty_list_of_episodes_is_called_so(written, tmp_path):  # noqa: F81
     (folder / "meta/episodes.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="meta: the list of episodes is empty; copy"):
         open_dataset(folder, skip_bad=True)
+
+
+def test_episodes_that_were_lost_leave_the_numbers_of_the_others(tmp_path):
+    """almond-bot/axol pull 158: a gap in meta/episodes, after which other readers show each episode another's video."""
+    made, folder = video_set(tmp_path, "v3.0", count=4)
+    path, = folder.glob("meta/episodes/*/*.parquet")
+    pq.write_table(pq.read_table(path).take([0, 1, 3]), path)
+    with pytest.raises(ValueError, match="split 'train' is 0:4 of 3 episodes, and 1 of them not there"):
+        open_dataset(folder)
+    with open_dataset(folder, skip_bad=True) as data:
+        assert [data.number(e) for e in range(3)] == [0, 1, 3]
+        for e, own in enumerate((0, 1, 3)):
+            assert number_of(data.image(e, 4)) == 2 * own + 4
+            assert np.array_equal(data.index.actions_NA[data.starts[e]:][:6], made[own].actions)
+
+
+def test_video_files_are_divided_otherwise_than_tables(tmp_path):
+    """starVLA issues 279 and 90."""
+    made, folder = video_set(tmp_path, "v3.0", count=4)
+    video, = folder.rglob("*.mp4")
+    for number in (0, 1):
+        path = video.with_name(f"file-00{number}.mp4")
+        path.unlink(missing_ok=True)
+        _encode_video(path, np.concatenate([one.images for one in made[2 * number:2 * number + 2]]), "rgb")
+    path, = folder.glob("meta/episodes/*/*.parquet")
+    rows = pq.read_table(path).to_pylist()
+    for number, row in enumerate(rows[2:]):
+        row["videos/observation.images.image/file_index"], row["videos/observation.images.image/from_timestamp"] = 1, number * 6 / FPS
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    with open_dataset(folder) as data:
+        assert [[number_of(data.image(e, t)) for t in (0, 5)] for e in range(4)] == [[2 * e, 2 * e + 5] for e in range(4)]
+
+
+def test_rows_of_two_episodes_that_were_exchanged_are_refused(tmp_path):
+    """Frame numbers still count from 0, so that only the column of the episode tells."""
+    rng = np.random.default_rng(0)
+    made = [Episode(rng.integers(0, 256, (4, 16, 16, 3), dtype=np.uint8), rng.uniform(0, 1, (4, 7)).astype(np.float32), "do it") for _ in range(2)]
+    folder = write_lerobot(tmp_path / "tabletop_rows", made, "v3.0", "png")
+    path, = folder.glob("data/*/*.parquet")
+    pq.write_table(pq.read_table(path).take([0, 1, 2, 7, 4, 5, 6, 3]), path)
+    with pytest.raises(ValueError, match="episode 0 has 4 rows and meta says 4, one after the other"):
+        open_dataset(folder)

@@ -340,12 +340,14 @@ CELL = st.one_of(st.none(), st.booleans(), st.integers(-2, 9), st.floats(width=3
                  st.lists(st.floats(-1, 1, width=32), max_size=8), st.lists(st.lists(st.floats(-1, 1, width=32), max_size=8), max_size=3))
 TYPES = ["float64", "float32", "float16", "int64", "int32", "int8", "uint8", "string", "bool", "list<double>", "list<int32>",
          "list<float16>", "large_list<float>"]
-EDIT = st.one_of(
-    st.tuples(st.sampled_from(["drop", "twice", "first", "rename"]), st.sampled_from(COLUMNS)),
-    st.tuples(st.just("cast"), st.sampled_from(COLUMNS), st.sampled_from(TYPES)),
-    st.tuples(st.just("cell"), st.sampled_from(COLUMNS), st.integers(0, 14), CELL),
-    st.tuples(st.sampled_from(["move", "copy", "exchange"]), st.integers(0, 14), st.integers(0, 14)),
-    st.tuples(st.just("remove"), st.integers(0, 14)))
+
+
+def edits_of(columns):
+    """What is done to a table with these columns."""
+    column, row = st.sampled_from(columns), st.integers(0, 14)
+    return st.one_of(st.tuples(st.sampled_from(["drop", "twice", "first", "rename"]), column),
+                     st.tuples(st.just("cast"), column, st.sampled_from(TYPES)), st.tuples(st.just("cell"), column, row, CELL),
+                     st.tuples(st.sampled_from(["move", "copy", "exchange"]), row, row), st.tuples(st.just("remove"), row))
 
 
 def edited(table, edit):
@@ -402,7 +404,7 @@ def told_by(table, tasks):
 
 
 @pytest.mark.parametrize("version", ["v2.1", "v3.0"])
-@given(edits=st.lists(EDIT, min_size=1, max_size=3), skip=st.booleans())
+@given(edits=st.lists(edits_of(COLUMNS), min_size=1, max_size=3), skip=st.booleans())
 def test_a_table_of_any_columns_and_rows_gives_its_own_labels_or_is_refused(others, version, edits, skip):
     import pyarrow.parquet as pq
 
@@ -430,6 +432,33 @@ def test_a_table_of_any_columns_and_rows_gives_its_own_labels_or_is_refused(othe
                 got = (data.index.actions_NA[int(data.starts[e]) + t].tobytes(), data.instruction(e, t))
                 assert len(told) == 1 and got == told[0], f"episode {data.number(e)}, frame {t}: {got} and the table says {told}"
         data.close()
+    finally:
+        path.write_bytes(whole)
+
+
+META = ["episode_index", "length", "tasks", "data/chunk_index", "data/file_index"]
+
+
+@given(edits=st.lists(edits_of(META), min_size=1, max_size=3), skip=st.booleans())
+def test_a_list_of_episodes_of_any_columns_and_rows_gives_no_episode_anothers_labels(others, edits, skip):
+    import pyarrow.parquet as pq
+
+    folder, _ = others["v3.0"]
+    path, = (folder / "meta/episodes").rglob("*.parquet")
+    whole, table = path.read_bytes(), pq.ParquetFile(path).read()
+    told = told_by(pq.ParquetFile(next((folder / "data").rglob("*.parquet"))).read(), {i: f"do {i}" for i in range(3)})
+    for edit in edits:
+        after = edited(table, edit) if table.num_rows else None
+        table = after if after is not None else table
+    try:
+        pq.write_table(table, path)
+        data = refused_by_name(lambda: open_dataset(folder, skip_bad=skip), folder, folder.name)
+        if data is not None:
+            for e in range(len(data)):
+                first, number = int(data.starts[e]), data.number(e)
+                got = [(data.index.actions_NA[first + t].tobytes(), data.instruction(e, t)) for t in range(int(data.lengths[e]))]
+                assert [[one] for one in got] == [told[number, t] for t in range(4 + number)]
+            data.close()
     finally:
         path.write_bytes(whole)
 

@@ -429,6 +429,9 @@ class LeRobotDataset(DemoDataset):
             index.bad[told] = lacking
         return first, last - first
 
+    def number(self, episode: int) -> int:
+        return int(self.index.places["number_E"][self._numbers[episode]])
+
     def last_of_files(self) -> List[int]:
         if not self._info.video:
             return []
