@@ -821,7 +821,8 @@ def test_video_files_are_divided_otherwise_than_tables(tmp_path):
 def test_rows_of_two_episodes_that_were_exchanged_are_refused(tmp_path):
     """Frame numbers still count from 0, so that only the column of the episode tells."""
     rng = np.random.default_rng(0)
-    made = [Episode(rng.integers(0, 256, (4, 16, 16, 3), dtype=np.uint8), rng.uniform(0, 1, (4, 7)).astype(np.float32), "do it") for _ in range(2)]
+    made = [Episode(rng.integers(0, 256, (4, 16, 16, 3), dtype=np.uint8), rng.uniform(0, 1, (4, 7)).astype(np.float32), "do it")
+            for _ in range(2)]
     folder = write_lerobot(tmp_path / "tabletop_rows", made, "v3.0", "png")
     path, = folder.glob("data/*/*.parquet")
     pq.write_table(pq.read_table(path).take([0, 1, 2, 7, 4, 5, 6, 3]), path)
