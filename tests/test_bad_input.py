@@ -123,6 +123,8 @@ def has(message, *words):
     (["--hsw.layers", "x"], ["--hsw.layers must be a list of whole numbers such as '[1, 2]', or null"]),
     (["--data.datasets", "one"], ["--data.datasets must be a list of words such as '[one, two]', not 'one'"]),
     (["--train.lr", "inf"], ["--train.lr inf: must be a finite number"]),
+    (["--name", "0000-00-00"], ["--name '0000-00-00' on the command line cannot be read", "put quotes around a text"]),
+    (["--probe.name", "!!int a"], ["--probe.name '!!int a' on the command line cannot be read"]),
     (["--threads", "0"], ["--threads 0: must be at least 1"]),
     (["--seed", "-5"], ["--seed -5: must be in [0, 2^32)"]),
     (["--evaluate.seed", "-5"], ["--evaluate.seed -5: must be null, or in [0, 100000)"]),

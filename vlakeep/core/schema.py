@@ -249,7 +249,9 @@ def parse(cls, name: Optional[str], argv: List[str]):
         made = _parser(cls).parse_args(args)
     except draccus.utils.DecodingError as error:
         raise _wrong_type(cls, error, pairs, tree, path) from error
-    except yaml.YAMLError as error:
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError, AttributeError, KeyError) as error:
         raise ConfigError("\n".join(_unreadable(pairs)) or f"the command line could not be read: {error}") from error
     except SystemExit as error:
         raise ConfigError(f"the command line could not be read: {' '.join(args)}") from error
