@@ -16,6 +16,7 @@ from vlakeep.data.index import optional
 _OPEN_FILES = 8  # per thread
 _AGAIN = "copy, download or make the file again"
 TOLERANCE = 0.25  # of a frame's time
+_ATTACHED = 0x400  # AV_DISPOSITION_ATTACHED_PIC
 
 
 def _open(path: Path):
@@ -46,10 +47,14 @@ def _open(path: Path):
 
 
 def _views(container) -> list:
-    """The video streams of a container, without a still picture that it carries as its cover; that one alone if there is no other."""
-    covers = {"mjpeg", "png", "bmp", "gif", "webp"}
+    """The video streams of a container, without a still picture that it carries as its cover; a single one is no cover."""
     streams = list(container.streams.video)
-    return [one for one in streams if len(streams) == 1 or not (one.codec_context and one.codec_context.name in covers and one.frames <= 1)]
+    return [one for one in streams if len(streams) == 1 or not _is_cover(one)]
+
+
+def _is_cover(stream) -> bool:
+    still = stream.codec_context is not None and stream.codec_context.name in ("mjpeg", "png", "bmp", "gif", "webp")
+    return bool(int(getattr(stream, "disposition", 0)) & _ATTACHED) or (still and stream.frames == 1)
 
 
 def _upright(picture) -> np.ndarray:
