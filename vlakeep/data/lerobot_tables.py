@@ -12,7 +12,6 @@ import numpy as np
 from vlakeep.data.conventions import FILE
 from vlakeep.data.index import optional
 
-_LARGE = 8 << 20  # bytes of a file
 AGAIN = "copy, download or make the data set again"
 
 
@@ -29,8 +28,7 @@ def parquet_table(path: Path, columns=None, unread=(), maybe=()):
             raise ValueError(f"{path}: no column {', '.join(missing)} among {', '.join(file.schema_arrow.names)}; "
                              f"name the columns that are there with `actions:` or `text:` in the set's {FILE}, or {AGAIN}")
         there = [name for name in maybe if name in file.schema_arrow.names]
-        threads = path.stat().st_size > _LARGE  # starting them takes longer than reading a small file
-        return file.read(columns=[*columns, *there] if columns is not None else None, use_threads=threads)
+        return file.read(columns=[*columns, *there] if columns is not None else None)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as parquet ({error}); {AGAIN}") from error
 
