@@ -23,7 +23,7 @@ from vlakeep.data.conventions import FILE, DataCard
 from vlakeep.data.dataset import USUAL, Conventions, DemoDataset
 from vlakeep.data.images import decode_image
 from vlakeep.data.index import EpisodeIndex, IndexBuilder, all_files, cached_index
-from vlakeep.data.lerobot_tables import AGAIN, json_lines, number_rows, parquet_table
+from vlakeep.data.lerobot_tables import AGAIN, json_lines, number_rows, parquet_table, runs_of
 from vlakeep.data.parquet_pictures import ParquetPictures, PictureLooks, bytes_of
 from vlakeep.data.video import TOLERANCE, VideoReader, missing_frame, video_times
 
@@ -292,17 +292,6 @@ def _rate(times: np.ndarray) -> float:
     return float(1 / np.median(np.diff(times))) if len(times) > 1 and np.median(np.diff(times)) > 0 else 0.0
 
 
-def _runs(episodes_N: np.ndarray) -> Dict[Any, Tuple[int, int, bool]]:
-    """Episode -> (its first row, its rows, whether they are one after the other), of the number of the episode in each row. In one pass: a
-    file may hold all episodes of a set."""
-    starts = np.flatnonzero(np.concatenate([[True], episodes_N[1:] != episodes_N[:-1]])) if len(episodes_N) else np.empty(0, np.int64)
-    found: Dict[Any, Tuple[int, int, bool]] = {}
-    for number, start, end in zip(episodes_N[starts].tolist(), starts.tolist(), [*starts[1:].tolist(), len(episodes_N)]):
-        first, count, _ = found.get(number, (start, 0, True))
-        found[number] = (first, count + end - start, count == 0)
-    return found
-
-
 def build_index(info: Info, name: str) -> EpisodeIndex:
     """Read every parquet file without its pictures and check it against meta. Errors name file, episode and row."""
     places, tasks = read_places(info), read_tasks(info)
@@ -326,7 +315,7 @@ def build_index(info: Info, name: str) -> EpisodeIndex:
                 table, episodes, opened, looks = None, None, path, None
                 read = parquet_table(path, columns, unread)
                 episodes = read["episode_index"].to_numpy()
-                runs = _runs(episodes)
+                runs = runs_of(episodes)
                 looks = PictureLooks(info.folder, path, info.camera, episodes) if not info.video else None
                 table = read
             elif table is None:
