@@ -725,7 +725,8 @@ def test_texts_that_are_json_are_told(tmp_path):
     ("grippers: [{dimension: 6, open: 1, closed: 0, open: 0}]", "`open` comes twice"),
     ("grippers: [{dimension: true, open: 1, closed: 0}]", "must have dimension"), ("chunk: 0", "chunk: must be at least 1"),
     ("width: 0", "width: must be at least 1"), ("frame_rate: 0", "frame_rate: must be at least 1"),
-    (f"frame_rate: {10 ** 30}", "frame_rate: must be a number"), ("grippers: [{dimension: 6, open: .nan, closed: 0}]", "must have dimension"),
+    (f"frame_rate: {10 ** 30}", "frame_rate: must be a number"),
+    ("grippers: [{dimension: 6, open: .nan, closed: 0}]", "must have dimension"),
     ("robot: 2001-99-99", "cannot be read as YAML"), ("width: 0x", "width"), ("[a]: b", "a key must be a word"), ("&a [*a]", "must hold"),
     ("robot: " + "[" * 5000, "cannot be read as YAML"), ("width: " + "9" * 5000, "cannot be read as YAML")])
 def test_a_card_is_read_strictly(tmp_path, words, told):
