@@ -19,6 +19,7 @@ from vlakeep.benchmarks.records import Records
 from vlakeep.core.checkpoint import list_checkpoints
 from vlakeep.core.errors import DiskFull, explain
 from vlakeep.core.rundir import RunLock, read_metrics
+from vlakeep.core.strict_yaml import read_mapping
 from vlakeep.data import writer
 from vlakeep.data.rlds import RldsDataset
 from vlakeep.data.sample import Episode, Sample
@@ -122,6 +123,8 @@ def has(message, *words):
     (["--hsw.layers", "x"], ["--hsw.layers must be a list of whole numbers such as '[1, 2]', or null"]),
     (["--data.datasets", "one"], ["--data.datasets must be a list of words such as '[one, two]', not 'one'"]),
     (["--train.lr", "inf"], ["--train.lr inf: must be a finite number"]),
+    (["--name", "0000-00-00"], ["--name '0000-00-00' on the command line cannot be read", "put quotes around a text"]),
+    (["--probe.name", "!!int a"], ["--probe.name '!!int a' on the command line cannot be read"]),
     (["--threads", "0"], ["--threads 0: must be at least 1"]),
     (["--seed", "-5"], ["--seed -5: must be in [0, 2^32)"]),
     (["--evaluate.seed", "-5"], ["--evaluate.seed -5: must be null, or in [0, 100000)"]),
@@ -153,6 +156,17 @@ def test_files_that_are_no_configuration(refused, tmp_path, content, words):
     if content is not None:
         path.write_bytes(content)
     has(refused("train", "--config", path), path, *words)
+
+
+@pytest.mark.parametrize("content", [b"train: [", b"a: 1\na: 2\n", b"\xff", b"[]", b"a: 2001-99-99\n", b"a: " + b"[" * 3000, b"{[a]: 1}"])
+def test_a_damaged_configuration_is_a_damaged_file(refused, tmp_path, content):
+    """Of a run, and one that is given: PyYAML says of some in Python's own words, or keeps the last of two equal keys."""
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    has(refused("train", "--config", path), path)
+    with pytest.raises(ValueError, match="is damaged") as error:
+        read_mapping(path, "train again")
+    has(str(error.value), path, "train again")
 
 
 def test_a_value_may_start_with_a_minus():
@@ -233,6 +247,7 @@ def remake(folder, tokens, lora, section):
     """The artefact in `folder` as `vlakeep offline` would have made it with these tokens and this lora section."""
     meta = json.loads((folder / "meta.json").read_text())
     meta["config"]["tokens"], meta["lora"] = section, lora
+    meta.pop("meta_sha256")
     if tokens is None:
         (folder / "tokens.safetensors").unlink()
         meta["files"].pop("tokens.safetensors")

@@ -3,10 +3,11 @@
 import gzip
 import json
 import shlex
+import struct
 
 import numpy as np
 import pytest
-from test_data_formats import FPS, NAME, copy, edit_json, episodes, written  # noqa: F401  (fixtures)
+from test_data_formats import FPS, NAME, _encode_video, copy, edit_json, episodes, write_lerobot, written  # noqa: F401  (fixtures)
 
 from vlakeep.data import card, hdf5, lerobot
 from vlakeep.data.conventions import FILE
@@ -504,3 +505,328 @@ def test_too_few_frames_are_not_blamed_on_a_gripper(tmp_path):
     with open_dataset(rlds(tmp_path, change=one_step)[0]) as data:
         problems = card.look_at(data)["problems"]
     assert problems and all("3 frames are too few for quantiles: add episodes" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("what", ["v2.1-png", "v3.0-png"])
+def test_two_texts_of_one_task_are_refused(written, tmp_path, what):  # noqa: F811
+    """ROBOTIS physical_ai_tools pull 78: a merge that numbered the tasks of both sets from 0. The last text was taken for all."""
+    folder = copy(written, what, tmp_path)
+    data = open_dataset(folder)
+    text, number = data.index.texts[0], len(data.index.texts)
+    if what.startswith("v2"):
+        path = folder / "meta/tasks.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    else:
+        path = folder / "meta/tasks.parquet"
+        rows = pq.read_table(path).to_pylist()
+
+    def write(more):
+        if what.startswith("v2"):
+            path.write_text("\n".join(json.dumps(row) for row in [*rows, *more]))
+        else:
+            pq.write_table(pa.Table.from_pylist([*rows, *more]), path)
+
+    write([dict(row) for row in rows])  # the same once more changes nothing
+    assert open_dataset(folder).index.texts[:number] == data.index.texts
+    for more in ([{"task_index": 0, "task": "another"}], [{"task_index": 0, "task": ""}]):
+        write(more)
+        with pytest.raises(ValueError, match=f"{path.name}: task 0 has two texts, {text!r} and .*a number of its own"):
+            open_dataset(folder, skip_bad=True)
+
+
+def numbered(count, first=0, size=64):
+    """uint8 [count, size, size, 3]: pictures whose left half tells their number, with a light corner on the upper left."""
+    frames = np.full((count, size, size, 3), 30, np.uint8)
+    frames[:, :, :size // 2] = (10 + 12 * (first + np.arange(count)))[:, None, None, None]
+    frames[:, :8, :8] = 255
+    return frames
+
+
+def number_of(picture):
+    return round((float(picture[40:, 4:20].mean()) - 10) / 12)
+
+
+def video_set(folder, version, count=3, steps=6):
+    made = [Episode(numbered(steps, 2 * i), np.random.default_rng(i).uniform(-1, 1, (steps, 7)).astype(np.float32), "do it")
+            for i in range(count)]
+    for one in made:
+        one.actions[:, 6] = np.arange(steps) > 2
+    return made, write_lerobot(folder / f"tabletop_{version}", made, version, "rgb")
+
+
+def test_a_video_with_the_frames_of_a_discarded_take_is_refused(tmp_path):
+    """huggingface/lerobot issue 4109: they come before those of the episode, so that each picture had the action of another."""
+    made, folder = video_set(tmp_path, "v2.1")
+    video = sorted(folder.rglob("*.mp4"))[1]
+    _encode_video(video, np.concatenate([numbered(5, 9), made[1].images]), "rgb")
+    with pytest.raises(ValueError, match="episode 1 has 11 frames there and 6 rows.*discarded take.*spare_frames: end"):
+        open_dataset(folder)
+    with open_dataset(folder, skip_bad=True) as data:
+        assert [data.number(e) for e in range(len(data))] == [0, 2] and number_of(data.image(1, 3)) == 7
+    _encode_video(video, np.concatenate([made[1].images, numbered(5, 9)]), "rgb")
+    (folder / FILE).write_text("spare_frames: end\n")
+    with open_dataset(folder) as data:
+        assert [number_of(data.image(1, t)) for t in range(6)] == [2, 3, 4, 5, 6, 7]
+    (folder / FILE).write_text("spare_frames: begin\n")
+    with pytest.raises(ValueError, match="spare_frames: must be end"):
+        open_dataset(folder)
+
+
+@pytest.mark.parametrize("frames, fits", [(6, True), (7, True), (8, False), (4, False)])
+def test_an_episode_is_as_long_in_its_video_as_in_its_table(tmp_path, frames, fits):
+    """v3.0 says in meta when each episode ends in the file."""
+    made, folder = video_set(tmp_path, "v3.0")
+    path, = folder.glob("meta/episodes/*/*.parquet")
+    rows = pq.read_table(path).to_pylist()
+    camera = "videos/observation.images.image/"
+    for i, row in enumerate(rows):
+        row[camera + "to_timestamp"] = row[camera + "from_timestamp"] + (frames if i == 1 else 6) / FPS
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    if fits:
+        assert len(open_dataset(folder)) == 3
+    else:
+        with pytest.raises(ValueError, match=f"episode 1 has {frames} frames there and 6 rows"):
+            open_dataset(folder)
+
+
+def test_a_video_that_was_cut_without_encoding_is_read_from_its_beginning(tmp_path):
+    """huggingface/lerobot issue 4025: frames before the cut stay in the file and are not shown."""
+    made, folder = video_set(tmp_path, "v2.1")
+    video, whole = sorted(folder.rglob("*.mp4"))[1], tmp_path / "whole.mp4"
+    _encode_video(whole, np.concatenate([numbered(8, 9), made[1].images]), "rgb")  # the fifth is a key frame
+    with av.open(str(whole)) as source, av.open(str(video), "w") as out:
+        stream = source.streams.video[0]
+        target = getattr(out, "add_stream_from_template", lambda template: out.add_stream(template=template))(stream)
+        late = int(8 / FPS / stream.time_base)
+        for packet in source.demux(stream):
+            if packet.dts is not None:
+                packet.dts, packet.pts, packet.stream = packet.dts - late, packet.pts - late, target
+                out.mux(packet)
+    with open_dataset(folder) as data:
+        assert [number_of(data.image(1, t)) for t in range(6)] == [2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("matrix, corner", [((0, 65536, -65536, 0), (0, -1)), ((-65536, 0, 0, -65536), (-1, -1)),
+                                            ((0, -65536, 65536, 0), (-1, 0)), ((65536, 0, 0, -65536), None)])
+def test_a_video_is_turned_as_its_container_says(tmp_path, matrix, corner):
+    """meta-pytorch/torchcodec pull 1173: what a telephone films upright lies on its side in the file."""
+    _, folder = video_set(tmp_path, "v2.1")
+    for video in folder.rglob("*.mp4"):
+        data = bytearray(video.read_bytes())
+        at = data.find(b"tkhd")
+        at += 8 + (32 if data[at + 4] else 20) + 16
+        a, b, c, d = matrix
+        data[at:at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 64 << 16, 64 << 16, 1 << 30)
+        video.write_bytes(bytes(data))
+    with open_dataset(folder) as data:
+        if corner is None:
+            with pytest.raises(ValueError, match="its container mirrors it.*ffmpeg -i IN OUT.mp4"):
+                data.image(0, 0)
+            return
+        picture = data.image(0, 3)
+        lights = {(y, x): float(picture[slice(0, 6) if y == 0 else slice(-6, None), slice(0, 6) if x == 0 else slice(-6, None)].mean())
+                  for y in (0, -1) for x in (0, -1)}
+        assert max(lights, key=lambda key: lights[key]) == corner
+
+
+def test_a_file_of_two_videos_is_refused_and_a_cover_read_over(tmp_path):
+    made, folder = video_set(tmp_path, "v2.1")
+    video = sorted(folder.rglob("*.mp4"))[0]
+    with av.open(str(video), "w") as out:
+        streams = [out.add_stream("libx264", rate=FPS) for _ in range(2)]
+        for one, side in zip(streams, (32, 64)):
+            one.width = one.height = side
+            one.pix_fmt = "yuv420p"
+        for picture in made[0].images:
+            for one, image in zip(streams, (np.zeros((32, 32, 3), np.uint8), picture)):
+                out.mux(one.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
+        for one in streams:
+            out.mux(one.encode())
+    with pytest.raises(ValueError, match=f"{video.name} holds 2 video streams .32 x 32, 64 x 64.*-map 0:v:0"):
+        open_dataset(folder)
+    with av.open(str(video), "w") as out:
+        cover, one = out.add_stream("mjpeg", rate=FPS), out.add_stream("libx264", rate=FPS)
+        for stream, side, kind in ((cover, 32, "yuvj420p"), (one, 64, "yuv420p")):
+            stream.width, stream.height, stream.pix_fmt = side, side, kind
+        out.mux(cover.encode(av.VideoFrame.from_ndarray(np.full((32, 32, 3), 200, np.uint8), format="rgb24")))
+        for image in made[0].images:
+            out.mux(one.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
+        out.mux(cover.encode())
+        out.mux(one.encode())
+    with open_dataset(folder) as data:
+        assert [number_of(data.image(0, t)) for t in range(6)] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_text_beside_the_steps_is_read(tmp_path):
+    """tensorflow/datasets pull 11096: TFDS's RLDS base writes episode metadata there. The card that was offered changed nothing."""
+    def beside(name):
+        def change(number, features):
+            features[name] = [features.pop("steps/language_instruction")[0] + b" %d" % number]
+        return change
+
+    for name in ("language_instruction", "task_text"):
+        version, _ = rlds(tmp_path / name, change=beside(name))
+        if name == "task_text":
+            with pytest.raises(ValueError, match="no 'steps/language_instruction'(.|\n)*\ntext: task_text\n"):
+                open_dataset(version)
+            (version.parent / FILE).write_text("text: task_text\n")
+        with open_dataset(version) as data:
+            assert data.languages == [f"open it {i}" for i in range(3)]
+
+
+def test_several_pictures_a_step_are_called_so(tmp_path):
+    """google-deepmind/envlogger issue 14."""
+    def several(number, features):
+        features["steps/observation/image"] = [one for one in features["steps/observation/image"] for _ in range(3)]
+
+    with pytest.raises(ValueError, match="24 pictures, 8 instructions and 56 action values do not make equal steps .3 pictures a step"):
+        open_dataset(rlds(tmp_path, change=several)[0])
+
+
+def test_pictures_kept_as_numbers_are_called_so(written, tmp_path):  # noqa: F811
+    """huggingface/lerobot issue 1449."""
+    folder, camera = copy(written, "v2.1-png", tmp_path), "observation.images.image"
+    edit_json("meta/info.json", lambda info: info["features"][camera].update(dtype="uint8", shape=[64, 64, 3]))(folder)
+    with pytest.raises(ValueError, match=f"{camera}: pictures kept as numbers, dtype uint8.*dtype as image or video"):
+        open_dataset(folder)
+
+
+def test_what_a_file_keeps_for_validation_is_told(tmp_path):
+    """SimarKareer/EgoMimic issue 7, isaac-sim/IsaacLab issue 163: robomimic's own split."""
+    path = tmp_path / "robomimic_set" / "image.hdf5"
+    path.parent.mkdir()
+    rng = np.random.default_rng(0)
+    with h5py.File(path, "w") as file:
+        for number in range(4):
+            demo = file.create_group(f"data/demo_{number}")
+            demo["actions"] = np.where(np.arange(7) == 6, np.where(np.arange(6) < 3, -1, 1)[:, None], rng.uniform(-1, 1, (6, 7)))
+            demo["obs/agentview_rgb"] = rng.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+        file["mask/train"], file["mask/valid"] = np.array([b"demo_0", b"demo_1"]), np.array([b"demo_2", b"demo_3", b"demo_9"])
+        file["mask/test_few"] = np.array([b"demo_3"])
+    (path.parent / FILE).write_text("instruction: do it\nrotate: false\ngrippers: [{dimension: 6, open: -1, closed: 1}]\n")
+
+    def told(fraction):
+        with open_dataset(path.parent, fraction) as data:
+            return [note for note in card.look_at(data)["notes"] if "for validation" in note]
+
+    assert told(0.5) == [] and told(0.75)[0].startswith("1 of the 3 episodes") and told(1.0)[0].startswith("2 of the 4 episodes")
+
+
+def test_texts_that_are_json_are_told(tmp_path):
+    """InternRobotics/InternNav issue 44."""
+    texts = (json.dumps({"sub_instruction": "walk ahead", "sub_indexes": [0, 8]}), "put the {red} cup down", "[red] cup")
+    with open_dataset(rlds(tmp_path, texts)[0]) as data:
+        note, = (note for note in card.look_at(data)["notes"] if "JSON" in note)
+    assert note.startswith("8 frames have a text that is JSON")
+
+
+@pytest.mark.parametrize("words, told", [
+    ("grippers: [{dimension: 6, open: 1, closed: 0}]\nwidth: 7\ngrippers: [{dimension: 6, open: 0, closed: 1}]", "`grippers` comes twice"),
+    ("grippers: [{dimension: 6, open: 1, closed: 0, open: 0}]", "`open` comes twice"),
+    ("grippers: [{dimension: true, open: 1, closed: 0}]", "must have dimension"), ("chunk: 0", "chunk: must be at least 1"),
+    ("width: 0", "width: must be at least 1"), ("frame_rate: 0", "frame_rate: must be at least 1"),
+    (f"frame_rate: {10 ** 30}", "frame_rate: must be a number"),
+    ("grippers: [{dimension: 6, open: .nan, closed: 0}]", "must have dimension"),
+    ("robot: 2001-99-99", "cannot be read as YAML"), ("width: 0x", "width"), ("[a]: b", "a key must be a word"), ("&a [*a]", "must hold"),
+    ("robot: " + "[" * 5000, "cannot be read as YAML"), ("width: " + "9" * 5000, "cannot be read as YAML")])
+def test_a_card_is_read_strictly(tmp_path, words, told):
+    version, _ = rlds(tmp_path)
+    (version.parent / FILE).write_text(words)
+    with pytest.raises(ValueError, match=told) as error:
+        open_dataset(version)
+    assert FILE in str(error.value)
+
+
+def test_colours_in_another_order_are_declared(written, tmp_path):  # noqa: F811
+    """Tavish9/any4lerobot pull 38: some robots' pictures are BGR; nothing in the files says which."""
+    for what in ("rlds-png", "hdf5", "v2.1-png"):
+        folder = copy(written, what, tmp_path / what)
+        with open_dataset(folder) as data:
+            before = data.image(1, 2)
+            plain, words = data.fingerprint(), "" if data.conventions.card is None else (folder / FILE).read_text()
+        (folder / FILE).write_text(words + "colours: bgr\n")
+        with open_dataset(folder) as data:
+            after = data.image(1, 2)
+            assert after.flags.c_contiguous and data.fingerprint() != plain
+            assert not np.array_equal(after, before)  # HDF5's go through JPEG
+            assert np.abs(after.astype(int) - before[..., ::-1]).max() <= (80 if what == "hdf5" else 0)
+        (folder / FILE).write_text(words + "colours: brg\n")
+        with pytest.raises(ValueError, match="colours: must be rgb or bgr"):
+            open_dataset(folder)
+
+
+def test_damaged_caches_are_made_anew(tmp_path):
+    """A list of entries that lost one ended in a KeyError in training, and a card that lost a bit told other numbers."""
+    version, _ = rlds(tmp_path)
+    cache = tmp_path / "cache"
+
+    def looked():
+        with open_dataset(version, cache_dir=cache) as data:
+            return card.cached_look(data, cache, None, None), data.image(1, 1).tobytes()
+
+    before = looked()
+    index, = cache.glob("rlds_index_*")
+    whole = index.read_bytes()
+    with np.load(index) as entries:
+        less = {name: entries[name] for name in entries.files if name != "length_N"}
+    np.savez(index, **less)
+    assert looked() == before and index.read_bytes() == whole
+    for at in range(len(whole) - 200, len(whole), 7):
+        index.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+        assert looked() == before
+    report, = cache.glob("data_card_*")
+    told = report.read_text()
+    report.write_text(told.replace('"episodes": 3', '"episodes": 8'))
+    assert report.read_text() != told and looked() == before and report.read_text() == told
+    report.write_text(json.dumps(before[0]))  # as older versions wrote it
+    assert looked() == before
+
+
+def test_an_empty_list_of_episodes_is_called_so(written, tmp_path):  # noqa: F811
+    folder = copy(written, "v2.1-png", tmp_path)
+    (folder / "meta/episodes.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="meta: the list of episodes is empty; copy"):
+        open_dataset(folder, skip_bad=True)
+
+
+def test_episodes_that_were_lost_leave_the_numbers_of_the_others(tmp_path):
+    """almond-bot/axol pull 158: a gap in meta/episodes, after which other readers show each episode another's video."""
+    made, folder = video_set(tmp_path, "v3.0", count=4)
+    path, = folder.glob("meta/episodes/*/*.parquet")
+    pq.write_table(pq.read_table(path).take([0, 1, 3]), path)
+    with pytest.raises(ValueError, match="split 'train' is 0:4 of 3 episodes, and 1 of them not there"):
+        open_dataset(folder)
+    with open_dataset(folder, skip_bad=True) as data:
+        assert [data.number(e) for e in range(3)] == [0, 1, 3]
+        for e, own in enumerate((0, 1, 3)):
+            assert number_of(data.image(e, 4)) == 2 * own + 4
+            assert np.array_equal(data.index.actions_NA[data.starts[e]:][:6], made[own].actions)
+
+
+def test_video_files_are_divided_otherwise_than_tables(tmp_path):
+    """starVLA issues 279 and 90."""
+    made, folder = video_set(tmp_path, "v3.0", count=4)
+    video, = folder.rglob("*.mp4")
+    for number in (0, 1):
+        path = video.with_name(f"file-00{number}.mp4")
+        path.unlink(missing_ok=True)
+        _encode_video(path, np.concatenate([one.images for one in made[2 * number:2 * number + 2]]), "rgb")
+    path, = folder.glob("meta/episodes/*/*.parquet")
+    rows = pq.read_table(path).to_pylist()
+    for number, row in enumerate(rows[2:]):
+        row["videos/observation.images.image/file_index"], row["videos/observation.images.image/from_timestamp"] = 1, number * 6 / FPS
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    with open_dataset(folder) as data:
+        assert [[number_of(data.image(e, t)) for t in (0, 5)] for e in range(4)] == [[2 * e, 2 * e + 5] for e in range(4)]
+
+
+def test_rows_of_two_episodes_that_were_exchanged_are_refused(tmp_path):
+    """Frame numbers still count from 0, so that only the column of the episode tells."""
+    rng = np.random.default_rng(0)
+    made = [Episode(rng.integers(0, 256, (4, 16, 16, 3), dtype=np.uint8), rng.uniform(0, 1, (4, 7)).astype(np.float32), "do it")
+            for _ in range(2)]
+    folder = write_lerobot(tmp_path / "tabletop_rows", made, "v3.0", "png")
+    path, = folder.glob("data/*/*.parquet")
+    pq.write_table(pq.read_table(path).take([0, 1, 2, 7, 4, 5, 6, 3]), path)
+    with pytest.raises(ValueError, match="episode 0 has 4 rows and meta says 4, one after the other"):
+        open_dataset(folder)

@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import tempfile
+from dataclasses import fields, is_dataclass
 
 import numpy as np
 import pytest
@@ -25,7 +26,11 @@ from vlakeep.core.config import Config, ConfigError, load_config, to_dict
 from vlakeep.core.errors import is_user_error
 from vlakeep.core.next_step import completed
 from vlakeep.core.rundir import read_metrics
+from vlakeep.core.schema import known_keys, type_of
+from vlakeep.core.strict_yaml import read_mapping
 from vlakeep.data import tfrecord
+from vlakeep.data.card import cached_look, look_at
+from vlakeep.data.conventions import DataCard
 from vlakeep.data.dataset import Conventions
 from vlakeep.data.formats import open_dataset
 from vlakeep.data.images import decode_image, encode_png
@@ -38,6 +43,7 @@ from vlakeep.openvla import prompts
 from vlakeep.openvla.action_tokenizer import ActionTokenizer
 from vlakeep.probe.masks import audit, mask_from_prompt
 from vlakeep.probe.probe_set import ProbeSet, write_probe
+from vlakeep.teacher import icsm_artifact
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
@@ -170,6 +176,99 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers(-10, 10) | st.floats
                     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=6)
 
 
+@given(st.one_of(st.binary(max_size=60), st.just(b"{}"), DAMAGE))
+def test_features_json_changes_no_label(rlds, content):
+    """Records say themselves what they hold; whatever else is beside them."""
+    version, shard, whole, before = rlds
+    shard.write_bytes(whole)
+    path = version / "features.json"
+    kept = path.read_bytes()
+    path.write_bytes(damaged(kept, content) if isinstance(content, tuple) else content)
+    try:
+        assert content_of(version) == before
+    finally:
+        path.write_bytes(kept)
+
+
+def content_of(folder, **options):
+    with open_dataset(folder, **options) as data:
+        return content(data)
+
+
+ODD_TEXT = st.one_of(TEXT, st.text(alphabet=st.characters(), max_size=20), st.sampled_from([
+    "open\x00it", "\u202eti nepo", "افتح الدرج", "e\u0301 and \xe9", "\u200bopen", "\ufeffopen", "🤖" * 9, "\ud83d", "a\ud800b", "\r\n",
+    "\u2028",     "open\tit", "'; rm -r /", '"', "{}", "%s{0}", "\x1b[31m"]))
+
+
+@given(st.lists(ODD_TEXT, min_size=2, max_size=2), st.sampled_from(["plain", "it's", "two\nlines", 'a "b" c', "ü 机器人", "$HOME `x`"]))
+def test_texts_come_back_as_they_were_written_wherever_the_set_lies(place, texts, name):
+    parent = place / "odd" / name
+    shutil.rmtree(place / "odd", ignore_errors=True)
+    version = write_rlds(parent, "tabletop_fuzz", episodes(2))
+    shard, = version.glob("*.tfrecord*")
+    payloads = [payload for _, payload in tfrecord.read_records(shard)]
+    shard.unlink()
+    encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+    with tfrecord.RecordWriter(shard) as writer:
+        for payload, text in zip(payloads, encoded):
+            found = {key: f.bytes() if f.kind == "bytes" else f.floats() if f.kind == "float" else f.ints()
+                     for key, f in tfrecord.parse_example(payload).items()}
+            found["steps/language_instruction"] = [text] * len(found["steps/language_instruction"])
+            writer.write(tfrecord.write_example(found))
+    data = refused_by_name(lambda: open_dataset(version, cache_dir=place / "odd cache"), shard.name, version)
+    if data is not None:
+        labelled = [text for text in texts if text]
+        assert data.languages == labelled and [text.encode("utf-8") for text in data.languages] == [one for one in encoded if one]
+        assert content_of(version, cache_dir=place / "odd cache") == content(data)
+        assert json.dumps(look_at(data))
+        data.close()
+
+
+@given(DAMAGE)
+def test_a_damaged_index_or_card_of_the_cache_is_made_anew(rlds, place, damage):
+    version, shard, whole, before = rlds
+    shard.write_bytes(whole)
+    cache = place / "cache"
+    shutil.rmtree(cache, ignore_errors=True)
+    with open_dataset(version, cache_dir=cache) as data:
+        report = cached_look(data, cache, None, None)
+    for path in sorted(cache.iterdir()):
+        kept = path.read_bytes()
+        path.write_bytes(damaged(kept, damage))
+        with open_dataset(version, cache_dir=cache) as data:
+            assert content(data) == before and cached_look(data, cache, None, None) == report
+        path.write_bytes(kept)
+
+
+CARD_VALUE = st.one_of(JSON, st.sampled_from([True, 0, -1, 1.5, float("nan"), float("inf"), 10**30, "6", [6], "end", "bgr",
+                                                  [0, 1, 2, 3], "m", [[1]], {"a": 1}]),
+                       st.lists(st.dictionaries(st.sampled_from(["dimension", "open", "closed", "relative", "x"]),
+                                                st.one_of(st.integers(-2, 8), st.booleans(), st.floats(), TEXT)), max_size=2))
+CARD = st.dictionaries(st.one_of(st.sampled_from([f.name for f in fields(DataCard)]), TEXT), CARD_VALUE, max_size=4)
+
+
+@given(st.one_of(CARD, st.binary(max_size=60), st.tuples(DAMAGE), st.text(alphabet="{}[]&*:!<>|-?'\" \n01ae", max_size=30)))
+def test_any_data_card_is_obeyed_or_refused_by_its_name(rlds, content):
+    version, shard, whole, before = rlds
+    shard.write_bytes(whole)
+    path = version.parent / "data_card.yaml"
+    if isinstance(content, dict):
+        content = yaml.safe_dump(content, allow_unicode=True).encode("utf-8", "surrogatepass")
+    elif isinstance(content, tuple):
+        content = damaged(b"width: 7\ngrippers:\n  - {dimension: 6, open: 1, closed: 0}\nunits: other\nclean_texts: true\n", content[0])
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    try:
+        data = refused_by_name(lambda: open_dataset(version), "data_card.yaml", shard.name, version)
+        if data is not None:
+            stored_NA, card = data.index.actions_NA, data.conventions.card
+            scaled = [d for d in range(stored_NA.shape[1]) if d not in {one.dimension for one in data.grippers}]
+            assert np.array_equal(data.standard_NA[:, scaled], stored_NA[:, scaled]) or data.degenerate
+            assert card is None or card.width in (None, stored_NA.shape[1])
+            data.close()
+    finally:
+        path.unlink()
+
+
 @given(st.data())
 def test_any_dataset_info_is_read_or_refused(rlds, data):
     version, shard, whole, before = rlds
@@ -234,6 +333,156 @@ def test_a_damaged_file_of_another_format_is_refused_by_name_or_read(others, wha
             opened.close()
     finally:
         path.write_bytes(whole)
+
+
+COLUMNS = ["action", "timestamp", "frame_index", "episode_index", "index", "task_index", "observation.images.image"]
+CELL = st.one_of(st.none(), st.booleans(), st.integers(-2, 9), st.floats(width=32), st.sampled_from(["", "0", "x"]),
+                 st.lists(st.floats(-1, 1, width=32), max_size=8), st.lists(st.lists(st.floats(-1, 1, width=32), max_size=8), max_size=3))
+TYPES = ["float64", "float32", "float16", "int64", "int32", "int8", "uint8", "string", "bool", "list<double>", "list<int32>",
+         "list<float16>", "large_list<float>"]
+
+
+def edits_of(columns):
+    """What is done to a table with these columns."""
+    column, row = st.sampled_from(columns), st.integers(0, 14)
+    return st.one_of(st.tuples(st.sampled_from(["drop", "twice", "first", "rename"]), column),
+                     st.tuples(st.just("cast"), column, st.sampled_from(TYPES)), st.tuples(st.just("cell"), column, row, CELL),
+                     st.tuples(st.sampled_from(["move", "copy", "exchange"]), row, row), st.tuples(st.just("remove"), row))
+
+
+def edited(table, edit):
+    """A table of pyarrow after one edit; None where pyarrow cannot make it."""
+    import pyarrow as pa
+
+    kind, *rest = edit
+    try:
+        if kind in ("drop", "twice", "first", "rename", "cast", "cell"):
+            at = table.column_names.index(rest[0])
+            column = table[rest[0]]
+            if kind == "drop":
+                return table.remove_column(at)
+            if kind == "twice":
+                return table.append_column(rest[0], column)
+            if kind == "first":
+                return table.remove_column(at).add_column(0, rest[0], column)
+            if kind == "rename":
+                return table.rename_columns([name + "s" if name == rest[0] else name for name in table.column_names])
+            if kind == "cast":
+                inner = {"list<double>": pa.list_(pa.float64()), "list<int32>": pa.list_(pa.int32()),
+                         "list<float16>": pa.list_(pa.float16()), "large_list<float>": pa.large_list(pa.float32()), "bool": pa.bool_()}
+                return table.set_column(at, rest[0], column.cast(inner.get(rest[1]) or getattr(pa, rest[1])(), safe=False))
+            values = column.to_pylist()
+            values[rest[1] % len(values)] = rest[2]
+            for wanted in (column.type, None):
+                try:
+                    return table.set_column(at, rest[0], pa.array(values, wanted))
+                except (pa.ArrowException, TypeError, ValueError, OverflowError):
+                    continue
+            return None
+        rows = list(range(table.num_rows))
+        a, b = (value % len(rows) for value in (rest * 2)[:2])
+        if kind == "exchange":
+            rows[a], rows[b] = rows[b], rows[a]
+        else:
+            row = rows[a] if kind == "copy" else rows.pop(a)
+            rows[b:b] = [] if kind == "remove" else [row]
+        return table.take(rows)
+    except (pa.ArrowException, ValueError, TypeError, KeyError, IndexError):
+        return None
+
+
+def told_by(table, tasks):
+    """(episode, frame) -> the actions and texts of all rows that say they are it."""
+    found = {}
+    for row in table.to_pylist():
+        try:
+            action = np.array([float(value) for value in row["action"]], np.float32)
+            found.setdefault((row["episode_index"], row["frame_index"]), []).append((action.tobytes(), tasks.get(row["task_index"])))
+        except (TypeError, ValueError, KeyError):
+            continue
+    return found
+
+
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+@given(edits=st.lists(edits_of(COLUMNS), min_size=1, max_size=3), skip=st.booleans())
+def test_a_table_of_any_columns_and_rows_gives_its_own_labels_or_is_refused(others, version, edits, skip):
+    import pyarrow.parquet as pq
+
+    folder, _ = others[version]
+    path = sorted((folder / "data").rglob("*.parquet"))[-1]
+    whole, table = path.read_bytes(), pq.ParquetFile(path).read()
+    tasks = {i: f"do {i}" for i in range(3)}
+    for edit in edits:
+        after = edited(table, edit) if table is not None and table.num_rows else None
+        table = after if after is not None else table
+    try:
+        pq.write_table(table, path)
+    except Exception:  # what parquet cannot hold
+        path.write_bytes(whole)
+        return
+    try:
+        data = refused_by_name(lambda: open_dataset(folder, skip_bad=skip), folder, folder.name)
+        if data is None:
+            return
+        files = sorted((folder / "data").rglob("*.parquet"))
+        told_of = [told_by(pq.ParquetFile(file).read(), tasks) for file in files]  # of v2.1 an episode each
+        for e in range(len(data)):
+            for t in range(int(data.lengths[e])):
+                told = told_of[data.number(e) % len(files)][data.number(e), t]
+                got = (data.index.actions_NA[int(data.starts[e]) + t].tobytes(), data.instruction(e, t))
+                assert len(told) == 1 and got == told[0], f"episode {data.number(e)}, frame {t}: {got} and the table says {told}"
+        data.close()
+    finally:
+        path.write_bytes(whole)
+
+
+META = ["episode_index", "length", "tasks", "data/chunk_index", "data/file_index"]
+
+
+@given(edits=st.lists(edits_of(META), min_size=1, max_size=3), skip=st.booleans())
+def test_a_list_of_episodes_of_any_columns_and_rows_gives_no_episode_anothers_labels(others, edits, skip):
+    import pyarrow.parquet as pq
+
+    folder, _ = others["v3.0"]
+    path, = (folder / "meta/episodes").rglob("*.parquet")
+    whole, table = path.read_bytes(), pq.ParquetFile(path).read()
+    told = told_by(pq.ParquetFile(next((folder / "data").rglob("*.parquet"))).read(), {i: f"do {i}" for i in range(3)})
+    for edit in edits:
+        after = edited(table, edit) if table.num_rows else None
+        table = after if after is not None else table
+    try:
+        pq.write_table(table, path)
+        data = refused_by_name(lambda: open_dataset(folder, skip_bad=skip), folder, folder.name)
+        if data is not None:
+            for e in range(len(data)):
+                first, number = int(data.starts[e]), data.number(e)
+                got = [(data.index.actions_NA[first + t].tobytes(), data.instruction(e, t)) for t in range(int(data.lengths[e]))]
+                assert [[one] for one in got] == [told[number, t] for t in range(4 + number)]
+            data.close()
+    finally:
+        path.write_bytes(whole)
+
+
+@given(st.lists(st.dictionaries(st.sampled_from(["episode_index", "length", "tasks", "x"]),
+                                st.one_of(st.integers(-1, 7), st.floats(), st.booleans(), TEXT, st.none()), max_size=3), max_size=4),
+       st.lists(st.dictionaries(st.sampled_from(["task_index", "task"]), st.one_of(st.integers(-1, 3), st.booleans(), TEXT, st.none()),
+                                max_size=2), max_size=4), st.booleans())
+def test_any_lines_of_episodes_and_tasks_are_read_or_refused(others, lines, tasks, keep):
+    folder, _ = others["v2.1"]
+    paths = [folder / "meta/episodes.jsonl", folder / "meta/tasks.jsonl"]
+    kept = [path.read_bytes() for path in paths]
+    whole = content_of(folder)
+    for path, data, made in zip(paths, kept, (lines, tasks)):
+        path.write_bytes((data + b"\n" if keep else b"") + "\n".join(map(json.dumps, made)).encode())
+    try:
+        data = refused_by_name(lambda: open_dataset(folder), folder)
+        if data is not None and keep:
+            assert content(data) == whole
+        if data is not None:
+            data.close()
+    finally:
+        for path, data in zip(paths, kept):
+            path.write_bytes(data)
 
 
 @given(st.binary(max_size=60), DAMAGE, st.booleans())
@@ -323,10 +572,11 @@ def test_every_frame_comes_once_in_an_epoch_wherever_one_begins(lengths, block, 
 
 # ---- configurations ----
 
-KEYS = ["train.lr", "train.steps", "data.datasets", "data.skip_bad", "probe.name", "hsw.layers", "lora.layers", "options.x",
-        "backbone.unnorm_key"]
+KEYS = ["options.x", *(key for key in known_keys(Config) if not is_dataclass(type_of(Config, key)) and key != "root")]
 WORD = st.one_of(TEXT, st.sampled_from(["1", "-1", "0.5", "1e-3", "true", "null", "[a, b]", "[1, 2]", "nan", "inf", "{}", "[", "'",
-                                        "机器人", "--x"]), st.integers().map(str), st.floats().map(str))
+                                        "机器人", "--x", "-inf", "1e400", "9" * 400, "0x10", "1_000",
+                                        "2001-99-99", "0x", "!!int a", "yes", "'true'", "1e", ".5", "{a: 1, a: 2}", "{[a]: 1}", "&a [*a]",
+                                        "[[[[", "\x00", "~", "190:20:30"]), st.integers().map(str), st.floats().map(str))
 
 
 @settings(max_examples=EXAMPLES or 8)
@@ -431,6 +681,40 @@ def test_any_bytes_as_weights(place, saved, content):
     path.write_bytes(damaged(whole, content) if isinstance(content, tuple) else content)
     if refused_by_name(lambda: tensor_table(path), path) is not None:
         refused_by_name(lambda: list(read_tensors([path], quiet=True)), path)
+
+
+@given(st.data())
+def test_a_damaged_artefact_is_refused_or_the_same(place, data):
+    folder = place / "artefact"
+    if not folder.exists():
+        meta = dict(weights_sha256="w" * 64, dtype="float32", quantisation="none", probe_sha256="p" * 64, probe_items=4, depth=4,
+                    layers=[1, 3], layer_map={"0": 1, "1": 1, "2": 3, "3": 3}, config={"rank": 2})
+        layers = {layer: dict(U_f=torch.ones(4, 1), U_p=torch.eye(4)[:, :2], mu=torch.arange(4.0), C_T=torch.eye(4)) for layer in (1, 3)}
+        icsm_artifact.write(folder, layers, {"a.p": torch.ones(4, 2)}, {"pooled.1": torch.ones(4, 4), "items": torch.arange(4)}, meta)
+
+    def everything():
+        found = icsm_artifact.load(folder)
+        return {**found.meta, "map": found.layer_map, "bases": [[t.tolist() for t in found.residual_basis(layer)] for layer in
+                                                                 found.layers],
+                "statistics": [[t.tolist() for t in found.teacher_statistics(layer)] for layer in found.layers],
+                "tokens": {name: {k: t.tolist() for k, t in one.items()} for name, one in found.token_bases().items()}}
+
+    before = everything()
+    path = data.draw(st.sampled_from(sorted(folder.iterdir())))
+    whole = path.read_bytes()
+    path.write_bytes(damaged(whole, data.draw(DAMAGE)))
+    try:
+        found = refused_by_name(everything, folder)
+        assert found is None or found == before
+    finally:
+        path.write_bytes(whole)
+
+
+@given(st.one_of(st.binary(max_size=60), DAMAGE))
+def test_a_damaged_configuration_of_a_run_is_refused_by_name(place, content):
+    path = place / "config.yaml"
+    path.write_bytes(damaged(yaml.safe_dump(to_dict(Config())).encode(), content) if isinstance(content, tuple) else content)
+    refused_by_name(lambda: read_mapping(path, "train again"), path)
 
 
 @pytest.fixture(scope="module")

@@ -234,6 +234,15 @@ def test_damaged_or_foreign_artefacts_are_refused_with_the_remedy(made):
     assert "decoder layers" in artifact.check(found, *good[:3], 18, *good[4:])[0]
     changed = artifact.check(found, *good[:2], {**section, "rank": 12}, *good[3:])
     assert len(changed) == 1 and "icsm.rank 24" in changed[0] and "vlakeep offline" in changed[0]
+    whole = (found.folder / "meta.json").read_text()
+    other = {**found.meta, "layer_map": {**found.meta["layer_map"], "2": found.meta["layers"][0] + 1}}  # what no file's hash would show
+    (found.folder / "meta.json").write_text(json.dumps(other))
+    with pytest.raises(artifact.ArtifactError, match="damaged .it is not what was written"):
+        artifact.load(found.folder)
+    other.pop("meta_sha256")
+    (found.folder / "meta.json").write_text(json.dumps(other))
+    assert artifact.load(found.folder).layer_map[2] == found.layers[0] + 1  # an older version's has no hash
+    (found.folder / "meta.json").write_text(whole)
     path = found.folder / f"U{found.layers[0]}_f.pt"
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(artifact.ArtifactError, match="damaged.*vlakeep offline"):

@@ -20,6 +20,7 @@ from vlakeep.core.storage import Storage, find_checkpoint, free_bytes
 from vlakeep.core.target import read_action_statistics, run_config, target_checkpoint
 from vlakeep.data.conventions import FILE
 
+_MANY = 500  # episodes, from which on the time for each says something
 SPARE_BYTES = 50_000_000  # logs, boards and states beside the tensors of a run's checkpoints
 HASHED_AT_MOST = 1_000_000_000  # bytes of base weights; preflight hashes no more, which takes seconds
 
@@ -176,7 +177,9 @@ def _data_card(report: dict) -> List[Line]:
     what, said = f"content of {report['name']}", "\n".join(lines({**report, "notes": []}))
     found = [Line(RED, what, problem, f"mend the data set, or correct {report['card'] or FILE}") for problem in report["problems"]]
     found += [Line(YELLOW, what, note) for note in report["notes"]]
-    looked = f"{said}\nlooked at in {report['seconds']:.1f} s, {report['per_thousand']:.1f} s per thousand episodes"
+    looked = f"{said}\nlooked at in {report['seconds']:.1f} s"
+    if report["episodes_in_files"] >= _MANY:
+        looked += f", {report['per_thousand']:.2f} s per thousand episodes"
     return [Line(GREEN, what, looked), *found]
 
 

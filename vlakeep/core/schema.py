@@ -15,6 +15,8 @@ import draccus
 import draccus.argparsing
 import yaml
 
+from vlakeep.core.strict_yaml import load_yaml
+
 # Configurations that come with the package.
 SHIPPED = Path(__file__).parents[1] / "configs"
 # Evaluates every annotation of a class, and is asked for each key of each configuration.
@@ -23,19 +25,6 @@ type_hints = functools.lru_cache(maxsize=None)(get_type_hints)
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key, the place and the remedy."""
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that comes twice, of which YAML would silently keep the last."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                text = f"`{key.value}` comes twice; keep one of them"
-                raise yaml.constructor.ConstructorError(None, None, text, key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def known_keys(cls, prefix: str = "") -> List[str]:
@@ -139,7 +128,7 @@ def find_config(name) -> Path:
 def read_yaml(cls, path: Path) -> dict:
     """The tree of a YAML file whose keys are all in `cls`. Raises ConfigError naming the file."""
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+        tree = load_yaml(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -232,7 +221,7 @@ def _unreadable(pairs: List[Tuple[str, str]]) -> List[str]:
     lines = []
     for key, value in pairs:
         try:
-            yaml.safe_load(value)
+            load_yaml(value)
         except yaml.YAMLError as error:
             why = " ".join(str(error).split())
             lines.append(f"--{key} {value!r} on the command line cannot be read ({why}); put quotes around a text, such as '\"[a\"'")
@@ -260,7 +249,9 @@ def parse(cls, name: Optional[str], argv: List[str]):
         made = _parser(cls).parse_args(args)
     except draccus.utils.DecodingError as error:
         raise _wrong_type(cls, error, pairs, tree, path) from error
-    except yaml.YAMLError as error:
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError, AttributeError, KeyError) as error:
         raise ConfigError("\n".join(_unreadable(pairs)) or f"the command line could not be read: {error}") from error
     except SystemExit as error:
         raise ConfigError(f"the command line could not be read: {' '.join(args)}") from error
@@ -274,7 +265,7 @@ def parse(cls, name: Optional[str], argv: List[str]):
 def plain_value(text: str) -> Any:
     """A word of the command line as YAML reads it, and as a number where it is one that YAML takes for a word, such as 1e-3."""
     try:
-        value = yaml.safe_load(text)
+        value = load_yaml(text)
     except yaml.YAMLError:
         return text
     try:

@@ -23,6 +23,7 @@ from vlakeep.core.base_models import find_checkpoint as find_checkpoint  # where
 from vlakeep.core.errors import DiskFull, StorageError, human_bytes, is_disk_full, quoted
 from vlakeep.core.log import log
 from vlakeep.core.schema import find_config, pick
+from vlakeep.core.strict_yaml import load_yaml
 
 DEFAULT_ROOT = Path("/opt/data/private/vlakeep")
 DEMO_ROOT = Path("~/.cache/vlakeep")
@@ -214,7 +215,7 @@ def peek(argv: List[str], demo: bool = False) -> "Storage":
     Raises what Storage raises, and ConfigError, OSError or yaml.YAMLError for a configuration file that cannot be read.
     """
     given, _ = pick(argv, ["config", "root", *KEYS])
-    tree = yaml.safe_load(find_config(given["config"]).read_text()) if "config" in given else {}
+    tree = load_yaml(find_config(given["config"]).read_text(encoding="utf-8")) if "config" in given else {}
     tree = tree if isinstance(tree, dict) else {}
     wanted = {key: given.get(key) or tree.get(key) for key in ["root", *KEYS]}
     return Storage(pick_root(wanted.pop("root"), demo, quiet=True), wanted)

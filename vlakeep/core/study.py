@@ -36,12 +36,14 @@ import yaml
 from vlakeep.core.checkpoint import latest_intact, list_checkpoints
 from vlakeep.core.config import Config, ConfigError, load_config, to_dict
 from vlakeep.core.derived import Making, adapter_of, kept_steps, makings, mistakes, weights
+from vlakeep.core.errors import quoted
 from vlakeep.core.names import find_evaluation
 from vlakeep.core.options import Stage
 from vlakeep.core.registry import method_class
 from vlakeep.core.rundir import config_differences, read_metrics
 from vlakeep.core.stages import EVALUATE, EXPORT, INTERPOLATE, OFFLINE, PROBE_ADD, TRAIN
 from vlakeep.core.storage import Storage
+from vlakeep.core.strict_yaml import load_yaml, read_mapping
 
 KEYS: Dict[str, Any] = {"name": str, "settings": dict, "seeds": list, "rates": list, "tasks": dict, "arms": dict,
                         "rule": dict, "stream": (list, dict)}
@@ -203,7 +205,7 @@ def read_tree(path) -> Dict[str, Any]:
     """A study file as it is written. ConfigError with every mistake that is seen."""
     file = Path(path)
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        tree = load_yaml(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"the study {file} cannot be read: {error}") from error
     wrong = _mistakes(tree)
@@ -335,7 +337,7 @@ def look(cell: Cell, config: Config, storage: Storage) -> State:
     run = storage.run_folder(cell.name)
     if not (run / "config.yaml").is_file() or not (list_checkpoints(run) or read_rows(run)):
         return State(OPEN)
-    changed = config_differences(dict(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))), to_dict(config))
+    changed = config_differences(read_mapping(run / "config.yaml", f"delete the run: rm -r {quoted(run)}"), to_dict(config))
     if changed:
         return State(OTHER, "; ".join(changed))
     checkpoint = latest_intact(run) if list_checkpoints(run) else None

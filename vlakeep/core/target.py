@@ -4,12 +4,11 @@ import json
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-import yaml
-
 from vlakeep.core.checkpoint import check_base, latest_intact, load_checkpoint
 from vlakeep.core.errors import quoted
 from vlakeep.core.names import run_name, target_folder
 from vlakeep.core.storage import Storage
+from vlakeep.core.strict_yaml import read_mapping
 
 
 def target_checkpoint(target: str, storage: Storage) -> Path:
@@ -34,7 +33,8 @@ def run_config(target: str, storage: Storage) -> Optional[dict]:
     if (folder / "manifest.json").is_file():  # RUN/checkpoints/step_N
         folder = folder.parents[1]
     path = folder / "config.yaml"
-    return yaml.safe_load(path.read_text()) if path.is_file() else None
+    remedy = "copy it from a backup, or train the run again under another name"
+    return read_mapping(path, remedy) if path.is_file() else None
 
 
 class Base(NamedTuple):

@@ -28,7 +28,7 @@ from vlakeep.data.formats import closing_all, open_configured
 from vlakeep.data.statistics import unnormalise
 from vlakeep.data.suggest import _GRIPPER_NAME, at_ends_only
 
-_FORMAT = 4
+_FORMAT = 5
 BINS = 255  # of an action value, as the official tokenizer has them
 _EPISODES, _FILES = 8, 64  # episodes whose pictures are looked at, and video files whose end is
 _CLIPPED, _MOST_CLIPPED = 0.025, 0.2  # own quantiles clip at most 0.02; statistics that clip a fifth are not of this robot
@@ -111,7 +111,9 @@ def _texts(dataset: DemoDataset, prompt: Optional[Prompt]) -> Dict[str, Any]:
     odd = [texts[i] for i in range(len(texts)) if i not in blank and (texts[i] != texts[i].strip() or texts[i].startswith(("b'", 'b"')))]
     stand_ins = [i for i, text in enumerate(texts) if used[i] and _STAND_IN.fullmatch(text.strip())]
     replaced = [text for i, text in enumerate(texts) if used[i] and "\ufffd" in text]
-    found: Dict[str, Any] = {"replaced": len(replaced), "replaced_example": (replaced or [""])[0][:40],
+    structured = [i for i, text in enumerate(texts) if used[i] and _structured(text)]
+    found: Dict[str, Any] = {"structured_frames": int(used[structured].sum()), "structured_example": [texts[i] for i in structured[:1]],
+                             "replaced": len(replaced), "replaced_example": (replaced or [""])[0][:40],
                              "stand_ins": [texts[i] for i in stand_ins], "stand_in_frames": int(used[stand_ins].sum()),
                              "count": len(texts) - len(blank), "blank_frames": int(used[blank].sum()), "odd": len(odd),
                              "odd_example": (odd or [""])[0][-40:], "examples": [text[:200] for text in texts if text.strip()][:3],
@@ -128,6 +130,16 @@ def _texts(dataset: DemoDataset, prompt: Optional[Prompt]) -> Dict[str, Any]:
             episode = int(np.searchsorted(dataset.index.start_E, frame, side="right")) - 1
             found["too_long"].append({"tokens": counted[i], "frames": int(used[i]), "episode": episode, "text": texts[i][:60]})
     return found
+
+
+def _structured(text: str) -> bool:
+    """Whether a text is JSON that holds texts, and no instruction."""
+    if text.strip()[:1] not in ("{", "["):
+        return False
+    try:
+        return isinstance(json.loads(text), (dict, list))
+    except (ValueError, RecursionError):
+        return False
 
 
 def _pictures(dataset: DemoDataset) -> Tuple[Dict[str, Any], bytes]:
@@ -179,6 +191,7 @@ def look_at(dataset: DemoDataset, prompt: Optional[Prompt] = None, known: Option
         "format": _FORMAT, "name": dataset.name, "kind": dataset.kind, "folder": str(dataset.folder),
         "card": card.place if card else None, "robot": (card.robot if card else None) or dataset.robot or None,
         "episodes": len(dataset), "episodes_in_files": len(usual.start_E) - 1, "unlabelled": dataset.unlabelled,
+        "of_validation": dataset.of_validation,
         "frames": dataset.num_frames, "frame_rate": (card.frame_rate if card else None) or dataset.fps,
         "shortest": int(dataset.lengths.min()), "longest": int(dataset.lengths.max()),
         "camera": dataset.camera or dataset.conventions.camera, "turned": dataset.turned, "turned_by": _turned_by(dataset),
@@ -294,10 +307,18 @@ def _notes(report: Dict[str, Any]) -> List[str]:
     if texts["replaced"]:
         found.append(f"{texts['replaced']} texts hold U+FFFD, which stands for letters that were lost when the set was made, such as "
                      f"{texts['replaced_example']!r}: make it again from texts in UTF-8")
+    if texts["structured_frames"]:
+        found.append(f"{texts['structured_frames']} frames have a text that is JSON and no instruction, such as "
+                     f"{texts['structured_example'][0][:60]!r}: the model would be asked for all of it; write the instruction alone into "
+                     "the data" + (", or name its field, `text: NAME.FIELD`, in the data card" if report["kind"] == "hdf5" else ""))
     if texts["stand_ins"]:
         such = ", ".join(map(repr, texts["stand_ins"][:3]))
         found.append(f"{texts['stand_in_frames']} frames have a text that stands in for one, {such}: correct them in the data, or leave "
                      "these episodes out")
+    if report["of_validation"]:
+        found.append(f"{report['of_validation']} of the {report['episodes']} episodes are of those that the files keep for validation "
+                     "(mask/valid), and count as others do: to hold them out, move them into a set of their own, or behind the others and "
+                     "give --data.train_fraction")
     if report["unlabelled"]:
         found.append(f"{report['unlabelled']} episodes without a text are left out; `instruction: WORDS` in the data card gives them one")
     width = len(report["dimensions"])
@@ -347,12 +368,16 @@ def cached_look(dataset: DemoDataset, cache_dir, prompt: Optional[Prompt], known
     parts = [_FORMAT, dataset.index.key, dataset.fingerprint(), str(card), str(dataset.folder), prompt.name if prompt else None, known]
     path = Path(cache_dir) / f"data_card_{dataset.name}_{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]}.json"
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        kept = path.read_text(encoding="utf-8")
+        told, _, text = kept.partition("\n")
+        if told == hashlib.sha256(text.encode()).hexdigest():
+            return dict(json.loads(text))
     except (OSError, ValueError, TypeError):
         pass  # none yet, or a damaged one
     report = look_at(dataset, prompt, known)
+    text = json.dumps(report)
     with atomic_write(path, "w") as file:
-        file.write(json.dumps(report))
+        file.write(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
     return report
 
 

@@ -13,8 +13,10 @@
     units: rad                one for all, or a list: m, mm, rad, deg, percent, normalised, other
     quaternion: [3, 4, 5, 6]  values that are one rotation of length 1
     camera: image             rotate: false      the picture's key, and whether it has to be turned by 180 degrees
+    colours: rgb              or bgr: the first of the three colours is blue, as OpenCV keeps it
     text: observation/natural_language_instruction      instruction: words of every frame that has none of its own
     blank_texts: keep         or episode: a frame without a text takes its episode's
+    spare_frames: end         LeRobot: where a video is longer than its table, the frames that are too many come last
     clean_texts: false        true strips blanks and b'...' from the texts
     frame_rate: 10            robot: words
 
@@ -33,6 +35,8 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 import yaml
+
+from vlakeep.core.strict_yaml import load_yaml
 
 FILE = "data_card.yaml"
 USUAL_WIDTH = 7  # one arm: six values of a pose change and a gripper, as LIBERO and OpenVLA have it
@@ -66,10 +70,12 @@ class DataCard:
     quaternion: Tuple[int, ...] = ()
     camera: Optional[str] = None
     rotate: Optional[bool] = None
+    colours: Optional[str] = None
     text: Optional[str] = None
     instruction: Optional[str] = None
     blank_texts: str = "keep"
     clean_texts: bool = False
+    spare_frames: Optional[str] = None
     frame_rate: Optional[float] = None
     robot: Optional[str] = None
 
@@ -81,7 +87,8 @@ class DataCard:
 
     def reads(self) -> List[Any]:
         """What of it decides where the files are read: part of the key of a kept index."""
-        return [list(self.actions), self.text, self.instruction] if self.actions or self.text or self.instruction else []
+        found = [list(self.actions), self.text, self.instruction] if self.actions or self.text or self.instruction else []
+        return found + ([{"spare_frames": self.spare_frames}] if self.spare_frames else [])
 
 
 class CardError(ValueError):
@@ -89,13 +96,13 @@ class CardError(ValueError):
 
 
 _LISTS = ("actions", "names", "units", "quaternion")
-_KINDS = {"width": int, "arms": int, "chunk": int, "camera": str, "rotate": bool, "text": str, "instruction": str, "blank_texts": str,
-          "clean_texts": bool, "frame_rate": float, "robot": str}
+_KINDS = {"width": int, "arms": int, "chunk": int, "camera": str, "rotate": bool, "colours": str, "text": str, "instruction": str,
+          "blank_texts": str, "clean_texts": bool, "spare_frames": str, "frame_rate": float, "robot": str}
 _IN_WORDS = {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}
 
 
 def _number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e15 < value < 1e15  # no nan, and no int beyond floats
 
 
 def _grippers(value, problems: List[str]) -> Tuple[Gripper, ...]:
@@ -105,7 +112,7 @@ def _grippers(value, problems: List[str]) -> Tuple[Gripper, ...]:
         return ()
     found = []
     for one in value:
-        ok = set(one) <= {"dimension", "open", "closed", "relative"} and isinstance(one.get("dimension"), int) and one["dimension"] >= 0
+        ok = set(one) <= {"dimension", "open", "closed", "relative"} and type(one.get("dimension")) is int and one["dimension"] >= 0
         if not ok or not all(_number(one.get(end)) for end in ("open", "closed")) or not isinstance(one.get("relative", False), bool):
             problems.append(f"grippers: {one!r} must have dimension (from 0 on), open and closed (numbers), and may have relative: true")
         elif one["open"] == one["closed"]:
@@ -149,9 +156,14 @@ def make_card(tree: Any, place: str) -> DataCard:
 
 
 def _contradictions(card: DataCard) -> List[str]:
-    found = [f"{key}: must be at least 1" for key in ("width", "arms", "chunk", "frame_rate") if (getattr(card, key) or 1) < 1]
+    counts = {key: getattr(card, key) for key in ("width", "arms", "chunk", "frame_rate")}
+    found = [f"{key}: must be at least 1" for key, count in counts.items() if count is not None and count < 1]
     if card.blank_texts not in ("keep", "episode"):
         found.append("blank_texts: must be keep or episode")
+    if card.colours not in (None, "rgb", "bgr"):
+        found.append("colours: must be rgb or bgr")
+    if card.spare_frames not in (None, "end"):
+        found.append("spare_frames: must be end, or left out")
     found += [f"units: {unit!r} is none of {', '.join(UNITS)}" for unit in dict.fromkeys(card.units) if unit not in UNITS]
     width, past = card.width or 0, [one.dimension for one in card.grippers or ()] + list(card.quaternion)
     if width and past and max(past) >= width:
@@ -169,7 +181,7 @@ def _contradictions(card: DataCard) -> List[str]:
 def read_card(path: Path, place: Optional[str] = None) -> DataCard:
     """A card's file. CardError for what is no YAML or no card."""
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = load_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise CardError(f"the data card {place or path} cannot be read as YAML ({error}); docs/bring-your-own-data.md shows one") from error
     return make_card(tree, place or str(path))

@@ -17,7 +17,7 @@ from vlakeep.data import suggest
 from vlakeep.data.bad import in_words
 from vlakeep.data.conventions import USUAL_WIDTH, DataCard, Gripper, as_declared, card_place, check_values, to_open, usual_gripper
 from vlakeep.data.degenerate import demonstrated, kinds
-from vlakeep.data.index import CONTENT, STATES, EpisodeIndex, optional
+from vlakeep.data.index import CONTENT, STATES, VALID, EpisodeIndex, optional
 from vlakeep.data.sample import ONE_PICTURE, Episode, Sample, SampleSpec
 from vlakeep.data.statistics import action_statistics, normalise, normalise_state, standardise, state_statistics
 
@@ -233,6 +233,11 @@ class DemoDataset:
         return self._first
 
     @property
+    def of_validation(self) -> int:
+        """How many of the usable episodes the files themselves call those of validation or test."""
+        return int(self.index.places[VALID][self._numbers].sum()) if VALID in self.index.places else 0
+
+    @property
     def own_statistics(self) -> bool:
         """Whether the labels are scaled by this set's statistics, not by those that `scale` was given."""
         return self.statistics is self._own
@@ -254,13 +259,14 @@ class DemoDataset:
         return self.rotated if self.conventions.rotate is None else self.conventions.rotate
 
     def _upright(self, image_HWC: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(image_HWC[::-1, ::-1]) if self.turned else image_HWC
+        return np.ascontiguousarray(image_HWC[::-1, ::-1] if self.turned else image_HWC)
 
     def image(self, episode: int, frame: int) -> np.ndarray:
         """uint8 [H, W, 3]: upright, not resized."""
         row = self._row(episode, frame)
         where = f"{self.name} episode {episode} frame {frame}"
-        return self._upright(self._picture(int(self._numbers[episode]), row, int(frame), where))
+        picture, card = self._picture(int(self._numbers[episode]), row, int(frame), where), self.conventions.card
+        return self._upright(picture[..., ::-1] if card is not None and card.colours == "bgr" else picture)
 
     def frame(self, episode: int, frame: int) -> Sample:
         """The frame's pictures at stored size, its instruction, its state, and its normalised action, or the chunk that begins with it.

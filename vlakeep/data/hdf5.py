@@ -15,6 +15,7 @@ Needs h5py (extra `hdf5`).
 
 import importlib.util
 import json
+import os
 import re
 import threading
 from pathlib import Path
@@ -27,7 +28,7 @@ from vlakeep.data.bad import refuse
 from vlakeep.data.conventions import FILE, DataCard
 from vlakeep.data.dataset import USUAL, Conventions, DemoDataset
 from vlakeep.data.images import decode_image, encode_jpeg, of_one_colour
-from vlakeep.data.index import Elsewhere, EpisodeIndex, IndexBuilder, cached_index, linked_files, optional
+from vlakeep.data.index import VALID, Elsewhere, EpisodeIndex, IndexBuilder, cached_index, linked_files, optional
 from vlakeep.data.suggest import missing_keys
 
 FILES = ("*.hdf5", "*.h5")
@@ -96,10 +97,19 @@ def _member(group, key: str, where: str, remedy: str = _AGAIN):
         raise ValueError(f"{where}: no {key!r} among {', '.join(sorted(group)) or 'nothing'}; {remedy}") from error
 
 
+def _file_of(one) -> str:
+    """The name of the file that an object lies in, which a link may lead to; as h5py's `file.filename`, without an object for the file."""
+    h5f = optional("h5py.h5f", "hdf5", "reading HDF5")
+    return os.fsdecode(h5f.get_name(one.id))
+
+
 def _check_array(array, where: str) -> List[Path]:
     """The other files that an array's values lie in. Elsewhere when HDF5 would give a stand-in for them, or cannot decompress."""
+    plist = array.id.get_create_plist()
+    if not (plist.get_nfilters() or array.is_virtual or plist.get_external_count()):  # nearly all of them
+        return []
     h5py, name = optional("h5py", "hdf5", f"reading {where}"), array.name.rpartition("/")[2]
-    folder, plist = Path(array.file.filename).parent, array.id.get_create_plist()
+    folder = Path(array.file.filename).parent
     for number, _, _, called in (plist.get_filter(i) for i in range(plist.get_nfilters())):
         if not h5py.h5z.filter_avail(number):
             raise Elsewhere(f"{where}: {name} is compressed by the filter {called.decode(errors='replace') or 'without a name'} (number "
@@ -139,15 +149,13 @@ def _read_demo(demo, camera: str, where: str, card: Optional[DataCard] = None) -
     """(actions [T, A] of a demonstration whose pictures fit them, the files that it lies in)."""
     keys = list(card.actions) if card and card.actions else ["actions"]
     missing = [key for key in keys if key not in demo]
-    for key in keys:
-        if key not in missing:
-            _member(demo, key, where)
+    arrays = [_member(demo, key, where) for key in keys if key not in missing]
     if missing:
         raise ValueError(missing_keys(where, missing, _what(demo), where.rpartition("/")[0]))
     obs = _member(demo, "obs", where, "a low-dimensional file holds no pictures: take the file that has them")
     images = _member(obs, camera, f"{where}/obs", "choose a camera with --data.camera, or `camera:` in the data card")
-    linked = [Path(one.file.filename) for one in (demo, obs, images, *(demo[key] for key in keys))]
-    for array in (images, *(demo[key] for key in keys)):
+    linked = [Path(_file_of(one)) for one in (demo, obs, images, *arrays)]
+    for array in (images, *arrays):
         linked += _check_array(array, where)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(f"{where}/obs/{camera}: {images.dtype} {list(images.shape)} are no pictures (uint8 [T, H, W, 3]); choose another "
@@ -155,7 +163,7 @@ def _read_demo(demo, camera: str, where: str, card: Optional[DataCard] = None) -
     if len(images) and of_one_colour(images[t] for t in (0, len(images) // 2, -1)):
         raise ValueError(f"{where}/obs/{camera}: the first, the middle and the last picture are of one colour; choose another camera with "
                          "--data.camera or `camera:` in the data card, or take this demonstration out of the file")
-    parts = [demo[key][()] for key in keys]
+    parts = [array[()] for array in arrays]
     if card is not None:
         parts = [part.reshape(len(part), -1) for part in parts]
     told = int(demo.attrs.get("num_samples", len(images)))
@@ -185,10 +193,21 @@ def _told(error: Exception, where: str) -> str:
     return str(error) if isinstance(error, ValueError) and where in str(error) else f"{where} cannot be read ({error}); {_AGAIN}"
 
 
+def _valid(file) -> Set[str]:
+    """The demonstrations that a file itself calls those of validation or test, by robomimic's filter keys."""
+    mask = file.get("mask")
+    named = [mask[key] for key in mask if re.match("valid|test", key, re.I)] if hasattr(mask, "keys") else []
+    found: Set[str] = set()
+    for one in named:
+        values = one[()] if hasattr(one, "shape") and one.dtype.kind in "SO" else ()
+        found.update(value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in np.ravel(values))
+    return found
+
+
 def _read_file(path: Path, number: int, camera: str, state: Optional[Sequence[str]], card: Optional[DataCard],
                read: Dict[Tuple[int, int], Any]) -> Set[Path]:
-    """The files that it links to. Fill `read` with (actions, text, where, upside down, states, key) of every demonstration; actions are the
-    reason if it has none."""
+    """The files that it links to. Fill `read` with (actions, text, where, upside down, states, key, of validation) of every demonstration;
+    actions are the reason if it has none."""
     linked: Set[Path] = set()
     with _open(path) as file:
         data = _member(file, "data", str(path), _LAYOUT)
@@ -200,6 +219,7 @@ def _read_file(path: Path, number: int, camera: str, state: Optional[Sequence[st
             raise ValueError(f"{path}: data holds no demo_0, demo_1, ...; it holds {', '.join(data) or 'nothing'}; call its groups so")
         text = language_of(path, data.attrs.get("problem_info"))
         upside_down = data.attrs.get("macros_image_convention", "opengl") != "opencv"  # robosuite's default
+        valid = _valid(file)
         for demo, key in keys.items():
             where, states = f"{path}: {key}", None
             actions: Any = None
@@ -210,7 +230,7 @@ def _read_file(path: Path, number: int, camera: str, state: Optional[Sequence[st
                 states = None if state is None else _read_state(data[key], state, where)
             except (ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError) as error:
                 actions = error if isinstance(error, Elsewhere) else ValueError(_told(error, where))
-            read[demo, number] = (actions, text, where, upside_down, states, key)
+            read[demo, number] = (actions, text, where, upside_down, states, key, key in valid)
     return linked - {path}
 
 
@@ -228,7 +248,7 @@ def build_index(files: List[Path], camera: str, name: str, state: Optional[Seque
             builder.leave_out(error if isinstance(error, Elsewhere) else _told(error, str(path)), 0)
     demos = sorted(read)
     for key in demos:
-        actions, text, where, _, states, _ = read[key]
+        actions, text, where, _, states = read[key][:5]
         try:
             if isinstance(actions, ValueError):
                 raise actions
@@ -238,6 +258,7 @@ def build_index(files: List[Path], camera: str, name: str, state: Optional[Seque
     return builder.index({"demo_E": np.array([demo for demo, _ in demos], dtype=np.int32),
                           "file_E": np.array([file for _, file in demos], dtype=np.int32),
                           "key_E": np.array([read[key][5] for key in demos]),
+                          VALID: np.array([read[key][6] for key in demos], dtype=bool),
                           "upside_down_E": np.array([read[key][3] for key in demos], dtype=bool), **linked_files(linked)})
 
 

@@ -5,6 +5,7 @@ Axes: E episodes, N frames, A action dimensions, Q numbers of a robot's state.
 
 import hashlib
 import importlib
+import io
 import json
 import os
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple, Union, cast
 
+import google_crc32c
 import numpy as np
 
 from vlakeep.core.errors import install_extra, is_pointer, quoted
@@ -19,12 +21,18 @@ from vlakeep.core.storage import atomic_write
 from vlakeep.data.bad import nothing_left
 from vlakeep.data.conventions import FILE
 
-_INDEX_FORMAT = 5
+_INDEX_FORMAT = 6
+_CHECKED = 4  # bytes of the checksum behind a kept index
 _CORE = ("start_E", "text_N", "actions_NA", "texts")
 CONTENT = "content"  # among the places of an index: a hash of all that its episodes hold, pictures too, where that costs nothing
 LINKED = "linked"  # among the places of an index: files outside the list that it was made from, with their marks, as JSON
 MOST = 1e15  # of an action's value; what is larger is damage, and its square no float32
+VALID = "valid_E"  # among the places of an index: episodes that the files themselves call those of validation or test
 STATES = "state_NQ"  # among the places of an index, for models that take the robot's state
+
+
+def _checksum(data) -> bytes:
+    return google_crc32c.value(bytes(data)).to_bytes(_CHECKED, "little")
 
 
 def optional(module: str, extra: str, what: str) -> ModuleType:
@@ -52,14 +60,21 @@ class EpisodeIndex:
     lasting: bool = True  # False: what makes episodes bad is not in these files, so that the index is not kept
 
     def save(self, path: Path) -> None:
-        with atomic_write(path) as file:  # a text list goes in as JSON: arrays of objects would need pickle
-            arrays: Dict[str, Any] = {"start_E": self.start_E, "text_N": self.text_N, "actions_NA": self.actions_NA}
-            np.savez(file, **arrays, texts=np.array(json.dumps(self.texts)), bad=np.array(json.dumps(self.bad)),
-                     **cast(Dict[str, Any], self.places))
+        arrays: Dict[str, Any] = {"start_E": self.start_E, "text_N": self.text_N, "actions_NA": self.actions_NA}
+        made = io.BytesIO()  # a text list goes in as JSON: arrays of objects would need pickle
+        np.savez(made, **arrays, texts=np.array(json.dumps(self.texts)), bad=np.array(json.dumps(self.bad)),
+                 **cast(Dict[str, Any], self.places))
+        data = made.getbuffer()
+        with atomic_write(path) as file:
+            file.write(data)
+            file.write(_checksum(data))
 
     @classmethod
     def load(cls, path: Path) -> "EpisodeIndex":
-        with np.load(path, allow_pickle=False) as data:
+        whole = memoryview(path.read_bytes())
+        if _checksum(whole[:-_CHECKED]) != whole[-_CHECKED:]:  # a zip file checks what is in it, not its list of what there is
+            raise ValueError(f"{path} is not what was written")
+        with np.load(io.BytesIO(whole[:-_CHECKED]), allow_pickle=False) as data:
             arrays = {key: data[key] for key in data.files}
         core = {key: arrays.pop(key) for key in _CORE}
         bad = json.loads(str(arrays.pop("bad", "{}")))  # an older version's has none

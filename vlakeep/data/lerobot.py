@@ -23,7 +23,7 @@ from vlakeep.data.conventions import FILE, DataCard
 from vlakeep.data.dataset import USUAL, Conventions, DemoDataset
 from vlakeep.data.images import decode_image
 from vlakeep.data.index import EpisodeIndex, IndexBuilder, all_files, cached_index
-from vlakeep.data.lerobot_tables import AGAIN, json_lines, number_rows, parquet_table
+from vlakeep.data.lerobot_tables import AGAIN, json_lines, number_rows, parquet_table, runs_of
 from vlakeep.data.parquet_pictures import ParquetPictures, PictureLooks, bytes_of
 from vlakeep.data.video import TOLERANCE, VideoReader, missing_frame, video_times
 
@@ -53,6 +53,7 @@ class Info:
     names: Tuple[str, ...] = ()  # of the values of an action
     robot: str = ""
     text: Optional[str] = None  # a column that holds the text, instead of the task
+    spare: Optional[str] = None  # `end`: where a video has more frames than its table these come last
     states: Tuple[Tuple[str, Tuple[int, ...]], ...] = ()  # (feature, shape) of the parts of the robot's state, where it is read
 
     @property
@@ -86,6 +87,10 @@ def _choose_camera(features: dict, wanted: Optional[str], where: str) -> str:
         told = f"--data.camera {wanted} names none or several" if wanted else "which one to use is not clear"
         depth = [key for key, value in features.items() if _is_depth(value)]
         told += f" ({', '.join(depth)}: depth, is_depth_map, which is no colour picture)" if depth else ""
+        numbers = [key for key, value in features.items() if key not in cameras and len(value.get("shape") or ()) == 3]
+        if not cameras and numbers:
+            told += (f" ({', '.join(numbers)}: pictures kept as numbers, dtype {features[numbers[0]].get('dtype')}, which are not read: "
+                     "write the set again with their dtype as image or video)")
         raise ValueError(f"{where}: of the cameras {', '.join(cameras) or '(none)'}, {told}; choose with --data.camera, or "
                          f"`camera:` in the set's {FILE}")
     return found[0]
@@ -131,7 +136,8 @@ def read_info(folder, camera: Optional[str] = None, state: Optional[Sequence[str
         found = Info(folder, version, fps, {one: list(features[one]["shape"]) for one in action_keys}, key,
                      features[key]["dtype"] == "video", info["data_path"], info.get("video_path") or "",
                      int(info.get("chunks_size", 1000)), dict(info.get("splits") or {}), names, str(info.get("robot_type") or ""),
-                     card.text if card else None, () if state is None else _choose_state(features, state, str(path)))
+                     card.text if card else None, card.spare_frames if card else None,
+                     () if state is None else _choose_state(features, state, str(path)))
         if not 0 < fps < 1e6 or found.chunk_size < 1:
             raise ValueError(f"fps is {fps} and chunks_size {found.chunk_size}")
         for file in (found.data_file, found.video_file) if found.video else (found.data_file,):
@@ -152,6 +158,8 @@ def read_tasks(info: Info) -> Dict[int, str]:
             return _texts([(row["task_index"], row["task"]) for row in json_lines(path)])
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: a line is no task_index and task ({error!r}); {AGAIN}") from error
+        except ValueError as error:
+            raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}, or {AGAIN}") from error
     table = parquet_table(info.folder / "meta/tasks.parquet", None)
     # lerobot writes the texts as the index of a pandas table, whose column is called task or has a made-up name
     texts = [name for name in table.column_names if name in ("task", "__index_level_0__")]
@@ -162,14 +170,21 @@ def read_tasks(info: Info) -> Dict[int, str]:
         return _texts(list(zip(table["task_index"].to_pylist(), table[texts[0]].to_pylist())))
     except (TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{info.folder}/meta/tasks.parquet: a row is no task_index and text ({error}); {AGAIN}") from error
+    except ValueError as error:
+        raise ValueError(f"{info.folder}/meta/tasks.parquet: {error}, or {AGAIN}") from error
 
 
 def _texts(rows: List[Tuple[Any, Any]]) -> Dict[int, str]:
     """TypeError for a number or a text that is none."""
     for number, text in rows:
-        if not isinstance(number, int) or not isinstance(text, (str, type(None))):
+        if type(number) is not int or not isinstance(text, (str, type(None))):
             raise TypeError(f"{number!r} and {text!r}")
-    return {number: text or "" for number, text in rows}
+    found = {number: text or "" for number, text in rows}
+    other = next(((number, text) for number, text in rows if found[number] != (text or "")), None)
+    if other is not None:  # as sets that were merged have it; whichever is taken, frames of the other get a wrong text
+        raise ValueError(f"task {other[0]} has two texts, {other[1]!r} and {found[other[0]]!r}, and which of its frames have which is not "
+                         "said: give each text a number of its own there and in the column task_index")
+    return found
 
 
 @dataclass(frozen=True)
@@ -181,6 +196,7 @@ class _Place:
     data: Tuple[int, int]  # chunk, file
     video: Tuple[int, int]
     start: float  # seconds in the video file at which the episode starts
+    end: Optional[float] = None  # at which it ends, where meta says so
 
 
 def read_places(info: Info) -> List[_Place]:
@@ -199,16 +215,18 @@ def read_places(info: Info) -> List[_Place]:
             columns = ["episode_index", "length", "data/chunk_index", "data/file_index"]
             columns += [video + "chunk_index", video + "file_index", video + "from_timestamp"] if info.video else []
             for path in files:
-                for row in parquet_table(path, columns).to_pylist():
+                for row in parquet_table(path, columns, maybe=[video + "to_timestamp"] if info.video else []).to_pylist():
                     at = (row["data/chunk_index"], row["data/file_index"])
                     there = (row[video + "chunk_index"], row[video + "file_index"]) if info.video else at
                     start = row[video + "from_timestamp"] if info.video else 0.0
-                    places.append(_Place(row["episode_index"], row["length"], at, there, start))
+                    places.append(_Place(row["episode_index"], row["length"], at, there, start, row.get(video + "to_timestamp")))
         wrong = [place for place in places if not all(isinstance(n, int) and n >= 0 for n in (place.episode, place.length, *place.data))]
         if wrong:
             raise TypeError(f"numbers such as those of {wrong[0]}")
     except (KeyError, TypeError) as error:
         raise ValueError(f"{info.folder}/meta: the list of episodes lacks {error}; {AGAIN}") from error
+    if not places:
+        raise ValueError(f"{info.folder}/meta: the list of episodes is empty; {AGAIN}")
     places.sort(key=lambda place: place.episode)
     twice = next((one.episode for one, after in zip(places, places[1:]) if one.episode == after.episode), None)
     if twice is not None:
@@ -238,6 +256,7 @@ def _check_video(info: Info, place: _Place, times: Any, seconds: np.ndarray) -> 
         raise ValueError(times)
     first = missing_frame(times, place.start + seconds, info.fps)
     if first < 0:
+        _check_length(info, place, times, path)
         return
     wanted, needed = place.start + seconds[first], round(place.start * info.fps) + place.length
     if len(times) < needed:
@@ -251,6 +270,21 @@ def _check_video(info: Info, place: _Place, times: Any, seconds: np.ndarray) -> 
         told = "the video lacks frames there or pauses: leave the episode out of the table"
     raise ValueError(f"{path}: episode {place.episode}: frame {first} is at {wanted:.3f} s by the table and the nearest of the video at "
                      f"{nearest:.3f} s; {told}, or {AGAIN}")
+
+
+def _check_length(info: Info, place: _Place, times: np.ndarray, path: Path) -> None:
+    """ValueError when the video of the episode has other frames than the table: which of them belong together nobody knows."""
+    if info.v3 and place.end is None:
+        return
+    # Where a video was cut without encoding it anew, frames before its beginning are there and not shown.
+    shown = int((times > -TOLERANCE / info.fps).sum()) if place.end is None else round((place.end - place.start) * info.fps)
+    spare = shown - place.length
+    if abs(spare) < 2 or (spare > 0 and info.spare == "end"):  # one is what rounding and encoders make
+        return
+    raise ValueError(f"{path}: episode {place.episode} has {shown} frames there and {place.length} rows in its table. A recorder that "
+                     "keeps the frames of a discarded take puts them first, so that each picture would have another's action: look at the "
+                     "video, and leave the episode out; if the frames that are too many come last, say `spare_frames: end` in the set's "
+                     f"{FILE}")
 
 
 def _rate(times: np.ndarray) -> float:
@@ -269,6 +303,7 @@ def build_index(info: Info, name: str) -> EpisodeIndex:
                *([info.text] if info.text else [])]
     unread = [] if info.video else [info.camera]
     table, opened, looks = None, None, None
+    runs: Dict[Any, Tuple[int, int, bool]] = {}
     for place in tqdm(places, desc=f"index {name}", unit="episode", disable=len(places) < _BAR_FROM_FILES):
         path = info.data_file(*place.data)
         where = f"{path}: episode {place.episode}"
@@ -280,20 +315,21 @@ def build_index(info: Info, name: str) -> EpisodeIndex:
                 table, episodes, opened, looks = None, None, path, None
                 read = parquet_table(path, columns, unread)
                 episodes = read["episode_index"].to_numpy()
+                runs = runs_of(episodes)
                 looks = PictureLooks(info.folder, path, info.camera, episodes) if not info.video else None
                 table = read
             elif table is None:
                 raise ValueError(broken)
-            at = np.flatnonzero(episodes == place.episode)
-            if len(at) != place.length or not len(at) or at[-1] - at[0] + 1 != len(at):
-                raise ValueError(f"{where} has {len(at)} rows and meta says {place.length}, one after the other; {AGAIN}")
-            part = table.slice(int(at[0]), len(at))
+            at, count, whole = runs.get(place.episode, (0, 0, False))
+            if count != place.length or not whole:
+                raise ValueError(f"{where} has {count} rows and meta says {place.length}, one after the other; {AGAIN}")
+            part = table.slice(at, count)
             actions = np.concatenate([number_rows(part[key], shape, where) for key, shape in info.actions.items()], axis=1)
             states = [number_rows(part[name], shape, where, "state") for name, shape in info.states]
             if looks is not None:
-                looks.check(int(at[0]), len(at), where)
-            if not np.array_equal(part["frame_index"].to_numpy(), np.arange(len(at))):
-                raise ValueError(f"{where}: frame_index does not count from 0 to {len(at) - 1}; {AGAIN}")
+                looks.check(at, count, where)
+            if not np.array_equal(part["frame_index"].to_numpy(), np.arange(count)):
+                raise ValueError(f"{where}: frame_index does not count from 0 to {count - 1}; {AGAIN}")
             numbers = part["task_index"].to_pylist()
             unknown = sorted({n for n in numbers if n not in tasks}, key=str)
             if unknown:
@@ -316,7 +352,7 @@ def build_index(info: Info, name: str) -> EpisodeIndex:
             broken = str(told) if table is None and place.length else broken
             builder.leave_out(told)
             continue
-        rows[-1] = int(at[0])
+        rows[-1] = at
         times.append(seconds)
     return builder.index({
         "data_E2": np.array([place.data for place in places], dtype=np.int64), "row_E": np.array(rows, dtype=np.int64),
@@ -381,6 +417,9 @@ class LeRobotDataset(DemoDataset):
                 raise ValueError(f"{told}, and {lacking} of them not there; {write}{AGAIN}. To train with those that are there: {OPTION}")
             index.bad[told] = lacking
         return first, last - first
+
+    def number(self, episode: int) -> int:
+        return int(self.index.places["number_E"][self._numbers[episode]])
 
     def last_of_files(self) -> List[int]:
         if not self._info.video:

@@ -5,7 +5,7 @@ Errors say which file, row or column, and what to do. Axes: A action dimensions.
 
 import json
 from pathlib import Path
-from typing import Any, List, Sequence
+from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
 
@@ -15,8 +15,9 @@ from vlakeep.data.index import optional
 AGAIN = "copy, download or make the data set again"
 
 
-def parquet_table(path: Path, columns=None, unread=()):
-    """A table of a parquet file. ValueError for a damaged file or a missing column; `unread` ones only have to be there."""
+def parquet_table(path: Path, columns=None, unread=(), maybe=()):
+    """A table of a parquet file. ValueError for a damaged file or a missing column; `unread` ones only have to be there, and those of
+    `maybe` need not be."""
     pq, pa = optional("pyarrow.parquet", "lerobot", f"reading {path}"), optional("pyarrow", "lerobot", f"reading {path}")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: the download or copy is incomplete; {AGAIN}")
@@ -26,7 +27,8 @@ def parquet_table(path: Path, columns=None, unread=()):
         if missing:
             raise ValueError(f"{path}: no column {', '.join(missing)} among {', '.join(file.schema_arrow.names)}; "
                              f"name the columns that are there with `actions:` or `text:` in the set's {FILE}, or {AGAIN}")
-        return file.read(columns=columns)
+        there = [name for name in maybe if name in file.schema_arrow.names]
+        return file.read(columns=[*columns, *there] if columns is not None else None)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as parquet ({error}); {AGAIN}") from error
 
@@ -73,3 +75,14 @@ def _of_lists(rows: List[Any], shape: Sequence[int], where: str, what: str) -> n
         raise ValueError(f"{where}: {what}s have the shape {list(found.shape[1:])}, and info.json says {list(shape)}; correct it there, or "
                          f"{AGAIN}")
     return found.reshape(len(found), -1)
+
+
+def runs_of(episodes_N: np.ndarray) -> Dict[Any, Tuple[int, int, bool]]:
+    """Episode -> (its first row, its rows, whether they are one after the other), of the number of the episode in each row. In one pass: a
+    file may hold all episodes of a set."""
+    starts = np.flatnonzero(np.concatenate([[True], episodes_N[1:] != episodes_N[:-1]])) if len(episodes_N) else np.empty(0, np.int64)
+    found: Dict[Any, Tuple[int, int, bool]] = {}
+    for number, start, end in zip(episodes_N[starts].tolist(), starts.tolist(), [*starts[1:].tolist(), len(episodes_N)]):
+        first, count, _ = found.get(number, (start, 0, True))
+        found[number] = (first, count + end - start, count == 0)
+    return found

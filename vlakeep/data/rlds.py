@@ -151,6 +151,8 @@ def _kind(feature) -> str:
 def _read_episode(payload: bytes, keys: Keys, folder="", state: Optional[Sequence[str]] = None):
     """(actions [T, A], instructions, byte ranges of the pictures, state [T, Q] or None) of an episode."""
     features = parse_example(payload)
+    if keys.text not in features and keys.text.removeprefix("steps/") in features:  # beside the steps, as TFDS's own RLDS base writes it
+        keys = keys._replace(text=keys.text.removeprefix("steps/"))
     has_text = keys.text_needed or (keys.text in features and features[keys.text].kind not in ("float", "int64"))
     missing = [name for name in (*keys.actions, *([keys.text] if has_text else []), keys.image) if name not in features]
     if missing:
@@ -170,13 +172,15 @@ def _read_episode(payload: bytes, keys: Keys, folder="", state: Optional[Sequenc
                          "`instruction: WORDS`")
     values = [one.ints().astype(np.float32) if one.kind == "int64" else one.floats() for one in parts]
     texts = [text.decode("utf-8", errors="surrogateescape") for text in features[keys.text].bytes()] if has_text else [""] * steps
-    texts = texts * steps if keys.text.startswith("episode_metadata/") and len(texts) == 1 else texts
+    texts = texts * steps if not keys.text.startswith("steps/") and len(texts) == 1 else texts
     texts = _one_a_frame(texts, steps, keys)
     sizes = [len(one) for one in values]
     if steps == 0 or len(texts) != steps or any(size % steps or not size for size in sizes):
         told = sizes[0] if len(sizes) == 1 else sizes
-        raise ValueError(f"{steps} pictures, {len(texts)} instructions and {told} action values do not make equal steps; mend or leave out "
-                         "this episode when the set is made, or name other keys in its data card (docs/bring-your-own-data.md)")
+        several = steps // len(texts) if texts and steps % len(texts) == 0 else 1
+        why = f" ({several} pictures a step, where one is read: write each as a feature of its own)" if several > 1 else ""
+        raise ValueError(f"{steps} pictures, {len(texts)} instructions and {told} action values do not make equal steps{why}; mend or "
+                         "leave out this episode when the set is made, or name other keys in its data card (docs/bring-your-own-data.md)")
     if _show_nothing([payload[a:b] for a, b in (pictures[0], pictures[steps // 2], pictures[-1])]):
         raise ValueError(f"{keys.image!r}: the first, the middle and the last picture are of one colour; {_SEEN}")
     states = None if state is None else _read_state(features, state, steps)

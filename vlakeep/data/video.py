@@ -16,6 +16,7 @@ from vlakeep.data.index import optional
 _OPEN_FILES = 8  # per thread
 _AGAIN = "copy, download or make the file again"
 TOLERANCE = 0.25  # of a frame's time
+_ATTACHED = 0x400  # AV_DISPOSITION_ATTACHED_PIC
 
 
 def _open(path: Path):
@@ -26,8 +27,14 @@ def _open(path: Path):
             raise ValueError("no video stream")
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be opened as a video ({error}); {_AGAIN}") from error
-    codec = container.streams.video[0].codec_context
-    if codec is None or not container.streams.video[0].time_base:  # a damaged header names none that there is
+    streams = _views(container)
+    if len(streams) != 1:
+        sizes = ", ".join(f"{one.codec_context.width} x {one.codec_context.height}" for one in streams if one.codec_context)
+        container.close()
+        raise ValueError(f"{path} holds {len(streams)} video streams ({sizes}), and which one is the camera it does not say: write that "
+                         "one alone, such as the first by ffmpeg -i IN -map 0:v:0 -c copy OUT")
+    codec = streams[0].codec_context
+    if codec is None or not streams[0].time_base:  # a damaged header names none that there is
         container.close()
         raise ValueError(f"{path} cannot be opened as a video (no decoder for it, or no time base); {_AGAIN}")
     kind = str(codec.pix_fmt or "")
@@ -37,6 +44,31 @@ def _open(path: Path):
                          "camera with --data.camera or `camera:` in the data card")
     codec.thread_count = 1  # data.workers is the number of threads
     return container
+
+
+def _views(container) -> list:
+    """The video streams of a container, without a still picture that it carries as its cover; a single one is no cover."""
+    streams = list(container.streams.video)
+    return [one for one in streams if len(streams) == 1 or not _is_cover(one)]
+
+
+def _is_cover(stream) -> bool:
+    still = stream.codec_context is not None and stream.codec_context.name in ("mjpeg", "png", "bmp", "gif", "webp")
+    return bool(int(getattr(stream, "disposition", 0)) & _ATTACHED) or (still and stream.frames == 1)
+
+
+def _upright(picture) -> np.ndarray:
+    """uint8 [H, W, 3] of a decoded frame, turned as its container says that it is to be shown. ValueError unless in quarter turns."""
+    image = picture.to_ndarray(format="rgb24")
+    told = next((one for one in picture.side_data if one.type.name == "DISPLAYMATRIX"), None)
+    if told is None:
+        return image
+    a, b, _, c, d = np.frombuffer(bytes(told), dtype=np.int32)[:5].astype(np.float64)
+    turns = -np.arctan2(b, a) / (np.pi / 2)  # quarters, to the left
+    if abs(turns - round(turns)) > 1e-3 or a * d - b * c <= 0:
+        raise ValueError("its container mirrors it or turns it by less than a quarter; write the video as it is to be shown, ffmpeg -i IN "
+                         "OUT.mp4")
+    return np.ascontiguousarray(np.rot90(image, round(turns)))
 
 
 def _time_base(stream) -> Tuple[int, int]:
@@ -49,7 +81,7 @@ def video_times(path: Path) -> np.ndarray:
     more than is there, or say nothing; nothing is decoded. ValueError for a file that does not open."""
     av = optional("av", "lerobot", f"reading {path}")
     with _open(path) as container:
-        stream, times = container.streams.video[0], []
+        stream, times = _views(container)[0], []
         up, down = _time_base(stream)
         try:
             for packet in container.demux(stream):
@@ -99,7 +131,7 @@ class VideoReader:
         if not path.is_file():
             raise FileNotFoundError(f"{where}: {path} is missing; {_AGAIN}")
         container = self._container(path)
-        stream, last = container.streams.video[0], None
+        stream, last = _views(container)[0], None
         up, down = _time_base(stream)
         try:
             # To the key frame before; from there on every frame is decoded until the one that is wanted.
@@ -109,9 +141,10 @@ class VideoReader:
                 if last >= seconds - self._tolerance:
                     break
             if last is not None and abs(last - seconds) <= self._tolerance:
-                return picture.to_ndarray(format="rgb24")
-        except (av.error.FFmpegError, OSError) as error:
-            raise ValueError(f"{where}: {path} at {seconds:.3f} s cannot be decoded ({error}); {_AGAIN}") from error
+                return _upright(picture)
+        except (av.error.FFmpegError, OSError, ValueError) as error:
+            remedy = "" if "container" in str(error) else f"; {_AGAIN}"
+            raise ValueError(f"{where}: {path} at {seconds:.3f} s cannot be decoded ({error}){remedy}") from error
         nearest = "no frame can be decoded" if last is None else f"the nearest is at {last:.3f} s"
         raise ValueError(f"{where}: {path} has no frame at {seconds:.3f} s, {nearest}; {_AGAIN}")
 

@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-import yaml
-
 from vlakeep.core.checkpoint import list_checkpoints
 from vlakeep.core.errors import quoted
 from vlakeep.core.registry import method_class, method_names
+from vlakeep.core.strict_yaml import read_mapping
 
 LABELS = {
     "base": "Base model",
@@ -165,7 +164,10 @@ def _load_run(arm: Arm, missing: List[str]) -> None:
     else:
         arm.notes.append("provenance.json is missing: what this run was made from is unknown")
     if (folder / "config.yaml").is_file():
-        arm.config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+        try:
+            arm.config = read_mapping(folder / "config.yaml", "its settings are not compared")
+        except ValueError as error:
+            arm.notes.append(str(error))
 
 
 def _load_eval(arm: Arm, missing: List[str]) -> None:

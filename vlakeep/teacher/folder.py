@@ -32,10 +32,17 @@ def of_weights(folder: Path, weights_sha256: Optional[str], chosen: bool = False
     return folder if made == weights_sha256 else own
 
 
+def _meta_hash(meta: dict) -> str:
+    """Of all but itself."""
+    told = {key: value for key, value in meta.items() if key != "meta_sha256"}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
 def write_folder(folder: Path, contents: Dict[str, bytes], meta: dict) -> None:
     """The files of `contents` and meta.json, which gets their hashes as `files`."""
     files = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(contents.items())}
-    text = json.dumps(dict(meta, files=files), indent=1, sort_keys=True) + "\n"
+    meta = dict(meta, files=files)
+    text = json.dumps({**meta, "meta_sha256": _meta_hash(meta)}, indent=1, sort_keys=True) + "\n"
     with atomic_dir(folder) as temporary:
         for name, data in {**contents, "meta.json": text.encode()}.items():
             (Path(temporary) / name).write_bytes(data)
@@ -54,6 +61,8 @@ def read_meta(folder: Path, absent: str, form: int, needed: Sequence[str], older
     found = meta.get("format") if isinstance(meta, dict) else None
     if found != form:
         raise ArtifactError(f"{path} has format {found}, this version reads {form}{older}: rebuild it with `vlakeep offline`")
+    if "meta_sha256" in meta and meta["meta_sha256"] != _meta_hash(meta):  # those of older versions have none
+        raise ArtifactError(f"{path} is damaged (it is not what was written): rebuild the artefact with `vlakeep offline`")
     missing = [key for key in needed if key not in meta]
     if missing:
         raise ArtifactError(f"{path} is damaged (it lacks {', '.join(missing)}): rebuild the artefact with `vlakeep offline`")
