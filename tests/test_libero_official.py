@@ -69,12 +69,21 @@ SCENE = """<mujoco><worldbody><geom type="box" size="1 1 .1"/>
 <body pos="0 .5 .19"><freejoint/><geom type="cylinder" size=".1 .1"/></body></worldbody></mujoco>"""
 
 
-def test_contacts_between_two_boxes_are_shortened_and_no_others():
+def test_contacts_on_the_faces_of_two_boxes_are_told_from_others():
     from vlakeep.libero import official
 
-    dist_C, pairs_C2 = np.array([-0.02, -0.02, -0.02, 0.001]), np.array([[0, 1], [0, 2], [2, 2], [1, 0]])
-    official.shorten(dist_C, pairs_C2, np.array([True, True, False]), 0.5)
-    assert dist_C.tolist() == [-0.01, -0.02, -0.02, 0.0005]
+    half = np.sqrt(0.5)
+    turned = np.array([[half, -half, 0], [half, half, 0], [0, 0, 1.0]])  # by 45 degrees about z: axes (1, 1, 0), (-1, 1, 0), (0, 0, 1)
+    rotation_G33 = np.stack([np.eye(3), turned, np.eye(3)])
+    pairs_C2 = np.array([[0, 1], [0, 1], [0, 1], [0, 2], [2, 2], [1, 0]])
+    # Of a face of the first, of one of the second, of an edge of each; the third geom is a sphere; a face from the other side.
+    normal_C3 = np.array([[0, 0, 1], [half, half, 0], [half, 0, half], [0, 0, 1], [0, 0, 1], [-1, 0, 0]])
+    found = official.on_faces(pairs_C2, normal_C3, rotation_G33, np.array([True, True, False]))
+    assert found.tolist() == [True, True, False, False, False, True]
+    assert official.on_faces(pairs_C2[:0], normal_C3[:0], rotation_G33, np.ones(3, dtype=bool)).tolist() == []
+    tilted = np.array([[1, 0, 0], [0, 0.6, -0.8], [0, 0.8, 0.6]]) @ np.array([[0.6, -0.8, 0], [0.8, 0.6, 0], [0, 0, 1]])
+    for axis, along in ((tilted[:, 0], True), (tilted[0], False)):  # the axes of a box are the columns
+        assert official.on_faces(np.array([[0, 1]]), axis[None], np.stack([turned, tilted]), np.ones(2, dtype=bool))[0] == along
 
 
 def test_half_of_the_depth_between_boxes_and_the_rest_as_it_is():
