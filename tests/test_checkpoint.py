@@ -139,6 +139,12 @@ def test_save_load_keep_last_and_adapter(tmp_path):
     assert ckpt.load_checkpoint(folder)[0]["trainable"]["w"][0, 0] == 9.0
 
 
+def replace(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
 @pytest.mark.parametrize(
     "damage, words",
     [
@@ -149,6 +155,9 @@ def test_save_load_keep_last_and_adapter(tmp_path):
         (lambda f: (f / "state.json").write_text('{"step": 9}'), "state.json is corrupt"),
         (lambda f: (f / "state.json").unlink(), "state.json is missing"),
         (lambda f: (f / "manifest.json").write_text("{"), "manifest.json is damaged"),
+        (lambda f: replace(f / "manifest.json", '"sha256"', '"sha25v"'), "manifest.json is damaged"),  # a bit
+        (lambda f: replace(f / "manifest.json", '"groups"', '"groupr"'), "manifest.json is damaged"),
+        (lambda f: replace(f / "manifest.json", '"trainable"', '"trainaale"'), "manifest.json is damaged"),
         (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing"),
     ],
 )

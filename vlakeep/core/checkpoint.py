@@ -234,20 +234,23 @@ def broken(folder) -> Optional[str]:
     folder = Path(folder)
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        files = manifest["files"]
+        files = {str(name): (int(wanted["size"]), str(wanted["sha256"])) for name, wanted in manifest["files"].items()}
+        whole = {f"{name}.safetensors" for name in manifest["groups"]} <= files.keys()
     except FileNotFoundError:
         return f"{folder / 'manifest.json'} is missing"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"{folder / 'manifest.json'} is damaged"
     if manifest.get("format") != FORMAT:
         return f"{folder / 'manifest.json'} has format {manifest.get('format')}; this version reads {FORMAT}"
-    for name, wanted in files.items():
+    if not whole:
+        return f"{folder / 'manifest.json'} is damaged"
+    for name, (size, sha256) in files.items():
         path = folder / name
         if not path.is_file():
             return f"{path} is missing"
-        if path.stat().st_size != wanted["size"]:
-            return f"{path} is truncated: {path.stat().st_size} of {wanted['size']} bytes"
-        if file_sha256(path) != wanted["sha256"]:
+        if path.stat().st_size != size:
+            return f"{path} is truncated: {path.stat().st_size} of {size} bytes"
+        if file_sha256(path) != sha256:
             return f"{path} is corrupt: its SHA-256 differs from the manifest"
     return None
 
