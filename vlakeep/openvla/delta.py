@@ -129,7 +129,7 @@ def make(parts: Path, trained: Path, file: Path, megabytes: float) -> List[Dict]
         "format": FORMAT, "parts": used, "rows": starts, "table": table, "commit": source_commit(),
         "statistics": read_statistics(trained, json.loads((trained / "config.json").read_text())),
         "made": json.loads(provenance.read_text()) if provenance.is_file() else None}
-    facts["result"] = weights_of(before, stored, starts)
+    facts["result"] = weights_of(patched_all(before, stored, starts))
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(file) as partial:
         save_file(stored, str(partial), metadata={"facts": json.dumps(facts)})  # two entries would be written in any order
@@ -228,7 +228,7 @@ def patched(old: torch.Tensor, found: Tensors, rows: Optional[List[int]]) -> tor
     if "whole" in found and rows is None:
         return found["whole"]
     if "whole" in found:
-        new = old.to(torch.bfloat16)
+        new = old.to(torch.bfloat16, copy=True)  # the parts stay as they are
         new[rows[0]:rows[1]] = found["whole"]
         return new
     return (old.float() + restored(found).view(old.shape)).to(torch.bfloat16) if found else old.to(torch.bfloat16)
@@ -247,10 +247,9 @@ def patched_all(before: Tensors, stored: Tensors, rows: Dict[str, List[int]]) ->
     return {name: patched(old, found.get(name, {}), rows.get(name)).contiguous() for name, old in before.items()}
 
 
-def weights_of(before: Tensors, stored: Tensors, rows: Dict[str, List[int]]) -> str:
+def weights_of(base: Tensors) -> str:
     """files.weights_hash of what `apply` will write, before it is written."""
-    return hash_of({name: f"{name} BF16 {list(tensor.shape)} {digest(tensor)}\n"
-                    for name, tensor in patched_all(before, stored, rows).items()})
+    return hash_of({name: f"{name} BF16 {list(tensor.shape)} {digest(tensor)}\n" for name, tensor in base.items()})
 
 
 def apply(parts: Path, file: Path, out: Path) -> str:
@@ -272,7 +271,7 @@ def apply(parts: Path, file: Path, out: Path) -> str:
         raise CheckpointError(f"{parts} are not the parts of which {file} is the difference: {len(wrong + lacking)} tensors are others, "
                               f"first {(wrong + lacking)[0]}: assemble them anew with `vlakeep assemble-openvla`, of the packages it names")
     state = patched_all(before, stored, facts["rows"])
-    if weights_of(before, stored, facts["rows"]) != facts["result"]:
+    if weights_of(state) != facts["result"]:
         raise CheckpointError(f"the base out of {parts} and {file} is not the one that was made: the file was changed, or this machine "
                               "computes otherwise")
     with atomic_dir(out) as partial:
