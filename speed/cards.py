@@ -1,6 +1,6 @@
 """Several cards against one, and the narrow types against float32, on the tabletop; a step of 7B shapes on one card and on two.
 
-    python speed/cards.py --tokenizer DIR --out FILE [--ranks 2,4,8] [--parts scaling,prepare,equal,killed,spread,types] [--tiny]
+    python speed/cards.py --tokenizer DIR --out FILE [--ranks 2,4,8] [--parts scaling,prepare,equal,killed,spread,types] [--scaled float16]
     python speed/cards.py --table FILE
 
     types      method graded in float32, bfloat16, float16 and NF4, some seeds each: new skill, old skills, divergence, skipped steps; and
@@ -216,8 +216,8 @@ def scaling(bench) -> None:
     for ranks in bench.ranks:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), __file__, "--worker",
                    "--tokenizer", bench.args.tokenizer, "--out", bench.args.out, "--root", bench.args.root,
-                   *(["--tiny"] if bench.args.tiny else [])]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=230)
+                   "--scaled", bench.args.scaled, *(["--tiny"] if bench.args.tiny else [])]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
         if done.returncode:
             said = [line for line in done.stdout.splitlines() if not line.startswith("RESULT")]
             bench.note("scaling", ranks=ranks, error="\n".join(said)[-3000:])
@@ -269,6 +269,8 @@ def worker(args) -> int:
         session.note("all-reduce", ranks=job.world, bytes_per_second=rate)
         for mode, dtype, size, gib in (("alone", "bfloat16", 16, 70.0), ("ddp", "bfloat16", 16, 22.5), ("fsdp", "bfloat16", 16, 22.5),
                                        ("fsdp", "float16", 8, 15.0), ("fsdp", "float16", 4, 15.0)):
+            if dtype not in args.scaled.split(","):
+                continue
             session.limit(gib)
             torch.backends.cuda.enable_flash_sdp(dtype != "float16")  # a V100 has no flash kernels
             try:
@@ -368,6 +370,7 @@ def main() -> int:
     parser.add_argument("--root", default=str(pick_root(quiet=True)))
     parser.add_argument("--parts", default="scaling,prepare,together")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--scaled", default="bfloat16,float16", help="types that `scaling` runs")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # a rank of `scaling`
     args = parser.parse_args()

@@ -491,6 +491,15 @@ def test_frames_of_a_task_in_a_stream_are_of_the_sets_that_it_is_trained_on(tmp_
     assert added({"data.datasets": ["tabletop_all"]}, alike) == [None, ["tabletop_all"], ["tabletop_all"]]
 
 
+def test_an_arm_without_an_artefact_needs_no_probe_of_its_own_in_a_stream(tmp_path):
+    """A probe with frames of earlier tasks is made for who protects with it; an evaluation that asks for one that nobody makes fails."""
+    arms = {"plain": {"config": "configs/baseline_lora.yaml"}, "gpm": {"config": "configs/rivals/gpm.yaml"}}
+    made = study.open_study(write(tmp_path / "one.yaml", **STREAM, arms=arms), ["--root", str(tmp_path / "root")])
+    needed = {made.configs[cell].probe.name for cell in made.cells}
+    assert {made.configs[cell].probe.name for cell in made.cells if cell.arm == "plain"} == {"tabletop"}
+    assert set(study.probes(made, made.cells)) == needed - {"tabletop"} == {"tabletop+tabletop_corner"}
+
+
 def test_a_task_whose_run_before_failed_is_not_begun(tmp_path):
     made = study.open_study(write(tmp_path / "one.yaml", **STREAM, arms={"plain": {"config": "configs/baseline_lora.yaml"}}),
                             ["--root", str(tmp_path / "root")])

@@ -15,7 +15,7 @@
     stream: [corner, path]            # tasks in this order, each trained on the run of the one before; or {order: [...], frames: 64}
 
 In a stream the key `bases` of an arm says what protects from the second task on: `accumulated`, an artefact of the run before, of a probe
-with frames of each task that was learned (probe-add); `estimated`, one of the run before and the probe as it was; `kept`, that of the base.
+with frames of each task that was learned (probe-add), where the arm needs one; `estimated`, one of the run before and the probe as it was; `kept`, that of the base.
 
 A later key overrides an earlier one: the arm's configuration, settings, task, arm, rate and seed. Arms of one `family` are settings of one
 method. What is done is read from the files of the cell alone (`look`), so that a study may be stopped anywhere, run in parts, and by
@@ -283,7 +283,8 @@ def _stream(tree: Dict[str, Any], cells: List[Cell]) -> List[Cell]:
                     own["gains.of_first"] = True
                 else:
                     own["gains.name"] = own["icsm.name"] = f"{cell.group}.{cell.cell}"
-                if bases == "accumulated":
+                # Whoever learns without an artefact needs no probe of its own: its drift is measured on the study's.
+                if bases == "accumulated" and method_class(config.method).needs_offline(config):
                     added = {"data.datasets": list(learned), "to": "+".join([config.probe.name, *learned]), "frames": frames,
                              "probe.name": config.probe.name, "probe.size": config.probe.size}
                     own["probe.name"], own["probe.size"] = added["to"], config.probe.size + frames * len(learned)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from vlakeep.data.sample import IGNORE_INDEX
 from vlakeep.methods.measured import Measured
+from vlakeep.models.entrance import Request
 
 
 @dataclass
@@ -69,7 +70,8 @@ class ConSFT(Measured):
             return weigh(found, self._labels_BL, self._options.sharpness)
 
         def before(module, args):
-            self._labels_BL = args[0].labels[:, args[0].first_label:].to(backbone.device)
+            batch = args[0]  # or what else is asked of the model, such as a measurement, which has no labels (models/entrance.py)
+            self._labels_BL = None if isinstance(batch, Request) else batch.labels[:, batch.first_label:].to(backbone.device)
 
         def after(module, args, output):
             self._labels_BL = None
