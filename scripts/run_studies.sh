@@ -35,9 +35,9 @@ fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 vlakeep() { echo "+ vlakeep $*" >>"$out/log.txt"; "$python" -m vlakeep.cli "$@" >>"$out/log.txt" 2>&1; }
 if [ "${DATA:-1}" = 1 ]; then
-  vlakeep tabletop-data --config configs/method_graded_distillation.yaml --skills corner &
+  vlakeep tabletop-data --skills corner --probe.name tabletop-2000 --probe.size 2000 &
   vlakeep tabletop-data --skills path,order,relation,repeat --probe.name tabletop &
-  vlakeep tabletop-data --skills pick,place,reach,tap,side,drop --probe.name aside --probe.size 20 &
+  vlakeep tabletop-data --skills pick,place,reach,tap,side,drop --probe.name tabletop-8000 --probe.size 8000 &
   for job in $(jobs -p); do wait "$job"; done
 fi
 number=0 status=0

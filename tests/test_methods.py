@@ -153,7 +153,7 @@ RIVALS = [("sc_lora", ["--options.frames", 4, "--lora.layers", "last:1"]),
 
 @pytest.mark.parametrize("name, options", RIVALS, ids=[name for name, _ in RIVALS])
 def test_rivals_train_and_resume_bitwise(world, graded_folder, baseline, name, options):
-    """One that keeps in its state what is not trained, one that draws old data, one that acts inside the model's call, where the sensor is."""
+    """One that keeps in its state what is not trained, one that draws old data, one that acts inside the model's call, like the sensor."""
     storage, make_config = world
     arm = [BASELINE, "--method", name, "--train.schedule", "constant", "--train.save_every", 2, *options]
     whole = run_training(make_config(*arm, "--name", f"{name}-whole", "--train.steps", 4), storage)

@@ -14,8 +14,9 @@
     rule: {subject: graded, reference: plain, choose: [1, 2, 3]}    # studies/rule.py
     stream: [corner, path]            # tasks in this order, each trained on the run of the one before; or {order: [...], frames: 64}
 
-In a stream the key `bases` of an arm says what protects from the second task on: `accumulated`, an artefact of the run before, of a probe
-with frames of each task that was learned (probe-add), where the arm needs one; `estimated`, one of the run before and the probe as it was; `kept`, that of the base.
+In a stream the key `bases` of an arm that needs an artefact says what protects from the second task on: `accumulated`, one of the run
+before, of a probe with frames of each task that was learned (probe-add); `estimated`, one of the run before and the probe as it was;
+`kept`, that of the base.
 
 A later key overrides an earlier one: the arm's configuration, settings, task, arm, rate and seed. Arms of one `family` are settings of one
 method. What is done is read from the files of the cell alone (`look`), so that a study may be stopped anywhere, run in parts, and by
