@@ -17,7 +17,7 @@ from vlakeep.reporting.intervals import t_quantile
 from vlakeep.studies import claims, figures, front, inference, paper, power, report, streams
 from vlakeep.studies.data import Data, Setting
 from vlakeep.studies.records import _curves, rate_of, read_records, states_of, train_seconds, values_of
-from vlakeep.studies.rule import Rule, choose, families_of, of_reported, read_rule
+from vlakeep.studies.rule import Rule, choose, families_of, of_reported, read_rule, to_report
 from vlakeep.studies.tables import Table, spread
 
 
@@ -157,6 +157,21 @@ def test_the_rule_takes_what_keeps_most_of_what_learns_enough_on_the_choosing_se
     assert claims.best_rival(judged) == "plain" and claims.best_rival(judged, oracles=True) is None
     together = families_of(cells_of(records, {"weak": "soft"}))
     assert list(together) == ["plain", "soft"] and len(together["soft"]) == 5, "arms of one family are its settings"
+
+
+def test_what_is_to_be_reported_are_the_chosen_settings_on_the_other_seeds_and_the_base():
+    values = (("plain", 1e-3, "1110", "1000"), ("plain", 2e-3, "1111", "0000"),
+              ("soft", 1e-3, "0000", "1111"), ("soft", 2e-3, "1111", "1110"))
+    records = [made(arm, "corner", rate, seed, new, old) for seed in (1, 2, 11) for arm, rate, new, old in values]
+    cells = [*cells_of([made("base", "corner", 0.0, 0, "0000", "1111")]), *cells_of(records)]
+    rule = Rule("soft", "plain", choose=[1, 2], near=0.3)
+    done = [record for record in records if record["seed"] == 1]
+    assert [cell.cell for cell in to_report(rule, cells, done)] == ["base-corner", "plain-corner-lr0.001-s11", "soft-corner-lr0.002-s11"]
+    assert [cell.rate for cell in to_report(rule, cells, done, own_best=True)] == [0.0, 2e-3, 2e-3]
+    with pytest.raises(ConfigError, match="--chosen: no cell of plain on the choosing seeds 1, 2 is done: run these with --seeds first"):
+        to_report(rule, cells, [record for record in records if record["seed"] == 11])
+    with pytest.raises(ConfigError, match="--chosen: the study's rule names no seeds that choose"):
+        to_report(Rule("soft", "plain"), cells, done)
 
 
 @pytest.mark.parametrize("given, words", [

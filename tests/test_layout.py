@@ -19,8 +19,9 @@ LAYERS = [["core"], ["data"], ["probe"], ["models"], ["openvla", "pi0_fast"], ["
           ["methods"], ["benchmarks"], ["planning"], ["tabletop", "libero", "language"], ["parity"], ["reporting"], ["studies"]]
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 # Stages stand above all rooms and do not import one another, but for the dispatcher, the demo, which runs them in order, `checks`,
-# which is preflight's, `closing_pass`, which is export's, and the study, which calls the dispatcher.
-MAY_IMPORT_STAGES = {"cli": None, "demo": None, "preflight": {"checks"}, "export": {"closing_pass"}, "study": {"checks", "cli"}}
+# which is preflight's, `closing_pass`, which is export's, the study, which calls the dispatcher, and `warm`, which it forks cells from.
+MAY_IMPORT_STAGES = {"cli": None, "demo": None, "warm": None, "preflight": {"checks"}, "export": {"closing_pass"},
+                     "study": {"checks", "cli"}}
 # A model by name: its own room, the comparison with its official code, and the stages that make a small one, with their options. All
 # others ask models/base.py.
 MODELS = ("openvla", "pi0_fast")

@@ -1,13 +1,17 @@
 """Studies: the cells of a file, what is read from a cell's own files, failures beside the rest, and a resumed study against a whole one."""
 
+import functools
 import importlib
 import json
 import lzma
+import multiprocessing
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -140,6 +144,42 @@ def test_a_process_of_the_launcher_leaves_its_log_and_status(tmp_path):
     assert launcher(["--version"], tmp_path / "logs" / "one.log") == 0 and "vlakeep" in (tmp_path / "logs" / "one.log").read_text()
     launcher.stop()
     assert launcher(["--version"], tmp_path / "two.log") == 143, "none is started after the end"
+
+
+def _says(words, log_file, environment):
+    """In place of a cell: which card it was given."""
+    Path(log_file).write_text(str(environment.get("CUDA_VISIBLE_DEVICES")))
+    if words == ["wait"]:
+        time.sleep(60)
+
+
+def test_processes_of_the_launcher_are_forked_with_the_libraries_and_share_the_cards(tmp_path, monkeypatch):
+    asked: list = []
+    monkeypatch.setattr(schedulers, "_forked", _says)
+    monkeypatch.setattr(type(multiprocessing.get_context("forkserver")), "set_forkserver_preload", lambda _, names: asked.append(names))
+    launcher = study.Launcher(3, gpus=2)
+    assert asked == [["vlakeep.warm"]] and importlib.util.find_spec("vlakeep.warm")
+    assert schedulers.at_once(launcher, 1, [functools.partial(launcher, [], tmp_path / f"{i}.log") for i in range(3)]) == [0, 0, 0]
+    assert [(tmp_path / f"{i}.log").read_text() for i in range(3)] == ["0", "1", "0"]
+    ended: list = []
+    slow = threading.Thread(target=lambda: ended.append(launcher(["wait"], tmp_path / "slow.log")))
+    slow.start()
+    until = time.monotonic() + 60
+    while not (tmp_path / "slow.log").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    launcher.stop()
+    slow.join(30)
+    assert ended == [-signal.SIGTERM], "what runs is asked to end"
+
+
+def test_a_cell_is_opened_without_the_configurations_of_the_others(tmp_path):
+    arms = {"plain": {"config": "configs/baseline_lora.yaml"}, "other": {"config": "configs/baseline_lora.yaml", "train.steps": -1}}
+    file = write(tmp_path / "one.yaml", arms=arms)
+    with pytest.raises(ConfigError, match="train.steps"):
+        study.open_study(file, ["--root", str(tmp_path)])
+    cell = "plain-corner-lr0.001-s1"
+    made = study.open_study(file, ["--root", str(tmp_path)], only=cell)
+    assert [one.cell for one in made.configs] == [cell] and len(made.cells) == 8
 
 
 def test_intervals_are_over_seeds_and_not_over_cells():

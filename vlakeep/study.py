@@ -39,7 +39,7 @@ from vlakeep.core.study import BEGUN, DONE, OPEN, OTHER, Cell, State, checkpoint
 from vlakeep.models.load import model_name
 from vlakeep.studies import again, claims, paper, report, streams, tables
 from vlakeep.studies.records import differences, line_of, read_records, record_of, same, write_records
-from vlakeep.studies.rule import Rule, of_reported, read_rule
+from vlakeep.studies.rule import Rule, of_reported, read_rule, to_report
 from vlakeep.studies.schedulers import Launcher, at_once, scheduler
 
 TAIL = 6  # lines of a failed cell's log that are shown
@@ -79,11 +79,11 @@ class Study(NamedTuple):
         return self.storage.run_folder(self.cells[0].group) / "study"
 
 
-def open_study(file: str, folders: Sequence[str], again: bool = False) -> Study:
-    """ConfigError with the mistakes of all cells and of the rule."""
+def open_study(file: str, folders: Sequence[str], again: bool = False, only: Optional[str] = None) -> Study:
+    """ConfigError with the mistakes of all cells and of the rule. only: a cell; thousands of others then get no configuration."""
     cells, configs, wrong = read_study(file, again), {}, {}
     read_rule(read_tree(file), cells)
-    for cell in cells:
+    for cell in [cell for cell in cells if only is None or cell.cell == only] or cells[:1]:
         try:
             configs[cell] = cell.config(folders)
             problem = checkpoint_problem(cell, configs[cell])
@@ -93,7 +93,7 @@ def open_study(file: str, folders: Sequence[str], again: bool = False) -> Study:
             wrong.setdefault(str(error), cell.cell)
     if wrong:
         raise ConfigError("\n".join(f"{file}, cell {cell}: {error}" for error, cell in wrong.items()))
-    return Study(file, cells, configs, Storage.from_config(configs[cells[0]]), list(folders))
+    return Study(file, cells, configs, Storage.from_config(next(iter(configs.values()))), list(folders))
 
 
 class Artefact(NamedTuple):
@@ -364,7 +364,7 @@ def write_report(study: Study, out: Path) -> Path:
 
 def main(argv: List[str]) -> int:
     args, _, folders = split(STUDY, argv)
-    study = open_study(args.study, folders, args.again)
+    study = open_study(args.study, folders, args.again, args.cell)
     if args.cell:
         found = [cell for cell in study.cells if cell.cell == args.cell]
         if not found:
@@ -373,7 +373,10 @@ def main(argv: List[str]) -> int:
     taken = getattr(args, "import")
     if taken:
         print(take_in(study, taken))
-    some = study._replace(cells=share(named(study.cells, args.arms, args.tasks, args.rates, args.seeds), args.part, args.parts))
+    cells = study.cells
+    if args.chosen:
+        cells = to_report(read_rule(read_tree(study.file), cells), cells, study.records(), args.chosen == "best")
+    some = study._replace(cells=share(named(cells, args.arms, args.tasks, args.rates, args.seeds), args.part, args.parts))
     if getattr(args, "dry-run"):
         show_plan(some)
         return 0

@@ -71,6 +71,8 @@ STUDY = Stage("study", "vlakeep.study", "arms x tasks x rates x seeds, trained a
     Option("--tasks", [], "Only these tasks.", names),
     Option("--rates", [], "Only these learning rates.", numbers),
     Option("--seeds", [], "Only these training seeds.", wholes),
+    Option("--chosen", None, "Only what is to be reported: the setting that the rule chooses of each family (matched), or its best by "
+           "success (best), on the seeds that do not choose.", choices=("matched", "best")),
     Option("--part", 1, "Which of --parts shares of the cells is run, counted from 1; each on a machine of its own.", whole()),
     Option("--parts", 1, "Shares into which the cells are dealt out.", whole()),
     Option("--seconds", None, "Start no cell after so many seconds; those that run are finished.", number(above=True)),

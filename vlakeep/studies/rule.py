@@ -105,6 +105,18 @@ def reported(rule: Rule, data: Data) -> List[int]:
     return [seed for seed in data.seeds if seed not in rule.choose]
 
 
+def to_report(rule: Optional[Rule], cells: Sequence[Cell], records: Sequence[Dict[str, Any]], own_best: bool = False) -> List[Cell]:
+    """The cells of the chosen settings on the seeds that do not choose, and the base's. ConfigError while nothing is chosen yet."""
+    if rule is None or not rule.choose:
+        raise ConfigError("--chosen: the study's rule names no seeds that choose (`rule.choose`, docs/study.md)")
+    found = choose(rule, families_of(cells), Data(records), own_best)
+    if not found:
+        seeds = ", ".join(map(str, rule.choose))
+        raise ConfigError(f"--chosen: no cell of {rule.reference} on the choosing seeds {seeds} is done: run these with --seeds first")
+    settings = {one.setting for one in found.values()}
+    return [cell for cell in cells if cell.is_base or (Setting(cell.arm, cell.rate) in settings and cell.seed not in rule.choose)]
+
+
 def of_reported(rule: Optional[Rule], records: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
     """The records of the base and of the seeds that are reported; all without a rule."""
     return [one for one in records if rule is None or one["arm"] == BASE or one["seed"] not in rule.choose]

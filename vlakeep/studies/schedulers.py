@@ -9,6 +9,7 @@ before those of SLURM alone) and of Ray's task options. A running Ray cluster is
 starts on this machine.
 """
 
+import multiprocessing
 import os
 import queue
 import subprocess
@@ -135,10 +136,26 @@ class Ray(_Scheduler):
         self._ray.cancel(job, force=False)
 
 
+def _forked(words: List[str], log_file: str, environment: Dict[str, str]) -> None:
+    """A command line of vlakeep in a process that was forked for it."""
+    output = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.update(environment)
+    sys.argv = ["vlakeep", *words]
+    sys.exit(import_module("vlakeep.cli").main())
+
+
 class Launcher:
-    """Runs command lines of `vlakeep` as processes, at most `workers` at a time, each on a GPU of its own where there are several."""
+    """Runs command lines of `vlakeep` as processes, at most `workers` at a time, each on a GPU of its own where there are several.
+
+    They are forked from a process in which vlakeep/warm.py has imported the libraries once (and which touches no GPU): importing them takes
+    seconds, more where dozens of cells begin together.
+    """
 
     def __init__(self, workers: int, gpus: int = 0):
+        self._forks = multiprocessing.get_context("forkserver")
+        self._forks.set_forkserver_preload(["vlakeep.warm"])
         self._slots: "queue.Queue[int]" = queue.Queue()
         for slot in range(workers):
             self._slots.put(slot)
@@ -151,18 +168,18 @@ class Launcher:
             if self._gpus > 1:
                 environment["CUDA_VISIBLE_DEVICES"] = str(slot % self._gpus)
             log_file.parent.mkdir(parents=True, exist_ok=True)
-            with open(log_file, "wb") as file:
+            process = self._forks.Process(target=_forked, args=(words, str(log_file), environment))
+            with self._lock:
+                if self._stopped:
+                    return STOPPED
+                process.start()
+                self._running.add(process)
+            try:
+                process.join()
+                return process.exitcode
+            finally:
                 with self._lock:
-                    if self._stopped:
-                        return STOPPED
-                    process = subprocess.Popen([sys.executable, "-m", "vlakeep.cli", *words], stdout=file, stderr=subprocess.STDOUT,
-                                               env=environment)
-                    self._running.add(process)
-                try:
-                    return process.wait()
-                finally:
-                    with self._lock:
-                        self._running.discard(process)
+                    self._running.discard(process)
         finally:
             self._slots.put(slot)
 
