@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from vlakeep.core.config import ConfigError
 from vlakeep.core.stages import STUDY
@@ -283,6 +284,22 @@ def whole(seeds=(1, 2, 11, 12, 13)):
             one["made"] = {"commit": "0123abc", "hardware": {"gpus": [{"name": "A card"}]}}
             records.append(one)
     return records
+
+
+def test_the_front_ends_at_what_a_rate_can_be_and_marks_every_family():
+    """A t interval of two seeds goes far beyond; a family of which only the mean is drawn has a mark below its name."""
+    values = {"plain": ("1111", "0011"), "ours": ("1110", "1111"), "best": ("1111", "1110"), "other": ("0011", "0111")}
+    records = [made(arm, "t", 1e-3, seed, new if seed < 12 else "1101", old if seed < 12 else "1011")
+               for arm, (new, old) in values.items() for seed in (1, 11, 12)]
+    judged = claims.judge(cells_of(records), records, Rule("ours", "plain", choose=[1], draws=200))
+    drawn = Figure()
+    figures._front(drawn, judged, figures.style_of(judged))
+    axes = drawn.axes[0]
+    assert axes.get_xlim()[1] <= 104 and axes.get_ylim()[1] <= 104 and axes.get_ylim()[0] >= -4
+    ends = np.concatenate([points for bars in axes.collections for points in bars.get_segments()])
+    assert ends.min() >= -1e-9 and 99 < ends.max() <= 100 + 1e-9
+    marks = {tuple(np.round(point, 6)) for line in axes.lines for point in line.get_xydata()}
+    assert [text.get_text() for text in axes.texts] == ["other"] and tuple(np.round(axes.texts[0].xy, 6)) in marks
 
 
 def test_the_report_is_one_page_and_its_numbers_are_those_of_the_records(tmp_path):

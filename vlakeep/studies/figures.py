@@ -94,13 +94,19 @@ def _front(figure, judged: Judged, style: Style) -> None:
             continue
         colour, _, marker = style.get(family, (MUTED, MUTED, "."))
         if family in style:
-            bars = [[[100 * (e.mean - e.low)], [100 * (e.high - e.mean)]] if e.low is not None else None for e in (kept, new)]
+            # A t interval of few seeds goes beyond what a rate can be.
+            bars = [[[100 * (e.mean - max(0.0, e.low))], [100 * (min(1.0, e.high) - e.mean)]] if e.low is not None else None
+                    for e in (kept, new)]
             axes.errorbar(100 * kept.mean, 100 * new.mean, xerr=bars[0], yerr=bars[1], color=colour, marker=marker, markersize=9, capsize=3,
                           elinewidth=1.3, linestyle="none", label=family, markeredgecolor=PAPER, zorder=4)
-        elif all(abs(kept.mean - x) > 0.12 or abs(new.mean - y) > 0.035 for x, y in named):
+            continue
+        axes.plot(100 * kept.mean, 100 * new.mean, linestyle="none", color=colour, marker=marker, markersize=5, alpha=0.45, zorder=2)
+        if all(abs(kept.mean - x) > 0.12 or abs(new.mean - y) > 0.035 for x, y in named):
             named.append((kept.mean, new.mean))
             axes.annotate(family, (100 * kept.mean, 100 * new.mean), xytext=(4, 3), textcoords="offset points", fontsize=6.5, color=MUTED)
     axes.margins(0.08)
+    for limits, of in ((axes.set_xlim, axes.get_xlim()), (axes.set_ylim, axes.get_ylim())):
+        limits(max(-4.0, of[0]), min(104.0, of[1]))
     axes.set_xlabel("old abilities kept (%)  \u2192 keeps more")
     axes.set_ylabel("success on the new task (%)  \u2192 learns more")
     draw_legend(figure, axes)
