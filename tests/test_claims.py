@@ -291,6 +291,7 @@ def test_the_front_ends_at_what_a_rate_can_be_and_marks_every_family():
     values = {"plain": ("1111", "0011"), "ours": ("1110", "1111"), "best": ("1111", "1110"), "other": ("0011", "0111")}
     records = [made(arm, "t", 1e-3, seed, new if seed < 12 else "1101", old if seed < 12 else "1011")
                for arm, (new, old) in values.items() for seed in (1, 11, 12)]
+    records = [record for record in records if record["cell"] != "best-t-lr0.001-s12"]  # the front is of the one seed that all have
     judged = claims.judge(cells_of(records), records, Rule("ours", "plain", choose=[1], draws=200))
     drawn = Figure()
     figures._front(drawn, judged, figures.style_of(judged))
