@@ -5,11 +5,15 @@ import json
 import numpy as np
 import pytest
 
-from vlakeep.core.config import Config
+from vlakeep.core.config import Config, ConfigError
+from vlakeep.core.errors import StorageError
 from vlakeep.core.storage import Storage
 from vlakeep.data.sample import Sample
 from vlakeep.probe.extend import extend
+from vlakeep.probe.heldout import open_heldout
 from vlakeep.probe.probe_set import ProbeError, ProbeSet, write_probe
+from vlakeep.probe.selection import main as probe_select
+from vlakeep.probe.selection import select
 
 SAMPLES = [Sample(np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8), f"what is {i}?\u2028 ü",
                   question=i % 2 == 0) for i in range(10)]
@@ -118,3 +122,73 @@ def test_a_probe_that_gets_frames_is_not_written_over(tmp_path):
     with pytest.raises(ValueError, match="--to mine: is the probe that frames are added to"):
         extend(config, Storage.from_config(config), "mine", 4)
     assert ProbeSet(tmp_path / "probe" / "mine").sha256 == before
+
+
+ASKED = ["color", "tap", "task:tabletop_corner", "color", "count", "tap", "reach", "color", "task:tabletop_path", "count"]
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """(configuration, its storage): a probe `mixed` with questions (color, count), skills, and frames of two new tasks."""
+    config = Config(root=str(tmp_path))
+    config.probe.name = "mixed"
+    samples = [Sample(sample.image, sample.instruction, question=kind in ("color", "count")) for sample, kind in zip(SAMPLES, ASKED)]
+    answers = "".join(json.dumps({"item": i, "answer": f"answer {i}"}) + "\n" for i, kind in enumerate(ASKED) if samples[i].question)
+    write_probe(tmp_path / "probe" / "mixed", samples, ASKED, [str(i) for i in range(10)], answers)
+    return config, Storage.from_config(config)
+
+
+@pytest.mark.parametrize("kinds, size, chosen", [
+    (["questions"], None, [0, 3, 4, 7, 9]), (["skills"], None, [1, 5, 6]), (["task:*"], None, [2, 8]), (["task:*_path"], None, [8]),
+    (["count", "tap"], None, [1, 4, 5, 9]), (["skills", "tap"], None, [1, 5, 6]), (["questions"], 2, [0, 4]), (["*"], 10, list(range(10)))])
+def test_chosen_kinds_make_a_probe(mixed, kinds, size, chosen):
+    config, storage = mixed
+    assert select(config, storage, "few", kinds, size) == len(chosen)
+    source, found = ProbeSet(storage.probe / "mixed"), ProbeSet(storage.probe / "few")
+    assert found.items == [source.items[i] for i in chosen] and [item["state"] for item in found.items] == [str(i) for i in chosen]
+    for one, other in zip(found.samples(range(len(chosen))), source.samples(chosen)):
+        assert np.array_equal(one.image, other.image)
+    answers = {number: f"answer {i}" for number, i in enumerate(chosen) if source.items[i]["question"]}
+    assert (found.folder / "answers.jsonl").is_file() == bool(answers)
+    assert not answers or open_heldout(found.folder, source.folder).answers == answers
+
+
+def test_a_probe_is_selected_again_and_not_over_another(mixed):
+    config, storage = mixed
+    for _ in range(2):
+        select(config, storage, "few", ["tap"])
+    before = ProbeSet(storage.probe / "few").sha256
+    with pytest.raises(ValueError, match="few holds another probe.*`rm -r .*few`"):
+        select(config, storage, "few", ["color"])
+    assert ProbeSet(storage.probe / "few").sha256 == before
+
+
+@pytest.mark.parametrize("to, kinds, size, error", [
+    ("mixed", ["tap"], None, "--to mixed: is the probe that items are taken from"),
+    ("a/../mixed", ["tap"], None, "is the probe that items are taken from"),
+    ("few", ["tap", "left"], None, r"--kinds left: .*no such items, but color \(3\), count \(2\), .*questions and skills"),
+    ("few", ["skill*"], None, r"--kinds 'skill\*': .*no such items"),
+    ("a few", ["questions"], 6, "--size 6: .* 5 such items; .*`vlakeep probe-select --kinds questions --to 'a few'`"),
+    ("/elsewhere/few", ["tap"], None, "outside the storage root")])
+def test_a_selection_that_cannot_be_made_leaves_nothing(mixed, to, kinds, size, error):
+    config, storage = mixed
+    before = ProbeSet(storage.probe / "mixed").sha256
+    with pytest.raises((ValueError, StorageError), match=error):
+        select(config, storage, to, kinds, size)
+    assert [path.name for path in storage.probe.iterdir()] == ["mixed"] and ProbeSet(storage.probe / "mixed").sha256 == before
+
+
+def test_damaged_answers_are_no_selection(mixed):
+    config, storage = mixed
+    (storage.probe / "mixed" / "answers.jsonl").write_text('{"answer": "red"}\n')
+    with pytest.raises(ProbeError, match="answers.jsonl is damaged"):
+        select(config, storage, "few", ["color"])
+    assert not (storage.probe / "few").exists()
+
+
+def test_the_command_line_of_a_selection(mixed):
+    config, storage = mixed
+    words = ["--root", config.root, "--probe.name", "mixed", "--to", "few"]
+    assert probe_select([*words, "--kinds", "task:*,color", "--size", "4"]) == 0 and len(ProbeSet(storage.probe / "few")) == 4
+    with pytest.raises(ConfigError, match="--kinds needs names"):
+        probe_select([*words, "--kinds", ","])

@@ -81,6 +81,15 @@ def test_cells_are_every_combination_with_the_later_key_on_top(tmp_path):
     assert [said(value) for value in (None, True, 5e-4, ["a", "b"], "x", 3)] == ["null", "true", "0.0005", "[a, b]", "x", "3"]
 
 
+def test_an_arms_value_may_name_the_task(tmp_path):
+    tasks = {name: {"data.datasets": [f"tabletop_{name}"]} for name in ("corner", "path")}
+    arm = {"config": "configs/method_graded.yaml", "probe.name": "only-{task}", "gains.name": "of_{task}", "probe.size": 9}
+    cells = read_study(write(tmp_path / "one.yaml", tasks=tasks, seeds=[1], rates=[1e-3], arms={"own": arm, "base": arm}))
+    for cell, task in zip(cells, ["corner", "path"] * 2):
+        config = cell.config()
+        assert (config.probe.name, config.gains.name, config.probe.size) == (f"only-{task}", f"of_{task}", 9)
+
+
 def test_an_evaluation_is_one_of_the_weights_that_are_there(tmp_path):
     config = load_config("configs/baseline_lora.yaml")
     (tmp_path / "summary.json").write_text(json.dumps({"weights": "these"}))

@@ -21,6 +21,12 @@ PROBE_ADD = Stage("probe-add", "vlakeep.probe.extend", "a probe with frames of d
                   f"{FOLDERS} probe {SOURCES}", own=(
     Option("--to", None, "Name of the probe that is written.", required=True),
     Option("--frames", 64, "Frames of each data set.", whole())))
+PROBE_SELECT = Stage("probe-select", "vlakeep.probe.selection", "a probe of some kinds of items of another, to see what a probe must hold",
+                     f"{FOLDERS} probe.name", own=(
+    Option("--kinds", None, "Kinds that are taken, with commas between them: names, patterns such as task:*, questions, skills.", names,
+           required=True),
+    Option("--to", None, "Name of the probe that is written.", required=True),
+    Option("--size", None, "Items of it, evenly spread over those that fit; null takes them all.", whole())))
 OFFLINE = Stage(
     "offline", "vlakeep.offline", "the frozen teacher's ICSM subspaces and Thermostat statistics, once per base model",
     f"{FOLDERS} method options {STATE} backbone lora.layers lora.modules {SOURCES} probe icsm {SPECTRUM} gains.keep gains.steepness "
@@ -89,4 +95,5 @@ STORAGE_CHECK = Stage("storage-check", "vlakeep.preflight", "check that all big 
 DEMO = Stage("demo", "vlakeep.demo", "the whole pipeline on the small model that ships with vlakeep, in minutes on a CPU",
              together(OFFLINE, TRAIN, EVALUATE) + " -name -train.save_every -train.keep_last -evaluate.target", file=False, own=(
     Option("--model", "openvla", "Which of the small models.", choices=("openvla", "pi0_fast")),))
-STAGES = (DEMO, PLAN, PREFLIGHT, STORAGE_CHECK, FETCH, AUDIT, PROBE_ADD, OFFLINE, TRAIN, EVALUATE, REPORT, EXPORT, INTERPOLATE, STUDY)
+STAGES = (DEMO, PLAN, PREFLIGHT, STORAGE_CHECK, FETCH, AUDIT, PROBE_ADD, PROBE_SELECT, OFFLINE, TRAIN, EVALUATE, REPORT, EXPORT,
+          INTERPOLATE, STUDY)

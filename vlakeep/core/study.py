@@ -18,9 +18,10 @@ In a stream the key `bases` of an arm that needs an artefact says what protects 
 before, of a probe with frames of each task that was learned (probe-add); `estimated`, one of the run before and the probe as it was;
 `kept`, that of the base.
 
-A later key overrides an earlier one: the arm's configuration, settings, task, arm, rate and seed. Arms of one `family` are settings of one
-method. What is done is read from the files of the cell alone (`look`), so that a study may be stopped anywhere, run in parts, and by
-several machines that share the storage root; of cells that ran elsewhere a record is enough (studies/records.py).
+A later key overrides an earlier one: the arm's configuration, settings, task, arm, rate and seed. In an arm's value `{task}` is the task's
+name, as in `probe.name: "only-{task}"`. Arms of one `family` are settings of one method. What is done is read from the files of the cell
+alone (`look`), so that a study may be stopped anywhere, run in parts, and by several machines that share the storage root; of cells that
+ran elsewhere a record is enough (studies/records.py).
 """
 
 import copy
@@ -229,13 +230,14 @@ def read_study(path, again: bool = False) -> List[Cell]:
         config, rates = own.pop("config", None), own.pop("rates", tree.get("rates") or [None])
         family = own.pop("family", arm)
         for task, keys in tree["tasks"].items():
+            keys = {**(tree.get("settings") or {}), **(keys or {}), **_filled(own, task)}
             if arm == BASE:
-                pairs = {**(tree.get("settings") or {}), **(keys or {}), **own}
+                pairs = keys
                 cells.append(Cell(tree["name"], arm, task, 0.0, 0, config, tuple(pairs.items()), BASE))
                 continue
             for rate in rates:
                 for seed in tree["seeds"]:
-                    pairs = {**(tree.get("settings") or {}), **(keys or {}), **own, "seed": seed}
+                    pairs = {**keys, "seed": seed}
                     pairs.update({} if rate is None else {"train.lr": float(rate)})
                     rate_of = float(rate) if rate is not None else _rate(config, pairs)
                     cells.append(Cell(tree["name"], arm, task, rate_of, int(seed), config, tuple(pairs.items()), str(family)))
@@ -244,6 +246,11 @@ def read_study(path, again: bool = False) -> List[Cell]:
     if twice:
         raise ConfigError(f"{file}: two cells have the name {twice[0]}")
     return cells
+
+
+def _filled(own: Dict[str, Any], task: str) -> Dict[str, Any]:
+    """An arm's keys, with the task's name where its values have a place for it."""
+    return {key: value.replace("{task}", str(task)) if isinstance(value, str) else value for key, value in own.items()}
 
 
 def cells_of(cells: Sequence[Cell], arm: str) -> List[Cell]:

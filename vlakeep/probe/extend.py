@@ -21,7 +21,7 @@ from vlakeep.core.storage import Storage
 from vlakeep.data.formats import closing_all, open_configured
 from vlakeep.data.images import resize_uint8
 from vlakeep.data.sample import Sample
-from vlakeep.probe.probe_set import ProbeSet, evenly, write_probe
+from vlakeep.probe.probe_set import TASK, ProbeSet, evenly, write_probe
 
 
 def extend(config: Config, storage: Storage, to: str, frames: int) -> int:
@@ -42,7 +42,7 @@ def extend(config: Config, storage: Storage, to: str, frames: int) -> int:
             for number in evenly(len(keys), frames):
                 frame = dataset.frame(*keys[number]).with_pictures(lambda picture: resize_uint8(picture, samples[0].image.shape[:2]))
                 samples.append(Sample(frame.image, frame.instruction))
-                kinds.append(f"task:{dataset.name}")
+                kinds.append(f"{TASK}{dataset.name}")
                 states.append("")
     folder = storage.guard_write(storage.probe_folder(to), what="probe")
     write_probe(folder, samples, kinds, states)

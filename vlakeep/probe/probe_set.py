@@ -4,6 +4,8 @@
     <probe>/images.npy    uint8 [N, H, W, 3]
     <probe>/probe.json    {"format": 1, "count": N, "sha256": content hash}
 
+A probe with known answers has them in answers.jsonl, one {"item", "answer", ...} a line (`vlakeep libero-vqa`).
+
 For models of several cameras, or that take the robot's state, there are also images_1.npy, images_2.npy, ... (one file a camera, each of
 its own size), states.npy (float32 [N, Q]), and in probe.json format 2, the cameras' names and Q.
 
@@ -18,10 +20,12 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 
+from vlakeep.core.errors import quoted
 from vlakeep.core.storage import atomic_dir
 from vlakeep.data.sample import Sample
 
 FORMAT, WIDE_FORMAT = 1, 2  # the second has more than one picture an item, or a state
+TASK = "task:"  # how kinds begin that are frames of a new task's data (probe/extend.py)
 _REMEDY = "make it again with `vlakeep tabletop-data`, or write your own with write_probe (vlakeep/probe/probe_set.py)"
 _FIELDS = {"instruction": str, "question": bool, "kind": str, "state": str}
 
@@ -68,11 +72,13 @@ def _states(samples: List[Sample]) -> Optional[np.ndarray]:
     return np.stack(found).astype(np.float32)
 
 
-def write_probe(folder, samples: List[Sample], kinds: List[str], states: Optional[List[str]] = None) -> str:
+def write_probe(folder, samples: List[Sample], kinds: List[str], states: Optional[List[str]] = None, answers: str = "",
+                replace: bool = True) -> str:
     """Write a probe folder (replacing one that is there) and return its content hash.
 
     kinds: what each item asks about, e.g. a skill or a question kind. states: robot state text per item, "" when None. The samples' own
-    cameras and states (normalised, as a data set gives them) are kept too.
+    cameras and states (normalised, as a data set gives them) are kept too. answers: text of answers.jsonl. replace: False refuses to put
+    it in the place of another probe.
     Raises ValueError for no samples, lists of different lengths, pictures of different shapes, or what only some samples have.
     """
     states = states if states is not None else [""] * len(samples)
@@ -88,6 +94,8 @@ def write_probe(folder, samples: List[Sample], kinds: List[str], states: Optiona
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / "probe.json").is_file():
         raise ValueError(f"{folder} exists and is no probe folder; it is left alone, choose another name with --probe.name")
+    if not replace and folder.exists() and any(folder.iterdir()) and sha256 not in (folder / "probe.json").read_text():
+        raise ValueError(f"{folder} holds another probe; take another name, or remove it first: `rm -r {quoted(folder)}`")
     with atomic_dir(folder) as partial:
         np.save(partial / "images.npy", images, allow_pickle=False)
         for number, other in enumerate(others, 1):
@@ -96,6 +104,8 @@ def write_probe(folder, samples: List[Sample], kinds: List[str], states: Optiona
             np.save(partial / "states.npy", state_NQ, allow_pickle=False)
         text = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
         (partial / "items.jsonl").write_text(text, encoding="utf-8")
+        if answers:
+            (partial / "answers.jsonl").write_text(answers, encoding="utf-8")
         info: Dict[str, Any] = {"format": FORMAT, "count": len(items), "sha256": sha256}
         if cameras or state_NQ is not None:
             info.update(format=WIDE_FORMAT, cameras=cameras, state=0 if state_NQ is None else state_NQ.shape[1])
