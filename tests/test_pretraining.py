@@ -1,6 +1,8 @@
 """Training small models from nothing: batches, windows of pictures, and a model that learns and is read back."""
 
+import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from vlakeep.data.sample import Sample
 from vlakeep.data.statistics import action_statistics
 from vlakeep.libero.pretrain import LIGHT, Windows, shrink, stored_side
 from vlakeep.models.load import make_backbone
+from vlakeep.openvla import pretraining
 from vlakeep.openvla.pretraining import compile_layers, fit, new_model, picker, save
 from vlakeep.openvla.sizes import model_options
 
@@ -63,7 +66,9 @@ def test_the_window_is_nine_tenths_of_the_stored_picture():
     assert shrink(np.full((256, 256, 3), 77, np.uint8), 135).shape == (135, 135, 3)
 
 
-def test_a_small_model_learns_and_is_read_back(tmp_path):
+def test_a_small_model_learns_and_is_read_back(tmp_path, monkeypatch):
+    # A clock that counts steps: the schedule follows it, and a busy machine would make a third of them.
+    monkeypatch.setattr(pretraining, "time", SimpleNamespace(perf_counter=itertools.count(step=9 / 150).__next__))
     sizes = model_options(hidden=48, heads=6, layers=2, mlp=64, vocab=720, batch=8, patch=16, lr=3e-3)
     args, _, _ = split(Stage("x", "x", "y", own=sizes), ["--out", str(tmp_path / "m"), "--minutes", "0.15", "--device", "cpu"])
     backbone, processor = new_model(args, ["move left", "move right"], ["move", "left", "right"], 64, "tiny")
