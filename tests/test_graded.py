@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import forked
+import numpy as np
 import pytest
 import torch
 from conftest import BASELINE, GRADED, SMALL, final_adapter
@@ -17,6 +18,7 @@ from torch import nn
 
 from vlakeep.benchmarks.questions import action_token_kl
 from vlakeep.core.config import Config
+from vlakeep.core.registry import method_class
 from vlakeep.core.rundir import read_metrics
 from vlakeep.evaluate import load_target
 from vlakeep.hsw import graded
@@ -24,7 +26,7 @@ from vlakeep.hsw.graded import GradedInput, GradedSite
 from vlakeep.methods import graded as graded_method
 from vlakeep.methods import graded_offline
 from vlakeep.methods.graded import Graded
-from vlakeep.models.adapters import adapters_disabled, attach_lora, select_linears, target_modules
+from vlakeep.models.adapters import adapters_disabled, add_lora, attach_lora, select_linears, target_modules
 from vlakeep.models.load import make_backbone
 from vlakeep.offline import run_offline
 from vlakeep.openvla.prompts import encode_prompts
@@ -189,6 +191,110 @@ def test_the_starting_point_follows_from_the_spectrum():
 
 
 # The teacher's answers and the sensor
+
+
+# Where A starts
+
+
+@pytest.mark.parametrize("dense", [1024, 0])
+@pytest.mark.parametrize("kept", [24, 10])
+def test_a_starts_where_new_inputs_pass_the_gains_most(monkeypatch, dense, kept):
+    """Against NumPy: eigenvectors of M C_new M; and of the pencil (C_new, C + lambda I), which those of A_eff are when p is a half."""
+    monkeypatch.setattr(graded, "DENSE", dense)
+    one, vectors, values = random_spectrum()
+    moment = (lambda x: x.T @ x / len(x))(torch.randn(200, 24, generator=torch.Generator().manual_seed(3), dtype=torch.float64))
+    part = one if kept == 24 else Spectrum(one.vectors[:, :kept].contiguous(), one.values[:kept], float(one.values[kept:].mean()))
+    linears = {"q": layer(), "k": layer(seed=2), "alone": layer(seed=4)}
+    spaces = dict.fromkeys("qk", GradedInput(part, torch.device("cpu")))
+    site = GradedSite(linears, {**spaces, "alone": GradedInput(part, torch.device("cpu"))}, dict.fromkeys(linears, 1.0), 0.5, 10.0)
+    site.set_opening(0.01)
+    before = {name: (one.lora_A["default"].weight.clone(), one.lora_B["default"].weight.clone()) for name, one in linears.items()}
+    raw = {name: one.lora_A["default"].parametrizations.weight.original for name, one in linears.items()}
+    lengths = {name: float(own.detach().norm(dim=1).mean()) for name, own in raw.items()}
+    kept_alone = raw["alone"].clone()
+    site.start_at({name: moment.float() for name in "qk"})
+
+    own = torch.cat([values[:kept], values[kept:].mean().expand(24 - kept)]).numpy()
+    V = vectors.numpy()
+    M = V @ np.diag((0.01 / (own + 0.01)) ** 0.5) @ V.T
+    eigenvalues, eigenvectors = np.linalg.eigh(M @ moment.numpy() @ M)
+    pencil = np.linalg.solve(V @ np.diag(own + 0.01) @ V.T, moment.numpy())
+    for name in "qk":
+        A, A_eff = raw[name].detach().double().numpy(), linears[name].lora_A["default"].weight.detach().double().numpy()
+        assert np.allclose(A @ A.T, lengths[name] ** 2 * np.eye(4), atol=1e-5)
+        assert np.allclose(np.abs(A @ eigenvectors[:, :-5:-1]), lengths[name] * np.eye(4), atol=1e-3)
+        for row, value in zip(A_eff, eigenvalues[:-5:-1] / 0.01):
+            assert np.allclose(pencil @ row, value * row, atol=2e-3 * value * np.linalg.norm(row))
+        passed, drawn = (np.trace(a @ moment.numpy() @ a.T) for a in (A_eff, before[name][0].detach().double().numpy()))
+        assert passed > 1.5 * drawn
+        assert torch.equal(linears[name].lora_B["default"].weight, before[name][1])
+    assert torch.equal(raw["alone"], kept_alone)
+
+
+def start(world, *words):
+    """(backbone, method, A of each linear as they start), prepared and attached."""
+    storage, make_config = world
+    config = make_config(*words)
+    backbone = make_backbone(config.backbone, "cpu", storage.cache)
+    add_lora(backbone, config.lora, config.seed)
+    backbone.train()
+    method, _ = method_class(config.method).prepare(config, storage, backbone)
+    method.attach(backbone)
+    assert backbone.training
+    return backbone, method, {name: dict(linear.lora_A["default"].named_parameters()).popitem()[1].detach()
+                              for name, linear in backbone.adapted_linears().items()}
+
+
+@pytest.fixture
+def few_frames(monkeypatch):
+    monkeypatch.setattr(graded_method, "START_FRAMES", 6)
+
+
+NEW = ["--gains.start_of_a", "new_inputs"]
+
+
+def test_a_starts_at_the_inputs_of_the_runs_first_batches_or_as_it_was_drawn(world, artefact, few_frames):
+    storage, make_config = world
+    config = make_config(GRADED)
+    plain = make_backbone(config.backbone, "cpu", storage.cache)
+    add_lora(plain, config.lora, config.seed)
+    drawn = {name: linear.lora_A["default"].weight.detach() for name, linear in plain.adapted_linears().items()}
+    for words in ([GRADED], [GRADED, *NEW, "--gains.enabled", False], ["configs/rivals/l2_sp.yaml", *NEW]):
+        assert all(torch.equal(found, drawn[name]) for name, found in start(world, *words)[2].items()), words
+
+    size = config.train.batch_size
+    batches = graded_offline.training_batches(config, storage, plain, 6)
+    assert sum(batch.size for batch in batches) == -(-6 // size) * size
+    moments = token_moments(plain.eval(), batches, plain.adapted_linears())
+    for words in ([GRADED, *NEW, "--lora.dropout", 0.5], [GRADED, *NEW, "--method", "distillation", "--options.items", 2]):
+        backbone, method, found = start(world, *words)
+        for name, A in found.items():
+            one, key = artefact.spectra()[plain.input_key(name)], plain.input_key(name)
+            V, lam = one.vectors.double(), method._site.opening * method._site._units[name]
+            M = V @ torch.diag(gains(one.values, lam, config.gains.steepness)) @ V.T
+            through = A.double() @ M @ moments[key].double() @ M @ A.double().T
+            best = torch.linalg.eigvalsh(M @ moments[key].double() @ M).flip(0)[:len(A)]
+            assert torch.allclose(through, torch.diag(best) * drawn[name].norm(dim=1).mean() ** 2, atol=1e-4 * float(through.max())), name
+            assert not backbone.adapted_linears()[name].lora_B["default"].weight.any()
+
+
+def test_a_run_from_new_inputs_resumes_bitwise_and_is_another(world, artefact, few_frames):
+    storage, make_config = world
+    arm = [GRADED, *NEW, "--train.schedule", "constant"]
+    whole = run_training(make_config(*arm, "--name", "start-whole"), storage)
+    run_training(make_config(*arm, "--name", "start-part", "--train.steps", 3), storage)
+    part = run_training(make_config(*arm, "--name", "start-part", "--train.resume", True), storage)
+    assert final_adapter(part) == final_adapter(whole)
+    drawn = run_training(make_config(GRADED, "--train.schedule", "constant", "--name", "start-drawn"), storage)
+    assert final_adapter(drawn) != final_adapter(whole)
+
+
+def test_two_processes_start_from_new_inputs_as_one_does(world, artefact, tmp_path):
+    storage, make_config = world
+    arm = [*NEW, "--train.steps", 2, "--train.batch_size", 32]  # few passes over the frames
+    one = run_training(make_config(GRADED, *arm, "--name", "start-one", "--train.accumulation", 2), storage)
+    forked.run_two_ranks(["train", *SMALL, "--root", storage.root, "--config", GRADED, *arm, "--name", "start-two"], tmp_path)
+    assert final_adapter(storage.run_folder("start-two")) == final_adapter(one)
 
 
 def test_random_directions_have_the_eigenvalues_of_the_probes():

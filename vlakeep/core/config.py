@@ -186,6 +186,9 @@ class GainsConfig:
     opening: Optional[float] = above(None, null=", or null")
     # Share of the probe energy of plain LoRA that passes at the start.
     start: float = inside(1e-4, "(0, 1]")
+    # Where LoRA's A starts: random, as lora.init draws it, or new_inputs, where the new task's inputs pass the starting gains most, with
+    # rows as long as random ones (hsw/graded.py).
+    start_of_a: str = choice("random", "new_inputs")
     # s: one scale of all updates, as lora.alpha, which gives back the step that small gains take.
     scale: float = above(10.0)
     # Unit of lambda. linear: mean eigenvalue of the linear's own inputs; model: the mean over all linears; sensitivity: linear, divided by
@@ -202,8 +205,7 @@ class GainsConfig:
     balance: float = inside(0.5, "[0, 1]")
     # Further probes whose coverage is reported: what shall be kept.
     keep: List[str] = field(default_factory=list)
-    # With train.from_run: spectra and answers of the base before the first of these runs, in place of an artefact of its own. The budget
-    # then counts all tasks together.
+    # With train.from_run: spectra and answers of the base before the first run, in place of own ones; the budget counts all tasks together.
     of_first: bool = False
 
 
@@ -226,8 +228,7 @@ class ThermostatConfig:
     every: int = least(50)
     # Probe items of a measurement.
     batch_size: int = least(64, 2)
-    # Measurements before the first step that only calibrate: student and teacher are still equal, so they show the noise
-    # level of d.
+    # Measurements before the first step that only calibrate: student and teacher are still equal, so they show the noise level of d.
     calibration: int = least(8, 2, " (a noise level needs two values)")
     # Threshold = calibration mean + this many noise levels of the averaged d.
     threshold_sigmas: float = from_zero(2.0)

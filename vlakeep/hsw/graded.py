@@ -21,7 +21,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from vlakeep.teacher.spectrum import gains
+from vlakeep.hsw.rules import leading_eigenvectors
+from vlakeep.teacher.spectrum import gains, leading
 
 # Up to this input size one product with M [D, D] takes less time than two thin ones and the kernels around them.
 DENSE = 1024
@@ -84,6 +85,22 @@ class GradedInput:
             return x_RD @ self._matrix_DD
         along_RK = (x_RD @ self._vectors_DK) * self._weights_K
         return torch.add(along_RK @ self._vectors_DK.T, x_RD, alpha=self.gain_rest)
+
+    def most_open(self, moment_DD: torch.Tensor, count: int) -> torch.Tensor:
+        """Orthonormal rows [count, D] float64 along which inputs of second moment C_new [D, D] pass the gains of now most, D at most: the
+        eigenvectors of M C_new M of the largest eigenvalues, M = V diag(g) V^T. Above DENSE by subspace iteration.
+
+        p = 1/2 means M^2 = lambda (C + lambda I)^-1. Then M C_new M u = mu u says of the row v = M u of A_eff that
+        C_new v = (mu / lambda) (C + lambda I) v: A_eff begins with the leading generalised eigenvectors of (C_new, C + lambda I).
+        """
+        vectors_DK, excess_K = self._vectors_DK.double(), (self.gains_K - self.gain_rest).to(self._vectors_DK.device)
+
+        def contracted(x_ND: torch.Tensor) -> torch.Tensor:
+            return self.gain_rest * x_ND + ((x_ND @ vectors_DK) * excess_K) @ vectors_DK.T
+
+        # In float64: what passes is small beside what is shut.
+        passing_DD = contracted(contracted(moment_DD.double()).T)
+        return (leading_eigenvectors(passing_DD, count) if self.dim <= DENSE else leading(passing_DD, count)[1]).T
 
     def passed_energy(self, lam: float, steepness: float, scale: float) -> float:
         """Probe energy behind A_eff relative to plain LoRA's: sum (s g)^2 sigma / sum sigma."""
@@ -319,6 +336,19 @@ class GradedSite:
         for name, space in self.distinct().items():
             space.set(opening * self._units[name], self._steepness, self._scale)
         self.opening = opening
+
+    @torch.no_grad()
+    def start_at(self, moments_DD: Dict[str, torch.Tensor]) -> None:
+        """Put A of these linears, name -> C_new [D, D] of its inputs on the device, to `most_open` of the opening of now. All rows get the
+        length that A's have in the mean. B stays."""
+        made: Dict[tuple, torch.Tensor] = {}
+        for name, moment_DD in moments_DD.items():
+            space, a_RD = self._spaces[name], self._linears[name].lora_A[self._adapter].parametrizations.weight.original
+            key = (id(space), len(a_RD))
+            if key not in made:
+                made[key] = space.most_open(moment_DD, len(a_RD))
+            rows_RD = made[key]
+            a_RD[:len(rows_RD)] = (rows_RD * a_RD.double().norm(dim=1).mean()).to(a_RD)
 
     def passed_energy(self, opening: float) -> float:
         """Mean over the inputs of the probe energy behind A_eff relative to plain LoRA's."""

@@ -1,6 +1,7 @@
 """Method `graded`: gains per direction at the inputs of the adapted linears, opened by the Thermostat to what may be forgotten.
 
-reads: artifact_dir/graded_<backbone>/ (teacher/artifact.py), which `vlakeep offline` makes (methods/graded_offline.py)
+reads: artifact_dir/graded_<backbone>/ (teacher/artifact.py), which `vlakeep offline` makes (methods/graded_offline.py); with
+gains.start_of_a new_inputs the run's data before training, again in a run that goes on, whose A is then that of its checkpoint
 """
 
 from pathlib import Path
@@ -18,11 +19,14 @@ from vlakeep.models.adapters import adapters_disabled
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.teacher.answers import Answered, run_below, teacher_answers
 from vlakeep.teacher.artifact import GradedArtifact, check, load_artifact
+from vlakeep.teacher.collect import passes, token_moments
 from vlakeep.teacher.folder import ArtifactError, note_attention, recorded_problems
 from vlakeep.teacher.spectrum import Spectrum
 from vlakeep.thermostat.kl_sensor import KLSensor, batched
 from vlakeep.thermostat.loop import Loop, set_point, starting_opening
 from vlakeep.thermostat.setpoint import SetPoint
+
+START_FRAMES = 256  # of the run's data, for gains.start_of_a; as many as the rivals take that begin at new inputs (methods/subspace.py)
 
 
 class Graded(Method):
@@ -101,7 +105,9 @@ class Graded(Method):
             return {"kl": sensor, "kl_new": KLSensor(backbone, own, batched(samples, backbone.processor, size), size,
                                                        autocast=config.train.autocast)}
 
-        return cls(config, artifact, make_sensors), {"artifact": artifact.meta["files"], "probe": probe.sha256}
+        method = cls(config, artifact, make_sensors)
+        method._start(storage, backbone)
+        return method, {"artifact": artifact.meta["files"], "probe": probe.sha256}
 
     def logs(self, step: int) -> bool:
         return bool(self._sensors) and step % self._config.thermostat.every == 0
@@ -113,15 +119,31 @@ class Graded(Method):
         self._sensors: dict = {}
         self._observe = False
 
+    def _start(self, storage: Storage, backbone) -> None:
+        """Where A starts, unless it is as it was drawn. Before layers are compiled, which would keep what watches their inputs."""
+        if not self._config.gains.enabled or self._config.gains.start_of_a == "random":
+            return
+        self._open(backbone)
+        training = backbone.training
+        backbone.eval()
+        new = graded_offline.training_batches(self._config, storage, backbone, START_FRAMES)
+        for group in passes(backbone.adapted_linears(), self._config.icsm.moments_gib * 2**30, backbone.input_key):
+            moments = token_moments(backbone, new, group)
+            self._site.start_at({name: moments[backbone.input_key(name)] for name in group})
+        backbone.train(training)
+
+    def _open(self, backbone) -> None:
+        """Put the gains on, at their starting opening."""
+        settings = self._config.gains
+        adapted, spectra = backbone.adapted_linears(), self._spectra(backbone)
+        sensitivity = self._artifact.sensitivity() if settings.allocation == "sensitivity" else None
+        self._site = make_site(adapted, spectra, backbone.input_key, settings.steepness, settings.scale, settings.allocation, sensitivity)
+        self._site.set_opening(settings.opening or starting_opening(self._site, settings.start))
+
     def attach(self, backbone) -> None:
-        settings, thermostat = self._config.gains, self._config.thermostat
-        if settings.enabled:
-            adapted, spectra = backbone.adapted_linears(), self._spectra(backbone)
-            sensitivity = self._artifact.sensitivity() if settings.allocation == "sensitivity" else None
-            self._site = make_site(adapted, spectra, backbone.input_key, settings.steepness, settings.scale, settings.allocation,
-                                   sensitivity)
-            self._site.set_opening(settings.opening or starting_opening(self._site, settings.start))
-        if thermostat.enabled:
+        if self._config.gains.enabled and not self._site:
+            self._open(backbone)
+        if self._config.thermostat.enabled:
             self._sensors = self._make_sensors(backbone)
             self._loop = Loop(self._sensors["kl"].measure, self._law(), self._act)
 

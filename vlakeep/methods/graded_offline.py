@@ -10,6 +10,7 @@ items whose directions it has shut sees less drift than there is.
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from itertools import chain
 from pathlib import Path
 from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
@@ -25,6 +26,7 @@ from vlakeep.core.provenance import library_versions, source_commit
 from vlakeep.core.storage import Storage, need_free
 from vlakeep.data.formats import closing_all, open_configured
 from vlakeep.data.images import resize_uint8
+from vlakeep.data.loader import make_stream
 from vlakeep.data.sample import Batch, Sample, SampleSpec
 from vlakeep.models.adapters import select_linears
 from vlakeep.probe.probe_set import ProbeSet
@@ -95,6 +97,14 @@ def new_samples(config: Config, storage: Storage, size, count: int = NEW_FRAMES,
             raw = [dataset.frame(*key) for key in chosen]
             found[dataset.name] = [one.with_pictures(lambda picture: resize_uint8(picture, size)) for one in raw]
     return found
+
+
+def training_batches(config: Config, storage: Storage, backbone, frames: int) -> List[Batch]:
+    """The first batches that a run of one process trains on, of `frames` frames in all or just above."""
+    size = config.train.batch_size
+    with closing(make_stream(config.data, storage.data, backbone.processor, size, config.seed, cache_dir=storage.cache,
+                             openvla_dir=config.backbone.openvla_dir, known=backbone.norm_stats)) as stream:
+        return [next(stream) for _ in range(-(-frames // size))]
 
 
 def picture_size(backbone) -> tuple:

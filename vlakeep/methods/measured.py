@@ -6,15 +6,12 @@ same with it and without, and the drift of all arms is told in the same unit. Th
 reads: artifact_dir/graded_<backbone>/ and the probe, for the sensor and where the method uses them
 """
 
-from contextlib import closing
 from typing import Dict, List, Tuple
 
 import torch
 
 from vlakeep.core.config import Config
 from vlakeep.core.storage import Storage
-from vlakeep.data.loader import make_stream
-from vlakeep.data.sample import Batch
 from vlakeep.methods import graded_offline
 from vlakeep.methods.base import Problem
 from vlakeep.methods.graded import Graded
@@ -41,6 +38,9 @@ class Measured(Graded):
     def __init__(self, config: Config, artifact, make_sensors):
         super().__init__(config, artifact, make_sensors)
         self._options = self.options(config)
+
+    def _start(self, storage: Storage, backbone) -> None:
+        pass
 
     @classmethod
     def check_model(cls, config: Config, depth: int, width: int) -> List[Problem]:
@@ -79,14 +79,6 @@ def answered_items(config: Config, storage: Storage, backbone, count: int) -> Tu
     chosen = [fit[i * len(fit) // count] for i in range(count)]
     pairs = graded_offline.answered_samples(backbone, probe.samples(chosen), size)
     return run_below(backbone, pairs, backbone.first_adapted_layer()), graded_offline.item_weights(config, probe.kinds(chosen))
-
-
-def training_batches(config: Config, storage: Storage, backbone, frames: int) -> List[Batch]:
-    """The first batches that a run of one process trains on, of `frames` frames in all or just above."""
-    size = config.train.batch_size
-    with closing(make_stream(config.data, storage.data, backbone.processor, size, config.seed, cache_dir=storage.cache,
-                             openvla_dir=config.backbone.openvla_dir, known=backbone.norm_stats)) as stream:
-        return [next(stream) for _ in range(-(-frames // size))]
 
 
 def weights(linears: Dict[str, torch.nn.Module]) -> Dict[str, torch.Tensor]:

@@ -20,7 +20,8 @@ from vlakeep.hsw import rules
 from vlakeep.hsw.placed import FixedGains, PlacedSite, trained_rank
 from vlakeep.hsw.rules import Start
 from vlakeep.methods.base import Problem
-from vlakeep.methods.measured import Measured, training_batches, weights
+from vlakeep.methods.graded_offline import training_batches
+from vlakeep.methods.measured import Measured, weights
 from vlakeep.teacher.collect import passes, token_moments
 from vlakeep.teacher.coverage import InputWatch
 from vlakeep.teacher.fisher import weight_gradients
