@@ -158,7 +158,7 @@ def run_script(script, model, batch: Dict[str, torch.Tensor], start: Dict[str, t
 def load(openvla_dir: str):
     """(the checkout's classes, its fine-tuning script). ImportError or FileNotFoundError says what is missing."""
     if not (Path(openvla_dir) / SCRIPT).is_file():
-        raise FileNotFoundError(f"no {SCRIPT} in {openvla_dir}, which --openvla-dir names: it must be a checkout of the official repository")
+        raise FileNotFoundError(f"no {SCRIPT} in {openvla_dir}: --openvla-dir must be a checkout of the official repository")
     if found := missing():
         raise ImportError(", ".join(found))
     code = load_official(openvla_dir)

@@ -5,8 +5,8 @@
     pip install --target FOLDER requests                    # where it is missing: that huggingface_hub wants it
     python speed/official_step.py --tokenizer DIR --openvla-dir DIR --official-path FOLDER [--out FILE]
 
-LoRA of rank 32 on all linears, 16 x 1, bfloat16, AdamW at 5e-4; the same weights, batch and adapters at the start. Lines of JSON: seconds of
-a step (median of blocks without a wait between steps), samples a second, GPU memory, the floor beside them, losses of the first steps.
+LoRA of rank 32 on all linears, 16 x 1, bfloat16, AdamW at 5e-4; the same weights, batch and adapters at the start. Lines of JSON: seconds
+of a step (median of blocks without a wait between steps), samples a second, GPU memory, the floor beside them, losses of the first steps.
 
     recipe     configs/openvla_official_recipe.yaml: the same arithmetic
     own        our own layers with adapters in float32, as `everywhere` of seven_b.py
