@@ -275,7 +275,10 @@ def test_a_starts_at_the_inputs_of_the_runs_first_batches_or_as_it_was_drawn(wor
             through = A.double() @ M @ moments[key].double() @ M @ A.double().T
             best = torch.linalg.eigvalsh(M @ moments[key].double() @ M).flip(0)[:len(A)]
             assert torch.allclose(through, torch.diag(best) * drawn[name].norm(dim=1).mean() ** 2, atol=1e-4 * float(through.max())), name
-            assert not backbone.adapted_linears()[name].lora_B["default"].weight.any()
+            linear = backbone.adapted_linears()[name]
+            effective = config.gains.scale * A.double() @ M
+            assert torch.allclose(linear.lora_A["default"].weight.double(), effective, atol=1e-5 * float(effective.abs().max())), name
+            assert not linear.lora_B["default"].weight.any() and len(linear.lora_A["default"].parametrizations.weight) == 1
 
 
 def test_a_run_from_new_inputs_resumes_bitwise_and_is_another(world, artefact, few_frames):
