@@ -106,7 +106,7 @@ class Graded(Method):
                                                        autocast=config.train.autocast)}
 
         method = cls(config, artifact, make_sensors)
-        method._start(storage, backbone)
+        method._place_a(storage, backbone)
         return method, {"artifact": artifact.meta["files"], "probe": probe.sha256}
 
     def logs(self, step: int) -> bool:
@@ -119,11 +119,11 @@ class Graded(Method):
         self._sensors: dict = {}
         self._observe = False
 
-    def _start(self, storage: Storage, backbone) -> None:
+    def _place_a(self, storage: Storage, backbone) -> None:
         """Where A starts, unless it is as it was drawn. Before layers are compiled, which would keep what watches their inputs."""
         if not self._config.gains.enabled or self._config.gains.start_of_a == "random":
             return
-        self._open(backbone)
+        self._put_gains_on(backbone)
         training = backbone.training
         backbone.eval()
         new = graded_offline.training_batches(self._config, storage, backbone, START_FRAMES)
@@ -132,7 +132,7 @@ class Graded(Method):
             self._site.start_at({name: moments[backbone.input_key(name)] for name in group})
         backbone.train(training)
 
-    def _open(self, backbone) -> None:
+    def _put_gains_on(self, backbone) -> None:
         """Put the gains on, at their starting opening."""
         settings = self._config.gains
         adapted, spectra = backbone.adapted_linears(), self._spectra(backbone)
@@ -142,7 +142,7 @@ class Graded(Method):
 
     def attach(self, backbone) -> None:
         if self._config.gains.enabled and not self._site:
-            self._open(backbone)
+            self._put_gains_on(backbone)
         if self._config.thermostat.enabled:
             self._sensors = self._make_sensors(backbone)
             self._loop = Loop(self._sensors["kl"].measure, self._law(), self._act)

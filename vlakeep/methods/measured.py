@@ -39,7 +39,7 @@ class Measured(Graded):
         super().__init__(config, artifact, make_sensors)
         self._options = self.options(config)
 
-    def _start(self, storage: Storage, backbone) -> None:
+    def _place_a(self, storage: Storage, backbone) -> None:
         pass
 
     @classmethod
