@@ -85,13 +85,13 @@ def tuning_each_task() -> str:
 
 def rivals() -> str:
     """Each family at the setting that the rule chooses, on the cells that choose: means over two tasks of one seed."""
-    found = judged("rivals_tabletop")
+    found, records = judged("rivals_tabletop"), records_of("rivals_tabletop")
     tried: Dict[str, set] = {}
     for cell in read_study(str(STUDIES / "rivals_tabletop.yaml")):
         tried.setdefault(cell.family, set()).add((cell.arm, cell.rate))
     rows = []
     for family, one in sorted(found.choices.items(), key=lambda pair: (not pair[1].matched, -pair[1].kept)):
-        own = [record for record in records_of("rivals_tabletop") if record["seed"] in found.rule.choose
+        own = [record for record in records if record["seed"] in found.rule.choose
                and (record["arm"], record["rate"]) == (one.setting.arm, one.setting.rate)]
         rows.append([family, f"{one.setting.arm}, {one.setting.rate:g}", str(len(tried[family])), "yes" if one.matched else "no",
                      *means(own, "new", "old", "worst", "questions", "action_kl")])
@@ -101,9 +101,9 @@ def rivals() -> str:
 
 def stream() -> str:
     """Measures of the streams that were run to their end."""
-    done = {(record["arm"], record["seed"]) for record in records_of("stream_tabletop") if record.get("position") == 4}
-    records = [record for record in records_of("stream_tabletop") if (record["arm"], record["seed"]) in done]
-    return files(records, None)["streams.md"].strip()
+    records = records_of("stream_tabletop")
+    done = {(record["arm"], record["seed"]) for record in records if record.get("position") == 4}
+    return files([record for record in records if (record["arm"], record["seed"]) in done], None)["streams.md"].strip()
 
 
 def setpoint() -> str:

@@ -1,6 +1,7 @@
 """Several cards against one, and the narrow types against float32, on the tabletop; a step of 7B shapes on one card and on two.
 
     python speed/cards.py --tokenizer DIR --out FILE [--ranks 2,4,8] [--parts scaling,prepare,equal,killed,spread,types] [--scaled float16]
+        [--tiny]
     python speed/cards.py --table FILE
 
     types      method graded in float32, bfloat16, float16 and NF4, some seeds each: new skill, old skills, divergence, skipped steps; and
