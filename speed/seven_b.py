@@ -6,6 +6,7 @@ DIR holds a Llama-2 tokenizer's files (scripts/fetch_llama2_tokenizer.py). A sta
 and one that fails does not end the others. A time of a step is that of many without a wait between them. --tiny: small shapes, on a CPU.
 
     floor      time of a step's multiply-adds at the rate of a large product here       offline   the graded method's, after loading
+    frozen     the offline step of configs/openvla_libero.yaml, after loading           loop      plain and graded of `arms`, 16 x 1
     arms       a step of each arm, 8 x 2 and 16 x 1; a measurement with its parts       compile   the same, compiled
     profile    where the time of a step goes                                            stream    the same step, fed by the data pipeline
     everywhere LoRA on all linears, PEFT's own layers beside ours, no limit             low       all decoder linears, checkpointing
@@ -50,7 +51,8 @@ from vlakeep.train import make_optimizer, on_device, train_step
 GRADED = "openvla_libero_graded"
 DATA = "tabletop_corner"
 PLAIN = ("--method", "baseline")
-STAGES = ("floor", "offline", "arms", "profile", "stream", "compile", "low", "nf4", "fp16", "generate", "everywhere", "plan")
+FEWER = (16, 32)  # items of a measurement, beside all
+STAGES = ("floor", "offline", "frozen", "arms", "profile", "stream", "compile", "low", "nf4", "fp16", "generate", "everywhere", "plan")
 
 
 class Session:
@@ -69,7 +71,7 @@ class Session:
 
     def config(self, *options, file=GRADED):
         kind = [] if self.gpu else ["--backbone.dtype", "float32", "--train.autocast", "none", "--probe.size", "40",
-                                    "--icsm.batch_size", "4"]
+                                    "--icsm.batch_size", "4", "--icsm.rank", "16"]
         return load_config(file, ["--root", self.args.root, "--backbone.checkpoint", str(self.base), "--data.datasets", f"[{DATA}]",
                                   "--probe.name", "tabletop", "--thermostat.batch_size", "64" if self.gpu else "4", *kind,
                                   *map(str, options)])
@@ -169,9 +171,10 @@ def measurement(session, config, method) -> dict:
     found = {name: 1e3 * session.seconds(sensor.measure, 5) for name, sensor in method._sensors.items() if sensor}
     sensor = method._sensors["kl"]
     whole, sensor._weights_N = (sensor._count, sensor._weights_N), None
-    for items in (16, 32):
+    for items in FEWER:
         sensor._count = min(items, whole[0])
         found[f"kl_{items}"] = 1e3 * session.seconds(sensor.measure, 5)
+        found[f"measurement_{items}"] = 1e3 * session.seconds(method._measure, 5)
     sensor._count, sensor._weights_N = whole
     found["norms"] = 1e3 * session.seconds(method._where_it_learns, 3)
     found["measurement"] = 1e3 * session.seconds(method._measure, 5)
@@ -187,16 +190,24 @@ def floor(session):
     session.note("floor", teraflops=session.rate / 1e12, device=device, torch=torch.__version__, **session.peaks())
 
 
-def offline(session):
-    config = session.config("--method", "graded")
+def offline(session, method="graded", file=GRADED):
+    config = session.config("--method", method, file=file)
     backbone = session.model(config, lora=False)
     session.fresh()
     begin = time.perf_counter()
-    method_class("graded").offline(config, Storage.from_config(config), backbone)
-    session.note("offline graded, after loading", seconds=time.perf_counter() - begin, **session.peaks())
+    method_class(method).offline(config, Storage.from_config(config), backbone)
+    session.note(f"offline {method}, after loading", seconds=time.perf_counter() - begin, limit_gib=session.args.gib, **session.peaks())
 
 
-def arms(session, compiled=False, sizes=((8, 2), (16, 1))):
+def frozen(session):
+    offline(session, "icsm_hsw_thermostat", "openvla_libero")
+
+
+def loop(session):
+    arms(session, sizes=((16, 1),), sites=False)
+
+
+def arms(session, compiled=False, sizes=((8, 2), (16, 1)), sites=True):
     config = session.config()
     backbone = session.model(config)
     word = "compiled " if compiled else ""
@@ -204,7 +215,7 @@ def arms(session, compiled=False, sizes=((8, 2), (16, 1))):
         backbone.compile_layers()
     plain = {}
     order = [("plain", lambda: Method()), ("graded", lambda: graded_of(session, config, backbone))]
-    order += [] if compiled else [("residual", lambda: Placed(residual_site)), ("lora_input", lambda: Placed(input_site)),
+    order += [] if not sites else [("residual", lambda: Placed(residual_site)), ("lora_input", lambda: Placed(input_site)),
                                   ("plain again", lambda: Method())]
     for name, make in order:
         try:
@@ -218,7 +229,9 @@ def arms(session, compiled=False, sizes=((8, 2), (16, 1))):
                 plain.setdefault((size, accumulation), row["seconds"])
                 row["ratio"] = row["seconds"] / plain[size, accumulation]
                 if extra:
-                    row["ratio_with_loop"] = (row["seconds"] + extra["measurement_ms"] / 1e3 / 50) / plain[size, accumulation]
+                    for end in ("", *(f"_{items}" for items in FEWER)):
+                        looped = row["seconds"] + extra[f"measurement{end}_ms"] / 1e3 / 50
+                        row[f"ratio_with_loop{end}"] = looped / plain[size, accumulation]
                 session.note(f"step {word}{name}", **row, **extra)
                 session.planned.append((f"step {word}{name}", session.config(*([] if name == "graded" else PLAIN)), size, accumulation,
                                         row))
@@ -230,7 +243,7 @@ def arms(session, compiled=False, sizes=((8, 2), (16, 1))):
 
 
 def compile_stage(session):
-    arms(session, True, ((16, 1), (8, 2)))
+    arms(session, True, ((16, 1), (8, 2)), sites=False)
     profile(session, True)
 
 

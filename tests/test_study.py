@@ -503,14 +503,14 @@ def test_a_stream_trains_each_task_on_the_run_before(world, tmp_path):
     first, second = made.cells[2:4]
     assert (first.before, second.before) == ("", "flow/more-corner-lr0.002-s1") and second.stream == ("corner", "corner")
     config = made.configs[second]
-    assert (config.train.from_run, config.probe.name, config.probe.size) == (first.name, "tabletop+tabletop_corner", 48 + 6)
+    assert (config.train.from_run, config.probe.name, config.probe.size) == (first.name, "tabletop+tabletop_cornerx6", 48 + 6)
     assert [words[0] for words in second.commands(OPEN)] == ["offline", "train", "evaluate"] and first.commands(OPEN)[0][0] == "train"
     assert list(study.artefacts(made)[storage.artifacts / "graded_tabletop-base"].cells) == [first, *made.cells[4:]]
     assert study.share(made.cells, 3, 4) == [first, second], "what belongs together stays together"
 
     cells = run_here(made)
     assert study.run_study(made, 1, lambda words, log_file: call(words) if words[0] != "study" else cells(words, log_file)) == {}
-    probe = storage.probe_folder("tabletop+tabletop_corner")
+    probe = storage.probe_folder("tabletop+tabletop_cornerx6")
     kinds = [json.loads(line)["kind"] for line in (probe / "items.jsonl").read_text().splitlines()]
     assert len(kinds) == 54 and kinds.count("task:tabletop_corner") == 6 and kinds[-1] == "task:tabletop_corner"
     meta = json.loads((storage.artifacts / f"flow.{second.cell}" / "meta.json").read_text())
@@ -540,13 +540,25 @@ def test_frames_of_a_task_in_a_stream_are_of_the_sets_that_it_is_trained_on(tmp_
     assert added({"data.datasets": ["tabletop_all"]}, alike) == [None, ["tabletop_all"], ["tabletop_all"]]
 
 
+def test_an_arm_says_how_many_frames_of_learned_tasks_its_probe_gets(tmp_path):
+    """Each number is a probe of its own: two arms of one study must not read one another's."""
+    tasks = {name: {"data.datasets": [f"tabletop_{name}"], "evaluate.new_skill": "corner"} for name in ("one", "two", "three")}
+    arms = {"few": {"config": "configs/method_graded.yaml"}, "many": {"config": "configs/method_graded.yaml", "frames": 500}}
+    cells = read_study(write(tmp_path / "sets.yaml", name="sets", tasks=tasks, seeds=[1], rates=[2e-3], stream=list(tasks), arms=arms))
+    found = {(cell.arm, cell.task): (dict(cell.added), cell.config().probe) for cell in cells if cell.task != "one"}
+    assert {key: (added["frames"], probe.size, probe.name) for key, (added, probe) in found.items()} == {
+        ("few", "two"): (64, 564, "tabletop+tabletop_one"), ("few", "three"): (64, 628, "tabletop+tabletop_one+tabletop_two"),
+        ("many", "two"): (500, 1000, "tabletop+tabletop_onex500"), ("many", "three"): (500, 1500, "tabletop+tabletop_one+tabletop_twox500")}
+    assert all(added["to"] == probe.name for added, probe in found.values())
+
+
 def test_an_arm_without_an_artefact_needs_no_probe_of_its_own_in_a_stream(tmp_path):
     """A probe with frames of earlier tasks is made for who protects with it; an evaluation that asks for one that nobody makes fails."""
     arms = {"plain": {"config": "configs/baseline_lora.yaml"}, "gpm": {"config": "configs/rivals/gpm.yaml"}}
     made = study.open_study(write(tmp_path / "one.yaml", **STREAM, arms=arms), ["--root", str(tmp_path / "root")])
     needed = {made.configs[cell].probe.name for cell in made.cells}
     assert {made.configs[cell].probe.name for cell in made.cells if cell.arm == "plain"} == {"tabletop"}
-    assert set(study.probes(made, made.cells)) == needed - {"tabletop"} == {"tabletop+tabletop_corner"}
+    assert set(study.probes(made, made.cells)) == needed - {"tabletop"} == {"tabletop+tabletop_cornerx6"}
 
 
 def test_a_task_whose_run_before_failed_is_not_begun(tmp_path):
@@ -561,6 +573,8 @@ def test_a_task_whose_run_before_failed_is_not_begun(tmp_path):
     ({"stream": ["corner"]}, "`stream` must be a list of at least two tasks"),
     ({"stream": ["corner", "x"]}, "`stream`: x is none of the tasks"),
     ({"arms": {"plain": {"bases": "kept"}}}, "`arms.plain.bases` must be one of accumulated, estimated, kept"),
+    ({"arms": {"plain": {"frames": 64}}}, "`arms.plain.frames` must be a whole number above 0, in a study with a stream, not 64"),
+    ({"stream": {"order": ["corner", "order"], "frames": "many"}}, "`stream.frames` must be a whole number above 0"),
 ])
 def test_mistakes_of_a_stream_are_told(tmp_path, changed, words):
     with pytest.raises(ConfigError) as caught:

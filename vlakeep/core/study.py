@@ -16,7 +16,7 @@
 
 In a stream the key `bases` of an arm that needs an artefact says what protects from the second task on: `accumulated`, one of the run
 before, of a probe with frames of each task that was learned (probe-add); `estimated`, one of the run before and the probe as it was;
-`kept`, that of the base.
+`kept`, that of the base. Its key `frames` is how many of each learned task are added, in place of the stream's.
 
 A later key overrides an earlier one: the arm's configuration, settings, task, arm, rate and seed. In an arm's value `{task}` is the task's
 name, as in `probe.name: "only-{task}"`. Arms of one `family` are settings of one method. What is done is read from the files of the cell
@@ -283,7 +283,7 @@ def _stream(tree: Dict[str, Any], cells: List[Cell]) -> List[Cell]:
             cell = by_chain[arm, rate, seed, task]
             own = dict(cell.pairs)
             added: Dict[str, Any] = {}
-            bases = own.pop("bases", BASES[0])
+            bases, added_frames = own.pop("bases", BASES[0]), int(own.pop("frames", frames))
             config = replace(cell, pairs=tuple(own.items())).config()
             if before is not None and arm != BASE:
                 own["train.from_run"] = before.name
@@ -293,9 +293,10 @@ def _stream(tree: Dict[str, Any], cells: List[Cell]) -> List[Cell]:
                     own["gains.name"] = own["icsm.name"] = f"{cell.group}.{cell.cell}"
                 # Whoever learns without an artefact needs no probe of its own: its drift is measured on the study's.
                 if bases == "accumulated" and method_class(config.method).needs_offline(config):
-                    added = {"data.datasets": list(learned), "to": "+".join([config.probe.name, *learned]), "frames": frames,
+                    to = "+".join([config.probe.name, *learned]) + (f"x{added_frames}" if added_frames != FRAMES else "")
+                    added = {"data.datasets": list(learned), "to": to, "frames": added_frames,
                              "probe.name": config.probe.name, "probe.size": config.probe.size}
-                    own["probe.name"], own["probe.size"] = added["to"], config.probe.size + frames * len(learned)
+                    own["probe.name"], own["probe.size"] = to, config.probe.size + added_frames * len(learned)
             cell = replace(cell, pairs=tuple(own.items()), stream=names, position=position, before=own.get("train.from_run", ""),
                            bases=bases, added=tuple(added.items()))
             found.append(cell)
@@ -327,6 +328,11 @@ def _mistakes(tree) -> List[str]:
     wrong += [f"`stream`: {task} is none of the tasks" for task in order or [] if task not in tree["tasks"]]
     wrong += [f"`arms.{name}.bases` must be one of {', '.join(BASES)}" for name, own in tree["arms"].items()
               if isinstance(own, dict) and "bases" in own and (own["bases"] not in BASES or not order)]
+    framed = {f"arms.{name}.frames": own["frames"] for name, own in tree["arms"].items() if isinstance(own, dict) and "frames" in own}
+    if isinstance(tree.get("stream"), dict) and "frames" in tree["stream"]:
+        framed["stream.frames"] = tree["stream"]["frames"]
+    wrong += [f"`{where}` must be a whole number above 0, in a study with a stream, not {number!r}" for where, number in framed.items()
+              if type(number) is not int or number < 1 or not order]
     wrong += [f"`seeds`: {seed!r} is no whole number, 0 or above" for seed in tree["seeds"] if type(seed) is not int or seed < 0]
     wrong += [line for name, own in tree["arms"].items() if isinstance(own, dict) and "of" in own
               for line in mistakes(name, own, tree["arms"], bool(order))]
