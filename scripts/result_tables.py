@@ -3,15 +3,17 @@
 A rate counts as a mean over training seeds, a seed being one value, its mean over tasks; ± is half of the 95 % t interval over seeds.
 """
 
+from functools import lru_cache
 from pathlib import Path
+from statistics import median
 from typing import Any, Dict, List, Sequence, Tuple
 
 from vlakeep.core.study import read_study, read_tree
-from vlakeep.studies.claims import Judged, judge, tables
+from vlakeep.studies.claims import Judged, judge, tables, volume_rows
 from vlakeep.studies.records import read_records, values_of
 from vlakeep.studies.rule import read_rule
 from vlakeep.studies.streams import files
-from vlakeep.studies.tables import markdown, percent, spread
+from vlakeep.studies.tables import markdown, percent, points, probability, spread
 
 REPO = Path(__file__).resolve().parents[1]
 STUDIES = REPO / "studies"
@@ -29,6 +31,7 @@ def means(records: Sequence[Record], *keys: str) -> List[str]:
     return [spread([(seed, found[key]) for seed, found in values if found.get(key) is not None]) for key in keys]
 
 
+@lru_cache(maxsize=None)
 def judged(name: str) -> Judged:
     """What the rule of a study says of its records."""
     file = str(STUDIES / f"{name}.yaml")
@@ -83,19 +86,72 @@ def tuning_each_task() -> str:
     return each_task("tuning_tabletop", ("base", "wide_8000", "plain"))
 
 
+def at_chosen(found: Judged, records: Sequence[Record], family: str) -> List[Record]:
+    """Reported records of a family at the setting that the rule takes."""
+    one = found.choices[family].setting
+    return [record for record in records if record["seed"] in found.seeds and (record["arm"], record["rate"]) == (one.arm, one.rate)]
+
+
+def in_order(found: Judged) -> List[str]:
+    """Families by what they keep, those first that learn enough."""
+    return sorted(found.choices, key=lambda name: (not found.choices[name].matched, -found.values[name]["old"].mean))
+
+
 def rivals() -> str:
-    """Each family at the setting that the rule chooses, on the cells that choose: means over two tasks of one seed."""
+    """Each family at the setting that the rule chooses, on the reported seeds."""
     found, records = judged("rivals_tabletop"), records_of("rivals_tabletop")
     tried: Dict[str, set] = {}
     for cell in read_study(str(STUDIES / "rivals_tabletop.yaml")):
         tried.setdefault(cell.family, set()).add((cell.arm, cell.rate))
     rows = []
-    for family, one in sorted(found.choices.items(), key=lambda pair: (not pair[1].matched, -pair[1].kept)):
-        own = [record for record in records if record["seed"] in found.rule.choose
-               and (record["arm"], record["rate"]) == (one.setting.arm, one.setting.rate)]
+    for family in in_order(found):
+        one, own = found.choices[family], at_chosen(found, records, family)
         rows.append([family, f"{one.setting.arm}, {one.setting.rate:g}", str(len(tried[family])), "yes" if one.matched else "no",
-                     *means(own, "new", "old", "worst", "questions", "action_kl")])
-    head = ["family", "setting", "tried", "learns enough", "new skill", "six old skills", "worst of them", "questions", "action KL"]
+                     *means(own, "new", "old", "worst", "questions", "action_kl"), f"{median(r['seconds']['train'] for r in own):.0f}"])
+    return markdown(["family", "setting", "tried", "learns enough", "new skill", "six old skills", "worst of them", "questions", "action KL",
+                     "training (s)"], rows)
+
+
+def rivals_against() -> str:
+    """Gains with distillation less each family: at the chosen settings, and the fronts over all settings."""
+    found = judged("rivals_tabletop")
+    volumes = {row["family"]: row for row in volume_rows(found)}
+    versus = {one.family: one for one in found.matched}
+    rows = []
+    for family in in_order(found):
+        if family == found.rule.subject:
+            continue
+        one, row = versus[family], volumes[family]
+        rows.append([family, points(one.new.mean, one.new.low, one.new.high), points(one.kept.mean, one.kept.low, one.kept.high),
+                     probability(one.holm), f"{row['hypervolume']:.3f}",
+                     f"{row['more']:+.3f} [{row['more_low']:+.3f}, {row['more_high']:+.3f}]", f"{row['p_beyond']:.2f}"])
+    head = ["family", "new skill (points)", "old skills (points)", "p of both, Holm", "hypervolume", "ours has more", "P(beyond everywhere)"]
+    return markdown(head, rows)
+
+
+def rivals_abilities() -> str:
+    """Each old ability at the chosen settings, percent."""
+    found, records = judged("rivals_tabletop"), records_of("rivals_tabletop")
+    names = sorted({name for record in records for name in record["trials"] if not name.startswith("new:")}, reverse=True)
+    bases = [record for record in records if record["arm"] == "base"]
+    rows = []
+    for family, own in [("base", bases), *((family, at_chosen(found, records, family)) for family in in_order(found))]:
+        shares = [[record["trials"][name]["outcomes"] for record in own] for name in names]
+        rows.append([family, *(percent(sum(one.count("1") for one in share) / sum(map(len, share))) for share in shares)])
+    return markdown(["family", *(name.partition(":")[2] for name in names)], rows)
+
+
+def forms() -> str:
+    """Plain LoRA's rates and the forms of gains, on the reported seeds."""
+    found, records = judged("rivals_tabletop"), records_of("rivals_tabletop")
+    rows = []
+    for arm in ("plain", "frozen", "hard", "fixed", "graded", "graded_005", "graded_015", "ours"):
+        rates = sorted({record["rate"] for record in records if record["arm"] == arm and record["seed"] in found.seeds}, reverse=True)
+        for rate in rates:
+            own = [record for record in records if (record["arm"], record["rate"]) == (arm, rate) and record["seed"] in found.seeds]
+            rows.append([arm, f"{rate:g}", str(len(own)), *means(own, "new", "old", "worst", "questions", "action_kl", "probe_kl"),
+                         f"{median(record['seconds']['train'] for record in own):.0f}"])
+    head = ["arm", "rate", "cells", "new skill", "six old skills", "worst of them", "questions", "action KL", "probe KL", "training (s)"]
     return markdown(head, rows)
 
 
@@ -132,4 +188,5 @@ def ablations() -> str:
 
 def all_tables() -> Dict[str, str]:
     return {function.__name__.replace("_", "-"): function().rstrip("\n")
-            for function in (tuning, tuning_claim, tuning_each_task, settings, claim, each_task, rivals, stream, setpoint, ablations)}
+            for function in (tuning, tuning_claim, tuning_each_task, settings, claim, each_task, rivals, rivals_against,
+                              rivals_abilities, forms, stream, setpoint, ablations)}

@@ -4,7 +4,7 @@ rule.py says how settings are chosen, inference.py how differences are tested. E
 `judge`, and tables and pages show it.
 """
 
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -84,8 +84,9 @@ def judge(cells: Sequence[Cell], records: Sequence[Dict[str, Any]], rule: Rule) 
                              + (": of one seed its draws know no difference between trainings" if len(front.seeds) == 1 else ""))
     except ValueError as error:
         notes.append(f"no front: {error}")
-    return Judged(rule, data, seeds, choices, own_best, values, _versus(rule, data, choices, seeds),
-                  _versus(rule, data, own_best, seeds), front, _parts(rule, data, choices, seeds), notes)
+    known: Dict[Tuple, Optional[Estimate]] = {}  # a family's two settings are often the same
+    return Judged(rule, data, seeds, choices, own_best, values, _versus(rule, data, choices, seeds, known),
+                  _versus(rule, data, own_best, seeds, known), front, _parts(rule, data, choices, seeds), notes)
 
 
 def _undone(rule: Rule, cells: Sequence[Cell], data: Data, choices: Dict[str, Choice]) -> List[str]:
@@ -104,13 +105,18 @@ def _undone(rule: Rule, cells: Sequence[Cell], data: Data, choices: Dict[str, Ch
     return found
 
 
-def _versus(rule: Rule, data: Data, choices: Dict[str, Choice], seeds: Sequence[int]) -> List[Versus]:
+def _versus(rule: Rule, data: Data, choices: Dict[str, Choice], seeds: Sequence[int],
+            known: Dict[Tuple, Optional[Estimate]]) -> List[Versus]:
+    """`known`: differences by both settings and measure; those that are missing are added."""
     if rule.subject not in choices or not seeds:
         return []
     own, found = choices[rule.subject].setting, []
     for family, choice in choices.items():
         if family != rule.subject:
-            new, kept = (difference(data, own, choice.setting, measure, seeds, rule.draws) for measure in ("new", rule.retention))
+            for measure in ("new", rule.retention):
+                if (own, choice.setting, measure) not in known:
+                    known[own, choice.setting, measure] = difference(data, own, choice.setting, measure, seeds, rule.draws)
+            new, kept = (known[own, choice.setting, measure] for measure in ("new", rule.retention))
             not_worse = new.not_inferior(rule.margin) if new else None
             keeps_more = kept.superior() if kept else None
             found.append(Versus(family, new, kept, not_worse, keeps_more, both(not_worse, keeps_more)))

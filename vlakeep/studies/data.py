@@ -34,6 +34,10 @@ class Data:
         self._records = {(Setting(one["arm"], one["rate"]), one["task"], one["seed"]): one for one in records}
         self.tasks = list(dict.fromkeys(one["task"] for one in records))
         self.seeds = sorted({one["seed"] for one in records if one["arm"] != BASE})
+        # Names of the trials after each task, of any record.
+        self._names: Dict[str, set] = {task: set() for task in self.tasks}
+        for one in records:
+            self._names[one["task"]].update(one["trials"])
 
     def all(self) -> List[Dict[str, Any]]:
         return list(self._records.values())
@@ -60,7 +64,7 @@ class Data:
 
     def abilities(self, measure: str) -> List[str]:
         """Names of the trials that make a measure, such as `skill:reach`; a name stands for itself."""
-        names = {name for record in self._records.values() for name in record["trials"]}
+        names = set().union(*self._names.values())
         starts = {"new": ("new:",), "old": ("skill:",), "questions": ("question:",), "all": ("skill:", "question:")}.get(measure)
         return sorted(name for name in names if name.startswith(starts)) if starts else [measure]
 
@@ -107,11 +111,10 @@ class Data:
         return float(np.mean([np.nanmean(block) for block in blocks.values()])) if blocks else None
 
     def _new(self, task: str) -> List[str]:
-        return sorted({name for (_, own, _), record in self._records.items() if own == task
-                       for name in record["trials"] if name.startswith("new:")})
+        return sorted(name for name in self._names.get(task, ()) if name.startswith("new:"))
 
     def _asked(self, task: str, name: str) -> bool:
-        return any(name in record["trials"] for (_, own, _), record in self._records.items() if own == task)
+        return name in self._names.get(task, ())
 
     def _record(self, setting: Setting, task: str, seed: int) -> Dict[str, Any]:
         return self._records[setting, task, 0 if setting.arm == BASE else seed]

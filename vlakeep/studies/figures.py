@@ -87,7 +87,9 @@ def _front(figure, judged: Judged, style: Style) -> None:
         order = np.argsort(kept[best])
         if known:
             axes.plot(100 * kept[best][order], 100 * new[best][order], color=colour, linewidth=1.1, alpha=0.8, zorder=2)
-    named: List[Tuple[float, float]] = []  # where words stand already, in points
+    # Where words stand already, and the large marks, which would hide some.
+    named = [(values[judged.rule.retention].mean, values["new"].mean) for family, values in judged.values.items()
+             if family in style and values["new"] and values[judged.rule.retention]]
     for family, values in judged.values.items():
         new, kept = values["new"], values[judged.rule.retention]
         if new is None or kept is None:

@@ -65,7 +65,8 @@ def sample(blocks: Blocks, draws: int) -> np.ndarray:
         known_SI = ~np.isnan(block_SI)
         states_RI = weights(name, block_SI.shape[1], draws)
         summed = ((seeds_RS @ np.where(known_SI, block_SI, 0.0)) * states_RI).sum(1)
-        counted = ((seeds_RS @ known_SI) * states_RI).sum(1)
+        # Whole numbers, so that both ways have the same bits.
+        counted = seeds_RS.sum(1) * states_RI.sum(1) if known_SI.all() else ((seeds_RS @ known_SI) * states_RI).sum(1)
         total += np.where(counted > 0, summed / np.maximum(counted, 1), np.nanmean(block_SI))
     return total / len(blocks)
 
