@@ -10,6 +10,7 @@ of a step (median of blocks without a wait between steps), samples a second, GPU
 
     recipe     configs/openvla_official_recipe.yaml: the same arithmetic
     own        our own layers with adapters in float32, as `everywhere` of seven_b.py
+    compiled   the same, compiled, on a GPU
     official   the script of the checkout, in a process of its own with the official libraries (official_side.py)
     ratios     samples a second and memory above the weights, ours over the official script's, beside what is aimed at
 
@@ -44,7 +45,7 @@ HERE = Path(__file__).resolve().parent
 SIZE, LOSSES = 16, 4
 AIMS = {"samples": 1.8, "memory_above_weights": 0.6}
 PARTS = ("input_ids", "attention_mask", "labels", "pixel_values")
-RECIPE, OWN, OFFICIAL = "recipe", "own", "official"
+RECIPE, OWN, COMPILED, OFFICIAL = "recipe", "own", "compiled", "official"
 
 
 class Comparison(Session):
@@ -88,6 +89,8 @@ def ours(session, name: str, config) -> None:
     mark = fingerprint(backbone.network.state_dict())
     add_lora(backbone, config.lora, config.seed)
     backbone.train()
+    if name == COMPILED:
+        backbone.compile_layers()
     weights = torch.cuda.memory_allocated() / GIB if session.gpu else 0.0
     session.batches(config, backbone, SIZE, 1)
     if name == RECIPE:
@@ -119,7 +122,7 @@ def official(session) -> None:
 def ratios(session) -> None:
     """Ours over the official script's: samples a second and memory above the weights; and how far the losses lie apart."""
     theirs = session.rows[OFFICIAL]
-    for name in (RECIPE, OWN):
+    for name in (RECIPE, OWN, COMPILED):
         if name not in session.rows:
             continue
         row = session.rows[name]
@@ -153,7 +156,8 @@ def main() -> int:
     everywhere = ["--method", "baseline", "--lora.layers", "all", "--lora.modules", "[all-linear]"]
     attempt(session, "floor", floor, session)
     attempt(session, RECIPE, ours, session, RECIPE, session.config(file="openvla_official_recipe"))
-    attempt(session, OWN, ours, session, OWN, session.config(*everywhere))
+    for name in (OWN, COMPILED) if session.gpu else (OWN,):
+        attempt(session, name, ours, session, name, session.config(*everywhere))
     if args.openvla_dir is None:
         session.note(OFFICIAL, left_out="no --openvla-dir names a checkout of the official repository")
         return 0

@@ -170,12 +170,12 @@ def measurement(session, config, method) -> dict:
     """Milliseconds of a measurement and its parts."""
     found = {name: 1e3 * session.seconds(sensor.measure, 5) for name, sensor in method._sensors.items() if sensor}
     sensor = method._sensors["kl"]
-    whole, sensor._weights_N = (sensor._count, sensor._weights_N), None
+    whole, sensor._weights_N = (sensor._count, sensor._measured, sensor._weights_N), None
     for items in FEWER:
-        sensor._count = min(items, whole[0])
+        sensor._count = sensor._measured = min(items, whole[0])  # at a time as well: a slice of more would measure more
         found[f"kl_{items}"] = 1e3 * session.seconds(sensor.measure, 5)
         found[f"measurement_{items}"] = 1e3 * session.seconds(method._measure, 5)
-    sensor._count, sensor._weights_N = whole
+    sensor._count, sensor._measured, sensor._weights_N = whole
     found["norms"] = 1e3 * session.seconds(method._where_it_learns, 3)
     found["measurement"] = 1e3 * session.seconds(method._measure, 5)
     return {**{f"{name}_ms": value for name, value in found.items()}, "items": len(method._sensors["kl"])}
