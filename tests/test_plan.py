@@ -31,7 +31,7 @@ WIDE = [*AGAIN, "--lora.modules", "[all-linear]"]
 FOUR_BITS = ["--backbone.quantisation", "nf4"]
 # Stage, configuration, options, card; GiB reserved, and seconds of a step or of the stage (docs/plan.md).
 MEASURED = {
-    "offline, frozen form": ("offline", FROZEN, [], "h100", 23.8, 83),
+    "offline, frozen form": ("offline", FROZEN, ["--icsm.moments_gib", 2.0], "h100", 23.8, 83),
     "export": ("export", FROZEN, PLAIN, "h100", 16.2, 30),
     "plain LoRA, 8 x 2": ("train", FROZEN, PLAIN, "h100", 17.7, 0.234),
     "plain LoRA, 16 x 1": ("train", FROZEN, [*ONE, "--train.batch_size", 16], "h100", 21.0, 0.211),
