@@ -595,6 +595,27 @@ def test_the_figures_show_what_is_forgotten_and_the_reported_seeds():
     assert sorted(ends) == pytest.approx([-100 * e.high, -100 * e.low])
 
 
+def test_families_with_unlike_tasks_are_told():
+    """A mean over easy tasks is none over all: on two of three tasks a family may seem to learn enough."""
+    def notes(lacking):
+        records = [made(arm, task, 1e-3, seed, "1110", "1100") for arm in ("plain", "ours", "gpm") for task in ("t", "u", "v")
+                   for seed in (1, 11, 12) if (arm, task, seed) not in lacking]
+        return [note for note in claims.judge(cells_of(records), records, Rule("ours", "plain", choose=[1], near=0.3, draws=200)).notes
+                if "unlike" in note]
+
+    chosen = ("on the choosing seeds settings are compared by means over unlike tasks: 3 of 3 (t, u, v) of plain, ours; "
+              "2 of 3 (t, u) of gpm")
+    shown = ("on the reported seeds means are over unlike tasks, and differences over those that both have: "
+             "2 of 3 (t, v) of plain; 3 of 3 (t, u, v) of ours, gpm")
+    assert notes([]) == [] and notes([(arm, "v", 1) for arm in ("plain", "ours", "gpm")]) == [], "the same for all"
+    assert notes([("gpm", "v", 1)]) == [chosen]
+    assert notes([("plain", "u", 11), ("plain", "u", 12)]) == [shown]
+    assert notes([("gpm", "v", 1), ("plain", "u", 11), ("plain", "u", 12)]) == [chosen, shown]
+    records = [made(arm, task, rate, 1, "1110", "1100") for arm, rate, tasks in
+               (("plain", 1e-3, "tu"), ("ours", 1e-3, "tu"), ("ours", 2e-3, "t")) for task in tasks]
+    assert "1 of 2 (t) of ours" in "".join(claims.judge(cells_of(records), records, Rule("ours", "plain", draws=200)).notes)
+
+
 def test_the_front_is_of_settings_that_have_reported_seeds():
     """Rates that were run on the choosing seed alone hid the front of all others."""
     records = [made(arm, "t", rate, seed, new, old) for arm, rate, new, old, seeds in (

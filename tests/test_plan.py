@@ -11,6 +11,8 @@ from vlakeep.core.compat import import_bitsandbytes
 from vlakeep.core.config import ConfigError, load_config
 from vlakeep.core.hardware import CARDS, GIB, HOST, NAMES, Work, hardware, types
 from vlakeep.core.options import read
+from vlakeep.hsw import graded as gains
+from vlakeep.methods import costs, graded
 from vlakeep.models.load import make_backbone
 from vlakeep.models.workload import Numbers
 from vlakeep.openvla.workload import shapes_of
@@ -29,7 +31,7 @@ WIDE = [*AGAIN, "--lora.modules", "[all-linear]"]
 FOUR_BITS = ["--backbone.quantisation", "nf4"]
 # Stage, configuration, options, card; GiB reserved, and seconds of a step or of the stage (docs/plan.md).
 MEASURED = {
-    "offline, frozen form": ("offline", FROZEN, [], "h100", 23.8, 83),
+    "offline, frozen form": ("offline", FROZEN, ["--icsm.moments_gib", 2.0], "h100", 23.8, 83),
     "export": ("export", FROZEN, PLAIN, "h100", 16.2, 30),
     "plain LoRA, 8 x 2": ("train", FROZEN, PLAIN, "h100", 17.7, 0.234),
     "plain LoRA, 16 x 1": ("train", FROZEN, [*ONE, "--train.batch_size", 16], "h100", 21.0, 0.211),
@@ -113,6 +115,30 @@ def test_time_is_the_sum_of_products_and_streams_or_that_of_launching_them():
 def test_accumulation_takes_time_and_no_memory(seven_b):
     small, large = (Planner(configuration(FROZEN, *PLAIN, "--train.accumulation", n), seven_b, CARDS["h100"]).plan("train") for n in (1, 4))
     assert small.reserved == large.reserved and large.each == pytest.approx(4 * small.each, rel=0.02)
+
+
+def test_the_pass_over_the_runs_data_before_training_is_counted(seven_b):
+    """gains.start_of_a new_inputs: 256 frames, once for each group of moments; no step is longer for it."""
+    new = ["--gains.start_of_a", "new_inputs"]
+    assert (costs.START_FRAMES, costs.DENSE) == (graded.START_FRAMES, gains.DENSE)
+
+    def train(*options, card=CARDS["h100"]):
+        return Planner(configuration(GRADED, *DATA, *options), seven_b, card).plan("train")
+
+    plain, one, two = train(), train(*new, "--icsm.moments_gib", 1000), train(*new, "--icsm.moments_gib", 1)
+    assert plain.each == one.each == two.each and plain.seconds < one.seconds < two.seconds
+    assert train(*new, "--gains.enabled", "false") == train("--gains.enabled", "false")
+    passing = CARDS["h100"].seconds(seven_b.work.forward(256))
+    moments = 8 * 4 * (3 * 4096 ** 2 + 11008 ** 2)  # of the inputs of eight layers
+    assert one.seconds - plain.seconds > passing and two.seconds - one.seconds > passing * (moments // 2 ** 30 - 1)
+    name = "A's start at new inputs"
+    assert one.memory[name] > moments > two.memory[name] and name not in plain.memory
+    wide = train(*new, "--icsm.moments_gib", 1000, "--train.batch_size", 1, "--thermostat.enabled", "false")
+    assert wide.allocated == wide.reserved == sum(wide.memory[part] for part in ("weights", "adapters", "spectra", name))
+    large = ["--train.batch_size", 16, "--train.accumulation", 1]
+    after, before = train(*large, *new, "--icsm.moments_gib", 1), train(*large)
+    assert (after.reserved, after.allocated) == (before.reserved, before.allocated), "a step takes more"
+    assert any(name in note for note in one.notes) and not any(name in note for note in plain.notes)
 
 
 def test_checkpointing_keeps_less_and_takes_longer(seven_b):

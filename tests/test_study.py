@@ -116,6 +116,39 @@ def test_mistakes_of_the_cells_configurations_are_told_once_each(tmp_path):
     assert str(caught.value).count("train.steps") == 1
 
 
+def test_what_cells_share_is_read_once_and_is_no_others_to_write_into(tmp_path, monkeypatch):
+    """Of an arm and a task one reading, a wrong one too; each cell with sections of its own."""
+    read, load = [], study_cells.load_config
+    monkeypatch.setattr(study_cells, "load_config", lambda *words: read.append(words) or load(*words))
+    arms = {"plain": {"config": "configs/baseline_lora.yaml"}, "wrong": {"config": "configs/rivals/gpm.yaml", "options.energy": 7.5}}
+    file = write(tmp_path / "one.yaml", arms=arms, settings={"train.save_every": 331})
+    with pytest.raises(ConfigError, match="energy"):
+        study.open_study(file, ["--root", str(tmp_path)])
+    assert [name for name, _ in read] == ["configs/baseline_lora.yaml", "configs/rivals/gpm.yaml"]
+    one, two = (cell.config() for cell in read_study(file)[:2])
+    one.lora.rank, one.train.steps, one.options["a"] = 3, 5, 1
+    assert (two.lora.rank, two.train.steps, two.options) == (load_config("configs/baseline_lora.yaml").lora.rank, two.train.steps, {})
+    assert two.train.steps != 5
+
+
+def test_cells_are_looked_at_once_for_a_plan_of_what_is_chosen(tmp_path, monkeypatch, capsys):
+    rule = {"subject": "gpm", "reference": "plain", "choose": [1]}
+    file, seen, look = write(tmp_path / "one.yaml", rule=rule), [], study.look
+    monkeypatch.setattr(study, "look", lambda cell, *more: seen.append(cell.cell) or look(cell, *more))
+    monkeypatch.setattr(study, "to_report", lambda rule, cells, records, best: cells[1::2])
+    study.main([file, "--chosen", "matched", "--dry-run", "--root", str(tmp_path / "root")])
+    assert len(seen) == len(set(seen)) == 6 and "3 of 3 cells to do" in capsys.readouterr().out
+    seen.clear()
+    study.write_tables(study.open_study(file, ["--root", str(tmp_path / "root")]))
+    assert len(seen) == 6
+
+
+@pytest.mark.parametrize("value", [[], ["a", "b"], ["a, b", "[c]", "", "true", "null", "12", "1e-3", "- x", "#", "a: b", "it's", "ü", "*"],
+                                   [1, True, None, 1.0, "1"], [[1, "a, b"], {"k": None}], {"k": ["a, b", True]}, None, True, False])
+def test_a_value_is_said_as_yaml_says_it(value):
+    assert said(value) == yaml.safe_dump(value, default_flow_style=True, width=10_000).strip().removesuffix("\n...").strip()
+
+
 @pytest.mark.parametrize("file", sorted((REPO / "studies").glob("*.yaml")), ids=lambda file: file.name)
 def test_shipped_studies_are_sound_and_headed_by_their_launch_line(file):
     cells = read_study(file)

@@ -70,9 +70,10 @@ class Study(NamedTuple):
         file = self.folder() / "imported.jsonl"
         return {record["cell"]: record for record in read_records(file)} if file.is_file() else {}
 
-    def records(self) -> List[Dict[str, Any]]:
-        """Of all cells that are done, in the order of the study."""
-        found = [record_of(cell, self.configs[cell], self.storage, state) for cell, state in self.states().items()]
+    def records(self, states: Optional[Dict[Cell, State]] = None) -> List[Dict[str, Any]]:
+        """Of all cells that are done, in the order of the study. states: as they were just found; None looks."""
+        known = self.states() if states is None else states
+        found = [record_of(cell, self.configs[cell], self.storage, known[cell]) for cell in self.cells]
         return [record for record in found if record is not None]
 
     def folder(self) -> Path:
@@ -112,7 +113,9 @@ def artefacts(study: Study) -> Dict[Path, Artefact]:
             base = model_name(find_checkpoint(config.backbone.checkpoint, study.storage.cache))
             folder = method_class(method).artifact_folder(config, study.storage, base)
             other = method if method != config.method else None
-            found.setdefault(folder, Artefact([], cell.offline(other))).cells.append(cell)
+            if folder not in found:
+                found[folder] = Artefact([], cell.offline(other))
+            found[folder].cells.append(cell)
     return found
 
 
@@ -148,9 +151,8 @@ def command(*words: str) -> str:
     return shlex.join(["vlakeep", *words])
 
 
-def show_plan(study: Study) -> None:
+def show_plan(study: Study, states: Dict[Cell, State]) -> None:
     """Cells and how far they are, their commands, the cost, what is missing."""
-    states = study.states()
     todo = [cell for cell in study.cells if states[cell].kind not in (DONE, OTHER)]
     for words in probes(study, todo).values():
         print(f"first    {command(*words, *study.folders)}")
@@ -164,7 +166,7 @@ def show_plan(study: Study) -> None:
             if cell.source not in todo or words[0] not in ("offline", "train"):  # else the cell that it is made of shows them
                 print(f"             {command(*words, *study.folders)}")
     runs = {cell.run: study.configs[cell].train.steps for cell in todo if not cell.is_base and states[cell].kind in (OPEN, BEGUN)}
-    known = [spent for record in study.records() if (spent := took(record)) is not None]
+    known = [spent for record in study.records(states) if (spent := took(record)) is not None]
     price = f", about {human(sum(known) / len(known) * len(todo))} on one worker as the {len(known)} done took" if known else ""
     print(f"{len(todo)} of {len(study.cells)} cells to do, {len(runs)} trainings, {sum(runs.values())} steps in all{price}")
     for line in missing(study, todo):
@@ -329,8 +331,9 @@ def _why(status: int, log_file: Path) -> str:
 def write_tables(study: Study) -> str:
     folder = study.storage.guard_write(study.folder(), what="tables")
     folder.mkdir(parents=True, exist_ok=True)
-    records = study.records()
-    rows = tables.rows(study.cells, records, {cell.cell: state.kind for cell, state in study.states().items()})
+    states = study.states()
+    records = study.records(states)
+    rows = tables.rows(study.cells, records, {cell.cell: state.kind for cell, state in states.items()})
     text = tables.summary(rows)
     files = {"cells.csv": tables.to_csv(rows), "arms.md": text}
     rule = read_rule(read_tree(study.file), read_study(study.file))
@@ -373,12 +376,13 @@ def main(argv: List[str]) -> int:
     taken = getattr(args, "import")
     if taken:
         print(take_in(study, taken))
-    cells = study.cells
+    cells, states = study.cells, None
     if args.chosen:
-        cells = to_report(read_rule(read_tree(study.file), cells), cells, study.records(), args.chosen == "best")
+        states = study.states()
+        cells = to_report(read_rule(read_tree(study.file), cells), cells, study.records(states), args.chosen == "best")
     some = study._replace(cells=share(named(cells, args.arms, args.tasks, args.rates, args.seeds), args.part, args.parts))
     if getattr(args, "dry-run"):
-        show_plan(some)
+        show_plan(some, states or some.states())
         return 0
     if args.paper:
         rule, records = judged_by(study)

@@ -125,6 +125,11 @@ def stages() -> Dict[str, Stage]:
 
 def leaves() -> List[str]:
     """Every dotted key of the configuration that takes a value."""
+    return list(_leaves())
+
+
+@lru_cache(maxsize=None)
+def _leaves() -> List[str]:
     return [key for key in schema.known_keys(Config) if not dataclasses.is_dataclass(schema.type_of(Config, key))]
 
 

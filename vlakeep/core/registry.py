@@ -12,7 +12,7 @@ from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Tuple
 
 GROUP = "vlakeep.methods"
 BENCHMARKS = "vlakeep.benchmarks"
@@ -28,9 +28,13 @@ def _holds(file: Path, word: str) -> bool:
     return re.search(rf"^{word} = ", file.read_text(encoding="utf-8"), flags=re.M) is not None
 
 
+@lru_cache(maxsize=None)  # a study asks for each of its cells
+def _methods_in(folders: Tuple[str, ...]) -> List[str]:
+    return sorted({file.stem for folder in folders for file in Path(folder).glob("*.py") if _holds(file, "METHOD")})
+
+
 def _own() -> List[str]:
-    files = [file for folder in import_module(GROUP).__path__ for file in Path(folder).glob("*.py")]
-    return sorted({file.stem for file in files if _holds(file, "METHOD")})
+    return _methods_in(tuple(import_module(GROUP).__path__))
 
 
 def method_names() -> List[str]:
@@ -51,12 +55,16 @@ def method_class(name: str):
 
 def _own_benchmarks() -> Dict[str, type]:
     """Name -> class."""
-    files = [(f"{BENCHMARKS}.{file.stem}", file) for folder in import_module(BENCHMARKS).__path__
-             for file in sorted(Path(folder).glob("*.py"))]
-    files += [(f"vlakeep.{file.parent.name}.evaluation", file) for folder in import_module("vlakeep").__path__
-              for file in sorted(Path(folder).glob("*/evaluation.py"))]
-    classes = [import_module(module).BENCHMARK for module, file in files if _holds(file, "BENCHMARK")]
-    return {name: found for found in classes for name in found.names}
+    modules = _benchmarks_in(tuple(import_module(BENCHMARKS).__path__), tuple(import_module("vlakeep").__path__))
+    return {name: found for found in (import_module(module).BENCHMARK for module in modules) for name in found.names}
+
+
+@lru_cache(maxsize=None)
+def _benchmarks_in(folders: Tuple[str, ...], rooms: Tuple[str, ...]) -> List[str]:
+    """Modules that have one: files of the folders, evaluation.py of the rooms."""
+    files = [(f"{BENCHMARKS}.{file.stem}", file) for folder in folders for file in sorted(Path(folder).glob("*.py"))]
+    files += [(f"vlakeep.{file.parent.name}.evaluation", file) for folder in rooms for file in sorted(Path(folder).glob("*/evaluation.py"))]
+    return [module for module, file in files if _holds(file, "BENCHMARK")]
 
 
 def benchmark_names() -> List[str]:

@@ -7,6 +7,7 @@ elsewhere ends no run. Nor is a key that the run's method does not read.
 import hashlib
 import json
 import re
+from functools import lru_cache
 from pathlib import PurePath
 from typing import Iterable, List, Tuple
 
@@ -28,7 +29,7 @@ SECTIONS = ("probe", "icsm", "hsw", "gains", "thermostat", "options")  # what on
 
 def config_differences(old: dict, new: dict, hashed: Iterable[str] = ()) -> List[str]:
     """`key: old -> new` of every key that differs and decides a number. hashed: entries of `hashes` that are compared by themselves."""
-    flat_old, flat_new, defaults = dict(flat(old)), dict(flat(new)), dict(flat(to_dict(Config())))
+    flat_old, flat_new, defaults = dict(flat(old)), dict(flat(new)), usual()
     lines, matters = [], _matters(new)
     for key in sorted({**flat_old, **flat_new}):
         unknown_then = key not in flat_old and flat_new[key] == defaults.get(key)  # the run's version did not have the key yet
@@ -98,6 +99,16 @@ def hash_differences(old: dict, new: dict) -> List[str]:
     was, now = dict(flat(old)), dict(flat(new))
     return [f"{key}: {str(was[key])[:12]} -> {str(now[key])[:12]}" for key in sorted(was)
             if key in now and was[key] != now[key] and not key.endswith("base_weights")]
+
+
+@lru_cache(maxsize=None)
+def _usual() -> dict:
+    return dict(flat(to_dict(Config())))
+
+
+def usual() -> dict:
+    """Dotted key -> default of every key."""
+    return dict(_usual())
 
 
 def flat(tree: dict, prefix: str = ""):

@@ -4,6 +4,7 @@ config.py has the schema and its ranges; here is only how it is read, and what a
 """
 
 import argparse
+import copy
 import difflib
 import functools
 from dataclasses import fields, is_dataclass
@@ -27,16 +28,22 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key, the place and the remedy."""
 
 
-def known_keys(cls, prefix: str = "") -> List[str]:
-    """Every dotted key, sections too, e.g. `train` and `train.lr`."""
+@functools.lru_cache(maxsize=None)
+def _keys(cls, prefix: str) -> Tuple[str, ...]:
     hints, keys = type_hints(cls), []
     for f in fields(cls):
         keys.append(prefix + f.name)
         if is_dataclass(hints[f.name]):
-            keys += known_keys(hints[f.name], prefix + f.name + ".")
-    return keys
+            keys += _keys(hints[f.name], prefix + f.name + ".")
+    return tuple(keys)
 
 
+def known_keys(cls) -> List[str]:
+    """Every dotted key, sections too, e.g. `train` and `train.lr`."""
+    return list(_keys(cls, ""))
+
+
+@functools.lru_cache(maxsize=None)
 def type_of(cls, key: str):
     for part in key.split("."):
         cls = type_hints(cls)[part]
@@ -125,10 +132,15 @@ def find_config(name) -> Path:
     raise ConfigError(f"no configuration file at {name}; those that ship are {', '.join(known)}")
 
 
+@functools.lru_cache(maxsize=64)  # of a study the same few files, hundreds of times
+def _tree(text: str) -> Any:
+    return load_yaml(text)
+
+
 def read_yaml(cls, path: Path) -> dict:
     """The tree of a YAML file whose keys are all in `cls`. Raises ConfigError naming the file."""
     try:
-        tree = load_yaml(path.read_text(encoding="utf-8"))
+        tree = copy.deepcopy(_tree(path.read_text(encoding="utf-8")))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -272,3 +284,23 @@ def plain_value(text: str) -> Any:
         return float(value) if isinstance(value, str) else value
     except ValueError:
         return value
+
+
+def said(value: Any) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, list) and all(isinstance(one, (bool, int, str, type(None))) for one in value):
+        return "[" + ", ".join(map(_in_list, value)) + "]"
+    if isinstance(value, (list, dict)):
+        return _flow(value)
+    if value is None or isinstance(value, bool):
+        return _in_list(value)
+    return f"{value!r}" if isinstance(value, float) else str(value)
+
+
+def _flow(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=10_000).strip()
+
+
+@functools.lru_cache(maxsize=None, typed=True)  # thousands of cells say the same few values, and YAML takes its time
+def _in_list(value: Any) -> str:
+    return _flow([value])[1:-1]

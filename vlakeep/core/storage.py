@@ -146,15 +146,15 @@ class Storage:
 
         A clone below one of the storage folders (a model fetched with git-lfs) is data, not source.
         """
-        path = Path(path).resolve()
+        return self._tree_of(Path(path).resolve())
+
+    def _tree_of(self, path: Path) -> Optional[Path]:
+        """The same of a path without links."""
         for tree in (WORKSPACE.resolve(), own_tree()):
             if _below(path, tree):
                 return tree
-        data = [folder.resolve() for folder in self.folders.values()]
         for folder in (path, *path.parents):
-            if any(_below(folder, d) for d in data):
-                continue
-            if (folder / ".git").exists():
+            if (folder / ".git").exists() and not any(_below(folder, data.resolve()) for data in self.folders.values()):
                 return folder
         return None
 
@@ -171,7 +171,7 @@ class Storage:
         via = "" if real == path else f" (which is {real})"
         if not _below(real, self.root.resolve()):
             raise StorageError(f"refused to write {what} to {path}{via}: it is outside the storage root. {remedy}")
-        tree = self.source_tree(real)
+        tree = self._tree_of(real)
         if tree is not None:
             raise StorageError(
                 f"refused to write {what} to {path}{via}: {tree} is a source tree and holds no big files. {remedy}"
@@ -240,7 +240,8 @@ def _can_make(folder: Path) -> bool:
 
 
 def _below(path: Path, folder: Path) -> bool:
-    return path == folder or folder in path.parents
+    """Of absolute paths."""
+    return path.parts[:len(folder.parts)] == folder.parts
 
 
 def free_bytes(path) -> Optional[int]:
@@ -257,8 +258,8 @@ def free_bytes(path) -> Optional[int]:
 
 def need_free(path, size: int, what: str = "file") -> None:
     """Raise DiskFull when the disk of `path` has fewer than `size` bytes free."""
-    free = free_bytes(path)
-    if size and free is not None and free < size:
+    free = free_bytes(path) if size else None
+    if free is not None and free < size:
         raise DiskFull(
             f"no space for {what} at {path}: {size} bytes ({human_bytes(size)}) needed, {free} bytes ({human_bytes(free)}) free. "
             "Delete old runs, lower --train.keep_last, or move the root with --root"

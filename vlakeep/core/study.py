@@ -28,10 +28,10 @@ import copy
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import yaml
 
@@ -43,6 +43,7 @@ from vlakeep.core.names import find_evaluation
 from vlakeep.core.options import Stage
 from vlakeep.core.registry import method_class
 from vlakeep.core.rundir import config_differences, read_metrics
+from vlakeep.core.schema import said
 from vlakeep.core.stages import EVALUATE, EXPORT, INTERPOLATE, OFFLINE, PROBE_ADD, TRAIN
 from vlakeep.core.storage import Storage
 from vlakeep.core.strict_yaml import load_yaml, read_mapping
@@ -135,7 +136,11 @@ class Cell:
         """Raises ConfigError. Reading YAML and words takes long against thousands of cells: those of an arm and a task share it."""
         alone = ("seed", "train.lr", "train.from_run", "gains.name", "icsm.name") if self.before else ("seed", "train.lr")
         shared = {key: value for key, value in self.pairs if key not in alone}
-        found = copy.deepcopy(_parsed(self.file, tuple((key, said(value)) for key, value in shared.items()), tuple(more)))
+        parsed = _loaded(self.file, tuple((key, said(value)) for key, value in shared.items()), tuple(more))
+        found = copy.copy(parsed)
+        for key, value in vars(parsed).items():  # sections of its own; the lists in them are shared, and nobody writes into these
+            if is_dataclass(value) or isinstance(value, dict):
+                setattr(found, key, copy.copy(value))
         found.name, found.evaluate.target = self.name, self.target
         if not self.is_base:
             found.seed, found.train.lr = self.seed, self.rate
@@ -192,15 +197,19 @@ class State(NamedTuple):
 
 
 @lru_cache(maxsize=None)
-def _parsed(file: Optional[str], pairs: Tuple[Tuple[str, str], ...], more: Tuple[str, ...]) -> Config:
-    return load_config(file, [*(word for key, value in pairs for word in (f"--{key}", value)), *more])
+def _parsed(file: Optional[str], pairs: Tuple[Tuple[str, str], ...], more: Tuple[str, ...]) -> Union[Config, ConfigError]:
+    try:
+        return load_config(file, [*(word for key, value in pairs for word in (f"--{key}", value)), *more])
+    except ConfigError as error:  # every cell of the arm and the task has it
+        return error
 
 
-def said(value: Any) -> str:
-    """A value as the command line takes it."""
-    if value is None or isinstance(value, (bool, list, dict)):
-        return yaml.safe_dump(value, default_flow_style=True, width=10_000).strip().removesuffix("\n...").strip()
-    return f"{value!r}" if isinstance(value, float) else str(value)
+def _loaded(file: Optional[str], pairs: Tuple[Tuple[str, str], ...] = (), more: Tuple[str, ...] = ()) -> Config:
+    """What cells share, read once: not to be written into."""
+    found = _parsed(file, pairs, more)
+    if isinstance(found, ConfigError):
+        raise ConfigError(str(found))
+    return found
 
 
 def read_tree(path) -> Dict[str, Any]:
@@ -306,7 +315,7 @@ def _stream(tree: Dict[str, Any], cells: List[Cell]) -> List[Cell]:
 
 
 def _rate(config: Optional[str], pairs: Dict[str, Any]) -> float:
-    return float(pairs.get("train.lr") or _parsed(config, (), ()).train.lr)
+    return float(pairs.get("train.lr") or _loaded(config).train.lr)
 
 
 def _mistakes(tree) -> List[str]:

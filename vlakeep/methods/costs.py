@@ -11,6 +11,9 @@ from vlakeep.core.hardware import GIB, Work
 from vlakeep.models.workload import Adapters, Numbers, Workload
 
 NEW_FRAMES = 64  # of graded_offline.py: frames of the new data whose coverage is reported
+START_FRAMES = 256  # of graded.py: frames of the run's data at whose inputs A starts
+DENSE = 1024  # of hsw/graded.py: widths up to which all eigenvectors are taken
+SQUARES = 4  # float64 matrices alive while A's rows are found: the moment, with gains on one side and on both, and the symmetric one
 EIGH_COPIES = 6  # float64 matrices alive in an eigendecomposition on a GPU: moment, vectors, their turned copy, cuSOLVER's workspace
 THIN_COPIES = 4  # float32 bases alive in a subspace iteration: old, new, product, QR's own
 PASSES = 12  # thin products and QRs of a subspace iteration (teacher/spectrum.py), in products
@@ -28,14 +31,15 @@ class Phase(NamedTuple):
 @dataclass
 class Costs:
     """resident: bytes held on the device through training, by name. measurement: one reading of the sensors, every `every` steps (0: none).
-    step: work beside the pass of a micro-batch. offline: its phases, none when there is no such step; given_back: whether each gives its
-    memory back before the next."""
+    step: work beside the pass of a micro-batch. begin: phases of a training before its first step. offline: its phases, none when there is
+    no such step; given_back: whether each gives its memory back before the next."""
 
     resident: Dict[str, float] = field(default_factory=dict)
     measurement: float = 0.0
     measuring: Work = Work()
     every: int = 0
     step: Work = Work()
+    begin: List[Phase] = field(default_factory=list)
     offline: List[Phase] = field(default_factory=list)
     given_back: bool = False
 
@@ -120,6 +124,8 @@ def graded(config: Config, work: Workload, adapters: Adapters, numbers: Numbers)
     if gains.enabled:
         found.resident["spectra"] = spectra
         found.step = Work(stream=4 * spectra, kernels=24 * len(adapters.layers))
+        if gains.start_of_a == "new_inputs":
+            found.begin = [_start_of_a(config, work, adapters, numbers)]
     if config.thermostat.enabled:
         drawn = min(config.thermostat.batch_size, held_out)
         found.measurement = work.passing(numbers, min(drawn, 32))
@@ -149,6 +155,21 @@ def graded(config: Config, work: Workload, adapters: Adapters, numbers: Numbers)
         Phase("coverage", spectra, work.forward(held_out + new, adapters.first or 1) + Work(
             single=2.0 * (held_out + new) * work.columns * spectra / 4), "gains.columns")]
     return found
+
+
+def _start_of_a(config: Config, work: Workload, adapters: Adapters, numbers: Numbers) -> Phase:
+    """Second moments of the inputs on the run's first batches, as many passes over them as icsm.moments_gib makes, and A's rows of each."""
+    rows, inputs = config.train.batch_size, work.inputs(adapters.leaves)
+    batches = -(-START_FRAMES // rows)
+    frames, columns, widest = batches * rows, config.gains.columns, max(inputs)
+    held, times, flops = _moments(work, adapters, config.icsm.moments_gib * GIB)
+    looked = work.forward(frames) + work.lora_work(adapters.leaves, adapters.rank, frames * work.columns, len(adapters.layers),
+                                                   numbers.converts)
+    thin = sum(8.0 * dim ** 2 * min(dim, columns) + (9.0 * dim ** 3 if dim <= DENSE else PASSES * 2.0 * dim ** 2 * (adapters.rank + 64))
+               for dim in inputs) * len(adapters.layers)
+    found = SQUARES * 8.0 * widest ** 2 + 8.0 * widest * min(widest, columns)
+    return Phase("A's start at new inputs", held + max(work.passing(numbers, rows), found),
+                 _batches(looked, batches).times(times) + Work(single=flops * frames * work.columns, double=thin), "icsm.moments_gib")
 
 
 def practice(config: Config, work: Workload, adapters: Adapters, numbers: Numbers, items: int) -> Costs:

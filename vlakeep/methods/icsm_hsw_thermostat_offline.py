@@ -134,7 +134,7 @@ def _token_level(backbone, prompts, own, linears, config: Config, steps: int):
         moments = token_moments(backbone, kept or inputs(), group, total=steps)
         for key in tqdm(sorted(moments), desc="token bases", leave=False):
             bases.append((key, token_bases(moments.pop(key), config.icsm.tokens_fragile_fraction, config.icsm.tokens_plastic_fraction)))
-            # A decomposition's workspace is the largest block there is: kept, it would be cut up by the next pass and be missing in the next.
+            # The workspace is the largest block there is: kept, it would be cut up by the next pass, and missing in the next decomposition.
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     return {f"{key}.{kind}": tensor for key, found in job.merged(bases, 1, everywhere=False) for kind, tensor in found.items()}

@@ -77,7 +77,7 @@ def _shared_base(config: Config, depth: int):
 # Stage -> what may be changed, in the order of how little it costs.
 CHANGES: Dict[str, Sequence[Change]] = {
     "offline": (_halved("icsm.answered"), _halved("icsm.batch_size"), _fewer_moments, _halved("gains.columns", 64)),
-    "train": (_smaller_batch, _halved("thermostat.batch_size", 4),
+    "train": (_smaller_batch, _halved("thermostat.batch_size", 4), _fewer_moments,
               lambda config, depth: None if config.backbone.gradient_checkpointing else {"backbone.gradient_checkpointing": True},
               _shared_base,
               lambda config, depth: {"train.optimizer": "paged_adamw8bit"} if config.train.optimizer == "adamw" else None, _fewer_layers),

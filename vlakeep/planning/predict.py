@@ -142,10 +142,16 @@ class Planner:
             each += 2 * size * count / self.card.link
         if self.costs.every:
             each += self.card.seconds(self.costs.measuring) / self.costs.every
-        seconds = self.card.seconds(self.loading) + train.steps * each
+        begin = sum(self.card.seconds(phase.work) for phase in self.costs.begin)
+        seconds = self.card.seconds(self.loading) + begin + train.steps * each
         samples = train.batch_size * train.accumulation * self.gpus
-        return self._made("train", {**held, **kept}, phases, seconds, each, [f"{each:.3f} s a step of {samples} samples"],
-                          weights=weights)
+        notes = [f"{each:.3f} s a step of {samples} samples", *(f"{begin:.0f} s before the first: {one.name}" for one in self.costs.begin)]
+        made = self._made("train", {**held, **kept}, phases, seconds, each, notes, weights=weights)
+        # Before the first step there are no gradients yet, and a step that asks for more gets the blocks.
+        alive = weights + held["adapters"] + sum(self.costs.resident.values())
+        first = {phase.name: phase.memory for phase in self.costs.begin}
+        most = alive + max(first.values(), default=0.0)
+        return made._replace(memory={**made.memory, **first}, allocated=max(made.allocated, most), reserved=max(made.reserved, most))
 
     def _evaluate(self) -> StagePlan:
         settings = self.config.evaluate

@@ -69,6 +69,9 @@ def judge(cells: Sequence[Cell], records: Sequence[Dict[str, Any]], rule: Rule) 
     if lacking:
         notes.append(f"without records on the choosing seeds: {', '.join(lacking)}")
     notes += _undone(rule, cells, data, choices)
+    notes += _unlike("on the choosing seeds settings are compared by means over unlike tasks", data, families, rule.choose or data.seeds)
+    shown = {family: [choice.setting, own_best[family].setting] for family, choice in choices.items()}
+    notes += _unlike("on the reported seeds means are over unlike tasks, and differences over those that both have", data, shown, seeds)
     notes += [f"{family}: no setting comes within {100 * rule.near:g} points of the best of {rule.reference} on the choosing seeds; its "
               "own best stands for it, and what it keeps is not what is kept at that success"
               for family, one in choices.items() if not one.matched]
@@ -103,6 +106,17 @@ def _undone(rule: Rule, cells: Sequence[Cell], data: Data, choices: Dict[str, Ch
         lacking = [f"{family} {missing} of {all_}" for family, (missing, all_) in counts.items() if missing]
         found += [f"cells without a record {said}: {', '.join(lacking)}"] if lacking else []
     return found
+
+
+def _unlike(said: str, data: Data, families: Dict[str, List[Setting]], seeds: Sequence[int]) -> List[str]:
+    """What to say where the settings of these families do not all have the same tasks; [] where they have."""
+    groups: Dict[Tuple[str, ...], List[str]] = {}
+    for family, settings in families.items():
+        had = [tuple(tasks) for tasks, own in (data.complete(one, seeds) for one in settings) if own]
+        for tasks in dict.fromkeys(had):
+            groups.setdefault(tasks, []).append(family)
+    parts = [f"{len(tasks)} of {len(data.tasks)} ({', '.join(tasks)}) of {', '.join(own)}" for tasks, own in groups.items()]
+    return [f"{said}: {'; '.join(parts)}"] if len(groups) > 1 else []
 
 
 def _versus(rule: Rule, data: Data, choices: Dict[str, Choice], seeds: Sequence[int],

@@ -28,7 +28,7 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence
 
 from vlakeep.core.config import Config, ConfigError, to_dict
 from vlakeep.core.errors import quoted
-from vlakeep.core.sameness import config_differences, flat
+from vlakeep.core.sameness import config_differences, flat, usual
 from vlakeep.core.storage import Storage, atomic_write
 from vlakeep.core.study import DONE, Cell, State, evaluation_differences, read_rows
 
@@ -68,14 +68,14 @@ def record_of(cell: Cell, config: Config, storage: Storage, state: State) -> Opt
 
 def settings_of(config: Config) -> Dict[str, Any]:
     """Dotted key -> value of what differs from the defaults, without places."""
-    default = dict(flat(to_dict(Config())))
+    default = usual()
     return {key: value for key, value in flat(to_dict(config))
             if key not in GONE and not key.endswith("_dir") and value != default.get(key) and not key.startswith("export.")}
 
 
 def differences(record: Dict[str, Any], config: Config, of: Optional[Dict[str, Any]] = None) -> List[str]:
     """`key: there -> here` of what decides a number and is another in the record's cell. of: what the cell is made of."""
-    there = {**dict(flat(to_dict(Config()))), **record["settings"]}
+    there = {**usual(), **record["settings"]}
     for key in [key for key in there if key.startswith("options.") and key not in record["settings"]]:
         del there[key]
     found = [] if record["arm"] == "base" else config_differences(there, to_dict(config))
