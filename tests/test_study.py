@@ -247,7 +247,7 @@ def test_a_study_that_was_killed_gives_the_table_of_one_that_was_not(world, tmp_
     """Once after the first step and once between training and evaluation; what is done is not done again; and what was exported and taken
     in elsewhere gives the same tables."""
     whole, killed = small(world, tmp_path, "whole"), small(world, tmp_path, "killed")
-    study.show_plan(whole)
+    study.show_plan(whole, whole.states())
     assert "2 of 2 cells to do, 1 trainings, 2 steps in all" in capsys.readouterr().out
     part = tmp_path / "part.jsonl"
     assert study.run_study(whole, 1, run_here(whole), export=part) == {}
