@@ -499,6 +499,19 @@ def test_cells_that_left_no_record_are_told():
     assert "cells without a record at the chosen settings on the reported seeds, where the others speak for them: ours 1 of 6" in notes
 
 
+def test_families_of_which_the_same_is_to_be_said_share_a_line():
+    """A study of thirty families has one line of those that learn too little, not thirty."""
+    records = whole()
+    cells = cells_of(records)
+    gone = [one for one in records if (one["arm"], one["task"], one["seed"]) not in (("ours", "t", 1), ("x<_&", "t", 1))]
+    notes = claims.judge(cells, gone, Rule("ours", "plain", choose=[1, 2], near=0.1, draws=200)).notes
+    assert any("others: ours, x<_& each 1 of 4" in note for note in notes)
+    notes = claims.judge(cells, records, Rule("plain", "plain", choose=[1, 2], near=-0.5, draws=200)).notes
+    [line] = [note for note in notes if "no setting comes within" in note]
+    assert line.startswith("plain, ours, x<_&: ") and line.endswith("the own best stands for each, and what that keeps is not what is "
+                                                                    "kept at that success")
+
+
 @pytest.mark.parametrize("given, words", [
     (5, "`rule` must be a table"), ({"subject": ["a"], "reference": "b"}, "['a'] is no family"),
     ({"subject": "a", "reference": "a"}, "a is subject and reference"), ({"subject": "a", "reference": "b", "compare": ["a"]}, "itself"),

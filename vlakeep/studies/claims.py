@@ -72,9 +72,12 @@ def judge(cells: Sequence[Cell], records: Sequence[Dict[str, Any]], rule: Rule) 
     notes += _unlike("on the choosing seeds settings are compared by means over unlike tasks", data, families, rule.choose or data.seeds)
     shown = {family: [choice.setting, own_best[family].setting] for family, choice in choices.items()}
     notes += _unlike("on the reported seeds means are over unlike tasks, and differences over those that both have", data, shown, seeds)
-    notes += [f"{family}: no setting comes within {100 * rule.near:g} points of the best of {rule.reference} on the choosing seeds; its "
-              "own best stands for it, and what it keeps is not what is kept at that success"
-              for family, one in choices.items() if not one.matched]
+    far = [family for family, one in choices.items() if not one.matched]
+    if far:
+        one = len(far) == 1
+        notes.append(f"{', '.join(far)}: no setting comes within {100 * rule.near:g} points of the best of {rule.reference} on the "
+                     f"choosing seeds; {'its' if one else 'the'} own best stands for {'it' if one else 'each'}, and what "
+                     f"{'it' if one else 'that'} keeps is not what is kept at that success")
     front = None
     try:
         if choices and seeds:
@@ -103,8 +106,12 @@ def _undone(rule: Rule, cells: Sequence[Cell], data: Data, choices: Dict[str, Ch
         for family in choices:
             own = [one for one in cells if one.family == family and not one.is_base and what(one)]
             counts[family] = (sum((Setting(one.arm, one.rate), one.task, one.seed) not in done for one in own), len(own))
-        lacking = [f"{family} {missing} of {all_}" for family, (missing, all_) in counts.items() if missing]
-        found += [f"cells without a record {said}: {', '.join(lacking)}"] if lacking else []
+        alike: Dict[Tuple[int, int], List[str]] = {}
+        for family, count in counts.items():
+            if count[0]:
+                alike.setdefault(count, []).append(family)
+        lacking = [f"{', '.join(own)}{' each' if len(own) > 1 else ''} {missing} of {all_}" for (missing, all_), own in alike.items()]
+        found += [f"cells without a record {said}: {'; '.join(lacking)}"] if lacking else []
     return found
 
 
