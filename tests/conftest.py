@@ -138,6 +138,14 @@ def cut_episodes(patch):
     patch.setattr(rollout, "MAX_STEPS", dict.fromkeys(rollout.MAX_STEPS, 1))
 
 
+@pytest.fixture
+def one_figure(monkeypatch):
+    """For reports that are read for their words: figures take nearly all of the time, and those of test_report.py are all drawn."""
+    from vlakeep.reporting.figures import figures
+
+    monkeypatch.setattr("vlakeep.report.figures", lambda comparison: figures(comparison)[:1])
+
+
 def read_evaluation(folder):
     """(rows in a fixed order, summary without its seconds) of an evaluation's folder."""
     rows = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()[1:]]

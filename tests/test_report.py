@@ -165,12 +165,6 @@ def said(comparison, name):
     return " ".join(finding.text for finding in words.findings(comparison, comparison.arms[name]))
 
 
-@pytest.fixture
-def one_figure(monkeypatch):
-    """For reports that are read for their words: figures take nearly all of the time, and those of `report` are all drawn."""
-    monkeypatch.setattr("vlakeep.report.figures", lambda comparison: figures(comparison)[:1])
-
-
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     """One full report: (arms, folder, page)."""
