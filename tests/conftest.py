@@ -33,9 +33,10 @@ GRADED = "configs/method_graded.yaml"
 
 
 # Long files first, as far as they were measured: processes that take one file after the other then end together (make test).
-LONG = ["test_evaluate", "test_runs", "test_graded", "test_report", "test_laws", "test_rivals", "test_demo", "test_tabletop",
-        "test_bad_input", "test_methods", "test_train", "test_open_loop", "test_signals", "test_distillation", "test_closing",
-        "test_evaluate_libero", "test_protect_loops", "test_cli", "test_study", "test_models", "test_identity", "test_pretraining"]
+LONG = ["test_study", "test_graded", "test_evaluate", "test_runs", "test_laws", "test_report", "test_demo", "test_tabletop",
+        "test_base_training", "test_rivals", "test_bad_input", "test_methods", "test_train", "test_open_loop", "test_signals",
+        "test_distillation", "test_closing", "test_evaluate_libero", "test_protect_loops", "test_cli", "test_models", "test_identity",
+        "test_pretraining"]
 
 
 def pytest_configure(config):
