@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import yaml
-from test_report import RATES, compare, make, write_eval, write_run
+from test_report import compare, make, write_eval, write_run
 
 from vlakeep.report import build_report
 from vlakeep.reporting import seeds
