@@ -32,7 +32,17 @@ EXAMPLES ?= 20000
 
 OPENVLA := VENV=.venv-openvla CONSTRAINTS=constraints-openvla.txt NEWEST='(3, 11)'
 
-.PHONY: demo study test test-openvla-env setup-openvla-env mutations fuzz lint wheel libero docs clean setup
+# Sets `python` to the interpreter that environments are made of.
+FIND_PYTHON = python=""; \
+	for candidate in $(PYTHON) python3 python3.12 python3.11 python3.10 python; do \
+	  if $$candidate -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= $(NEWEST))' >/dev/null 2>&1; then \
+	    python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "error: no Python from 3.10 to $(NEWEST) with venv found; install one (apt install python3 python3-venv), or make PYTHON=/path/to/python3" >&2; \
+	  exit 1; fi
+
+.PHONY: demo study test test-openvla-env setup-openvla-env mutations fuzz lint wheel libero docs clean setup python
 
 demo: setup
 	@$(VENV)/bin/vlakeep demo $(ARGS)
@@ -90,14 +100,7 @@ setup:
 	@set -e; \
 	want=$$(cat pyproject.toml $(CONSTRAINTS) | cksum); \
 	if [ "$$(cat $(VENV)/.ready 2>/dev/null)" = "$$want" ] && $(PY) -c "" 2>/dev/null; then exit 0; fi; \
-	python=""; \
-	for candidate in $(PYTHON) python3 python3.12 python3.11 python3.10 python; do \
-	  if $$candidate -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= $(NEWEST))' >/dev/null 2>&1; then \
-	    python=$$candidate; break; fi; \
-	done; \
-	if [ -z "$$python" ]; then \
-	  echo "error: no Python from 3.10 to $(NEWEST) with venv found; install one (apt install python3 python3-venv), or make PYTHON=/path/to/python3" >&2; \
-	  exit 1; fi; \
+	$(FIND_PYTHON); \
 	echo "[1/3] virtual environment $(VENV) with $$($$python --version)"; \
 	rm -rf $(VENV); $$python -m venv $(VENV); \
 	echo "[2/3] torch (the largest part; a few minutes on a slow line)"; \
@@ -106,3 +109,6 @@ setup:
 	echo "[3/3] vlakeep and the other libraries"; \
 	$(ALONE) $(PIP) --editable '.[$(EXTRAS)]' 2> >(grep -v '^WARNING: Location' >&2); \
 	echo "$$want" > $(VENV)/.ready
+
+python:
+	@set -e; $(FIND_PYTHON); command -v "$$python"

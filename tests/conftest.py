@@ -33,9 +33,10 @@ GRADED = "configs/method_graded.yaml"
 
 
 # Long files first, as far as they were measured: processes that take one file after the other then end together (make test).
-LONG = ["test_evaluate", "test_runs", "test_graded", "test_report", "test_laws", "test_rivals", "test_demo", "test_tabletop",
-        "test_bad_input", "test_methods", "test_train", "test_open_loop", "test_signals", "test_distillation", "test_closing",
-        "test_evaluate_libero", "test_protect_loops", "test_cli", "test_study", "test_models", "test_identity", "test_pretraining"]
+LONG = ["test_study", "test_graded", "test_evaluate", "test_runs", "test_laws", "test_report", "test_demo", "test_tabletop",
+        "test_base_training", "test_rivals", "test_bad_input", "test_methods", "test_train", "test_open_loop", "test_signals",
+        "test_distillation", "test_closing", "test_evaluate_libero", "test_protect_loops", "test_cli", "test_models", "test_identity",
+        "test_pretraining"]
 
 
 def pytest_configure(config):
@@ -136,6 +137,14 @@ def own_evaluations(world, tmp_path_factory):
 def cut_episodes(patch):
     """Episodes of a single step, where what is played is compared with nothing or with itself; the header says the usual lengths."""
     patch.setattr(rollout, "MAX_STEPS", dict.fromkeys(rollout.MAX_STEPS, 1))
+
+
+@pytest.fixture
+def one_figure(monkeypatch):
+    """For reports that are read for their words: figures take nearly all of the time, and those of test_report.py are all drawn."""
+    from vlakeep.reporting.figures import figures
+
+    monkeypatch.setattr("vlakeep.report.figures", lambda comparison: figures(comparison)[:1])
 
 
 def read_evaluation(folder):

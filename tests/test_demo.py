@@ -108,7 +108,7 @@ def test_what_the_demo_did_not_make_stays_and_an_earlier_demo_goes(root):
     assert not (root / "runs" / "demo-method" / "records.jsonl").exists() and not (root / "eval" / "demo-method-step_000001").exists()
 
 
-def test_an_arm_that_stops_before_its_first_checkpoint_is_in_the_report(tmp_path, monkeypatch):
+def test_an_arm_that_stops_before_its_first_checkpoint_is_in_the_report(tmp_path, monkeypatch, one_figure):
     def stopping(config, storage):
         if config.name != "demo-method":
             return run_training(config, storage)
@@ -129,7 +129,7 @@ def test_an_arm_that_stops_before_its_first_checkpoint_is_in_the_report(tmp_path
     assert "hidden states blew up" in (tmp_path / "report" / "demo" / "index.html").read_text(encoding="utf-8")
 
 
-def test_side_by_side_an_arm_is_that_of_one_process(root, tmp_path, monkeypatch, capsys):
+def test_side_by_side_an_arm_is_that_of_one_process(root, tmp_path, monkeypatch, capsys, one_figure):
     for place in ("datasets", "probe", "artifacts"):  # what the first two parts of a demo make
         shutil.copytree(root / place, tmp_path / place)
     monkeypatch.setattr(tabletop_data, "write_tabletop_data", lambda config, storage: None)

@@ -32,7 +32,7 @@ from vlakeep.tabletop.world import MAX_STEPS, NEW_SKILL, TabletopWorld
 
 SKILLS, KINDS, SEED, EPISODES = ["reach", "pick", "corner"], ["color", "gripper"], 11, 3
 # Few questions, where it is the episodes that matter.
-BRIEF = [*EVALUATION, "--evaluate.questions", "[gripper]", "--evaluate.questions_per_kind", 1]
+BRIEF = [*EVALUATION, "--evaluate.questions", "[gripper]", "--evaluate.questions_per_kind", 1, "--probe.size", 8]
 
 
 def merged_by_hand(run, step):
@@ -409,9 +409,23 @@ def test_actions_come_out_in_the_units_of_the_runs_statistics(world, evaluated, 
     assert (moved[[0, 1, 3, 4, 5]] > 0.1).all() and moved[6] == 0  # no bin centre is a fixed point of these
 
 
-def test_old_skills_are_played_in_the_units_of_the_base_and_the_new_one_in_those_of_its_data(world, evaluated, models, tmp_path):
-    """Data in which the hand never moves down must not take the old skills' motions from them."""
+def test_old_skills_are_played_in_the_units_of_the_base_and_the_new_one_in_those_of_its_data(world, evaluated, tmp_path, monkeypatch):
+    """Data in which the hand never moves down must not take the old skills' motions from them. Few steps: their actions are compared."""
     storage, make_config = world
+    played, few = {}, 3
+
+    class Noting(TabletopWorld):
+        def step(self, actions):
+            played.setdefault(str(self.skills[0]), []).append(np.array(actions))
+            return super().step(actions)
+
+    def by_hand(skill, key=None):
+        table = Noting([skill], [tabletop.EVALUATION + SEED])
+        played.clear()
+        for _ in range(few):
+            table.step(backbone.predict_actions(render(table), table.instructions, key))
+        return played.pop(skill)
+
     run = copy_run(evaluated[0], storage, "eval-narrow")
 
     def narrow(data):
@@ -421,14 +435,17 @@ def test_old_skills_are_played_in_the_units_of_the_base_and_the_new_one_in_those
 
     edit(run / "checkpoints" / "step_000030", "adapter/dataset_statistics.json", narrow)
     one = ["--evaluate.target", run.name, "--evaluate.skills", "[pick,corner]", "--evaluate.episodes", 1]
+    monkeypatch.setattr(rollout, "TabletopWorld", Noting)
+    monkeypatch.setattr(rollout, "MAX_STEPS", dict.fromkeys(MAX_STEPS, few))
     run_evaluation(make_config(BASELINE, *BRIEF, *one), storage, tmp_path)
+    evaluated_actions = dict(played)
     backbone, _, _ = load_target(make_config(BASELINE, "--evaluate.target", run.name), storage, "cpu")
     assert backbone.unnorm_key == "tabletop_corner"
-    rows, _ = read_evaluation(tmp_path)
-    played = {row["ability"]: (row["success"], row["steps"]) for row in rows if row["kind"] == "skill"}
-    assert [played["pick"]] == episodes_by_hand(backbone, "pick", [0], "tabletop")
-    assert [played["corner"]] == episodes_by_hand(backbone, "corner", [0])
-    assert episodes_by_hand(backbone, "pick", [0], "tabletop") != episodes_by_hand(backbone, "pick", [0])
+    assert {skill: len(actions) for skill, actions in evaluated_actions.items()} == {"pick": few, "corner": few}
+    assert np.array_equal(evaluated_actions["pick"], by_hand("pick", "tabletop"))
+    assert np.array_equal(evaluated_actions["corner"], by_hand("corner"))
+    for skill, other in (("pick", None), ("corner", "tabletop")):
+        assert not np.allclose(evaluated_actions[skill][0], by_hand(skill, other)[0])
     model = json.loads((tmp_path / "records.jsonl").read_text().splitlines()[0])["header"]["model"]
     assert (model["unnorm_key"], model["old_unnorm_key"]) == ("tabletop_corner", "tabletop")
     assert model["statistics"] != model["old_statistics"]

@@ -283,12 +283,13 @@ def test_a_starts_at_the_inputs_of_the_runs_first_batches_or_as_it_was_drawn(wor
 
 def test_a_run_from_new_inputs_resumes_bitwise_and_is_another(world, artefact, few_frames):
     storage, make_config = world
-    arm = [GRADED, *NEW, "--train.schedule", "constant"]
-    whole = run_training(make_config(*arm, "--name", "start-whole"), storage)
-    run_training(make_config(*arm, "--name", "start-part", "--train.steps", 3), storage)
-    part = run_training(make_config(*arm, "--name", "start-part", "--train.resume", True), storage)
+    few = ["--train.schedule", "constant", "--train.warmup", 1, "--train.save_every", 1, "--train.steps"]
+    arm = [GRADED, *NEW, *few]
+    whole = run_training(make_config(*arm, 3, "--name", "start-whole"), storage)
+    run_training(make_config(*arm, 2, "--name", "start-part"), storage)
+    part = run_training(make_config(*arm, 3, "--name", "start-part", "--train.resume", True), storage)
     assert final_adapter(part) == final_adapter(whole)
-    drawn = run_training(make_config(GRADED, "--train.schedule", "constant", "--name", "start-drawn"), storage)
+    drawn = run_training(make_config(GRADED, *few, 3, "--name", "start-drawn"), storage)
     assert final_adapter(drawn) != final_adapter(whole)
 
 

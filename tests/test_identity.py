@@ -22,7 +22,7 @@ from vlakeep.probe.probe_set import write_probe
 from vlakeep.train import run_training
 
 SMALLEST = ["--evaluate.skills", "[reach]", "--evaluate.episodes", 1, "--evaluate.questions", "[color]", "--evaluate.questions_per_kind", 1,
-            "--evaluate.retention_frames", 1]
+            "--evaluate.retention_frames", 1, "--probe.size", 8]
 
 
 @pytest.fixture(scope="module")

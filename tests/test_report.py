@@ -166,9 +166,9 @@ def said(comparison, name):
 
 
 @pytest.fixture
-def one_figure(monkeypatch):
-    """For reports that are read for their words: figures take nearly all of the time, and those of `report` are all drawn."""
-    monkeypatch.setattr("vlakeep.report.figures", lambda comparison: figures(comparison)[:1])
+def on_the_page(monkeypatch):
+    """Figures are drawn for the page, wide and narrow, and not once more for two files each."""
+    monkeypatch.setattr("vlakeep.report.save_files", lambda figure, folder: [])
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +326,7 @@ def test_crashes_are_neither_success_nor_failure(tmp_path):
     assert (d.pairs, d.dropped) == (90, 10)
 
 
-def test_failed_run_is_shown_as_failed(tmp_path):
+def test_failed_run_is_shown_as_failed(tmp_path, on_the_page):
     trace = "Traceback (most recent call last):\n  ...\nTrainingStopped: hidden states blew up: mean norm 1e+09 at step 60"
     arms = make(tmp_path, runs={"method": {"steps": 60, "status": "failed", "trace": trace}})
     (tmp_path / "eval" / "method" / "summary.json").unlink()
@@ -350,7 +350,7 @@ def test_missing_inputs_are_named_all_at_once_with_their_commands(tmp_path):
         load_arms({})
 
 
-def test_damaged_and_empty_inputs(tmp_path):
+def test_damaged_and_empty_inputs(tmp_path, on_the_page):
     arms = make(tmp_path, evals={"method": {"trials": 0}})
     with (tmp_path / "runs" / "baseline" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 601, "lo')
@@ -384,7 +384,7 @@ def test_what_makes_an_arm_is_no_confound():
         assert bool(confounds({"baseline": plain, "graded": other})) == said, key
 
 
-def test_only_one_arm_and_gains_that_never_moved(tmp_path):
+def test_only_one_arm_and_gains_that_never_moved(tmp_path, on_the_page):
     arms = make(tmp_path, {"method": RATES["method"]})
     path = tmp_path / "runs" / "method" / "metrics.jsonl"
     rows = [dict(json.loads(line), gamma=1.0, beta=1.0) for line in path.read_text().splitlines()]

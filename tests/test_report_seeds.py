@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import yaml
-from test_report import RATES, compare, make, one_figure, write_eval, write_run  # noqa: F401 (one of them is a fixture)
+from test_report import compare, make, write_eval, write_run
 
 from vlakeep.report import build_report
 from vlakeep.reporting import seeds
@@ -44,7 +44,7 @@ def test_t_intervals_hold_what_they_promise():
     assert 0.935 <= np.mean(hits) <= 0.965
 
 
-def test_seeds_of_an_arm_are_one_arm_with_an_interval_over_seeds(tmp_path, one_figure):  # noqa: F811
+def test_seeds_of_an_arm_are_one_arm_with_an_interval_over_seeds(tmp_path, one_figure):
     rates = {"baseline": [0.30, 0.42, 0.36], "method": [0.31, 0.40, 0.37]}
     arms = seeded(tmp_path, rates, loss=lambda arm, seed: 0.01 * seed + (0.12 if arm == "baseline" else 0.0))
     comparison = compare(arms)
@@ -111,7 +111,7 @@ def test_seeds_without_a_partner_are_left_out_of_a_difference(tmp_path):
     assert seeds.family_value(comparison, method, "new") is None
 
 
-def test_a_report_of_single_seeds_is_what_it_was(tmp_path, one_figure):  # noqa: F811
+def test_a_report_of_single_seeds_is_what_it_was(tmp_path, one_figure):
     arms = make(tmp_path)
     page = build_report(tmp_path, arms, tmp_path / "out")
     assert seeds.families(compare(arms)) == [] and "Over seeds" not in page.read_text(encoding="utf-8")

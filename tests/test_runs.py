@@ -44,7 +44,7 @@ from vlakeep.reporting.arms import load_arms
 from vlakeep.train import run_training
 
 BRIEF = ("--evaluate.skills", "[reach,corner]", "--evaluate.episodes", 2, "--evaluate.questions", "[color]",
-         "--evaluate.questions_per_kind", 2, "--evaluate.retention_frames", 2)
+         "--evaluate.questions_per_kind", 2, "--evaluate.retention_frames", 2, "--probe.size", 8)
 SHORT = ("--train.steps", 2, "--train.tensorboard", False)
 DROPOUT = (*SHORT, "--lora.dropout", 0.1)  # draws from the process's random state
 
@@ -263,7 +263,7 @@ def test_an_evaluation_that_an_older_version_began_goes_on_where_it_is(world, gr
     shutil.rmtree(old)
 
 
-def test_a_report_reads_evaluations_at_either_place(world, grouped, tmp_path):
+def test_a_report_reads_evaluations_at_either_place(world, grouped, tmp_path, one_figure):
     storage, _ = world
     for target in ("base", "study/arm-s1", str(grouped / "checkpoints" / "step_000002")):
         done = asked(world, target)

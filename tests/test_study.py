@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import SMALL
+from conftest import SMALL, cut_episodes
 from test_layout import REPO
 
 from vlakeep import cli, study
@@ -38,6 +38,11 @@ TINY = {"lora.layers": "last:1", "train.steps": 2, "train.save_every": 1, "train
 
 STREAM = {"stream": {"order": ["corner", "again"], "frames": 6}, "seeds": [1], "rates": [2e-3],
           "tasks": {name: {"data.datasets": ["tabletop_corner"], "evaluate.new_skill": "corner"} for name in ("corner", "again")}}
+
+
+@pytest.fixture
+def one_step(monkeypatch):
+    cut_episodes(monkeypatch)
 
 
 def write(path, **changed):
@@ -243,7 +248,7 @@ def run_here(made):
     return lambda words, log_file: study.run_cell(made, by_name[words[words.index("--cell") + 1]], call)
 
 
-def test_a_study_that_was_killed_gives_the_table_of_one_that_was_not(world, tmp_path, capsys):
+def test_a_study_that_was_killed_gives_the_table_of_one_that_was_not(world, tmp_path, capsys, one_step):
     """Once after the first step and once between training and evaluation; what is done is not done again; and what was exported and taken
     in elsewhere gives the same tables."""
     whole, killed = small(world, tmp_path, "whole"), small(world, tmp_path, "killed")
@@ -367,7 +372,7 @@ def test_a_checkpoint_that_the_run_will_not_keep_is_told(tmp_path):
         assert bool(found) == bool(told) and told in found
 
 
-def test_cells_are_made_of_a_run_that_is_trained_once(world, tmp_path):
+def test_cells_are_made_of_a_run_that_is_trained_once(world, tmp_path, one_step):
     """Alone each trains the run that it is made of; made anew when that run is another; a sibling's failure holds none back; and their
     records say what they are made of."""
     storage, _ = world
@@ -524,7 +529,7 @@ def test_a_share_and_a_choice_of_the_cells(tmp_path):
         share(cells, 5, 4)
 
 
-def test_a_stream_trains_each_task_on_the_run_before(world, tmp_path):
+def test_a_stream_trains_each_task_on_the_run_before(world, tmp_path, one_step):
     """With an artefact of its own from a probe that has the task before, and with that of the base."""
     storage, _ = world
     settings = {**dict(zip([word[2:] for word in SMALL[::2]], [yaml.safe_load(word) for word in SMALL[1::2]])), **TINY}

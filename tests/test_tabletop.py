@@ -1,5 +1,6 @@
 """The tabletop benchmark: experts, exact predicates, determinism, disjoint seeds, balanced questions, rollouts."""
 
+import functools
 import hashlib
 import json
 from collections import Counter
@@ -43,15 +44,24 @@ def play(world, steps, noise=0.0, rng=None):
     return done
 
 
+@functools.lru_cache(maxsize=None)
+def _drawn(skill, n):
+    return TabletopWorld([skill] * n, range(n))
+
+
+def tables(skill, n):
+    """n tables of a skill as they start, drawn once for all tests: copies."""
+    return _drawn(skill, n).subset(np.arange(n))
+
+
 @pytest.mark.parametrize("skill", ALL_SKILLS)
 def test_the_expert_succeeds_on_500_tables(skill):
-    tables = 500 if skill in (*SKILLS, NEW_SKILL) else 200
-    assert play(TabletopWorld([skill] * tables, range(tables)), MAX_STEPS[skill]).all()
+    assert play(tables(skill, 500 if skill in (*SKILLS, NEW_SKILL) else 200), MAX_STEPS[skill]).all()
 
 
 @pytest.mark.parametrize("skill", ["pick", "place", *NEW_SKILLS])
 def test_the_expert_recovers_from_disturbances(skill):
-    done = play(TabletopWorld([skill] * 200, range(200)), 2 * MAX_STEPS[skill], 0.25, np.random.default_rng(0))
+    done = play(tables(skill, 200), 2 * MAX_STEPS[skill], 0.25, np.random.default_rng(0))
     assert done.mean() > 0.99
 
 
@@ -254,8 +264,7 @@ def behave_as(behaviour, world):
 
 def success_as(behaviour, skill, n):
     """Share of `n` tables of `skill` on which a model that always does `behaviour` succeeds."""
-    world = TabletopWorld([skill] * n, range(n))
-    done = np.zeros(n, dtype=bool)
+    world, done = tables(skill, n), np.zeros(n, dtype=bool)
     for _ in range(MAX_STEPS[skill]):
         done |= world.step(behave_as(behaviour, world))
     return done.mean()
