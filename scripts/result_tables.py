@@ -86,10 +86,19 @@ def tuning_each_task() -> str:
     return each_task("tuning_tabletop", ("base", "wide_8000", "plain"))
 
 
+def reported_of(found: Judged, records: Sequence[Record], arm: str, rate: float) -> List[Record]:
+    """Those of a setting on the reported seeds."""
+    return [record for record in records if record["seed"] in found.seeds and (record["arm"], record["rate"]) == (arm, rate)]
+
+
 def at_chosen(found: Judged, records: Sequence[Record], family: str) -> List[Record]:
-    """Reported records of a family at the setting that the rule takes."""
-    one = found.choices[family].setting
-    return [record for record in records if record["seed"] in found.seeds and (record["arm"], record["rate"]) == (one.arm, one.rate)]
+    """The same at the setting that the rule takes of a family."""
+    return reported_of(found, records, *found.choices[family].setting)
+
+
+def training(records: Sequence[Record]) -> str:
+    """Median seconds."""
+    return f"{median(record['seconds']['train'] for record in records):.0f}"
 
 
 def in_order(found: Judged) -> List[str]:
@@ -108,13 +117,13 @@ def rivals() -> str:
     for family in in_order(found):
         one, own = found.choices[family], at_chosen(found, records, family)
         rows.append([family, f"{one.setting.arm}, {one.setting.rate:g}", str(len(tried[family])), "yes" if one.matched else "no",
-                     *means(own, "new", "old", "worst", "questions", "action_kl"), f"{median(r['seconds']['train'] for r in own):.0f}"])
+                     *means(own, "new", "old", "worst", "questions", "action_kl"), training(own)])
     head = ["family", "setting", "tried", "learns enough", "new skill", "six old skills", "worst of them", "questions", "action KL"]
     return markdown([*head, "training (s)"], rows)
 
 
 def rivals_against() -> str:
-    """Gains with distillation less each family: at the chosen settings, and the fronts over all settings."""
+    """Gains with distillation less each family: at the chosen settings, and the fronts over the settings that were reported."""
     found = judged("rivals_tabletop")
     volumes = {row["family"]: row for row in volume_rows(found)}
     versus = {one.family: one for one in found.matched}
@@ -149,9 +158,9 @@ def forms() -> str:
     for arm in ("plain", "frozen", "hard", "fixed", "graded", "graded_005", "graded_015", "ours"):
         rates = sorted({record["rate"] for record in records if record["arm"] == arm and record["seed"] in found.seeds}, reverse=True)
         for rate in rates:
-            own = [record for record in records if (record["arm"], record["rate"]) == (arm, rate) and record["seed"] in found.seeds]
+            own = reported_of(found, records, arm, rate)
             rows.append([arm, f"{rate:g}", str(len(own)), *means(own, "new", "old", "worst", "questions", "action_kl", "probe_kl"),
-                         f"{median(record['seconds']['train'] for record in own):.0f}"])
+                         training(own)])
     head = ["arm", "rate", "cells", "new skill", "six old skills", "worst of them", "questions", "action KL", "probe KL", "training (s)"]
     return markdown(head, rows)
 

@@ -135,6 +135,6 @@ def _token_level(backbone, prompts, own, linears, config: Config, steps: int):
         for key in tqdm(sorted(moments), desc="token bases", leave=False):
             bases.append((key, token_bases(moments.pop(key), config.icsm.tokens_fragile_fraction, config.icsm.tokens_plastic_fraction)))
             # The workspace is the largest block there is: kept, it would be cut up by the next pass, and missing in the next decomposition.
-            if torch.cuda.is_available():
+            if backbone.device.type == "cuda":
                 torch.cuda.empty_cache()
     return {f"{key}.{kind}": tensor for key, found in job.merged(bases, 1, everywhere=False) for kind, tensor in found.items()}
