@@ -42,6 +42,7 @@ from vlakeep.data.writer import write_rlds
 from vlakeep.methods.base import Method
 from vlakeep.models import adapters
 from vlakeep.models.adapters import add_lora
+from vlakeep.models.graphs import GraphedAnswers
 from vlakeep.models.load import make_backbone
 from vlakeep.planning.predict import Planner, find_model
 from vlakeep.probe.probe_set import write_probe
@@ -363,9 +364,15 @@ def generate(session):
     for rows in (1, 2, 4, 8, 16, 32) if session.gpu else (1, 2):
         batch = session.batches(config, backbone, rows, 1)[0]
         prompts = batch.with_text(batch.input_ids[:, :batch.first_label], batch.attention_mask[:, :batch.first_label])
-        seconds, first = (session.seconds(partial(backbone.generate, prompts, tokens, stop_at_eos=False), 3, 1) for tokens in (7, 1))
-        session.note("generate", rows=rows, seconds_an_action=seconds, tokens_per_second=7 * rows / seconds, first_token=first,
-                     each_further=(seconds - first) / 6, floor_each_further=weights / CARDS["h100"].stream)
+        for graph in (False, True) if session.gpu else (False,):
+            # A graph has one length.
+            one, seven = (GraphedAnswers(backbone.generate, session.device) if graph else backbone.generate for _ in range(2))
+            first = session.seconds(partial(one, prompts, 1, stop_at_eos=False), 3, 1)
+            seconds = session.seconds(partial(seven, prompts, 7, stop_at_eos=False), 3, 1)
+            said, wanted = (ask(prompts, 7, stop_at_eos=False)[0] for ask in (seven, backbone.generate))
+            session.note("generate", graph=graph, rows=rows, seconds_an_action=seconds, tokens_per_second=7 * rows / seconds,
+                         first_token=first, each_further=(seconds - first) / 6, floor_each_further=weights / CARDS["h100"].stream,
+                         same_ids=bool(torch.equal(said, wanted)))
 
 
 def everywhere(session):

@@ -7,6 +7,8 @@ picture, crop, instruction, adapter, un-normalisation, gripper, order and initia
 import copy
 import json
 import shutil
+from contextlib import contextmanager
+from itertools import groupby
 from types import SimpleNamespace
 
 import fake_libero
@@ -25,6 +27,7 @@ from vlakeep.libero.workers import Workers
 from vlakeep.models import alarms as safeguards
 from vlakeep.models.adapters import load_adapter
 from vlakeep.models.load import make_backbone
+from vlakeep.openvla.backbone import OpenVLABackbone
 from vlakeep.openvla.prompts import encode_prompts
 from vlakeep.probe.probe_set import write_probe
 from vlakeep.tabletop.benchmark import question_trials
@@ -194,6 +197,25 @@ def test_the_plan_tells_right_from_wrong(place):
     blind = [number for number, change in enumerate(changes)
              if not any(np.abs(told(*winner) - change(*winner)).max() > 1e-3 for winner in winners)]
     assert blind == []
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_each_suite_is_answered_by_a_graph_of_its_own_unless_it_is_turned_off(place, planned, simulator, monkeypatch, graph):
+    simulator(planned)
+    write_questions(place.storage.probe / HELDOUT)
+    said, ask = [], OpenVLABackbone.attempt_chunks
+
+    @contextmanager
+    def recorded(backbone):
+        said.append("recorded")
+        yield
+        said.append("over")
+
+    monkeypatch.setattr("vlakeep.models.graphs.recorded", recorded)
+    monkeypatch.setattr(OpenVLABackbone, "attempt_chunks", lambda *given: said.append("asked") or ask(*given))
+    place.evaluation(*MAIN, "--evaluate.cuda_graph", graph)
+    told = [word for word, _ in groupby(said)]
+    assert told == ["recorded", "asked", "over"] * 2 if graph else told == ["asked"]
 
 
 def test_episodes_are_counted_by_task_and_suite_whatever_the_workers_and_interruptions(place, planned, simulator):

@@ -4,6 +4,7 @@
 """
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence
@@ -139,6 +140,7 @@ class Libero(Benchmark):
         from vlakeep.benchmarks.policy import ChunkQueue, FixedBatch
         from vlakeep.benchmarks.trained import training_picture
         from vlakeep.models.alarms import orientation_alarm
+        from vlakeep.models.graphs import recorded
 
         suite, first = settings.benchmark, []
         spoken = libero.instructions(suite, libero.pick_tasks(suite, settings.skills))
@@ -162,8 +164,9 @@ class Libero(Benchmark):
             return answers
 
         videos = folder / "videos" if suite == self.name else folder / "videos" / suite
-        restarts = libero.run_suite(act, settings, settings.center_crop, records, videos, target.name,
-                                    self.observations.cameras[:max(1, len(named))], bool(processor.spec.state), processor.own_resize)
+        with recorded(target.backbone) if settings.cuda_graph else nullcontext():
+            restarts = libero.run_suite(act, settings, settings.center_crop, records, videos, target.name,
+                                        self.observations.cameras[:max(1, len(named))], bool(processor.spec.state), processor.own_resize)
         if restarts:
             log.warning(f"{target.name}: {restarts} simulator processes died and were replaced")
         comparable = records.is_main and first and settings.target != "base" and suite == self.name

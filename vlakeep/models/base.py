@@ -18,7 +18,7 @@ Axes: B batch, L text tokens, S sequence, D hidden, V vocabulary, T generated to
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -62,6 +62,8 @@ class Backbone(Entrance, ABC):
     processor_files: Tuple[Tuple[str, ...], ...] = ()  # names of files beside the weights, one of each group must be there
     # Whether a prompt's columns see later ones of the prompt: what they would say next means nothing then, and is not read.
     prompt_sees_itself = False
+    waits_for_nothing = False  # whether `generate` leaves every decision to the device, so that it can be a CUDA graph (graphs.py)
+    answering: Optional[Callable] = None  # `generate` of action prompts within graphs.recorded
 
     def __init__(self, model: nn.Module, processor: BaseProcessor, norm_stats: dict, checkpoint: Optional[Path] = None,
                  unnorm_key: Optional[str] = None):
@@ -425,5 +427,5 @@ class Backbone(Entrance, ABC):
 
     def attempt_chunks(self, batch: Batch, unnorm_key: Optional[str] = None) -> Tuple[np.ndarray, np.ndarray]:
         """(chunks of actions [B, C, A] float64, bool [B]: which rows ended early) for encoded action prompts."""
-        ids_BT, ended_B = self.generate(batch, self.action_tokens(unnorm_key), stop_at_eos=True)
+        ids_BT, ended_B = (self.answering or self.generate)(batch, self.action_tokens(unnorm_key), stop_at_eos=True)
         return self.unnormalise(self.processor.decode_actions(ids_BT.cpu().numpy()), unnorm_key), ended_B.cpu().numpy()

@@ -36,6 +36,7 @@ class OpenVLABackbone(Backbone):
     shared_inputs = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
     stand_in = "as in the official code, the end of the prompt stood in for what was missing"
     answer_tokens = 8  # seven action tokens and the end of sequence
+    waits_for_nothing = True
     processor_files = (("tokenizer.json", "tokenizer.model"), ("tokenizer_config.json",), ("preprocessor_config.json",))
 
     # Before the weights
@@ -261,7 +262,7 @@ class OpenVLABackbone(Backbone):
         of the prompt's tail, what was said, and the end token.
         """
         size = self.action_tokens(unnorm_key)
-        ids_BA, _ = self.generate(batch, size, stop_at_eos=True)
+        ids_BA, _ = (self.answering or self.generate)(batch, size, stop_at_eos=True)
         ids_BA, prompts_BL = ids_BA.cpu().numpy(), batch.input_ids.cpu().numpy()
         end_BA = ids_BA == self.processor.tokenizer.eos_token_id
         for row in np.flatnonzero(end_BA.any(1)):
