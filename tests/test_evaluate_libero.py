@@ -9,6 +9,7 @@ import json
 import shutil
 from contextlib import contextmanager
 from itertools import groupby
+from pathlib import Path
 from types import SimpleNamespace
 
 import fake_libero
@@ -36,6 +37,7 @@ from vlakeep.train import run_training
 OBJECT, GOAL = "libero_object", "libero_goal"
 LIMITS = {OBJECT: 4, GOAL: 3, "libero_spatial": 3}
 SETS = {OBJECT: "libero_object_no_noops", GOAL: GOAL}
+TEXTS = Path(__file__).parent / "texts"
 RUN, HELDOUT = "evaluate-libero", "evaluate-libero-heldout"
 DEMOS = {OBJECT: (2, 1, 2), GOAL: (1, 1)}  # per task
 MUJOCO = "2.3.7"
@@ -216,6 +218,28 @@ def test_each_suite_is_answered_by_a_graph_of_its_own_unless_it_is_turned_off(pl
     place.evaluation(*MAIN, "--evaluate.cuda_graph", graph)
     told = [word for word, _ in groupby(said)]
     assert told == ["recorded", "asked", "over"] * 2 if graph else told == ["asked"]
+
+
+def test_language_is_asked_beside_the_episodes_as_it_is_alone(place, planned, simulator):
+    simulator(planned)
+    write_questions(place.storage.probe / HELDOUT)
+    texts = ["--evaluate.texts", str(TEXTS)]
+    rows, summary, _ = place.evaluation(*MAIN, *texts, "--evaluate.language", True)
+    alone, alone_summary, _ = place.evaluation("--evaluate.benchmark", "language", *texts, "--evaluate.target", RUN,
+                                               "--evaluate.questions_per_kind", 2)
+    assert [row for row in rows if row["ability"] in ("pick", "last")] == alone and len(alone) == 4
+    assert summary["nats"] == alone_summary["nats"] and set(summary["nats"]) == {"pick", "last"}
+    groups = {name: one["group"] for name, one in summary["abilities"].items()}
+    assert groups == {GOAL: "skill", "color": "question", "exists": "question", "pick": "question", "last": "question"}
+    # What sees nothing is a control, which reads nothing either; other kinds of questions are chosen without it.
+    blank, _, _ = place.evaluation(*MAIN, *texts, "--evaluate.language", True, "--evaluate.blank", True, "--evaluate.skills", "[0]")
+    assert {row["ability"] for row in blank} == {OBJECT, GOAL}
+    shutil.rmtree(place.storage.eval)
+    chosen, _, _ = place.evaluation(*MAIN, *texts, "--evaluate.language", True, "--evaluate.questions", "[color]", "--evaluate.skills",
+                                    "[0]")
+    assert {row["ability"] for row in chosen if row["kind"] == "question"} == {"color", "pick", "last"}
+    with pytest.raises(FileNotFoundError, match="--evaluate.texts"):
+        place.evaluation(*MAIN, "--evaluate.texts", str(TEXTS / "none"), "--evaluate.language", True)
 
 
 def test_episodes_are_counted_by_task_and_suite_whatever_the_workers_and_interruptions(place, planned, simulator):

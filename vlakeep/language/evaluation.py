@@ -10,13 +10,16 @@ trial, drawn by evaluate.seed; nothing is generated, and nothing of the model's 
 """
 
 import math
+from dataclasses import replace
 from typing import Any, Dict, List, Tuple
 
 from tqdm import tqdm
 
 from vlakeep.benchmarks.base import NEVER, QUESTION, Ability, Benchmark
 from vlakeep.benchmarks.records import Records, mean_interval
+from vlakeep.core.config import Config
 from vlakeep.core.findings import GREEN, RED, Line
+from vlakeep.core.storage import Storage
 from vlakeep.language.items import PACKAGE, VERSION, drawn, find_files, fingerprint, read_items
 
 ROWS = 16  # items of a pass
@@ -32,6 +35,13 @@ class Language(Benchmark):
 
     def abilities(self) -> List[Ability]:
         return [Ability(name, QUESTION) for name in self._asked()]
+
+    @classmethod
+    def beside(cls, config: Config, storage: Storage) -> "Language":
+        """What is asked beside another benchmark's episodes, whose abilities the settings name: all of it."""
+        found = cls(config, storage)
+        found.settings = replace(found.settings, skills=[], questions=[])
+        return found
 
     def check(self) -> None:
         known, names = list(find_files(self.settings.texts)), self.settings.questions
@@ -68,7 +78,12 @@ class Language(Benchmark):
             texts += len(numbers)
             spoilt += sum(not given_back(backbone.processor, items[number].context) for number in numbers)
             self._ask(backbone, name, items, numbers, records, target.name)
-        records.add_alarms(alarms(records.rows(), len(backbone.processor.tokenizer), spoilt, texts))
+        records.add_alarms(alarms(self._answered(records.rows()), len(backbone.processor.tokenizer), spoilt, texts))
+
+    def _answered(self, rows: List[dict]) -> List[dict]:
+        """Its own trials that have an answer."""
+        own = self._asked()
+        return [row for row in rows if row["kind"] == QUESTION and row["ability"] in own and row["crash"] is None]
 
     def _ask(self, backbone, name: str, items, numbers: List[int], records: Records, desc: str) -> None:
         """The trials of one ability that `records` lacks; trial i is item numbers[i]."""
@@ -89,7 +104,7 @@ class Language(Benchmark):
 
     def additions(self, rows: List[dict]) -> Dict[str, Any]:
         """Nats a token of the right choices, which move before the success does."""
-        asked = [row for row in rows if row["kind"] == QUESTION and row["crash"] is None]
+        asked = self._answered(rows)
         return {"nats": {name: mean_interval([nats(row) for row in asked if row["ability"] == name])
                          for name in dict.fromkeys(row["ability"] for row in asked)}}
 
@@ -110,11 +125,11 @@ def given_back(processor, text: str) -> bool:
 
 
 def alarms(rows: List[dict], vocabulary: int, spoilt: int, texts: int) -> List[str]:
-    """What says that the tokenizer is not the one that the model was trained with."""
+    """What, of trials with an answer, says that the tokenizer is not the one that the model was trained with."""
     found = []
     if spoilt > LOST * texts:
         found.append(f"the tokenizer does not give back {spoilt} of {texts} texts: it is not the model's, or knows too few characters")
-    values = [nats(row) for row in rows if row["kind"] == QUESTION and row["crash"] is None]
+    values = [nats(row) for row in rows]
     mean, chance = sum(values) / max(1, len(values)), math.log(vocabulary)
     if values and mean >= chance:
         found.append(f"right answers cost {mean:.1f} nats a token, and drawing from the {vocabulary} tokens {chance:.1f}: the tokenizer "

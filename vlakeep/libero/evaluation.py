@@ -17,6 +17,7 @@ from vlakeep.core.config import Config, EvaluateConfig
 from vlakeep.core.findings import GREEN, RED, Line
 from vlakeep.core.log import log
 from vlakeep.core.storage import Storage, find_checkpoint
+from vlakeep.language.evaluation import Language
 from vlakeep.libero import benchmark as libero
 from vlakeep.libero import setup as libero_setup
 from vlakeep.libero.env import CAMERA, SUITES, WRIST
@@ -31,11 +32,12 @@ class Libero(Benchmark):
     seed = libero.SEED
     drift = OPTIONAL
     divides = True
-    knows = ("other_suites", "blank", REPLAY)
+    knows = ("other_suites", "language", "blank", REPLAY)
 
     def __init__(self, config: Config, storage: Storage):
         super().__init__(config, storage)
         self._probe: Any = None
+        self._language = Language.beside(config, storage) if self.settings.language and self._sees else None
         self.suffix = "-blank" if self.settings.blank else ""
 
     @property
@@ -44,7 +46,7 @@ class Libero(Benchmark):
 
     def abilities(self) -> List[Ability]:
         suites = [Ability(self.name, SKILL, NEW), *(Ability(suite) for suite in self.settings.other_suites)]
-        return suites + [Ability(kind, QUESTION) for kind in self._kinds_asked()]
+        return suites + [Ability(kind, QUESTION) for kind in self._kinds_asked()] + (self._language.abilities() if self._language else [])
 
     @classmethod
     def problems(cls, config: Config) -> List[str]:
@@ -60,15 +62,22 @@ class Libero(Benchmark):
         wrong = [kind for kind in self.settings.questions if self._probe and kind not in known]
         if wrong:
             raise ValueError(f"--evaluate.questions {wrong}: the probe {self.settings.probe} asks {', '.join(known)}")
+        if self._language:
+            self._language.check()
 
     @property
     def _replays(self) -> bool:
         return self.settings.target == REPLAY
 
     @property
+    def _sees(self) -> bool:
+        """Whether a model is evaluated with its eyes open: no control."""
+        return not self.settings.blank and not self._replays
+
+    @property
     def _asks(self) -> bool:
-        """Whether a probe is asked about: not of what sees nothing."""
-        return bool(self.settings.probe) and not self.settings.blank and not self._replays
+        """Whether a probe is asked about."""
+        return bool(self.settings.probe) and self._sees
 
     def _open_probe(self):
         """The probe of evaluate.probe, whose `answers` map item numbers to answers. ValueError when it is the protected one."""
@@ -85,7 +94,7 @@ class Libero(Benchmark):
             except (ValueError, OSError) as error:
                 found.append(Line(RED, "--evaluate.probe", str(error), "vlakeep libero-vqa --split heldout --probe.name NAME, and "
                                   "--evaluate.probe NAME"))
-        return found
+        return found + (self._language.lines() if self._language else [])
 
     @property
     def reads_data(self) -> bool:
@@ -117,13 +126,14 @@ class Libero(Benchmark):
     @property
     def decides(self):
         """An episode does not depend on their number, so more of them can be added."""
-        asked = ("questions", "questions_per_kind", "retention_frames") if self._probe else ()
+        asked = ("questions", "questions_per_kind", "retention_frames") if self._probe else ("questions_per_kind",) * bool(self._language)
         return "benchmark", "skills", "seed", "batch", "center_crop", *asked
 
     def identity(self) -> Dict[str, Any]:
         found = libero_setup.versions()
         made = {"simulated_as": found[libero_setup.AS]} if libero_setup.AS in found else {}
-        return {**({"probe": self._probe.sha256} if self._probe else {}), "mujoco": found.get("mujoco"), **made}
+        texts = self._language.identity() if self._language else {}
+        return {**({"probe": self._probe.sha256} if self._probe else {}), "mujoco": found.get("mujoco"), **made, **texts}
 
     def play(self, target, records, folder) -> None:
         if target.backbone is None:
@@ -135,6 +145,8 @@ class Libero(Benchmark):
             log.warning(f"the model knows no action statistics but those of {only}: they are used for {self.name}")
         for suite in [self.name, *self.settings.other_suites]:
             self._play_suite(of_suite(self.settings, suite), target, records, folder)
+        if self._language:
+            self._language.play(target, records, folder)
 
     def _play_suite(self, settings: EvaluateConfig, target, records, folder: Path) -> None:
         from vlakeep.benchmarks.policy import ChunkQueue, FixedBatch
@@ -214,7 +226,10 @@ class Libero(Benchmark):
 
     def additions(self, rows: List[dict]) -> Dict[str, Any]:
         """A suite is one skill, with its tasks listed below it."""
-        return {"tasks": libero.by_task(rows)}
+        return {"tasks": libero.by_task(rows), **(self._language.additions(rows) if self._language else {})}
+
+    def lines_of(self, summary):
+        return self._language.lines_of(summary) if self._language else []
 
 
 def greyed(images):
