@@ -21,6 +21,7 @@ from vlakeep.core.errors import CheckpointError
 from vlakeep.data.sample import IGNORE_INDEX, Episode, Sample
 from vlakeep.data.writer import write_rlds
 from vlakeep.libero import train_base
+from vlakeep.libero.pretrain import shrink
 from vlakeep.models.files import read_tensors, weight_files, weights_hash
 from vlakeep.models.load import make_backbone
 from vlakeep.models.merge import save_checkpoint
@@ -332,6 +333,14 @@ def test_pictures_are_made_once_and_anew_for_other_data(tmp_path):
         assert len(made) == times and images[:, 0, 0, 0].tolist() == [7, 7, 9]
     with pytest.raises(AssertionError, match="3 pictures of 4 samples"):
         train_base.pictures(tmp_path / "p.npy", {"side": 5, "data": "c"}, 4, device, make)
+
+
+def test_near_pictures_are_off_by_a_grey_level_here_and_there():
+    rng = np.random.default_rng(0)
+    picture = np.kron(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8))
+    exact, near = shrink(picture, 133), shrink(picture, 133, near=True)
+    off = np.abs(exact.astype(int) - near)
+    assert near.shape == (133, 133, 3) and 0 < off.mean() < 0.2 and off.max() <= 3
 
 
 def test_a_batch_has_samples_then_texts_and_a_share_of_questions():

@@ -65,6 +65,7 @@ TRAIN_BASE = Stage("train-base", "vlakeep.libero.train_base", "a mid-size base: 
     Option("--rank", 64, "Of the change of every linear.", whole()),
     Option("--lr", 1e-3, "Highest rate of the schedule.", number(above=True)),
     Option("--processes", None, "Processes that read the pictures; null takes one per core.", whole()),
+    Option("--near", False, "Pictures are resized by Pillow, in less than half the time, and off by a grey level here and there.", bool),
     Option("--seed", 0, "Seed of the adapters and of the order.", whole(0)),
     Option("--device", "cuda", "cuda or cpu."),
     Option("--compile", False, "Fuse the kernels of each layer, after a minute or two.", bool)))

@@ -69,10 +69,10 @@ def main(argv: List[str]) -> int:
             samples += more
         sets = [dataset for datasets in opened.values() for dataset in datasets]
         asked = [sample for name in args.questions for sample in questions(storage.probe_folder(name))]
-        facts = {"data": {d.name: [d.fingerprint(), d.content] for d in sets}, "side": stored_side(side),
+        facts = {"data": {d.name: [d.fingerprint(), d.content] for d in sets}, "side": stored_side(side), "near": args.near,
                  "questions": {name: (storage.probe_folder(name) / "probe.json").read_text() for name in args.questions}}
         images = pictures(work / "pictures.npy", facts, len(samples) + len(asked), device,
-                          lambda: seen(shown(sets, storage, stored_side(side), args.processes), asked, stored_side(side)))
+                          lambda: seen(shown(sets, storage, stored_side(side), args.processes, args.near), asked, stored_side(side)))
     samples += asked
     print(f"{len(samples):,} samples, {len(asked):,} of them questions; {time.perf_counter() - started:.0f} s")
 
