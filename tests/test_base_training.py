@@ -18,9 +18,10 @@ from torch._dynamo.backends.debugging import aot_eager
 from vlakeep import cli
 from vlakeep.core.config import ConfigError
 from vlakeep.core.errors import CheckpointError
-from vlakeep.data.sample import Episode, Sample
+from vlakeep.data.sample import IGNORE_INDEX, Episode, Sample
 from vlakeep.data.writer import write_rlds
 from vlakeep.libero import train_base
+from vlakeep.libero.pretrain import shrink
 from vlakeep.models.files import read_tensors, weight_files, weights_hash
 from vlakeep.models.load import make_backbone
 from vlakeep.models.merge import save_checkpoint
@@ -128,6 +129,25 @@ def test_texts_are_rows_of_the_same_pass_and_the_teacher_is_the_model_without_it
     assert float(loss((batch, ids_TS))._replace(loss=None).num_labelled) == float(BesideTexts(backbone, 1.0)((batch, None)).num_labelled)
 
 
+def test_logits_of_the_labelled_columns_give_the_same_step(parts):
+    """Texts of several lengths, and a row with fewer labels than the others whose last one stands at the end."""
+    def gradients(labels):
+        backbone = make_backbone(parts)
+        make_trainable(backbone, 4, 0)
+        moved(backbone)
+        batch = pictured(backbone)
+        longest = int((batch.labels[:, -1] != IGNORE_INDEX).nonzero()[0, 0])
+        batch.labels[longest, :-3] = IGNORE_INDEX
+        out = BesideTexts(backbone, 1.0, labels)((batch, texts_for(backbone, batch)))
+        out.loss.backward()
+        return out, {name: p.grad for name, p in backbone.named_parameters() if p.requires_grad}
+
+    (one, plain), (other, few) = gradients(None), gradients(8)
+    assert (int(one.num_labelled), int(one.correct)) == (int(other.num_labelled), int(other.correct)) and int(one.num_labelled) == 8 + 8 + 3
+    assert one.loss.item() == pytest.approx(other.loss.item(), rel=1e-6)
+    assert all(torch.allclose(plain[name], few[name], atol=1e-6, rtol=1e-4) for name in plain)
+
+
 @pytest.mark.skipif(bool(OpenVLABackbone.compile_problem()), reason=OpenVLABackbone.compile_problem())
 def test_compiled_layers_have_no_breaks_and_give_the_same_step(parts):
     """Both passes of a step and the tower's adapters, without a compiler's own kernels; a break of the graph is an error."""
@@ -229,6 +249,8 @@ def world(parts, tmp_path_factory):
 def test_pieces_leave_the_weights_of_one_piece_to_the_bit(world, parts, capsys, monkeypatch):
     root, command = world
     monkeypatch.setenv("VLAKEEP_ROOT", str(root))
+    with pytest.raises(ConfigError, match="--stop_after ends a piece of --steps, --done_after the whole training: give one"):
+        cli.run([*command, str(root / "whole"), "--stop_after", "1", "--done_after", "2"])
     assert cli.run([*command, str(root / "whole")]) == 0
     for piece in range(4):
         assert not (root / "pieced").is_dir()
@@ -249,6 +271,36 @@ def test_pieces_leave_the_weights_of_one_piece_to_the_bit(world, parts, capsys, 
     backbone = make_backbone(root / "whole")
     assert backbone.dtype == torch.float32
     assert backbone.predict_actions(np.zeros((1, 64, 64, 3), np.uint8), ["red"], "libero_two").shape == (1, 7)
+
+
+def test_a_training_with_an_end_makes_the_steps_that_fit_and_goes_on_where_the_clock_stood(parts, tmp_path, monkeypatch, capsys):
+    """Each step takes a second of a clock of its own, and so does each look at it."""
+    clock = [0.0]
+    monkeypatch.setattr(pieces, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def trained(folder, end, stop=None):
+        backbone = make_backbone(parts)
+        batch = pictured(backbone)
+        make_trainable(backbone, 4, 0)
+
+        def passed(pick_B):
+            clock[0] += 1.0
+            return batch, None
+        plan = Plan(tmp_path / folder, None, 3, 0.02, 0, {"steps": None}, stop and clock[0] + stop, clock[0] + end)
+        return pieces.train_in_pieces(backbone, BesideTexts(backbone, 1.0), passed, lambda: torch.zeros(3, dtype=torch.int64),
+                                      torch.Generator(), plan)
+
+    rates = []
+    monkeypatch.setattr(pieces, "rate", lambda *given, real=pieces.rate: rates.append(real(*given)) or rates[-1])
+    done = trained("whole", 20)
+    assert done["steps"] == 20 and done["final"][0] == 20 and done["seconds"] == 20
+    assert rates[0] == pytest.approx(0.02 / 500, rel=0.1) and max(rates) == rates[2] > 0.019 and rates[-1] < 0.001
+    rates.clear()
+    assert trained("pieced", 20, stop=10) is None and len(rates) == 10
+    assert trained("pieced", 5)["steps"] == 15 and "goes on behind step 10 of as many as the time allows" in capsys.readouterr().out
+    assert rates[10] == pytest.approx(0.01, rel=0.1) and rates[-1] < 0.002
+    with pytest.raises(ConfigError, match="the time was over before the first step: give --done_after more"):
+        trained("late", -1)
 
 
 def test_it_learns_actions_and_holds_to_what_it_said(parts, tmp_path):
@@ -281,6 +333,14 @@ def test_pictures_are_made_once_and_anew_for_other_data(tmp_path):
         assert len(made) == times and images[:, 0, 0, 0].tolist() == [7, 7, 9]
     with pytest.raises(AssertionError, match="3 pictures of 4 samples"):
         train_base.pictures(tmp_path / "p.npy", {"side": 5, "data": "c"}, 4, device, make)
+
+
+def test_near_pictures_are_off_by_a_grey_level_here_and_there():
+    rng = np.random.default_rng(0)
+    picture = np.kron(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8))
+    exact, near = shrink(picture, 133), shrink(picture, 133, near=True)
+    off = np.abs(exact.astype(int) - near)
+    assert near.shape == (133, 133, 3) and 0 < off.mean() < 0.2 and off.max() <= 3
 
 
 def test_a_batch_has_samples_then_texts_and_a_share_of_questions():

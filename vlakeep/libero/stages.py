@@ -56,6 +56,8 @@ TRAIN_BASE = Stage("train-base", "vlakeep.libero.train_base", "a mid-size base: 
     Option("--steps", 13_000, "Optimizer steps of the whole training.", whole()),
     Option("--stop_after", None, "Seconds after which this call saves and ends, reading the data included; the same call goes on.",
            number(above=True)),
+    Option("--done_after", None, "Seconds after which the whole training is done, reading the data and compiling included: the schedule "
+           "follows the clock, and --steps is not asked.", number(above=True)),
     Option("--batch", 256, "Samples per step.", whole()),
     Option("--text_rows", 32, "Texts per step beside the samples.", whole()),
     Option("--text_weight", 1.0, "Weight of the KL on texts.", number()),
@@ -63,6 +65,7 @@ TRAIN_BASE = Stage("train-base", "vlakeep.libero.train_base", "a mid-size base: 
     Option("--rank", 64, "Of the change of every linear.", whole()),
     Option("--lr", 1e-3, "Highest rate of the schedule.", number(above=True)),
     Option("--processes", None, "Processes that read the pictures; null takes one per core.", whole()),
+    Option("--near", False, "Pictures are resized by Pillow, in less than half the time, and off by a grey level here and there.", bool),
     Option("--seed", 0, "Seed of the adapters and of the order.", whole(0)),
     Option("--device", "cuda", "cuda or cpu."),
     Option("--compile", False, "Fuse the kernels of each layer, after a minute or two.", bool)))

@@ -8,7 +8,7 @@ scripts/build_midsize_base.sh runs it with all that comes before and after. Trai
 and the rows of the action tokens (openvla/change.py); a batch has samples of demonstrations and questions, and beside them texts, on which
 the model is held to what it said before. Pictures as in `pretrain-libero`: evaluate with --evaluate.center_crop true. Each KEY of --data
 has action statistics of its own. Training is counted in steps; with --stop_after it ends before the last one with exit status 0, and the
-same call goes on (openvla/pieces.py).
+same call goes on (openvla/pieces.py). With --done_after it makes as many steps as fit, and is done by then.
 
 reads:  the base, data sets, probes, texts
 writes: OUT-training/ (state, pictures as the model takes them), and with the last step OUT/ in float32, with PROVENANCE.json
@@ -36,7 +36,7 @@ from vlakeep.libero.stages import TRAIN_BASE
 from vlakeep.models.load import make_backbone
 from vlakeep.openvla.change import BesideTexts, make_trainable, make_whole
 from vlakeep.openvla.pieces import Plan, train_in_pieces
-from vlakeep.openvla.pretraining import batches, picker, save
+from vlakeep.openvla.pretraining import Batches, picker, save
 from vlakeep.openvla.texts import read_texts
 
 BLOCK = 4096  # pictures that go to the device at a time
@@ -45,9 +45,13 @@ BLOCK = 4096  # pictures that go to the device at a time
 def main(argv: List[str]) -> int:
     started = time.perf_counter()
     args, config = read(TRAIN_BASE, argv)
+    if args.done_after:
+        args.steps = None
     if (args.out / "PROVENANCE.json").is_file():
         print(f"{args.out} is trained")
         return 0
+    if args.stop_after and args.done_after:
+        raise ConfigError("--stop_after ends a piece of --steps, --done_after the whole training: give one of them")
     storage, device = Storage.from_config(config), torch.device(args.device)
     keyed = sets_by_key(args.data)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -65,10 +69,10 @@ def main(argv: List[str]) -> int:
             samples += more
         sets = [dataset for datasets in opened.values() for dataset in datasets]
         asked = [sample for name in args.questions for sample in questions(storage.probe_folder(name))]
-        facts = {"data": {d.name: [d.fingerprint(), d.content] for d in sets}, "side": stored_side(side),
+        facts = {"data": {d.name: [d.fingerprint(), d.content] for d in sets}, "side": stored_side(side), "near": args.near,
                  "questions": {name: (storage.probe_folder(name) / "probe.json").read_text() for name in args.questions}}
         images = pictures(work / "pictures.npy", facts, len(samples) + len(asked), device,
-                          lambda: seen(shown(sets, storage, stored_side(side), args.processes), asked, stored_side(side)))
+                          lambda: seen(shown(sets, storage, stored_side(side), args.processes, args.near), asked, stored_side(side)))
     samples += asked
     print(f"{len(samples):,} samples, {len(asked):,} of them questions; {time.perf_counter() - started:.0f} s")
 
@@ -77,17 +81,18 @@ def main(argv: List[str]) -> int:
     make_trainable(backbone, args.rank, args.seed)
     trained = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
     print(f"{trained:,} parameters are trained beside {whole:,}")
-    make_batch = batches(samples, backbone.processor, Windows(images, side), args.batch, device)
+    make_batch = Batches(samples, backbone.processor, Windows(images, side), args.batch, device)
     positions = backbone.num_patches + make_batch(torch.zeros(args.batch, dtype=torch.int64, device=device)).input_ids.shape[1]
     texts_NS, said = read_texts(args.texts, positions, backbone.weights_sha256) if args.texts else (None, None)
     if args.compile:
         backbone.compile_layers()
     generator = torch.Generator(device=device).manual_seed(args.seed)
     drawn = Rows(picker(samples, args.batch, args.share, generator, device), make_batch, texts_NS, args.text_rows, generator, device)
-    loss = BesideTexts(backbone, args.text_weight)
+    loss = BesideTexts(backbone, args.text_weight, make_batch.labels)
     settings = {**{name: getattr(args, name) for name in ("steps", "batch", "lr", "seed", "rank", "share", "text_rows", "text_weight")},
                 "base": backbone.weights_sha256, "data": facts["data"], "questions": facts["questions"], "texts": said}
-    plan = Plan(work, args.steps, drawn.size, args.lr, args.seed, settings, args.stop_after and started + args.stop_after)
+    plan = Plan(work, args.steps, drawn.size, args.lr, args.seed, settings, args.stop_after and started + args.stop_after,
+                args.done_after and started + args.done_after)
     done = train_in_pieces(backbone, loss, drawn.batch, drawn.pick, generator, plan, lambda: {"kl": loss.kl.item()})
     if done is None:
         print("not done: the same command goes on")

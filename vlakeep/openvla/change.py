@@ -7,7 +7,8 @@
 So the change is small by its making (delta.py writes it), and the model with its adapters off is its own teacher: on texts, whose tokens
 are words, it computes what the assembled one did.
 
-Axes: B samples, T texts, P patches, L text tokens of a sample, S = P + L, D hidden, K rows of the vocabulary, W of them words.
+Axes: B samples, T texts, P patches, L text tokens of a sample, C of them at most labelled, S = P + L, D hidden, K rows of the vocabulary,
+W of them words.
 """
 
 from typing import List, Optional, Tuple
@@ -17,9 +18,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from vlakeep.core.errors import CheckpointError
-from vlakeep.data.sample import Batch
+from vlakeep.data.sample import IGNORE_INDEX, Batch
 from vlakeep.models.adapters import adapters_disabled, attach_lora
-from vlakeep.models.outputs import LossOutput
+from vlakeep.models.outputs import LossOutput, loss_output
 from vlakeep.models.prefix import Prefix
 from vlakeep.openvla.model import TiedHead
 from vlakeep.openvla.tiny import ACTION_TOKENS, FIRST_ACTION_CHARACTER
@@ -82,10 +83,13 @@ class BesideTexts:
 
     Texts have as many tokens as a sample has positions, so that both go through the decoder as rows of one pass, of one shape. The teacher
     says nothing but words; the student's action tokens cost what it gives them.
+
+    labels: C, where it is known. Logits are then made of the labelled columns of each row, and not from the first one of any row on: eight
+    in place of thirty, whose logits would be a tenth of the step.
     """
 
-    def __init__(self, backbone, weight: float):
-        self._backbone, self._weight, self._words = backbone, weight, words_of(backbone.processor)
+    def __init__(self, backbone, weight: float, labels: Optional[int] = None):
+        self._backbone, self._weight, self._labels, self._words = backbone, weight, labels, words_of(backbone.processor)
         self.kl = torch.zeros(())  # of the newest pass, nats a token
 
     def __call__(self, given: Tuple[Batch, Optional[torch.Tensor]]) -> LossOutput:
@@ -93,8 +97,18 @@ class BesideTexts:
         batch, ids_TS = given
         with parametrize.cached():  # the vocabulary is put together once
             if ids_TS is None:
-                return self._backbone(batch)
+                prefix = self._backbone.embed(batch)
+                return self._loss_of(batch, prefix, self._backbone.run_layers(prefix, stop=self._backbone.num_layers))
             return self._beside(batch, ids_TS)
+
+    def _loss_of(self, batch: Batch, prefix: Prefix, last_BSD: torch.Tensor) -> LossOutput:
+        if self._labels is None:
+            return self._backbone.loss_of(batch, prefix, last_BSD)
+        columns_BC, labels_BC = labelled_columns(batch.labels, self._labels)
+        patches = last_BSD.shape[1] - batch.input_ids.shape[1]
+        # A token is predicted one column before its own.
+        hidden_BCD = last_BSD.gather(1, (patches + columns_BC - 1)[:, :, None].expand(-1, -1, last_BSD.shape[2]))
+        return loss_output(self._backbone.logits(self._backbone.norm(hidden_BCD)), labels_BC, last_BSD, prefix.attention_mask_BS)
 
     def _beside(self, batch: Batch, ids_TS: torch.Tensor) -> LossOutput:
         backbone = self._backbone
@@ -103,7 +117,7 @@ class BesideTexts:
         both = Prefix(torch.cat([prefix.hidden_BSD, texts_TSD]),
                       torch.cat([prefix.attention_mask_BS, torch.ones_like(ids_TS, dtype=torch.bool)]))
         last_BSD = backbone.run_layers(both, stop=backbone.num_layers)
-        out = backbone.loss_of(batch, prefix, last_BSD[:batch.size])
+        out = self._loss_of(batch, prefix, last_BSD[:batch.size])
         student_TSK = backbone.logits(backbone.norm(last_BSD[batch.size:]))
         with torch.no_grad(), adapters_disabled(backbone):
             before_TSD = backbone.run_layers(Prefix(texts_TSD.detach(), both.attention_mask_BS[batch.size:]))
@@ -111,6 +125,14 @@ class BesideTexts:
         kl = kl_of_words(teacher_TSW, student_TSK)
         self.kl = kl.detach()
         return out._replace(loss=out.loss + self._weight * kl)
+
+
+def labelled_columns(labels_BL: torch.Tensor, count: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """(columns [B, C] of the first labelled token of each row and of the next ones, their labels), `count` of them, without asking the
+    host. Columns behind the end stand for nothing: their label is IGNORE_INDEX."""
+    columns_BC = (labels_BL != IGNORE_INDEX).int().argmax(1, keepdim=True) + torch.arange(count, device=labels_BL.device)
+    inside_BC = columns_BC.clamp(1, labels_BL.shape[1] - 1)
+    return inside_BC, labels_BL.gather(1, inside_BC).masked_fill(inside_BC != columns_BC, IGNORE_INDEX)
 
 
 def kl_of_words(teacher_TSW: torch.Tensor, student_TSK: torch.Tensor) -> torch.Tensor:

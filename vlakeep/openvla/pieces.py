@@ -1,5 +1,7 @@
 """A training that is counted in steps and done in pieces: it stops after a time, and the same call goes on where it stood.
 
+Where a machine is there for a time only, the clock says how far the training is, and not the number of steps (Plan.end).
+
 What a step draws follows from the seed and the step's number alone, so that no state of a random generator is kept: weights that are
 trained, moments of AdamW and the number of steps are all of it (core/checkpoint.py: whole or not there). On a CPU pieces leave the weights
 of one piece to the bit (a test).
@@ -22,21 +24,27 @@ _SEEDS = 10_000_000  # steps that have seeds of their own, below 2^32 in all: th
 
 class Plan(NamedTuple):
     """steps: of the whole training. settings: what must be the same in every piece, by the names of options. until: the time
-    (time.perf_counter) at which this piece ends; None runs to the end."""
+    (time.perf_counter) at which this piece ends; None runs to the end. end: the time at which the training is done, however many steps
+    that makes: the schedule follows the clock, and `steps` is not asked."""
 
     folder: Any  # where the state lies
-    steps: int
+    steps: Optional[int]
     batch: int
     lr: float
     seed: int
     settings: Dict[str, Any]
     until: Optional[float] = None
+    end: Optional[float] = None
 
 
-def rate(plan: Plan, step: int) -> float:
-    """Learning rate of step 0, 1, ...: linear warm-up times a cosine to nothing."""
-    warm = min(1.0, (step + 1) / min(WARM_UP, max(1, plan.steps // 10)))
-    return plan.lr * warm * 0.5 * (1 + math.cos(math.pi * step / plan.steps)) + 1e-6
+def rate(plan: Plan, step: int, at: float = 0.0) -> float:
+    """Learning rate of step 0, 1, ...: linear warm-up, over 500 steps or a tenth of the training, times a cosine to nothing. at: the share
+    of the training that is done, for a plan with an end."""
+    if plan.steps is None:
+        warm = max((step + 1) / WARM_UP, 10 * at)
+    else:
+        at, warm = step / plan.steps, (step + 1) / min(WARM_UP, max(1, plan.steps // 10))
+    return plan.lr * min(1.0, warm) * 0.5 * (1 + math.cos(math.pi * at)) + 1e-6
 
 
 def draw_by(seed: int, step: int, generator: torch.Generator) -> None:
@@ -51,20 +59,20 @@ def train_in_pieces(backbone, loss: Callable, make_batch: Callable, pick: Callab
     """Train what of `backbone` requires a gradient; facts for the provenance when the last step is done, None before.
 
     loss(make_batch(pick_B)): a LossOutput. pick(): the rows [B] of a step, drawn from `generator`. notes: what else goes into the curve.
-    ConfigError when the state in plan.folder is of other settings.
+    ConfigError when the state in plan.folder is of other settings, or when plan.end comes before the first step.
     """
     device = backbone.device
     cuda = device.type == "cuda"
     weights = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(backbone, plan.lr, cuda)
     found = latest_intact(plan.folder)
-    done, curve, seconds = 0, [], 0.0
+    done, curve, seconds, before = 0, [], 0.0, 0.0
     if found is not None:
         tensors, state = load_checkpoint(found)
         _refuse_others(state["settings"], plan.settings, found)
-        done, curve, seconds = state["step"], state["curve"], state["seconds"]
+        done, curve, seconds, before = state["step"], state["curve"], state["seconds"], state.get("progress", 0.0)
         put_back(weights, optimizer, tensors)
-        print(f"goes on behind step {done} of {plan.steps}")
+        print(f"goes on behind step {done} of {plan.steps or 'as many as the time allows'}")
     backbone.train()
     kept = state_of(weights, optimizer, copy=True)
     step = Step(loss, optimizer, make_batch, plan.batch, device)
@@ -76,29 +84,45 @@ def train_in_pieces(backbone, loss: Callable, make_batch: Callable, pick: Callab
 
     def keep() -> None:
         save_checkpoint(plan.folder, done, state_of(weights, optimizer), {
-            "step": done, "settings": plan.settings, "curve": curve, "seconds": seconds + time.perf_counter() - begin}, keep_last=1)
+            "step": done, "settings": plan.settings, "curve": curve, "seconds": seconds + time.perf_counter() - begin,
+            "progress": progress()}, keep_last=1)
 
-    while done < plan.steps:
+    def progress() -> float:
+        """Share of the training that is done."""
+        if plan.steps is not None:
+            return done / plan.steps
+        left = plan.end - begin
+        return min(1.0, before + (1 - before) * (time.perf_counter() - begin) / left) if left > 0 else 1.0
+
+    def note() -> None:
+        row = {"loss": step.out.loss.item(), "accuracy": (step.out.correct / step.out.num_labelled).item(), **notes()}
+        curve.append([done, *(round(value, 4) for value in row.values())])
+        bar.set_postfix({name: round(value, 4) for name, value in row.items()})
+
+    while (at := progress()) < 1:
         draw_by(plan.seed, done, generator)
-        step(pick(), rate(plan, done))
+        step(pick(), rate(plan, done, at))
         done += 1
         if done % 20 == 0 and cuda:
             torch.cuda.synchronize()  # the clock decides, so the queue must not run far ahead of it
-        if done % 100 == 0 or done == plan.steps:
-            row = {"loss": step.out.loss.item(), "accuracy": (step.out.correct / step.out.num_labelled).item(), **notes()}
-            curve.append([done, *(round(value, 4) for value in row.values())])
-            bar.set_postfix({name: round(value, 4) for name, value in row.items()})
+        if done % 100 == 0:
+            note()
         bar.update()
         now = time.perf_counter()
         ends = plan.until is not None and now >= plan.until
-        if done < plan.steps and (ends or now - saved > SAVE_EVERY_S):
+        if (ends or now - saved > SAVE_EVERY_S) and progress() < 1:
             keep()
             saved = now
             if ends:
                 break
+    else:
+        if done == 0:
+            raise ConfigError("the time was over before the first step: give --done_after more")
+        if not curve or curve[-1][0] < done:
+            note()
     bar.close()
     backbone.eval()
-    if done < plan.steps:
+    if progress() < 1:
         return None
     return {"steps": done, "seconds": round(seconds + time.perf_counter() - begin), "final": curve[-1], "curve": curve[::10]}
 

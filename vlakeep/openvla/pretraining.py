@@ -157,22 +157,26 @@ def fit(backbone, processor, samples, pictures: Callable, args, share: Optional[
     pictures(pick_B): [B, H, W, 3] from 0 to 255 of those samples, on the device. share: part of each batch that is drawn from the
     samples with an answer, whatever their number; None draws from all alike.
     """
-    make_batch = batches(samples, processor, pictures, args.batch, torch.device(args.device))
+    make_batch = Batches(samples, processor, pictures, args.batch, torch.device(args.device))
     if args.compile:
         compile_layers(backbone.openvla)
     return optimise(backbone, samples, make_batch, args, share)
 
 
-def batches(samples, processor, pictures: Callable, size: int, device: torch.device) -> Callable[[torch.Tensor], Batch]:
+class Batches:
     """pick_B -> the batch of those samples, of `size` rows and always as long as the longest text; all of it lies on the device."""
-    ids_NL, labels_NL = (t.to(device) for t in token_matrix(samples, processor))
-    first_label = int((labels_NL != IGNORE_INDEX).any(0).int().argmax())
-    normalise = Normalise(processor, device)
 
-    def make_batch(pick_B: torch.Tensor) -> Batch:
-        return Batch(input_ids=ids_NL[pick_B], attention_mask=ids_NL[pick_B] != processor.pad_token_id, labels=labels_NL[pick_B],
-                     pixel_values=normalise(pictures(pick_B)), dataset_names=[""] * size, first_label=first_label)
-    return make_batch
+    def __init__(self, samples, processor, pictures: Callable, size: int, device: torch.device):
+        self._ids_NL, self._labels_NL = (t.to(device) for t in token_matrix(samples, processor))
+        labelled_NL = self._labels_NL != IGNORE_INDEX
+        self._first_label = int(labelled_NL.any(0).int().argmax())
+        self.labels = int(labelled_NL.sum(1).max())  # of a sample, at most
+        self._pad, self._pictures, self._size, self._normalise = processor.pad_token_id, pictures, size, Normalise(processor, device)
+
+    def __call__(self, pick_B: torch.Tensor) -> Batch:
+        ids_BL = self._ids_NL[pick_B]
+        return Batch(input_ids=ids_BL, attention_mask=ids_BL != self._pad, labels=self._labels_NL[pick_B],
+                     pixel_values=self._normalise(self._pictures(pick_B)), dataset_names=[""] * self._size, first_label=self._first_label)
 
 
 def optimise(backbone, samples, make_batch: Callable, args, share: Optional[float] = None) -> Dict:
