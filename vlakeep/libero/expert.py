@@ -12,7 +12,7 @@ import numpy as np
 from vlakeep.libero.enclosed import open_side, put_inside, shut_door
 from vlakeep.libero.env import bddl_file, load_suite
 from vlakeep.libero.fixtures import close_drawer, drawer_opening, free_spot, is_drawer, make_room, open_drawer, push, turn_knob
-from vlakeep.libero.grasp import Grasp, Release, plan_grasp
+from vlakeep.libero.grasp import RIMMED, Grasp, Release, plan_grasp
 from vlakeep.libero.scene import (
     Scene,
     clearance,
@@ -34,6 +34,8 @@ UNDER_PALM = 0.019  # from the grip to the palm, less what the hand sinks below 
 CLOSE_AT = 0.25  # of a thing's length from its middle a hand that slides over it begins to close
 CLOSING, SLOWLY = 0.05, 0.2  # the way up on which the fingers still close, and the speed on it
 APPROACHES = ("above", "side")
+SLANT = 0.05  # how far along the rim of a bowl or mug a hand comes from
+RIM_CLOSING, RIM_SLOWLY = 0.012, 0.08  # a hand that closes at a rim goes up so far, at so much of its speed
 ATTEMPTS = 4
 PATIENCE = 10
 ROUNDS = 2
@@ -158,6 +160,8 @@ class Expert:
         pause in between, a policy that sees one picture at a time cannot tell these apart. Here each place has one action.
         """
         grasp = self._plan(name, release)
+        if any(word in name for word in RIMMED):
+            return (yield from self.grasp_on_a_slant(name, release))
         beside_2 = self._beside(name, grasp)
         if beside_2 is None:
             return (yield from self.grasp(name, release))
@@ -175,6 +179,26 @@ class Expert:
         yield from self.go(np.r_[grasp.xy, grasp.z], CLOSED, within=0.005, steps=20, slow=0.3)
         yield from self.go(np.r_[grasp.xy, grasp.z + CLOSING], CLOSED, within=0.008, steps=40, slow=SLOWLY)
         return grasp
+
+    def grasp_on_a_slant(self, name: str, release: Optional[Release]) -> Generator[np.ndarray, None, Grasp]:
+        """For a rim, which a hand beside it would push away: come down to it on a slant, along the rim, and close on the way up."""
+        grasp = self._plan(name, release)
+        hand, safe = self.scene.hand(), grasp.top + 0.06
+        height = max(safe, min(hand[2], safe + 0.15))
+        if hand[2] < height - 0.02:
+            yield from self.go(np.r_[hand[:2], height], OPEN, within=0.03)
+        yield from self.go(np.r_[grasp.xy + self._slant(grasp), height], OPEN, within=0.02)
+        grasp = self._plan(name, release)  # again: at first things may still have been settling
+        yield from self.go(np.r_[grasp.xy + self._slant(grasp), safe], OPEN, within=0.01)
+        yield from self.go(np.r_[grasp.xy, grasp.z], OPEN, within=0.005, steps=40, slow=0.6)
+        yield from self.go(np.r_[grasp.xy, grasp.z + RIM_CLOSING], CLOSED, within=0.003, steps=30, slow=RIM_SLOWLY)
+        return grasp
+
+    def _slant(self, grasp: Grasp) -> np.ndarray:
+        """From the grasp to the place [2] above which the hand comes down: along the rim, on the nearer side."""
+        opening_3 = grasp.rotation @ self.scene.hand_rotation().T @ np.r_[direction(self.scene.finger_angle()), 0]
+        along_2 = direction(np.arctan2(opening_3[1], opening_3[0]) + np.pi / 2)
+        return min((SLANT * along_2, -SLANT * along_2), key=lambda way_2: np.linalg.norm(grasp.xy + way_2 - self.scene.hand()[:2]))
 
     def _beside(self, name: str, grasp: Grasp) -> Optional[np.ndarray]:
         """From the grasp to a place [2] beside the thing where the open hand touches nothing, the nearer one; None if there is none."""
