@@ -16,7 +16,7 @@ PACKAGE = REPO / "vlakeep"
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if "assets" not in p.parts)
 # Rooms in order: each imports only from rooms that stand before it, and from itself. Those of one line do not know of each other.
 LAYERS = [["core"], ["data"], ["probe"], ["models"], ["openvla", "pi0_fast"], ["teacher"], ["hsw"], ["thermostat"], ["protection"],
-          ["methods"], ["benchmarks"], ["planning"], ["tabletop", "libero", "language"], ["parity"], ["reporting"], ["studies"]]
+          ["methods"], ["benchmarks"], ["planning"], ["language"], ["tabletop", "libero"], ["parity"], ["reporting"], ["studies"]]
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 # Stages stand above all rooms and do not import one another, but for the dispatcher, the demo, which runs them in order, `checks`,
 # which is preflight's, `closing_pass`, which is export's, the study, which calls the dispatcher, and `warm`, which it forks cells from.

@@ -51,7 +51,7 @@ class Benchmark:
     # Whether several processes play what Records.share gives each of them; else the first of them plays alone.
     divides = False
     acts = True  # whether the model's actions are used, which takes action statistics
-    # Of what only some benchmarks know: the settings other_suites, language and blank, and the target replay.
+    # Of what only some benchmarks know: settings of the evaluate section by name, and the target REPLAY.
     knows: Tuple[str, ...] = ()
 
     def __init__(self, config: Config, storage: Storage):
@@ -84,7 +84,7 @@ class Benchmark:
     def problems(cls, config: Config) -> List[str]:
         """What is wrong with the configuration for this benchmark, one line each."""
         settings = config.evaluate
-        asked = [key for key in ("other_suites", "language", "blank") if getattr(settings, key)] + [REPLAY] * (settings.target == REPLAY)
+        asked = [key for key in _known_to_some() if (settings.target == key if key == REPLAY else getattr(settings, key))]
         unknown = [key for key in asked if key not in cls.knows]
         return [f"--evaluate.benchmark {settings.benchmark!r}: must be {_which_know(key)} for evaluate."
                 f"{'target replay' if key == REPLAY else key}" for key in unknown]
@@ -183,6 +183,10 @@ class Benchmark:
     def lines_of(self, summary: Dict[str, Any]) -> List[str]:
         """What of its additions is printed."""
         return []
+
+
+def _known_to_some() -> List[str]:
+    return sorted({key for name in benchmark_names() for key in benchmark_class(name).knows})
 
 
 def _which_know(key: str) -> str:

