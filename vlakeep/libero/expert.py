@@ -34,6 +34,7 @@ UNDER_PALM = 0.019  # from the grip to the palm, less what the hand sinks below 
 CLOSE_AT = 0.25  # of a thing's length from its middle a hand that slides over it begins to close
 CLOSING, SLOWLY = 0.05, 0.2  # the way up on which the fingers still close, and the speed on it
 APPROACHES = ("above", "side")
+SAFE = 0.06  # above a thing, where an open hand meets nothing of it
 SLANT = 0.05  # how far along the rim of a bowl or mug a hand comes from
 RIM_CLOSING, RIM_SLOWLY = 0.012, 0.08  # a hand that closes at a rim goes up so far, at so much of its speed
 ATTEMPTS = 4
@@ -135,15 +136,19 @@ class Expert:
         self.rotation = grasp.rotation
         return grasp
 
-    def grasp(self, name: str, release: Optional[Release]) -> Generator[np.ndarray, None, Grasp]:
-        """Approach from above and close. Returns the Grasp."""
-        grasp = self._plan(name, release)
-        hand, safe = self.scene.hand(), grasp.top + 0.06
+    def _above(self, name: str, release: Optional[Release], grasp: Grasp, aside: Callable) -> Generator[np.ndarray, None, Grasp]:
+        """With open fingers to a place above the grasp and aside(grasp) [2] beside it. Returns the Grasp as it is planned from there: at
+        first things may still have been settling."""
+        hand, safe = self.scene.hand(), grasp.top + SAFE
         height = max(safe, min(hand[2], safe + 0.15))
         if hand[2] < height - 0.02:
             yield from self.go(np.r_[hand[:2], height], OPEN, within=0.03)
-        yield from self.go(np.r_[grasp.xy, height], OPEN, within=0.02)
-        grasp = self._plan(name, release)  # again: at first things may still have been settling
+        yield from self.go(np.r_[grasp.xy + aside(grasp), height], OPEN, within=0.02)
+        return self._plan(name, release)
+
+    def grasp(self, name: str, release: Optional[Release]) -> Generator[np.ndarray, None, Grasp]:
+        """Approach from above and close. Returns the Grasp."""
+        grasp = yield from self._above(name, release, self._plan(name, release), lambda grasp: np.zeros(2))
         yield from self.go(np.r_[grasp.xy, grasp.top + 0.03], OPEN, within=grasp.within)
         yield from self.go(np.r_[grasp.xy, grasp.z], OPEN, within=0.004, steps=40, slow=0.6)
         for step in range(14):
@@ -159,18 +164,13 @@ class Expert:
         Fingers that close are next to invisible in a small picture. Where the hand comes down and goes up the same way, with a
         pause in between, a policy that sees one picture at a time cannot tell these apart. Here each place has one action.
         """
-        grasp = self._plan(name, release)
         if any(word in name for word in RIMMED):
             return (yield from self.grasp_on_a_slant(name, release))
+        grasp = self._plan(name, release)
         beside_2 = self._beside(name, grasp)
         if beside_2 is None:
             return (yield from self.grasp(name, release))
-        hand, safe = self.scene.hand(), grasp.top + 0.06
-        height = max(safe, min(hand[2], safe + 0.15))
-        if hand[2] < height - 0.02:
-            yield from self.go(np.r_[hand[:2], height], OPEN, within=0.03)
-        yield from self.go(np.r_[grasp.xy + beside_2, height], OPEN, within=0.02)
-        grasp = self._plan(name, release)  # again: at first things may still have been settling
+        grasp = yield from self._above(name, release, grasp, lambda grasp: beside_2)
         grasp = grasp._replace(z=max(grasp.z, grasp.top - UNDER_PALM))
         yield from self.go(np.r_[grasp.xy + beside_2, grasp.z], OPEN, within=0.008)
         aside_2 = beside_2 / np.linalg.norm(beside_2)
@@ -182,29 +182,27 @@ class Expert:
 
     def grasp_on_a_slant(self, name: str, release: Optional[Release]) -> Generator[np.ndarray, None, Grasp]:
         """For a rim, which a hand beside it would push away: come down to it on a slant, along the rim, and close on the way up."""
-        grasp = self._plan(name, release)
-        hand, safe = self.scene.hand(), grasp.top + 0.06
-        height = max(safe, min(hand[2], safe + 0.15))
-        if hand[2] < height - 0.02:
-            yield from self.go(np.r_[hand[:2], height], OPEN, within=0.03)
-        yield from self.go(np.r_[grasp.xy + self._slant(grasp), height], OPEN, within=0.02)
-        grasp = self._plan(name, release)  # again: at first things may still have been settling
-        yield from self.go(np.r_[grasp.xy + self._slant(grasp), safe], OPEN, within=0.01)
+        first = self._plan(name, release)
+        grasp = yield from self._above(name, release, first, self._slant)
+        yield from self.go(np.r_[grasp.xy + self._slant(grasp), first.top + SAFE], OPEN, within=0.01)
         yield from self.go(np.r_[grasp.xy, grasp.z], OPEN, within=0.005, steps=40, slow=0.6)
         yield from self.go(np.r_[grasp.xy, grasp.z + RIM_CLOSING], CLOSED, within=0.003, steps=30, slow=RIM_SLOWLY)
         return grasp
 
     def _slant(self, grasp: Grasp) -> np.ndarray:
         """From the grasp to the place [2] above which the hand comes down: along the rim, on the nearer side."""
-        opening_3 = grasp.rotation @ self.scene.hand_rotation().T @ np.r_[direction(self.scene.finger_angle()), 0]
-        along_2 = direction(np.arctan2(opening_3[1], opening_3[0]) + np.pi / 2)
+        along_2 = direction(self._opening(grasp) + np.pi / 2)
         return min((SLANT * along_2, -SLANT * along_2), key=lambda way_2: np.linalg.norm(grasp.xy + way_2 - self.scene.hand()[:2]))
+
+    def _opening(self, grasp: Grasp) -> float:
+        """Angle of the line on which the fingers open once the hand is turned as the grasp has it."""
+        opening_3 = grasp.rotation @ self.scene.hand_rotation().T @ np.r_[direction(self.scene.finger_angle()), 0]
+        return np.arctan2(opening_3[1], opening_3[0])
 
     def _beside(self, name: str, grasp: Grasp) -> Optional[np.ndarray]:
         """From the grasp to a place [2] beside the thing where the open hand touches nothing, the nearer one; None if there is none."""
         scene = self.scene
-        opening_3 = grasp.rotation @ scene.hand_rotation().T @ np.r_[direction(scene.finger_angle()), 0]
-        angle = np.arctan2(opening_3[1], opening_3[0])
+        angle = self._opening(grasp)
         across_2, obstacles = direction(angle + np.pi / 2), scene.obstacles()
         sides = sorted((1, -1), key=lambda side: np.linalg.norm(grasp.xy + 0.07 * side * across_2 - scene.hand()[:2]))
         for side in sides:
