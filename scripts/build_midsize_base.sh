@@ -3,13 +3,15 @@
 #   scripts/build_midsize_base.sh [WORKERS] [SECONDS]      default: 16 540
 # What is there is not made again, so the same command goes on wherever it was stopped: SECONDS end a piece of the training (exit status 75
 # until the last one is done). STOP=parts|states|demos|questions|texts|training|base ends behind that step; states are demonstrations that
-# are simulated and not rendered. Everything lands below VLAKEEP_ROOT, the base in hf_cache/midsize-base, its difference in
-# midsize-delta.safetensors (with that file and the parts alone: `vlakeep base-delta apply`).
+# are simulated and not rendered. DONE_AFTER=SECONDS lets the clock say how many steps there are: the training is done then, its rate gone down
+# to nothing, in one piece. DEMOS90 and DEMOS10 are demonstrations of a task, STEPS those of the training. Everything lands below VLAKEEP_ROOT,
+# the base in hf_cache/midsize-base, its difference in midsize-delta.safetensors (with that file and the parts alone: `vlakeep base-delta
+# apply`).
 #
-# Seconds expected with 16 cores and one H100. Measured is one core of a busy CPU (parts 21, texts 18 each, a demonstration 6 to simulate and
-# .18 a picture to render in software), all else is reckoned from it:
-#   parts 30, states 700, demonstrations 2900 in software and less where EGL has a GPU (neither needs the H100's products), questions 300,
-#   texts 120, training 4 pieces of 540, difference 60 (a CPU will do), evaluation 900
+# Seconds measured once, on one H200 with 32 cores of which other work had half: parts 24, texts 58 (8,192), compiling 85, questions 80 (500),
+# 320 demonstrations of libero_spatial and libero_object 300 and 140 of libero_90 165, both with EGL, a step .131 (7.66 a second), difference
+# 91. Of the whole, reckoned from these: demonstrations 1900, questions 800, training 1800 (four pieces of 540), the rest 200. A core simulates a
+# demonstration in 6 to 8 and renders a picture in software in .18. The evaluation has not been timed.
 set -euo pipefail
 workers="${1:-16}" seconds="${2:-540}" stop="${STOP:-}"
 root="${VLAKEEP_ROOT:?set VLAKEEP_ROOT to the storage root}"
@@ -58,7 +60,7 @@ end_of texts
 trained="$root/midsize-trained"
 [ -f "$trained/PROVENANCE.json" ] ||
   run vlakeep train-base --base "$parts" --out "$trained" --data "${data#,}" --questions "${asked#,}" --texts "$texts" --steps "$steps" \
-    --compile --stop_after "$seconds"
+    --compile $([ -n "${DONE_AFTER:-}" ] && echo --done_after "$DONE_AFTER" || echo --stop_after "$seconds")
 [ -f "$trained/PROVENANCE.json" ] || { echo "the training is not done: the same command goes on" >&2; exit 75; }
 end_of training
 

@@ -536,9 +536,9 @@ def test_the_script_goes_on_where_it_stopped_and_calls_what_there_is(tmp_path):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
 
-    def called(stop=""):
+    def called(stop="", **more):
         before = len((root / "calls").read_text().splitlines()) if (root / "calls").is_file() else 0
-        environment = {"VLAKEEP_ROOT": str(root), "PATH": f"{tmp_path}:{os.environ['PATH']}", "STOP": stop}
+        environment = {"VLAKEEP_ROOT": str(root), "PATH": f"{tmp_path}:{os.environ['PATH']}", "STOP": stop, **more}
         done = subprocess.run(["bash", "scripts/build_midsize_base.sh", "4", "60"], cwd=REPO, env=environment, capture_output=True)
         return done.returncode, (root / "calls").read_text().splitlines()[before:]
 
@@ -556,4 +556,7 @@ def test_the_script_goes_on_where_it_stopped_and_calls_what_there_is(tmp_path):
     code, last = called()
     assert code == 0 and stages(last) == ["libero-vqa", *["evaluate"] * 7]
     assert not any("--data" in line and ("goal" in line or "libero_10" in line) for line in (*first, *second, *third))
-    assert [wrong_options(line) for line in (*first, *second, *third, *last)] == [[]] * (4 + 8 + 3 + 8)
+    (root / "midsize-trained" / "PROVENANCE.json").unlink()
+    code, by_the_clock = called("training", DONE_AFTER="500")
+    assert code == 0 and len(by_the_clock) == 1 and by_the_clock[0] == third[0].replace("--stop_after 60", "--done_after 500")
+    assert [wrong_options(line) for line in (*first, *second, *third, *last, *by_the_clock)] == [[]] * (4 + 8 + 3 + 8 + 1)

@@ -157,6 +157,17 @@ def test_demonstrations_are_played_stored_rendered_and_read_back(tmp_path, capsy
     assert list(data.lengths) == [steps] and frame.instruction == "put the bowl on the stove" and frame.image.shape[2] == 3
     assert json.loads((folder / "demos.json").read_text())["tasks"]["put_the_bowl_on_the_stove"]["seeds"] == [1000]
     compare_formats(folder, command, tmp_path)
+    spoiled = demo._replace(states=demo.states + 0.1 * (np.arange(steps + 1) >= 40)[:, None])
+    spoiled.save(folder / "states" / "task01_seed1001.npz")
+    assert cli.run([*command, "--root", str(tmp_path), "--demos", "2"]) == 0
+    said = capsys.readouterr()
+    assert "task 1, seed 1001: " in said.err and "does not replay here (step 0" in said.err and "left out: 1 of 2" in said.err
+    assert f"rm {folder / 'states' / 'task01_seed1001.npz'}" in said.err and "1 demonstrations at 64 x 64" in said.out
+    about = json.loads((folder / "demos.json").read_text())["tasks"]["put_the_bowl_on_the_stove"]
+    assert about["seeds"] == [1000] and about["lost"] == [1001] and list(RldsDataset(folder, cache_dir=tmp_path / "c").lengths) == [steps]
+    spoiled.save(folder / "states" / "task01_seed1000.npz")
+    with pytest.raises(ValueError, match="none of 1 stored demonstrations can be rendered here"):
+        cli.run([*command, "--root", str(tmp_path)])
     with pytest.raises(NotCovered, match="libero_90 task 39"):
         goals("libero_90", 39)
     with pytest.raises(ValueError, match="those of `vlakeep libero-vqa`"):
@@ -253,7 +264,7 @@ def test_states_of_another_processor_are_followed_and_those_of_another_simulator
     last_bits = np.random.default_rng(0).normal(scale=1e-9, size=demo.states.shape)
     difference = shown(demo.states + last_bits) - shown(demo.states)
     assert (difference != 0).mean() < 1e-3 and np.abs(difference).max() <= 8
-    with pytest.raises(ValueError, match="does not replay .step 40 leads elsewhere"):
+    with pytest.raises(ValueError, match="does not replay here .step 40 leads elsewhere"):
         shown(demo.states + 0.1 * (np.arange(len(demo.states)) >= 40)[:, None])
     env.close()
 

@@ -24,10 +24,11 @@ writes: data_root_dir/<suite>_expert/1.0.0/ (RLDS) and beside it states/ (per de
 
 import functools
 import json
+import shlex
 import sys
 import tempfile
 from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple, Tuple
+from typing import Callable, Dict, Iterator, List, NamedTuple, Tuple
 
 import numpy as np
 from tqdm import tqdm
@@ -85,10 +86,16 @@ def main(argv: List[str]) -> int:
         return 0
     more = [WRIST] if own["wrist"] else []
     cameras = list(dict.fromkeys([own["camera"], *(more if own["format"] == "rlds" else [CAMERA, WRIST])]))
-    shots = rendered(suite, order, own["resolution"], cameras, own["workers"], states, storage.tmp)
-    for path in write(own, storage, name if own["camera"] == CAMERA else f"{name}_{own['camera']}", shots, summary):
+    lost: List[Key] = []
+    shots = rendered(suite, order, own["resolution"], cameras, own["workers"], states, storage.tmp, lost)
+    written = write(own, storage, name if own["camera"] == CAMERA else f"{name}_{own['camera']}", shots, lambda: without(summary, lost))
+    if lost:
+        files = " ".join(shlex.quote(str(stored(states, key))) for key in lost)
+        print(f"left out: {len(lost)} of {len(order)} demonstrations, which cannot be rendered here; for others in their place: rm {files}"
+              ", and the same command", file=sys.stderr)
+    for path in written:
         size = f"{own['resolution']} x {own['resolution']}"
-        print(f"wrote {path}: {len(order)} demonstrations at {size}; train with --data.datasets '[{path.name}]'")
+        print(f"wrote {path}: {len(order) - len(lost)} demonstrations at {size}; train with --data.datasets '[{path.name}]'")
     return 0
 
 
@@ -152,9 +159,21 @@ def report(suite: str, found: Dict[int, Dict[int, bool]], chosen: Dict[int, List
     return {"suite": suite, **manner._asdict(), "tasks": lines, "versions": versions()}
 
 
-def rendered(suite: str, order: List[Key], resolution: int, cameras: List[str], workers: int, states: Path,
-             tmp: Path) -> Iterator[Shot]:
-    """In the given order. Pictures of later ones wait in files: a task's demonstrations are rendered in one process."""
+def without(summary: dict, lost: List[Key]) -> dict:
+    """What demos.json holds once it is known which demonstrations did not replay; a task names its own as `lost`."""
+    tasks = {name: dict(line) for name, line in summary["tasks"].items()}
+    for line in tasks.values():
+        gone = [seed for task, seed in lost if task == line["task"]]
+        line.update({"seeds": [seed for seed in line["seeds"] if seed not in gone], "lost": gone} if gone else {})
+    return {**summary, "tasks": tasks}
+
+
+def rendered(suite: str, order: List[Key], resolution: int, cameras: List[str], workers: int, states: Path, tmp: Path,
+             lost: List[Key]) -> Iterator[Shot]:
+    """In the given order. Pictures of later ones wait in files: a task's demonstrations are rendered in one process.
+
+    One that cannot be, mostly because it does not replay, is said and goes into `lost`; the others go on. ValueError when none can.
+    """
     tmp.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=tmp) as waiting, \
             Workers(functools.partial(LiberoEnv, resolution=resolution, cameras=cameras), render, workers) as pool:
@@ -166,18 +185,24 @@ def rendered(suite: str, order: List[Key], resolution: int, cameras: List[str], 
         upcoming, done = list(order), set()
         for job, _, error in tqdm(pool.run(jobs, None), total=len(jobs), desc=f"{suite}: render", mininterval=1.0):
             if error:
-                raise ValueError(error)
+                print(f"task {job.task}, seed {job.number}: {error}", file=sys.stderr)
+                lost.append((job.task, job.number))
+            if len(lost) == len(order):
+                raise ValueError(f"none of {len(order)} stored demonstrations can be rendered here: simulate them where they are rendered, "
+                                 f"rm -r {shlex.quote(str(states))}, and the same command")
             done.add((job.task, job.number))
             while upcoming and upcoming[0] in done:
                 key = upcoming.pop(0)
+                if key in lost:
+                    continue
                 with np.load(target(key)) as file:
                     seen = dict(file)
                 yield Shot(key, Demo.load(stored(states, key)), seen)
                 target(key).unlink()
 
 
-def write(own: dict, storage: Storage, name: str, shots: Iterator[Shot], summary: dict) -> List[Path]:
-    """The data set in the formats that are wanted, each complete or not at all; returns the folders."""
+def write(own: dict, storage: Storage, name: str, shots: Iterator[Shot], summary: Callable[[], dict]) -> List[Path]:
+    """The data set in the formats that are wanted, each complete or not at all; returns the folders. `summary` is asked after the shots."""
     rlds, hdf5 = storage.guard_write(storage.data / name, what="data set"), storage.data / f"{name}_hdf5"
     if own["format"] == "rlds":
         write_rlds(storage.data, name, as_episodes(own, shots), image_format="jpeg", overwrite=True)
@@ -188,9 +213,9 @@ def write(own: dict, storage: Storage, name: str, shots: Iterator[Shot], summary
                 write_rlds(storage.data, name, as_episodes(own, shots), image_format="jpeg", overwrite=True)
             for _ in shots:
                 pass
-            store(summary, partial)
+            store(summary(), partial)
     if own["format"] != "hdf5":
-        store(summary, rlds)
+        store(summary(), rlds)
     return {"rlds": [rlds], "hdf5": [hdf5], "both": [rlds, hdf5]}[own["format"]]
 
 

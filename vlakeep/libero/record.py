@@ -153,7 +153,8 @@ def render(env: LiberoEnv, job: Job):
     except (ValueError, IndexError) as error:
         reason = str(error)
     if reason:
-        raise ValueError(f"{job.source} does not replay ({reason}): it was made with another version of the simulator; delete it")
+        raise ValueError(f"{job.source} does not replay here ({reason}): it was made with another version of the simulator, or on another "
+                         "machine")
     pictures: Dict[str, Any] = {key: np.array(values) for key, values in seen.items()}
     np.savez(job.target, **pictures)
     return len(stored.actions)
