@@ -5,7 +5,7 @@ A rate counts as a mean over training seeds, a seed being one value, its mean ov
 
 from functools import lru_cache
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any, Dict, List, Sequence, Tuple
 
 from vlakeep.core.study import read_study, read_tree
@@ -165,6 +165,21 @@ def forms() -> str:
     return markdown(head, rows)
 
 
+def authors_gains() -> str:
+    """How far the loop of the authors' form closed its gains, over the measurements of each run, and what was kept."""
+    found, rivals = judged("rivals_tabletop"), records_of("rivals_tabletop")
+    groups = [("frozen, five skills, five seeds", reported_of(found, rivals, "frozen", 2e-3))]
+    for arm in ("frozen", "frozen_random", "frozen_no_order", "frozen_static", "site_both", "site_lora_input"):
+        groups.append((f"{arm}, one seed", [record for record in records_of("ablations_tabletop") if record["arm"] == arm]))
+    rows = []
+    for said, own in groups:
+        gains = [{key: [value for value in record["curves"][key] if value is not None] for key in ("gamma", "beta")} for record in own]
+        lowest = sorted(min(one["gamma"]) for one in gains)
+        rows.append([said, str(len(own)), f"{lowest[0]:.2f} to {lowest[-1]:.2f}",
+                     *(f"{mean(mean(one[key]) for one in gains):.2f}" for key in ("gamma", "beta")), *means(own, "new", "old")])
+    return markdown(["arm", "runs", "lowest gamma of a run", "gamma, mean", "beta, mean", "new skill", "six old skills"], rows)
+
+
 def stream() -> str:
     """Measures of the streams that were run to their end."""
     records = records_of("stream_tabletop")
@@ -199,4 +214,4 @@ def ablations() -> str:
 def all_tables() -> Dict[str, str]:
     return {function.__name__.replace("_", "-"): function().rstrip("\n")
             for function in (tuning, tuning_claim, tuning_each_task, settings, claim, each_task, rivals, rivals_against,
-                              rivals_abilities, forms, stream, setpoint, ablations)}
+                              rivals_abilities, forms, authors_gains, stream, setpoint, ablations)}
