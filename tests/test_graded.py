@@ -496,6 +496,29 @@ def test_an_artefact_of_something_else_is_refused(artefact):
         assert len(artifact.check(artefact, **dict(good, **{key: value}))) == 1, key
 
 
+def test_moments_without_the_answers_are_what_the_setting_says(world, artefact):
+    """The spectra are of the prompts alone, the sensor keeps its answers."""
+    storage, make_config = world
+    config = make_config(GRADED, "--icsm.tokens_generated", "false", "--gains.name", "without_answers")
+    without = artifact.load_artifact(graded_offline.build(config, storage, make_backbone(config.backbone, "cpu", storage.cache)))
+    assert without.meta["config"]["tokens_generated"] is False
+    assert all(torch.equal(one, other) for one, other in zip(without.answers()[0], artefact.answers()[0]))
+    spectra, others = without.spectra(), artefact.spectra()
+    assert spectra.keys() == others.keys() and not any(torch.equal(spectra[key].values, others[key].values) for key in spectra)
+
+
+def test_an_artefact_with_the_answers_is_not_taken_for_one_without(artefact):
+    """One that does not say it is older than the choice, and has them."""
+    meta = artefact.meta
+    assert meta["config"]["tokens_generated"] is True
+    older = SimpleNamespace(folder="here", meta=dict(meta, config={"columns": 1024}))
+    for one in (artefact, older):
+        same = dict(weights_hash=meta["weights_sha256"], probe_hash=meta["probe_sha256"], probe_size=48, depth=6, dtype="float32")
+        assert artifact.check(one, **same, section={"tokens_generated": True}) == []
+        (line,) = artifact.check(one, **same, section={"tokens_generated": False})
+        assert "was made with icsm.tokens_generated True, this run asks for False" in line
+
+
 def test_another_attention_is_said_and_refuses_nothing(world, artefact, capsys):
     storage, make_config = world
     meta = artefact.meta

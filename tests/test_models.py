@@ -365,6 +365,20 @@ def graded_of(case, config):
     return method_of
 
 
+def test_second_moments_are_those_of_the_prompts_alone_where_answers_are_left_out(case, backbone):
+    linears, first = select_linears(backbone, "last:2", ["attention", "mlp"]), backbone.num_layers - 2
+    prompts = backbone.processor.encode_prompts(case.samples(backbone, 6))
+    whole = with_own_answers(backbone, prompts, backbone.answer_tokens)
+    answered, alone = (run_below(backbone, [(prompts, other)], first) for other in (whole, prompts))
+    mask_BL = answered[0].answer_mask_BL()
+    assert mask_BL.sum(1).tolist() == answered[0].count_B.tolist() and mask_BL.any(1).all() and not alone[0].answer_mask_BL().any()
+    every, without, wanted = (input_moments(backbone, parts, None, first, linears, backbone.input_key, answers=answers)
+                              for parts, answers in ((answered, True), (answered, False), (alone, True)))
+    for key in wanted:
+        torch.testing.assert_close(without[key], wanted[key], rtol=1e-3, atol=1e-5 * float(wanted[key].abs().max()))
+        assert (every[key] - wanted[key]).norm() > 1e-3 * wanted[key].norm()
+
+
 def test_plain_adapters_learn_and_the_teacher_can_be_had_back(case, backbone):
     student, _, rows = trained(case, lambda backbone: Baseline(), case.config(), steps=4)
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"]) and float(rows[0]["accuracy"]) <= 1

@@ -140,7 +140,7 @@ class IcsmConfig:
     tokens_fragile_fraction: float = inside(0.95, "(0, 1)")
     # Share of the input dimension that the token-level Up takes.
     tokens_plastic_fraction: float = inside(0.03, "[0, 1)")
-    # Let the teacher continue each probe prompt by itself, so that its answer positions are in the token statistics.
+    # Let the teacher continue each probe prompt by itself, so that its answers are in the token statistics.
     tokens_generated: bool = True
     # Device memory for the second moments of the linears' inputs; where they need more, the probe is passed several times. 7B with LoRA
     # on eight layers: 5.4 GiB, so three passes.

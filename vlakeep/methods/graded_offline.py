@@ -51,7 +51,8 @@ def artifact_folder(config: Config, storage: Storage, backbone_name: str, weight
 
 def deciding(config: Config) -> dict:
     """The fields that decide the artefact's numbers."""
-    return {"columns": config.gains.columns, "holdout": config.gains.holdout, "balance": config.gains.balance}
+    return {"columns": config.gains.columns, "holdout": config.gains.holdout, "balance": config.gains.balance,
+            "tokens_generated": config.icsm.tokens_generated}
 
 
 def split_items(items: List[int], kinds: List[str], holdout: float) -> Tuple[List[int], List[int]]:
@@ -255,7 +256,8 @@ def _spectra(config: Config, backbone, parts: List[Part], weights_N: torch.Tenso
     own = dealt(linears, backbone.input_key, job.world)[job.rank]
     for group in passes(own, config.icsm.moments_gib * 2**30, backbone.input_key):
         shown = tqdm(parts, desc="second moments", leave=False)
-        moments = coverage.input_moments(backbone, shown, weights_N, first, group, backbone.input_key)
+        moments = coverage.input_moments(backbone, shown, weights_N, first, group, backbone.input_key,
+                                         answers=config.icsm.tokens_generated)
         watch.phase(f"second moments of {len(moments)} inputs")
         for key in tqdm(sorted(moments), desc="spectra", leave=False):
             spectra[key] = spectrum(moments.pop(key), config.gains.columns)

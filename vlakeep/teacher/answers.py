@@ -72,6 +72,11 @@ class Part(NamedTuple):
     def to(self, device) -> "Part":
         return Part(self.prefix.to(device), *[t.to(device) for t in self[1:]])
 
+    def answer_mask_BL(self) -> torch.Tensor:
+        """Which text tokens are the teacher's answer."""
+        index_L = torch.arange(self.text_BL.shape[1], device=self.text_BL.device)
+        return (index_L >= self.start_B[:, None]) & (index_L < (self.start_B + self.count_B)[:, None])
+
     def tensors(self) -> Dict[str, torch.Tensor]:
         """All that is in it, by name; `like` makes a Part of it."""
         return {**{f"prefix.{f.name}": getattr(self.prefix, f.name) for f in fields(self.prefix)}, **dict(zip(self._fields[1:], self[1:]))}

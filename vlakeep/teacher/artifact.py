@@ -22,6 +22,7 @@ from vlakeep.teacher.folder import QUANTISATION, ArtifactError, ArtifactFolder, 
 from vlakeep.teacher.spectrum import Spectrum, from_tensors
 
 FORMAT = 1
+OLDER = {"tokens_generated": True}  # what artefacts have been made with that do not say it
 _NEEDED = ("weights_sha256", "probe_sha256", "probe_items", "depth", "dtype", "config", "lora", "files")
 
 
@@ -78,6 +79,8 @@ def check(artifact: GradedArtifact, weights_hash: str, probe_hash: str, probe_si
             found.append(f"{artifact.folder} was made for {what} ({made}, this run has {wanted}): {remedy}")
     found += numeric_problems(artifact.folder, meta, dtype, quantisation)
     for key, value in section.items():
-        if meta["config"].get(key) != value:
-            found.append(f"{artifact.folder} was made with gains.{key} {meta['config'].get(key)}, this run asks for {value}: {remedy}")
+        made = meta["config"].get(key, OLDER.get(key))
+        if made != value:
+            where = "icsm" if key in OLDER else "gains"
+            found.append(f"{artifact.folder} was made with {where}.{key} {made}, this run asks for {value}: {remedy}")
     return found

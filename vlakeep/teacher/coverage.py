@@ -45,9 +45,10 @@ class InputWatch:
 
 @torch.no_grad()
 def input_moments(backbone, parts: Iterable[Part], weights_N: Optional[torch.Tensor], first: int, linears: Dict[str, torch.nn.Module],
-                  key_of, stop: Optional[int] = None) -> Dict[str, torch.Tensor]:
+                  key_of, stop: Optional[int] = None, answers: bool = True) -> Dict[str, torch.Tensor]:
     """Input -> uncentred second moment X^T W X / sum W [D, D] over all valid tokens, float32 on the model's device.
 
+    answers: whether the teacher's own answers are among these tokens, or the prompts alone.
     The layers from `first`, in front of which the parts stand, to before `stop` are run, None for all.
     weights_N: of the rows of the parts, in order; a token has its row's. None weighs all alike.
     """
@@ -60,6 +61,8 @@ def input_moments(backbone, parts: Iterable[Part], weights_N: Optional[torch.Ten
         for part in parts:
             part = part.to(backbone.device)
             mask_BS = part.prefix.attention_mask_BS
+            if not answers:
+                mask_BS = mask_BS & ~backbone.sequence_mask(part.prefix, part.answer_mask_BL())
             rows = len(mask_BS)
             weights_B = torch.ones(rows).double() if weights_N is None else weights_N[position:position + rows]
             weights_B, position = weights_B.to(mask_BS.device), position + rows
