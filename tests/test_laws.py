@@ -5,6 +5,7 @@ import math
 import os
 import random
 import time
+from pathlib import Path
 
 import forked
 import pytest
@@ -178,6 +179,18 @@ def test_accumulation_of_small_batches_is_the_large_batch(world):
     from safetensors.torch import load
     a, b = load(final_adapter(large)), load(final_adapter(small))
     assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-6
+
+
+@pytest.mark.parametrize("config", [BASELINE, METHOD])
+def test_the_loss_falls_as_the_configurations_have_it(world, config):
+    """And the surgery never lengthens a gradient."""
+    storage, make_config = world
+    name = f"law-falls-{Path(config).stem}"
+    rows = read_metrics(run_training(make_config(config, "--name", name, "--train.steps", 30, "--thermostat.every", 10), storage))
+    losses = [row["loss"] for row in rows if row["step"]]
+    assert len(losses) == 30 and sum(losses[-5:]) < 0.8 * sum(losses[:5]), losses
+    norms = [(row["g_prime_norm"], row["g_norm"]) for row in rows if "g_norm" in row]
+    assert bool(norms) == (config != BASELINE) and all(after <= before * (1 + 1e-6) for after, before in norms)
 
 
 def test_drift_and_gains_move_in_the_log_and_can_be_replayed(world):
