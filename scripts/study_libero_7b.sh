@@ -16,13 +16,11 @@ run() { echo "+ $*" >&2; "$@"; }
 vlakeep() { run "$python" -m vlakeep.cli "$@"; }
 
 vlakeep libero-check
-[ -e "$root/hf_cache/$base/config.json" ] || vlakeep fetch "$base"
+# What was fetched whole is not asked for again; a link leads to what you have.
+[ -L "$root/hf_cache/$base" ] || vlakeep fetch "$base"
 for suite in spatial goal object; do  # object: of the probe and of the replay
-  [ -e "$root/datasets/libero_${suite}_no_noops" ] || run "$python" - "$root/datasets" "libero_${suite}_no_noops" <<'PY'
-import sys
-from huggingface_hub import snapshot_download
-snapshot_download("openvla/modified_libero_rlds", repo_type="dataset", local_dir=sys.argv[1], allow_patterns=[f"{sys.argv[2]}/*"])
-PY
+  [ -L "$root/datasets/libero_${suite}_no_noops" ] ||
+    vlakeep fetch --dataset openvla/modified_libero_rlds --only "libero_${suite}_no_noops"
 done
 # The probe: frames from everywhere in the old suite's episodes, a task a kind. Held out: other scenes of the same suite.
 [ -e "$root/probe/keep/probe.json" ] || run "$python" - <<'PY'

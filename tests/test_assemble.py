@@ -153,7 +153,7 @@ def test_files_that_are_no_parts_are_refused(tmp_path):
 
 
 def test_the_command_finds_the_packages_and_records_their_hashes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("VLAKEEP_ROOT", str(tmp_path / "root"))
+    monkeypatch.setenv("VLAKEEP_ROOT", str(tmp_path))
     packages = tmp_path / "packages"
     for package, (_, name, _) in assemble.PARTS.items():
         (packages / package / name).parent.mkdir(parents=True)

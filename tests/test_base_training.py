@@ -206,7 +206,7 @@ def test_texts_are_drawn_word_by_word_from_the_model(parts, tmp_path):
 
 def test_texts_of_another_model_or_too_short_are_refused(parts, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("VLAKEEP_ROOT", str(tmp_path / "root"))
-    file = tmp_path / "texts.safetensors"
+    file = tmp_path / "root" / "texts.safetensors"
     command = ["own-texts", "--base", str(parts), "--out", str(file), "--texts", "4", "--length", "24", "--device", "cpu"]
     assert cli.run(command) == 0 and cli.run(command) == 0 and "is there" in capsys.readouterr().out
     ids, facts = read_texts(file, 20, weights_hash(parts))
@@ -411,7 +411,8 @@ def small(monkeypatch):
     monkeypatch.setattr(delta, "FEW_ROWS", 0.6)
 
 
-def test_parts_and_difference_give_the_trained_base_again(parts, trained, tmp_path, capsys):
+def test_parts_and_difference_give_the_trained_base_again(parts, trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("VLAKEEP_ROOT", str(tmp_path))
     file, out = tmp_path / "d.safetensors", tmp_path / "base"
     assert cli.run(["base-delta", "make", "--parts", str(parts), "--trained", str(trained), "--delta", str(file)]) == 0
     assert "language_model" not in capsys.readouterr().out.split("wrote")[-1]

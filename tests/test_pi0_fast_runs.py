@@ -172,8 +172,9 @@ def test_preflight_and_audit_know_it(runs, capsys, monkeypatch):
 
 
 def test_a_small_one_is_made_for_the_tabletop_learns_a_skill_and_plays_chunks(tmp_path):
-    assert pretrain(["--out", str(tmp_path / "pi0"), "--minutes", "0.001", "--frames", "120", "--processes", "1", "--device", "cpu",
-                     "--batch", "4", "--hidden", "32", "--mlp", "32", "--layers", "4", "--heads", "2", "--codes", "192"]) == 0
+    assert pretrain(["--root", str(tmp_path), "--out", str(tmp_path / "pi0"), "--minutes", "0.001", "--frames", "120", "--processes", "1",
+                     "--device", "cpu", "--batch", "4", "--hidden", "32", "--mlp", "32", "--layers", "4", "--heads", "2",
+                     "--codes", "192"]) == 0
     provenance = json.loads((tmp_path / "pi0" / "PROVENANCE.json").read_text())
     assert provenance["steps"] >= 1 and {"model.safetensors", "action_tokenizer/tokenizer.json"} <= set(provenance["sha256"])
     config = load_config(BASELINE, [

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from vlakeep import cli
+from vlakeep.cli import STAGES
 from vlakeep.core import storage as storage_module
 from vlakeep.core.config import Config
 from vlakeep.core.errors import DiskFull, StorageError
@@ -111,6 +113,48 @@ def test_guard_write(tmp_path):
         storage.guard_write(storage.root / "openvla" / "w.pt")
     subprocess.run(["git", "init", "-q", storage.cache / "openvla-7b"], check=True)
     storage.guard_write(storage.cache / "openvla-7b" / "w.pt")
+
+
+# Stage -> words that it needs beside an output. None of what they name is there, so whatever is computed or read first fails otherwise.
+NEEDS = {
+    "assemble-openvla": "--packages none", "own-texts": "--base none", "base-delta": "apply --parts none --delta none",
+    "pretrain-libero": "--data none --key none", "train-base": "--base none --data none=none",
+    "pretrain-tabletop": "--frames 1 --device none", "pretrain-tabletop-pi0": "--frames 1 --device none",
+    "export": "--export.target none", "base-delta make": "--parts none --trained none"}
+# Outputs that hold pages, tables, figures and records, of any place (docs/reference.md): stage, option.
+DOCUMENTS = {("report", "--out"), ("study", "--out"), ("study", "--export")}
+OUTPUTS = {("base-delta make", "--delta"), ("export", "--export.folder")} | {
+    (stage.name, option.name) for stage in STAGES.values() for option in stage.own if option.name in ("--out", "--export")} - DOCUMENTS
+
+
+@pytest.mark.parametrize("stage, option", sorted(OUTPUTS))
+def test_no_stage_computes_for_an_output_in_a_source_tree_or_outside_the_root(tmp_path, monkeypatch, stage, option):
+    for name in (*VARIABLES, "VLAKEEP_ENVIRONMENT"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    root, tree = tmp_path / "root", tmp_path / "root" / "openvla"
+    subprocess.run(["git", "init", "-q", tree], check=True)
+    words = [*stage.split(), *NEEDS[stage].split(), "--root", str(root), option]
+    with pytest.raises(StorageError, match="refused to write .* is a source tree.*--root"):
+        cli.run([*words, str(tree / "out")])
+    with pytest.raises(StorageError, match="refused to write .*outside the storage root.*--root"):
+        cli.run([*words, str(tmp_path / "elsewhere" / "out")])
+    with pytest.raises(StorageError, match="is a source tree|outside the storage root"):
+        cli.run([*words, str(storage_module.PACKAGE / "out")])
+    assert names(tree) == [".git"] and not (tmp_path / "elsewhere").exists() and not (storage_module.PACKAGE / "out").exists()
+
+
+def test_the_small_models_may_lie_where_they_ship_and_nothing_else(tmp_path):
+    storage = Storage(tmp_path / "root")
+    place = storage_module.SHIPS / "tabletop-base"
+    assert storage.guard_write(place, what="base model", also=storage_module.SHIPS) == place
+    for path in (place, storage_module.PACKAGE / "core"):
+        with pytest.raises(StorageError, match="outside"):
+            storage.guard_write(path, also=storage_module.SHIPS if path != place else None)
+
+
+def test_every_stage_takes_the_folders():
+    assert [name for name, stage in STAGES.items() if not {"root", *storage_module.KEYS} <= set(stage.reads())] == []
 
 
 def test_foreseen_lack_of_space_names_needed_and_free_bytes(tmp_path):

@@ -125,6 +125,8 @@ def run_export(config: Config, storage: Storage, command: str = "vlakeep offline
     """
     if closed_only and config.export.close_to is None:
         raise ConfigError("--closed-only needs --export.close_to, the budget in nats per answer token")
+    if config.export.folder:
+        storage.guard_write(config.export.folder, what="merged model")  # before the base's weights are read
     set_threads(config.threads)
     target = config.export.target or config.name
     checkpoint = target_checkpoint(target, storage)

@@ -88,8 +88,12 @@ PLAN = Stage("plan", "vlakeep.plan", "peak memory and time of every stage on a c
              together(OFFLINE, TRAIN, EVALUATE, EXPORT), own=(
     HARDWARE, Option("--gpus", 1, "GPUs that train side by side, each with the whole frozen model.", whole()),
     Option("--gib", None, "Memory of a card that may be reserved; null takes the profile's.", number(above=True))))
-FETCH = Stage("fetch", "vlakeep.core.fetch", "bring a base model from the hub below the storage root, with retries", FOLDERS, file=False,
-              own=(Option("model", None, "A model of the hub, such as openvla/openvla-7b.", required=True),))
+FETCH = Stage("fetch", "vlakeep.core.fetch", "bring a base model or data set from the hub below the storage root, with retries", FOLDERS,
+              file=False, own=(
+    Option("model", None, "A model of the hub, such as openvla/openvla-7b."),
+    Option("--dataset", None, "A data set of the hub, OWNER/NAME, instead."),
+    Option("--only", [], "Folders of a --dataset that is a collection, with commas between them: each becomes a data set of its own. None "
+           "takes the whole as one data set.", names)))
 STORAGE_CHECK = Stage("storage-check", "vlakeep.preflight", "check that all big files lie below the storage root; free space",
                       FOLDERS, (LARGE,), "storage_check")
 DEMO = Stage("demo", "vlakeep.demo", "the whole pipeline on the small model that ships with vlakeep, in minutes on a CPU",

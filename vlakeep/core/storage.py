@@ -29,6 +29,7 @@ DEFAULT_ROOT = Path("/opt/data/private/vlakeep")
 DEMO_ROOT = Path("~/.cache/vlakeep")
 WORKSPACE = Path("/workspace")  # source only, by the storage policy, whether or not it is a git work tree
 PACKAGE = Path(__file__).resolve().parents[1]
+SHIPS = PACKAGE / "assets"  # where the small models lie that are part of the package
 # folder -> the Config key that moves it
 FOLDERS = {
     "hf_cache": "cache_dir",
@@ -158,8 +159,8 @@ class Storage:
                 return folder
         return None
 
-    def guard_write(self, path, size_hint: int = 0, what: str = "file") -> Path:
-        """`path`, if weights, data, checkpoints or caches may be written there.
+    def guard_write(self, path, size_hint: int = 0, what: str = "file", also: Optional[Path] = None) -> Path:
+        """`path`, if weights, data, checkpoints or caches may be written there. `also`: a folder in which they may lie too.
 
         Raises StorageError outside the root (symbolic links resolved) or inside a source tree, and DiskFull when fewer than
         `size_hint` bytes are free.
@@ -169,6 +170,9 @@ class Storage:
         real = path.resolve()
         remedy = f"Choose a path below {self.root}, or move the root with --root DIR or VLAKEEP_ROOT=DIR"
         via = "" if real == path else f" (which is {real})"
+        if also is not None and _below(real, also.resolve()):
+            need_free(path, size_hint, what)
+            return path
         if not _below(real, self.root.resolve()):
             raise StorageError(f"refused to write {what} to {path}{via}: it is outside the storage root. {remedy}")
         tree = self._tree_of(real)

@@ -48,8 +48,9 @@ def main(argv: List[str]) -> int:
     args, config = read(PRETRAIN, argv)
     if args.image % args.patch:
         raise ConfigError(f"--image {args.image} must be a multiple of --patch {args.patch}")
-    require_libero()
     storage = Storage.from_config(config)
+    storage.guard_write(args.out, what="base model")
+    require_libero()
 
     frames, samples, statistics = demonstrations(args, storage)
     for name in filter(None, args.questions.split(",")):

@@ -47,17 +47,18 @@ def main(argv: List[str]) -> int:
     args, config = read(TRAIN_BASE, argv)
     if args.done_after:
         args.steps = None
+    storage, device = Storage.from_config(config), torch.device(args.device)
+    storage.guard_write(args.out, what="base model")
+    work = storage.guard_write(args.out.with_name(args.out.name + "-training"), what="state of the training")
     if (args.out / "PROVENANCE.json").is_file():
         print(f"{args.out} is trained")
         return 0
     if args.stop_after and args.done_after:
         raise ConfigError("--stop_after ends a piece of --steps, --done_after the whole training: give one of them")
-    storage, device = Storage.from_config(config), torch.device(args.device)
     keyed = sets_by_key(args.data)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     backbone: Any = make_backbone(BackboneConfig(checkpoint=args.base), device, storage.cache)
     side = backbone.processor.picture_size[0]
-    work = args.out.with_name(args.out.name + "-training")
     work.mkdir(parents=True, exist_ok=True)
 
     with ExitStack() as stack:

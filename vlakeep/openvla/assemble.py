@@ -23,8 +23,9 @@ from typing import Dict, List, Optional
 import torch
 
 from vlakeep.core.config import ConfigError
-from vlakeep.core.options import split
+from vlakeep.core.options import read
 from vlakeep.core.provenance import library_versions, source_commit
+from vlakeep.core.storage import Storage
 from vlakeep.models.files import weights_hash
 from vlakeep.openvla.format import complete_config, write_checkpoint
 from vlakeep.openvla.model import OpenVLA, parameters_on_meta
@@ -43,12 +44,14 @@ PATCH = 14
 
 
 def main(argv: List[str]) -> int:
-    args, _, _ = split(ASSEMBLE, argv)
+    args, config = read(ASSEMBLE, argv)
+    storage = Storage.from_config(config)
+    storage.guard_write(args.out, what="base model")
     if args.image % PATCH:
         raise ConfigError(f"--image {args.image}: must be a multiple of {PATCH}")
     language, vision = (find_part(package, args.packages) for package in PARTS)
     facts = assemble(language, vision, args.out, VIT, args.image, args.seed)
-    shown = [arg.replace(str(args.out), "OUT").replace(str(args.packages), "PACKAGES") for arg in argv]
+    shown = [arg.replace(str(args.out), "OUT").replace(str(args.packages), "PACKAGES").replace(str(storage.root), "ROOT") for arg in argv]
     write_provenance(args.out, {"command": shlex.join(["vlakeep", "assemble-openvla", *shown]), "seed": args.seed,
                                 "parts": {pip: digest for pip, _, digest in PARTS.values()}, **facts})
     print(f"wrote {args.out}: {facts['parameters']:,} parameters, weights {facts['weights'][:16]}")

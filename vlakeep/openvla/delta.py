@@ -1,7 +1,8 @@
 """Stage `vlakeep base-delta`: the difference of a trained base from its public parts as a small file, and the base from parts and file.
 
-    vlakeep base-delta make --parts midsize-parts --trained midsize-trained --delta midsize-delta.safetensors
-    vlakeep base-delta apply --parts midsize-parts --delta midsize-delta.safetensors --out midsize-base
+    cd $VLAKEEP_ROOT
+    vlakeep base-delta make --parts hf_cache/midsize-parts --trained midsize-trained --delta midsize-delta.safetensors
+    vlakeep base-delta apply --parts hf_cache/midsize-parts --delta midsize-delta.safetensors --out hf_cache/midsize-base
 
 What stands for a tensor is chosen by error per byte, whatever trained it:
 
@@ -34,9 +35,9 @@ from tqdm import tqdm
 from vlakeep.core.checkpoint import file_sha256
 from vlakeep.core.config import ConfigError
 from vlakeep.core.errors import CheckpointError
-from vlakeep.core.options import split
+from vlakeep.core.options import read
 from vlakeep.core.provenance import library_versions, source_commit
-from vlakeep.core.storage import atomic_dir, atomic_path
+from vlakeep.core.storage import Storage, atomic_dir, atomic_path
 from vlakeep.models.files import hash_of, read_statistics, read_tensors, weight_files, write_json, write_weights
 from vlakeep.models.load import model_class
 from vlakeep.openvla.stages import DELTA
@@ -67,10 +68,12 @@ class Spectrum(NamedTuple):
 
 
 def main(argv: List[str]) -> int:
-    args, _, _ = split(DELTA, argv)
+    args, config = read(DELTA, argv)
     needed = "trained" if args.what == "make" else "out"
     if getattr(args, needed) is None:
         raise ConfigError(f"vlakeep base-delta {args.what} needs --{needed}")
+    storage = Storage.from_config(config)
+    storage.guard_write(args.delta if args.what == "make" else args.out, what="difference" if args.what == "make" else "base model")
     if args.what == "apply":
         print(f"wrote {args.out}: weights {apply(args.parts, args.delta, args.out)[:16]}")
         return 0

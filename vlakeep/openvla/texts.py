@@ -1,7 +1,7 @@
 """Stage `vlakeep own-texts`: what a model says of itself as a language model, drawn word by word, to train beside so that it still does.
 
     vlakeep own-texts --base midsize-parts --out $VLAKEEP_ROOT/midsize-texts.safetensors
-    vlakeep own-texts --base midsize-parts --out /tmp/texts.safetensors --texts 32 --length 64 --device cpu      (to see that it runs)
+    vlakeep own-texts --base midsize-parts --out $VLAKEEP_ROOT/tmp/texts.safetensors --texts 32 --length 64 --device cpu
 
 No text of others is read: each begins as OPENINGS says and goes on as the model does, at temperature 1, over what it ends too. So nothing
 of a language benchmark can be among them, but its forms can: what a probe does not cover in form is lost, however small the divergence on
@@ -38,6 +38,7 @@ OPENINGS = {"": 0.5, "Question:": 0.25, "<|im_start|>user\n": 0.25}
 def main(argv: List[str]) -> int:
     args, config = read(OWN_TEXTS, argv)
     storage = Storage.from_config(config)
+    storage.guard_write(args.out, what="texts")
     if args.out.is_file():
         print(f"{args.out} is there")
         return 0

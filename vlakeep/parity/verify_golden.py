@@ -15,7 +15,8 @@ from typing import Callable, Dict, List, Optional
 
 import numpy as np
 
-from vlakeep.core.options import split
+from vlakeep.core.options import read
+from vlakeep.core.storage import Storage
 from vlakeep.data import images
 from vlakeep.data.sample import Row
 from vlakeep.openvla.processor import ImageProcessor, Processor, load_tokenizer
@@ -136,7 +137,8 @@ def verify_golden(folders: List[Path], tokenizer: Optional[Path] = None) -> int:
 
 
 def main(argv: List[str]) -> int:
-    args, _, _ = split(GOLDEN, argv)
+    args, config = read(GOLDEN, argv)
+    Storage.from_config(config, create=False)  # refuses folders outside the root; nothing is written
     try:
         return verify_golden(args.folders, args.tokenizer)
     except (FileNotFoundError, ValueError) as error:

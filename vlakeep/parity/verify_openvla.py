@@ -18,9 +18,9 @@ from PIL import Image
 
 from vlakeep.core.config import BackboneConfig
 from vlakeep.core.official_code import load_official, versions
-from vlakeep.core.options import split
+from vlakeep.core.options import read
 from vlakeep.core.parallel import pick_device
-from vlakeep.core.storage import find_checkpoint, pick_root
+from vlakeep.core.storage import Storage, find_checkpoint
 from vlakeep.data.sample import Batch, Row, Sample
 from vlakeep.models.adapters import all_linear, attach_lora
 from vlakeep.models.load import DTYPES, make_backbone
@@ -44,8 +44,8 @@ TOLERANCES = {"float32": {"features": 1e-5, "hidden": 5e-5, "logits": 2e-4, "los
 class Pair:
     """The same weights in both implementations, and a processor. `processor` is None where no tokenizer is at hand."""
 
-    def __init__(self, code, checkpoint: str, tokenizer, dtype: str, device: torch.device):
-        folder = find_checkpoint(checkpoint, Path(pick_root(quiet=True)) / "hf_cache")
+    def __init__(self, code, checkpoint: str, cache: Path, tokenizer, dtype: str, device: torch.device):
+        folder = find_checkpoint(checkpoint, cache)
         self.code, self.dtype, self.device, self.folder = code, DTYPES[dtype], device, folder
         golden = (folder / "state_dict.json").is_file() and not (folder / "model.safetensors").is_file()
         if golden:
@@ -313,12 +313,13 @@ def check_lora(pair: Pair, tolerance: dict) -> List[Row]:
 
 
 def main(argv: List[str]) -> int:
-    args, _, _ = split(OPENVLA, argv)
+    args, config = read(OPENVLA, argv)
     try:
         code = load_official(args.openvla_dir)
         print(f"official code in {code.folder}; {', '.join(versions())}")
         rows = check_shapes(code)
-        pair = Pair(code, args.checkpoint, args.tokenizer, args.dtype, pick_device(args.device))
+        cache = Storage.from_config(config, create=False).cache
+        pair = Pair(code, args.checkpoint, cache, args.tokenizer, args.dtype, pick_device(args.device))
         for check in (check_text_and_images, lambda pair: check_model(pair, TOLERANCES[args.dtype]), check_generation,
                       lambda pair: check_lora(pair, TOLERANCES[args.dtype])):
             rows += check(pair)

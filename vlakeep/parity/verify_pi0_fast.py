@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from vlakeep.core.config import BackboneConfig
-from vlakeep.core.options import split
+from vlakeep.core.options import read
 from vlakeep.core.parallel import pick_device
-from vlakeep.core.storage import find_checkpoint, pick_root
+from vlakeep.core.storage import Storage, find_checkpoint
 from vlakeep.data.formats import open_dataset
 from vlakeep.data.sample import IGNORE_INDEX, Row, Sample
 from vlakeep.models.files import read_tensors, weight_files
@@ -212,8 +212,8 @@ def frames_of(args, spec, cache: Path) -> List[Sample]:
         return [dataset.frame(*keys[i * len(keys) // args.frames]) for i in range(min(args.frames, len(keys)))]
 
 
-def verify(args) -> int:
-    folder = find_checkpoint(args.checkpoint, Path(pick_root()) / "hf_cache")
+def verify(args, cache: Path) -> int:
+    folder = find_checkpoint(args.checkpoint, cache)
     device, config = pick_device(args.device), checkpoint_format.read_config(folder)
     checkpoint_format.check_weights(folder, config)
     settings = BackboneConfig(checkpoint=str(folder), dtype=args.dtype, layout=args.layout, state=args.state,
@@ -236,9 +236,9 @@ def verify(args) -> int:
 
 
 def main(argv: List[str]) -> int:
-    args, _, _ = split(PI0_FAST, argv)
+    args, config = read(PI0_FAST, argv)
     try:
-        return verify(args)
+        return verify(args, Storage.from_config(config, create=False).cache)
     except ImportError as error:
         print("error: " + INSTALL.format(error=error), file=sys.stderr)
         return 2

@@ -1,13 +1,13 @@
 """Stage `vlakeep pretrain-tabletop-pi0`: train the small pi0-FAST that speaks the tabletop, from nothing.
 
     vlakeep pretrain-tabletop-pi0 --out vlakeep/assets/tabletop-pi0 --minutes 4 --compile                        (one GPU)
-    vlakeep pretrain-tabletop-pi0 --out /tmp/try --minutes 0.2 --frames 4000 --batch 64 --device cpu   (to see that it runs)
+    vlakeep pretrain-tabletop-pi0 --out $VLAKEEP_ROOT/tmp/try --minutes 0.2 --frames 4000 --batch 64 --device cpu   (to see that it runs)
 
 It is pi0-FAST (SigLIP, projector, Gemma with a prefix that sees itself, FAST chunks) in a tiny configuration: the tokenizer has the words
 of the tabletop, the codec is fitted on the chunks of its expert. The known skills and the visual questions are learnt with all parameters;
 the new skills never occur. A label is what the expert would do next if nothing disturbed it, at frames of disturbed episodes.
 The tabletop shows no state, so that of the prompt is empty.
-Not a stage of an experiment: its options are its own, and `--out` may lie outside the storage root because it is made to ship.
+`--out` may lie in vlakeep/assets too, outside the storage root, because it is made to ship.
 
 writes: OUT/ in lerobot's checkpoint format, in bfloat16, with PROVENANCE.json (command, seed, data, versions, hashes, time)
 
@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from vlakeep.core.options import split
+from vlakeep.core.options import read
+from vlakeep.core.storage import SHIPS, Storage
 from vlakeep.data.sample import IGNORE_INDEX, Sample
 from vlakeep.data.statistics import action_statistics, normalise
 from vlakeep.models.load import make_backbone
@@ -102,7 +103,9 @@ def compile_layers(backbone: Any) -> None:
 
 
 def main(argv: List[str]) -> int:
-    args, _, _ = split(PRETRAIN_PI0, argv)
+    args, config = read(PRETRAIN_PI0, argv)
+    storage = Storage.from_config(config, create=False)
+    storage.guard_write(args.out, what="base model", also=SHIPS)
     ready(args)
     started = time.perf_counter()
     frames, samples = tabletop.training_frames(args.frames, args.seed, args.processes, args.questions, args.chunk)
@@ -120,7 +123,7 @@ def main(argv: List[str]) -> int:
     if args.compile:
         compile_layers(backbone)
     trained = optimise(backbone, samples, make_batch, args)
-    words = [arg.replace(str(args.out), f"vlakeep/assets/{args.out.name}") for arg in argv]
+    words = [arg.replace(str(args.out), f"vlakeep/assets/{args.out.name}").replace(str(storage.root), "ROOT") for arg in argv]
     save(backbone, args, shlex.join(["vlakeep", "pretrain-tabletop-pi0", *words]), trained, frames=len(samples))
     return 0
 

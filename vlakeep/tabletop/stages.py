@@ -8,11 +8,13 @@ DATA = Stage("tabletop-data", "vlakeep.tabletop.data", "make the demonstrations 
              f"{FOLDERS} seed data.datasets probe", own=(
     Option("--skills", None, "Names of skills, with commas between them; null takes the data sets of data.datasets.", names),
     Option("--episodes", None, "Demonstrations of each skill; null takes 200.", whole())))
-PRETRAIN = Stage("pretrain-tabletop", "vlakeep.tabletop.pretrain", "rebuild the small model that ships with vlakeep (one GPU)", own=(
+PRETRAIN = Stage("pretrain-tabletop", "vlakeep.tabletop.pretrain", "rebuild the small model that ships with vlakeep (one GPU)",
+                 FOLDERS, file=False, own=(
     *model_options(),
     Option("--frames", 800_000, "Frames that are trained on.", whole()),
     Option("--questions", 0.4, "Share of frames that carry a question.", number())))
-PRETRAIN_PI0 = Stage("pretrain-tabletop-pi0", "vlakeep.tabletop.pretrain_pi0_fast", "make and train a small pi0-FAST on the tabletop", own=(
+PRETRAIN_PI0 = Stage("pretrain-tabletop-pi0", "vlakeep.tabletop.pretrain_pi0_fast", "make and train a small pi0-FAST on the tabletop",
+                     FOLDERS, file=False, own=(
     *model_options(batch=512, vocab=512),
     Option("--frames", 600_000, "Frames that are trained on.", whole()),
     Option("--questions", 0.4, "Share of frames that carry a question.", number()),
