@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from vlakeep import checks, cli
+from vlakeep.core.base_models import model_name
 from vlakeep.core.config import Config, ConfigError
 from vlakeep.core.log import log
 from vlakeep.core.next_step import completed_remedy
@@ -36,7 +37,6 @@ from vlakeep.core.registry import method_class
 from vlakeep.core.stages import STUDY
 from vlakeep.core.storage import Storage, atomic_write, find_checkpoint
 from vlakeep.core.study import BEGUN, DONE, OPEN, OTHER, Cell, State, checkpoint_problem, look, named, read_study, read_tree, share
-from vlakeep.models.load import model_name
 from vlakeep.studies import again, claims, paper, report, streams, tables
 from vlakeep.studies.records import differences, line_of, read_records, record_of, same, write_records
 from vlakeep.studies.rule import Rule, of_reported, read_rule, to_report

@@ -28,9 +28,10 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence
 
 from vlakeep.core.config import Config, ConfigError, to_dict
 from vlakeep.core.errors import quoted
+from vlakeep.core.evaluated import HOW, evaluation_differences
 from vlakeep.core.sameness import config_differences, flat, usual
 from vlakeep.core.storage import Storage, atomic_write
-from vlakeep.core.study import DONE, Cell, State, evaluation_differences, read_rows
+from vlakeep.core.study import DONE, Cell, State, read_rows
 
 FORMAT = 1
 CURVES = ("loss", "kl", "settled_kl", "opening", "weight", "penalty", "d", "d_ema", "threshold", "gamma", "beta", "kl_new", "grad_norm")
@@ -44,6 +45,8 @@ def record_of(cell: Cell, config: Config, storage: Storage, state: State) -> Opt
         return state.record if state.kind == DONE else None
     summary = json.loads((state.evaluation / "summary.json").read_text(encoding="utf-8"))
     header, rows = _lines(state.evaluation / "records.jsonl")
+    most = (summary.get("asked") or {}).get("evaluate.episodes")
+    rows = [row for row in rows if most is None or row.get("init", 0) < most]  # more may be there than were asked for now
     run = storage.run_folder(cell.run)
     logged = [] if cell.is_base else read_rows(run)
     if cell.making is not None and cell.making.how == "at":
@@ -78,7 +81,15 @@ def differences(record: Dict[str, Any], config: Config, of: Optional[Dict[str, A
     there = {**usual(), **record["settings"]}
     for key in [key for key in there if key.startswith("options.") and key not in record["settings"]]:
         del there[key]
-    found = [] if record["arm"] == "base" else config_differences(there, to_dict(config))
+    here = to_dict(config)
+    found = config_differences(there, here)
+    if record["arm"] == "base":  # no training decides about it
+        found = [line for line in found if line.startswith("backbone.")]
+    elif there["train.steps"] != config.train.steps:  # which a run that goes on may change, and one that is told may not
+        found.append(f"train.steps: {there['train.steps']} -> {config.train.steps}")
+    # Of the evaluation what its header leaves out, as both were asked for.
+    found += [f"evaluate.{key}: {there[f'evaluate.{key}']} -> {value}" for key, value in here["evaluate"].items()
+              if key not in HOW and key not in record["evaluate"] and there.get(f"evaluate.{key}") != value]
     found += [f"of: {record.get('of')} -> {of}"] if record.get("of") != of else []
     return found + evaluation_differences(record["evaluate"], config)
 
