@@ -309,10 +309,11 @@ def test_processes_of_the_launcher_are_forked_with_the_libraries_and_share_the_c
     asked: list = []
     monkeypatch.setattr(schedulers, "_forked", _says)
     monkeypatch.setattr(type(multiprocessing.get_context("forkserver")), "set_forkserver_preload", lambda _, names: asked.append(names))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     launcher = study.Launcher(3, gpus=2)
     assert asked == [["vlakeep.warm"]] and importlib.util.find_spec("vlakeep.warm")
     assert schedulers.at_once(launcher, 1, [functools.partial(launcher, [], tmp_path / f"{i}.log") for i in range(3)]) == [0, 0, 0]
-    assert [(tmp_path / f"{i}.log").read_text() for i in range(3)] == ["0", "1", "0"]
+    assert [(tmp_path / f"{i}.log").read_text() for i in range(3)] == ["5", "7", "5"]
     ended: list = []
     slow = threading.Thread(target=lambda: ended.append(launcher(["wait"], tmp_path / "slow.log")))
     slow.start()
@@ -322,6 +323,22 @@ def test_processes_of_the_launcher_are_forked_with_the_libraries_and_share_the_c
     launcher.stop()
     slow.join(30)
     assert ended == [-signal.SIGTERM], "what runs is asked to end"
+
+
+def test_cards_that_were_given_are_dealt_out(monkeypatch):
+    for given, count, wanted in (("2,3", 2, ["2", "3"]), ("GPU-1a, GPU-2b", 2, ["GPU-1a", "GPU-2b"]), ("", 2, ["0", "1"]),
+                                 ("4,7,9", 2, ["4", "7"]), ("5", 1, ["5"]), ("0", 0, [])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        assert schedulers.cards(count) == wanted
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert schedulers.cards(2) == ["0", "1"]
+
+
+def test_a_part_without_cells_is_no_failure(tmp_path, capsys):
+    file, out = write(tmp_path / "s.yaml", seeds=[1], rates=[1e-3], arms={"plain": PLAIN}), tmp_path / "2"
+    assert study.main([file, "--part", "2", "--parts", "2", "--export", str(out), "--root", str(tmp_path)]) == 0
+    assert out.read_text() == "" and capsys.readouterr().out == "nothing to do: no cell is left for --part 2 of --parts 2\n"
+    assert study.main([file, "--part", "2", "--parts", "2", "--table", "--root", str(tmp_path)]) == 0
 
 
 def test_a_cell_is_opened_without_the_configurations_of_the_others(tmp_path):
@@ -601,7 +618,7 @@ def test_outcomes_are_a_digit_a_trial_and_crashes_are_neither():
     for seeds, kept in (((7, 8, 9), [7, 1]), ((7, 7, 7), [7, 0]), ((7, 9, 8), [7, 9, 8]), ((7, 5), [7, -2]), ((7,), [7, 1])):
         found = records._trials(rows(*seeds))
         assert found["outcomes"] == "1x0"[:len(seeds)] and found["seeds"] == kept and records.states_of(found) == list(seeds)
-    assert records.rate_of({"outcomes": "1x0"}) == 0.5 and records.rate_of({"outcomes": "x"}) == 0.0
+    assert records.rate_of({"outcomes": "1x0"}) == 0.5 and records.rate_of({"outcomes": "x"}) is None
 
 
 def test_what_a_second_run_changes_is_counted():

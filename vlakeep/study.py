@@ -381,6 +381,11 @@ def main(argv: List[str]) -> int:
         states = study.states()
         cells = to_report(read_rule(read_tree(study.file), cells), cells, study.records(states), args.chosen == "best")
     some = study._replace(cells=share(named(cells, args.arms, args.tasks, args.rates, args.seeds), args.part, args.parts))
+    if not some.cells and not (args.table or args.report or args.paper or taken):
+        print(f"nothing to do: no cell is left for --part {args.part} of --parts {args.parts}")  # no failure of a job of many
+        if args.export:
+            write_records(args.export, [])
+        return 0
     if getattr(args, "dry-run"):
         show_plan(some, states or some.states())
         return 0
@@ -392,7 +397,7 @@ def main(argv: List[str]) -> int:
     if args.report:
         print(write_report(study, Path(args.out or study.folder() / "report")))
         return 0
-    launch = scheduler(args.scheduler, some.storage.root, some.folder() / "logs" / "jobs", args.resources)
+    launch = scheduler(args.scheduler, some.storage.root, study.folder() / "logs" / "jobs", args.resources)
     if args.rerun:
         return rerun(some, args.rerun, args.workers, launch)
     failed: Dict[str, str] = {}

@@ -205,24 +205,27 @@ def same(one: Dict[str, Any], two: Dict[str, Any]) -> List[str]:
 def values_of(record: Dict[str, Any]) -> Dict[str, Optional[float]]:
     """Rates in [0, 1], divergences in nats; no times."""
     found: Dict[str, Any] = {}
-    groups: Dict[str, List[float]] = {}
+    groups: Dict[str, List[Optional[float]]] = {}
     for name, trials in record["trials"].items():
         rate = rate_of(trials)
         groups.setdefault(name.partition(":")[0], []).append(rate)
         if not name.startswith("new:"):
             found[name] = rate
     kl = [value for value in record["action_kl"] or [] if value is not None]
-    found.update(new=_mean(groups.get("new")), old=_mean(groups.get("skill")),
-                 worst=min(groups["skill"]) if groups.get("skill") else None, questions=_mean(groups.get("question")),
+    skills = groups.get("skill", [])
+    found.update(new=_mean(groups.get("new")), old=_mean(skills), worst=min(skills) if skills and None not in skills else None,
+                 questions=_mean(groups.get("question")),
                  action_kl=_mean(kl) if record["arm"] != "base" else 0.0, probe_kl=record["probe_kl"])
     return found
 
 
-def rate_of(trials: Dict[str, Any]) -> float:
-    """Share of successes among trials that did not crash; 0 of none, as in summary.json."""
+def rate_of(trials: Dict[str, Any]) -> Optional[float]:
+    """Share of successes among trials that did not crash; None of none."""
     done = trials["outcomes"].replace("x", "")
-    return done.count("1") / len(done) if done else 0.0
+    return done.count("1") / len(done) if done else None
 
 
-def _mean(values: Optional[Sequence[float]]) -> Optional[float]:
-    return sum(values) / len(values) if values else None
+def _mean(values: Optional[Sequence[Optional[float]]]) -> Optional[float]:
+    """None also where one is not known."""
+    known = [value for value in values or [] if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values or []) else None
