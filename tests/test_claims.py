@@ -50,6 +50,49 @@ def test_differences_are_taken_at_the_same_start_state_of_the_same_seed():
         other.blocks(A, "new", ["t"], [1], minus=B)
 
 
+def test_what_crashed_altogether_has_no_mean_and_stands_in_nobodys_way():
+    """A mean over the abilities that did not crash would be of something else, and NaN is greater than nothing and less than nothing."""
+    def of(first_new, first_old):
+        return [one for seed in (1, 11, 12) for one in (
+            made("plain", "t", 1e-3, seed, first_new, first_old), made("plain", "t", 2e-3, seed, "1110", "1100"),
+            made("graded", "t", 2e-3, seed, "1110", "1111"))]
+
+    plain = Setting("plain", 1e-3)
+    for new, old, name in (("xxxx", "1100", "new:t"), ("1110", "xxxx", "skill:reach")):
+        records = of(new, old)
+        data, rule = Data(records), Rule("graded", "plain", [1], near=0.03, draws=200)
+        assert (data.mean(plain, "new", [1]) is None) == (name == "new:t") and data.crashed(plain, ["new", "old"], [1]) == [name]
+        chosen = choose(rule, families_of(cells_of(records)), data)
+        assert [(one.setting.rate, one.matched) for one in chosen.values()] == [(2e-3, True)] * 2
+        found = front.front_of(data, families_of(cells_of(records)), "old", [11, 12], 200)
+        assert found.settings == [Setting("plain", 2e-3), Setting("graded", 2e-3)] and np.isfinite([found.new, found.kept]).all()
+        judged = claims.judge(cells_of(records), records, rule)
+        assert [note for note in judged.notes if "crashed" in note] == [
+            f"all trials of an ability crashed on the {which}: plain at 0.001 ({name})" for which in (
+                "choosing seeds, so that these settings are not chosen", "reported seeds, on which these settings have no mean")]
+    with pytest.raises(ValueError, match="in every setting all trials of an ability crashed"):
+        front.front_of(data, {"plain": [plain]}, "old", [11, 12], 200)
+    none = [made("plain", "t", 1e-3, seed, "1110", "xxxx") for seed in (1, 11, 12)]
+    notes = claims.judge(cells_of(none), none, Rule("graded", "plain", [1])).notes
+    assert not any("without records" in note for note in notes)
+    blocks = {"skill:a": np.array([[1.0, 0.0], [1.0, 1.0]]), "skill:b": np.full((2, 2), np.nan)}
+    assert inference.estimate(blocks, 50, 1) is None
+    row = values_of({**none[0], "trials": {**none[0]["trials"], "skill:b": {"outcomes": "11", "seeds": [0, 1]}}})
+    assert (row["skill:reach"], row["old"], row["worst"], row["new"]) == (None, None, None, 0.75)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda record: record["trials"].update({"new:t": {"outcomes": "11001100", "seeds": [1000, 1]}}),
+     "g-t-lr0.001-s12 has 8 trials of new:t, and g-t-lr0.001-s11 4: evaluate all with the same"),
+    (lambda record: record["trials"].pop("skill:reach"), "g-t-lr0.001-s12 has no trials of skill:reach, which other cells of t have"),
+    (lambda record: record.update(action_kl=[0.1]), "g-t-lr0.001-s12 has 1 trials of action_kl, and g-t-lr0.001-s11 2")])
+def test_a_cell_that_was_evaluated_otherwise_is_named(change, words):
+    records = [made(arm, "t", 1e-3, seed, "1100", "1100") for arm in ("plain", "g") for seed in (1, 11, 12)]
+    change(records[-1])
+    with pytest.raises(ValueError, match=words):
+        claims.files(cells_of(records), records, Rule("g", "plain", [1], draws=200))
+
+
 def test_tasks_are_averaged_state_by_state_for_what_was_there_before_and_stand_alone_for_what_is_new():
     data = Data([made("a", "t", 1e-3, 1, "11", "10"), made("a", "u", 1e-3, 1, "00", "11")])
     np.testing.assert_array_equal(data.blocks(A, "old", ["t", "u"], [1])["skill:reach"], [[1.0, 0.5]])
@@ -445,7 +488,7 @@ def test_ties_go_to_the_lower_rate_crashes_are_no_trials_and_a_paired_test_has_a
     data = Data([made("plain", "t", one.rate, seed, "11", "10") for one in (high, low) for seed in (1, 2)])
     for own_best in (False, True):
         assert choose(Rule("plain", "plain", choose=[1]), {"plain": [high, low]}, data, own_best)["plain"].setting == low
-    assert [rate_of({"outcomes": one}) for one in ("1x0", "x1x", "xx")] == [0.5, 1.0, 0.0]
+    assert [rate_of({"outcomes": one}) for one in ("1x0", "x1x", "xx")] == [0.5, 1.0, None]
     pairs = [0.1, 0.2, 0.4]
     t = np.mean(pairs) / (np.std(pairs, ddof=1) / math.sqrt(3))
     assert streams._paired(pairs) == pytest.approx(1 - t / math.sqrt(2 + t * t)), "the closed form of two degrees of freedom"

@@ -22,10 +22,15 @@ from conftest import SMALL, cut_episodes
 from test_layout import REPO
 
 from vlakeep import cli, study
+from vlakeep.benchmarks.records import changes
+from vlakeep.benchmarks.summary import make_summary
+from vlakeep.core import evaluated
 from vlakeep.core import study as study_cells
-from vlakeep.core.config import ConfigError, load_config
+from vlakeep.core.checkpoint import save_checkpoint
+from vlakeep.core.config import ConfigError, load_config, to_dict
 from vlakeep.core.errors import install_extra
 from vlakeep.core.options import read
+from vlakeep.core.registry import benchmark_class
 from vlakeep.core.schema import find_config
 from vlakeep.core.stages import EVALUATE, TRAIN
 from vlakeep.core.study import BEGUN, DONE, OPEN, OTHER, READY, TRAINED, named, read_study, said, share
@@ -99,9 +104,109 @@ def test_an_evaluation_is_one_of_the_weights_that_are_there(tmp_path):
     config = load_config("configs/baseline_lora.yaml")
     (tmp_path / "summary.json").write_text(json.dumps({"weights": "these"}))
     (tmp_path / "records.jsonl").write_text(json.dumps({"header": {"evaluate": {"episodes": config.evaluate.episodes}}}) + "\n")
-    assert [study_cells._evaluated(tmp_path, weights, config) for weights in ("these", "others", None)] == [True, False, True]
+    assert [evaluated.is_evaluated(tmp_path, weights, config) for weights in ("these", "others", None)] == [True, False, True]
     config.evaluate.episodes += 1
-    assert not study_cells._evaluated(tmp_path, "these", config)
+    assert not evaluated.is_evaluated(tmp_path, "these", config)
+
+
+def as_evaluated(folder, words, **summary):
+    """An evaluation of these settings, as its benchmark leaves it: header and summary."""
+    config = load_config("configs/baseline_lora.yaml", words)
+    benchmark = benchmark_class(config.evaluate.benchmark)(config, None)
+    header = {"evaluate": {key: value for key, value in to_dict(benchmark.settings).items() if key in benchmark.decides}}
+    made = make_summary("run", [], None, "these", asked=evaluated.asked_for(config, benchmark.settings))
+    (folder / "summary.json").write_text(json.dumps({**made, **summary}))
+    (folder / "records.jsonl").write_text(json.dumps({"header": header}) + "\n")
+
+
+@pytest.mark.parametrize("words", [["episodes", 50], ["other_suites", "[libero_goal]"], ["language", True], ["chunk", 1], ["blank", True],
+                                   ["probe", "x"], ["skills", "[3]"]], ids=lambda words: words[0])
+def test_an_evaluation_of_something_else_is_done_again(tmp_path, words):
+    """Also where the header of the records leaves it out, since trials can be added to those that are there."""
+    suite, name = ["--evaluate.benchmark", "libero_object", "--evaluate.episodes", "10"], f"--evaluate.{words[0]}"
+    as_evaluated(tmp_path, suite)
+    same, other = (load_config("configs/baseline_lora.yaml", [*suite, *more]) for more in ([], [name, str(words[1])]))
+    same.evaluate.workers, same.evaluate.target, same.evaluate.seed = 7, "run", 0  # how it is played, who, and the suite's own seed
+    assert [evaluated.is_evaluated(tmp_path, "these", one) for one in (same, other)] == [True, False]
+
+
+def test_an_evaluation_of_some_skills_is_none_of_all(tmp_path):
+    for name in ("skills", "questions"):
+        as_evaluated(tmp_path, [f"--evaluate.{name}", "[reach]" if name == "skills" else "[color]"], asked=None)
+        assert not evaluated.is_evaluated(tmp_path, "these", load_config("configs/baseline_lora.yaml"))
+    as_evaluated(tmp_path, [], asked=None)  # an older version's
+    assert evaluated.is_evaluated(tmp_path, "these", load_config("configs/baseline_lora.yaml"))
+
+
+def test_episodes_of_an_older_suite_are_counted(tmp_path):
+    suite = ["--evaluate.benchmark", "libero_object", "--evaluate.episodes"]
+    as_evaluated(tmp_path, [*suite, "10"], asked=None, tasks={"one": {"n": 9, "crashes": 1}})
+    found = [evaluated.is_evaluated(tmp_path, "these", load_config("configs/baseline_lora.yaml", [*suite, n])) for n in ("10", "50")]
+    assert found == [True, False]
+
+
+def test_a_blind_evaluation_goes_on_as_no_other():
+    """Under one name, which a study gives."""
+    words = ["--evaluate.benchmark", "libero_object", "--evaluate.blank"]
+    seen, blind = (benchmark_class("libero_object")(load_config("configs/baseline_lora.yaml", [*words, blank]), None).identity()
+                   for blank in ("false", "true"))
+    assert seen != blind and changes(blind, seen) == ["other settings (blank True -> (not set))"] and len(changes(seen, blind)) == 1
+
+
+def test_only_the_episodes_that_were_asked_for_are_in_a_suites_summary():
+    config = load_config("configs/baseline_lora.yaml", ["--evaluate.benchmark", "libero_object", "--evaluate.episodes", "2"])
+    rows = [{"kind": "skill", "ability": suite, "init": init} for suite in ("libero_object", "libero_goal") for init in range(3)]
+    assert benchmark_class("libero_object")(config, None).counted([*rows, {"kind": "question", "ability": "color"}]) == [
+        *rows[:2], {"kind": "question", "ability": "color"}]
+
+
+def trained(run, config, steps):
+    """What a finished training of so many steps leaves."""
+    def adapter(folder):
+        (folder / "adapter").mkdir()
+        (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
+
+    save_checkpoint(run, steps, {}, {"step": steps}, adapter)
+    (run / "config.yaml").write_text(yaml.safe_dump({**to_dict(config), "train": {**to_dict(config)["train"], "steps": steps}}))
+    (run / "provenance.json").write_text(json.dumps({"status": "finished"}))
+
+
+def test_a_longer_training_is_none_of_the_cells(tmp_path):
+    """What stopped on its way is another arm, whose run has its own number of steps."""
+    arms = {"plain": {"config": "configs/baseline_lora.yaml"}, "early": {"of": "plain", "at": [300]}}
+    made = study.open_study(write(tmp_path / "s.yaml", settings={"train.steps": 600, "train.save_every": 300}, arms=arms, seeds=[1],
+                                  rates=[1e-3]), ["--root", str(tmp_path)])
+    plain, early = made.cells
+    trained(made.storage.run_folder(plain.name), made.configs[plain], 600)
+    trained(made.storage.run_folder(plain.name), made.configs[plain], 300)
+    assert [state.kind for state in made.states().values()] == [TRAINED, TRAINED]
+    for config in made.configs.values():
+        config.train.steps = 300
+    assert made.states()[plain] == (OTHER, "train.steps: 600 -> 300", None, None) and made.states()[early].kind == OTHER
+    made.configs[plain].train.steps = 700
+    assert made.states()[plain].kind == BEGUN
+    record = {"arm": "plain", "settings": {"train.steps": 600}, "evaluate": {}}
+    assert "train.steps: 600 -> 700" in records.differences(record, made.configs[plain])
+    base = {**record, "arm": "base", "settings": {"train.steps": 600, "backbone.checkpoint": "another"}}
+    assert records.differences(base, made.configs[plain]) == ["backbone.checkpoint: another -> tabletop-base"]
+    made.configs[plain].evaluate.blank = True
+    assert "evaluate.blank: False -> True" in records.differences(record, made.configs[plain])
+
+
+def test_the_base_is_that_of_the_study(tmp_path):
+    folder = tmp_path / "eval" / "tabletop-base-0123abcd" / "tabletop" / "small" / "base-corner"
+    folder.mkdir(parents=True)
+
+    def state(checkpoint):
+        file = write(tmp_path / "s.yaml", settings={"backbone.checkpoint": checkpoint}, arms={"base": None})
+        made = study.open_study(file, ["--root", str(tmp_path)])
+        return made.states()[made.cells[0]].kind
+
+    for older in (False, True):  # an older version's is told by its folder
+        as_evaluated(folder, [], **({"asked": None} if older else {}))
+        assert [state(checkpoint) for checkpoint in ("tabletop-base", "another", "tabletop-pi0")] == [DONE, OPEN, OPEN]
+    as_evaluated(folder, ["--backbone.checkpoint", "somewhere/tabletop-base"])
+    assert state("tabletop-base") == OPEN
 
 
 @pytest.mark.parametrize("changed, words", [
@@ -204,10 +309,11 @@ def test_processes_of_the_launcher_are_forked_with_the_libraries_and_share_the_c
     asked: list = []
     monkeypatch.setattr(schedulers, "_forked", _says)
     monkeypatch.setattr(type(multiprocessing.get_context("forkserver")), "set_forkserver_preload", lambda _, names: asked.append(names))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     launcher = study.Launcher(3, gpus=2)
     assert asked == [["vlakeep.warm"]] and importlib.util.find_spec("vlakeep.warm")
     assert schedulers.at_once(launcher, 1, [functools.partial(launcher, [], tmp_path / f"{i}.log") for i in range(3)]) == [0, 0, 0]
-    assert [(tmp_path / f"{i}.log").read_text() for i in range(3)] == ["0", "1", "0"]
+    assert [(tmp_path / f"{i}.log").read_text() for i in range(3)] == ["5", "7", "5"]
     ended: list = []
     slow = threading.Thread(target=lambda: ended.append(launcher(["wait"], tmp_path / "slow.log")))
     slow.start()
@@ -217,6 +323,22 @@ def test_processes_of_the_launcher_are_forked_with_the_libraries_and_share_the_c
     launcher.stop()
     slow.join(30)
     assert ended == [-signal.SIGTERM], "what runs is asked to end"
+
+
+def test_cards_that_were_given_are_dealt_out(monkeypatch):
+    for given, count, wanted in (("2,3", 2, ["2", "3"]), ("GPU-1a, GPU-2b", 2, ["GPU-1a", "GPU-2b"]), ("", 2, ["0", "1"]),
+                                 ("4,7,9", 2, ["4", "7"]), ("5", 1, ["5"]), ("0", 0, [])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        assert schedulers.cards(count) == wanted
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert schedulers.cards(2) == ["0", "1"]
+
+
+def test_a_part_without_cells_is_no_failure(tmp_path, capsys):
+    file, out = write(tmp_path / "s.yaml", seeds=[1], rates=[1e-3], arms={"plain": PLAIN}), tmp_path / "2"
+    assert study.main([file, "--part", "2", "--parts", "2", "--export", str(out), "--root", str(tmp_path)]) == 0
+    assert out.read_text() == "" and capsys.readouterr().out == "nothing to do: no cell is left for --part 2 of --parts 2\n"
+    assert study.main([file, "--part", "2", "--parts", "2", "--table", "--root", str(tmp_path)]) == 0
 
 
 def test_a_cell_is_opened_without_the_configurations_of_the_others(tmp_path):
@@ -496,7 +618,7 @@ def test_outcomes_are_a_digit_a_trial_and_crashes_are_neither():
     for seeds, kept in (((7, 8, 9), [7, 1]), ((7, 7, 7), [7, 0]), ((7, 9, 8), [7, 9, 8]), ((7, 5), [7, -2]), ((7,), [7, 1])):
         found = records._trials(rows(*seeds))
         assert found["outcomes"] == "1x0"[:len(seeds)] and found["seeds"] == kept and records.states_of(found) == list(seeds)
-    assert records.rate_of({"outcomes": "1x0"}) == 0.5 and records.rate_of({"outcomes": "x"}) == 0.0
+    assert records.rate_of({"outcomes": "1x0"}) == 0.5 and records.rate_of({"outcomes": "x"}) is None
 
 
 def test_what_a_second_run_changes_is_counted():

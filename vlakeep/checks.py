@@ -231,8 +231,8 @@ def check_probe(config: Config, storage: Storage) -> Tuple[List[Line], Optional[
 
 def check_artifact(config: Config, storage: Storage, model: dict, probe_sha256: Optional[str], config_path: str) -> List[Line]:
     """What the method's offline step leaves: there, whole, made for this probe, depth and options; `train` compares the weights too."""
+    from vlakeep.core.base_models import model_name
     from vlakeep.models.chain import chain_to
-    from vlakeep.models.load import model_name
     from vlakeep.teacher.folder import attention_note
 
     method, remedy = method_class(config.method), "vlakeep offline" + (f" --config {quoted(config_path)}" if config_path else "")

@@ -14,6 +14,7 @@ from typing import Iterator, List, Sequence, Tuple
 
 from tqdm import tqdm
 
+from vlakeep.core.base_models import model_name
 from vlakeep.core.checkpoint import save_checkpoint
 from vlakeep.core.config import Config
 from vlakeep.core.errors import quoted
@@ -25,7 +26,7 @@ from vlakeep.data.sample import Batch, Sample
 from vlakeep.methods import graded_offline
 from vlakeep.models.adapters import adapters_disabled, load_adapter, save_adapter
 from vlakeep.models.chain import keep_chain, merge_chain, read_chain
-from vlakeep.models.load import make_backbone, model_name
+from vlakeep.models.load import make_backbone
 from vlakeep.probe.probe_set import ProbeSet
 from vlakeep.teacher import closing
 from vlakeep.teacher.answers import Part, run_below

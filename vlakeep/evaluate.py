@@ -28,6 +28,7 @@ from vlakeep.benchmarks.specs import observation_alarms
 from vlakeep.benchmarks.summary import make_summary, write_summary
 from vlakeep.core.compat import require_numpy
 from vlakeep.core.config import Config, ConfigError
+from vlakeep.core.evaluated import asked_for
 from vlakeep.core.launch import launch
 from vlakeep.core.log import log
 from vlakeep.core.names import evaluation_folder, is_run_name, run_name
@@ -124,7 +125,8 @@ def _run(config: Config, storage: Storage, folder: Optional[Path], drift: bool, 
                 return folder
             roles = {role: [one.name for one in benchmark.abilities() if (one.kind, one.role) == (SKILL, role)] for role in (NEW, CONTROL)}
             rows = benchmark.counted(records.rows())
-            summary = make_summary(target.name, rows, distance, target.weights, "".join(roles[NEW]), roles[CONTROL])
+            summary = make_summary(target.name, rows, distance, target.weights, "".join(roles[NEW]), roles[CONTROL],
+                                   asked_for(config, benchmark.settings))
             summary.update(benchmark.additions(rows))
             if distance:
                 summary["drift_of"] = drift_identity(config, storage, target.backbone)

@@ -140,7 +140,7 @@ def arms_from_runs(runs: str, storage: Storage, benchmark: str = EvaluateConfig.
 
 def base_name(config, storage: Storage) -> Optional[str]:
     """Name of the base model of a configuration; None where it is not on this machine."""
-    from vlakeep.models.load import model_name
+    from vlakeep.core.base_models import model_name
 
     try:
         return model_name(find_checkpoint(config.backbone.checkpoint, storage.cache))

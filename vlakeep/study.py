@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from vlakeep import checks, cli
+from vlakeep.core.base_models import model_name
 from vlakeep.core.config import Config, ConfigError
 from vlakeep.core.log import log
 from vlakeep.core.next_step import completed_remedy
@@ -36,7 +37,6 @@ from vlakeep.core.registry import method_class
 from vlakeep.core.stages import STUDY
 from vlakeep.core.storage import Storage, atomic_write, find_checkpoint
 from vlakeep.core.study import BEGUN, DONE, OPEN, OTHER, Cell, State, checkpoint_problem, look, named, read_study, read_tree, share
-from vlakeep.models.load import model_name
 from vlakeep.studies import again, claims, paper, report, streams, tables
 from vlakeep.studies.records import differences, line_of, read_records, record_of, same, write_records
 from vlakeep.studies.rule import Rule, of_reported, read_rule, to_report
@@ -381,6 +381,11 @@ def main(argv: List[str]) -> int:
         states = study.states()
         cells = to_report(read_rule(read_tree(study.file), cells), cells, study.records(states), args.chosen == "best")
     some = study._replace(cells=share(named(cells, args.arms, args.tasks, args.rates, args.seeds), args.part, args.parts))
+    if not some.cells and not (args.table or args.report or args.paper or taken):
+        print(f"nothing to do: no cell is left for --part {args.part} of --parts {args.parts}")  # no failure of a job of many
+        if args.export:
+            write_records(args.export, [])
+        return 0
     if getattr(args, "dry-run"):
         show_plan(some, states or some.states())
         return 0
@@ -392,7 +397,7 @@ def main(argv: List[str]) -> int:
     if args.report:
         print(write_report(study, Path(args.out or study.folder() / "report")))
         return 0
-    launch = scheduler(args.scheduler, some.storage.root, some.folder() / "logs" / "jobs", args.resources)
+    launch = scheduler(args.scheduler, some.storage.root, study.folder() / "logs" / "jobs", args.resources)
     if args.rerun:
         return rerun(some, args.rerun, args.workers, launch)
     failed: Dict[str, str] = {}

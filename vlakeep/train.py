@@ -23,6 +23,7 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from vlakeep.core import checkpoint as ckpt
+from vlakeep.core.base_models import model_name
 from vlakeep.core.compat import import_bitsandbytes
 from vlakeep.core.config import Config, to_dict
 from vlakeep.core.errors import CheckpointError, Interrupted, TrainingStopped, explain
@@ -44,7 +45,7 @@ from vlakeep.models.adapters import adapter_state, add_lora, load_trainable, sav
 from vlakeep.models.alarms import check_vision
 from vlakeep.models.chain import chain_of_run, keep_chain, merge_chain
 from vlakeep.models.lean import autocast
-from vlakeep.models.load import make_backbone, model_class, model_name
+from vlakeep.models.load import make_backbone, model_class
 from vlakeep.models.look import look
 from vlakeep.models.sharded_base import refuse_sharding
 from vlakeep.probe.probe_set import ProbeSet

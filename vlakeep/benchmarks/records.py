@@ -60,12 +60,14 @@ def summarise(rows: List[dict]) -> Dict[Tuple[str, str], dict]:
 def changes(old: dict, new: dict) -> List[str]:
     """What of the header `new` is another in the header `old`, in words; empty when all of it is there."""
     found = []
-    for key in (key for key in new if old.get(key) != new[key]):
-        was, now = old.get(key), new[key]
+    for key in (key for key in {**new, **old} if old.get(key) != new.get(key)):
+        was, now = old.get(key), new.get(key)
         if key in ("weights", "base"):
             found.append("another model" if key == "weights" else "another base model")
         elif key not in old:
             found.append(f"an evaluation whose header does not say {key} (an older version's, or one that did not need it)")
+        elif key not in new:
+            found.append(f"other settings ({key} {was if isinstance(was, (str, int, float)) else 'set'} -> (not set))")
         elif isinstance(was, dict) and isinstance(now, dict):
             pairs = {name: (was.get(name, "(not set)"), now.get(name, "(not set)")) for name in sorted({**was, **now})}
             inner = [f"{key}.{name} {one} -> {two}" for name, (one, two) in pairs.items() if one != two]

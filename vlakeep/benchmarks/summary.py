@@ -3,21 +3,23 @@
 import json
 import time
 from pathlib import Path
-from typing import Dict, List, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 from vlakeep.benchmarks.records import mean_interval, summarise
 from vlakeep.core.storage import atomic_write
 
 
-def make_summary(name: str, rows: List[dict], drift, weights: str, learnt: str = "", controls: Sequence[str] = ()) -> Dict:
-    """What the summaries of all benchmarks have, from the trial records. learnt: the new ability; controls: those in no table."""
+def make_summary(name: str, rows: List[dict], drift, weights: str, learnt: str = "", controls: Sequence[str] = (),
+                 asked: Optional[Dict[str, Any]] = None) -> Dict:
+    """What the summaries of all benchmarks have, from the trial records. learnt: the new ability; controls: those in no table; asked: what
+    was asked for (core/evaluated.py)."""
     groups = summarise(rows)
     abilities = {ability: dict(value, group=kind) for (kind, ability), value in groups.items()
                  if kind in ("skill", "question") and ability not in (learnt, *controls)}
     new = groups.get(("skill", learnt))
     kl = [row["value"] for row in rows if row["kind"] == "retention"]
     return {"target": name, "weights": weights, "new_skill": dict(new, name=learnt) if new else None, "abilities": abilities,
-            "retention_kl": mean_interval(kl), "drift": drift}
+            "retention_kl": mean_interval(kl), "drift": drift, **({"asked": asked} if asked else {})}
 
 
 def write_summary(folder: Path, summary: Dict, alarms: List[str], started: float, said: Sequence[str] = ()) -> Path:

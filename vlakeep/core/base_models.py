@@ -48,6 +48,23 @@ def find_checkpoint(name: str, cache: Path) -> Path:
     return found[0]
 
 
+def model_name(folder: Path) -> str:
+    """Name of a checkpoint folder; in the hub's cache (models--openvla--openvla-7b/snapshots/<commit>) that of the model."""
+    folder = Path(folder).absolute()
+    if folder.parent.name == "snapshots":
+        return folder.parents[1].name.replace("models--", "").replace("--", "-")
+    return folder.name
+
+
+def model_names(name: str, cache: Path) -> List[str]:
+    """What evaluations of a base model may be called by (core/names.py): by its folder, and where it is not here as it was written."""
+    try:
+        return [model_name(find_checkpoint(name, cache))]
+    except (OSError, ValueError):
+        written = name.partition("@")[0].rstrip("/")
+        return list(dict.fromkeys([written.rpartition("/")[2], written.replace("/", "-").lstrip("-")]))
+
+
 def _places(name: str, cache: Path) -> Tuple[List[Path], str]:
     """(the folders that a name may mean, what to do when none is there)."""
     given = Path(name).expanduser()

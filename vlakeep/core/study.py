@@ -35,10 +35,12 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import yaml
 
+from vlakeep.core.base_models import model_names
 from vlakeep.core.checkpoint import latest_intact, list_checkpoints
 from vlakeep.core.config import Config, ConfigError, load_config, to_dict
 from vlakeep.core.derived import Making, adapter_of, kept_steps, makings, mistakes, weights
 from vlakeep.core.errors import quoted
+from vlakeep.core.evaluated import is_evaluated
 from vlakeep.core.names import find_evaluation
 from vlakeep.core.options import Stage
 from vlakeep.core.registry import method_class
@@ -356,8 +358,10 @@ def look(cell: Cell, config: Config, storage: Storage) -> State:
     if cell.source is not None:
         return _look_made(cell, config, storage)
     if cell.is_base:
-        folder = find_evaluation(storage, config.evaluate.benchmark, cell.name)
-        return State(DONE, "", folder) if _evaluated(folder, None, config) else State(OPEN)
+        found = [find_evaluation(storage, config.evaluate.benchmark, cell.name, model=name)
+                 for name in model_names(config.backbone.checkpoint, storage.cache)]
+        folder = next((one for one in found if is_evaluated(one, None, config)), None)
+        return State(DONE, "", folder) if folder else State(OPEN)
     run = storage.run_folder(cell.name)
     if not (run / "config.yaml").is_file() or not (list_checkpoints(run) or read_rows(run)):
         return State(OPEN)
@@ -365,14 +369,17 @@ def look(cell: Cell, config: Config, storage: Storage) -> State:
     if changed:
         return State(OTHER, "; ".join(changed))
     checkpoint = latest_intact(run) if list_checkpoints(run) else None
-    if checkpoint is None or int(checkpoint.name.rpartition("_")[2]) < config.train.steps or _status(run) != "finished":
+    step = int(checkpoint.name.rpartition("_")[2]) if checkpoint else 0
+    if step > config.train.steps:  # a longer run; what stopped at a step on its way is an arm with `at`
+        return State(OTHER, f"train.steps: {step} -> {config.train.steps}")
+    if checkpoint is None or step < config.train.steps or _status(run) != "finished":
         return State(BEGUN if list_checkpoints(run) or read_rows(run) else OPEN)
     return _left(cell, config, storage, adapter_of(checkpoint))
 
 
 def _left(cell: Cell, config: Config, storage: Storage, adapter: Optional[str]) -> State:
     folder = find_evaluation(storage, config.evaluate.benchmark, cell.name)
-    return State(DONE, "", folder) if adapter and _evaluated(folder, adapter, config) else State(TRAINED)
+    return State(DONE, "", folder) if adapter and is_evaluated(folder, adapter, config) else State(TRAINED)
 
 
 def _look_made(cell: Cell, config: Config, storage: Storage) -> State:
@@ -430,20 +437,3 @@ def _status(run: Path) -> str:
         return json.loads((run / "provenance.json").read_text())["status"]
     except (OSError, ValueError, KeyError, TypeError):
         return ""
-
-
-def _evaluated(folder: Path, weights: Optional[str], config: Config) -> bool:
-    """Whether the folder holds the finished evaluation of these weights (None: of any), as the configuration asks for it."""
-    try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        with open(folder / "records.jsonl", encoding="utf-8") as file:
-            made = json.loads(file.readline())["header"]["evaluate"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return weights in (None, summary.get("weights")) and not evaluation_differences(made, config)
-
-
-def evaluation_differences(made: Dict[str, Any], config: Config) -> List[str]:
-    """What of an evaluation's settings (its header's) is not as the configuration asks; what that leaves open, the benchmark fills in."""
-    asked = to_dict(config.evaluate)
-    return [f"evaluate.{key}: {value} -> {asked[key]}" for key, value in made.items() if asked.get(key) not in (None, [], value)]

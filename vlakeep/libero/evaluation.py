@@ -133,7 +133,8 @@ class Libero(Benchmark):
         found = libero_setup.versions()
         made = {"simulated_as": found[libero_setup.AS]} if libero_setup.AS in found else {}
         texts = self._language.identity() if self._language else {}
-        return {**({"probe": self._probe.sha256} if self._probe else {}), "mujoco": found.get("mujoco"), **made, **texts}
+        blind = {"blank": True} if self.settings.blank else {}  # a study keeps an evaluation under the cell's name, whatever is seen
+        return {**({"probe": self._probe.sha256} if self._probe else {}), **blind, "mujoco": found.get("mujoco"), **made, **texts}
 
     def play(self, target, records, folder) -> None:
         if target.backbone is None:
@@ -223,6 +224,11 @@ class Libero(Benchmark):
         if target.backbone is None:
             return []
         return crop_alarm(self.config, self.storage, self.settings) + renderer_alarm(self.config, self.storage, target.key)
+
+    def counted(self, rows: List[dict]) -> List[dict]:
+        """Without episodes of an earlier evaluation that this one does not ask for."""
+        asked = (self.name, *self.settings.other_suites)
+        return [row for row in rows if row["kind"] != SKILL or (row["ability"] in asked and row.get("init", 0) < self.settings.episodes)]
 
     def additions(self, rows: List[dict]) -> Dict[str, Any]:
         """A suite is one skill, with its tasks listed below it."""

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from vlakeep.core.base_models import model_name
 from vlakeep.core.errors import CheckpointError
 from vlakeep.data.processor import BaseProcessor
 from vlakeep.data.sample import Batch, Sample, SampleSpec
@@ -32,7 +33,6 @@ from vlakeep.data.statistics import unnormalise
 from vlakeep.models import files
 from vlakeep.models.entrance import Entrance
 from vlakeep.models.lean import compile_layers, compile_problem
-from vlakeep.models.load import model_name
 from vlakeep.models.outputs import LossOutput, loss_output
 from vlakeep.models.prefix import Prefix
 from vlakeep.models.quantised import identity

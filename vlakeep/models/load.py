@@ -25,14 +25,6 @@ GROUP = "vlakeep.models"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def model_name(folder: Path) -> str:
-    """Name of a checkpoint folder; in the hub's cache (models--openvla--openvla-7b/snapshots/<commit>) that of the model."""
-    folder = Path(folder).absolute()
-    if folder.parent.name == "snapshots":
-        return folder.parents[1].name.replace("models--", "").replace("--", "-")
-    return folder.name
-
-
 @lru_cache(maxsize=None)  # it reads the metadata of every package that is installed
 def _outside() -> dict:
     return {entry.name: entry for entry in entry_points(group=GROUP)}

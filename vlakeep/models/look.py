@@ -3,10 +3,11 @@
 import json
 from typing import Any, Dict, List, Optional
 
+from vlakeep.core.base_models import model_name
 from vlakeep.core.storage import Storage, find_checkpoint
 from vlakeep.data.card import Prompt, look_at_all
 from vlakeep.data.sample import Sample
-from vlakeep.models.load import model_class, model_name
+from vlakeep.models.load import model_class
 
 
 def prompt_of(processor, name: str) -> Optional[Prompt]:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from vlakeep.core.base_models import model_name
 from vlakeep.models.base import Backbone
-from vlakeep.models.load import model_name
 from vlakeep.openvla.backbone import OpenVLABackbone
 from vlakeep.openvla.official import make_official_backbone
 

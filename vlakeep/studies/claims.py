@@ -65,7 +65,11 @@ def judge(cells: Sequence[Cell], records: Sequence[Dict[str, Any]], rule: Rule) 
               for family, choice in choices.items()}
     if data.records(Setting(BASE, 0.0)):
         values[BASE] = {measure: value(data, Setting(BASE, 0.0), measure, seeds[:1], rule.draws) for measure in measures}
-    lacking = [family for family in families if family not in choices]
+    asked, chosen_on = ("new", rule.retention), rule.choose or data.seeds
+    notes += _crashed("on the choosing seeds, so that these settings are not chosen", data, families, asked, chosen_on)
+    notes += _crashed("on the reported seeds, on which these settings have no mean", data, families, asked, seeds)
+    lacking = [family for family, own in families.items()
+               if family not in choices and not any(data.crashed(setting, asked, chosen_on) for setting in own)]
     if lacking:
         notes.append(f"without records on the choosing seeds: {', '.join(lacking)}")
     notes += _undone(rule, cells, data, choices)
@@ -82,7 +86,7 @@ def judge(cells: Sequence[Cell], records: Sequence[Dict[str, Any]], rule: Rule) 
     try:
         if choices and seeds:
             front = front_of(data, families, rule.retention, seeds, min(rule.draws, DRAWS_OF_FRONT))
-            left = sum(map(len, families.values())) - len(front.settings)
+            left = sum(not any(one["seed"] in seeds for one in data.records(setting)) for own in families.values() for setting in own)
             notes += [f"settings without a record on the reported seeds, which the front lacks: {left}"] if left else []
             if len(front.seeds) < len(seeds) or len(front.tasks) < len(data.tasks):
                 notes.append(f"the front is over {len(front.seeds)} of {len(seeds)} seeds and {len(front.tasks)} of {len(data.tasks)} "
@@ -113,6 +117,13 @@ def _undone(rule: Rule, cells: Sequence[Cell], data: Data, choices: Dict[str, Ch
         lacking = [f"{', '.join(own)}{' each' if len(own) > 1 else ''} {missing} of {all_}" for (missing, all_), own in alike.items()]
         found += [f"cells without a record {said}: {'; '.join(lacking)}"] if lacking else []
     return found
+
+
+def _crashed(said: str, data: Data, families: Dict[str, List[Setting]], measures: Sequence[str], seeds: Sequence[int]) -> List[str]:
+    """What to say of settings of which every trial of an ability crashed: a mean over the other abilities is no mean of all."""
+    found = {str(setting): names for own in families.values() for setting in own if (names := data.crashed(setting, measures, seeds))}
+    lines = [f"{setting} ({', '.join(names)})" for setting, names in found.items()]
+    return [f"all trials of an ability crashed {said}: {'; '.join(lines)}"] if lines else []
 
 
 def _unlike(said: str, data: Data, families: Dict[str, List[Setting]], seeds: Sequence[int]) -> List[str]:

@@ -14,6 +14,7 @@ import numpy as np
 from vlakeep.core.study import BASE
 from vlakeep.studies.records import states_of
 
+EVALUATED_ALIKE = "evaluate all with the same --evaluate settings"
 Blocks = Dict[str, np.ndarray]  # name -> [S, I], NaN where a trial crashed
 
 
@@ -90,7 +91,8 @@ class Data:
         if measure == "action_kl":
             known = [task for task in tasks if all(one is None or self._measured(one, task, seed) for one in (setting, minus)
                                                    for seed in seeds)]
-            stacks = {"action_kl": [np.stack([self._kl(setting, minus, task, seed) for seed in seeds]) for task in known]}
+            stacks = {"action_kl": [self._alike([self._kl(setting, minus, task, seed) for seed in seeds], setting, task, measure, seeds)
+                                    for task in known]}
         elif measure == "new":
             stacks = {name: [self._stack(setting, minus, task, name, seeds)] for task in tasks for name in self._new(task)}
         else:
@@ -99,16 +101,27 @@ class Data:
         for name, own in stacks.items():
             if not own:
                 continue
+            if len({one.shape for one in own}) > 1:
+                raise ValueError(f"{setting} has {' and '.join(str(one.shape[1]) for one in own)} trials of {name} after its tasks "
+                                 f"{', '.join(tasks)}: {EVALUATED_ALIKE}")
             with warnings.catch_warnings():  # a trial that crashed after every task
                 warnings.simplefilter("ignore", RuntimeWarning)
                 found[name] = np.nanmean(np.stack(own), axis=0)
         return found
 
     def mean(self, setting: Setting, measure: str, seeds: Sequence[int]) -> Optional[float]:
-        """Over what the setting has of these seeds, blocks alike; None without any."""
+        """Over what the setting has of these seeds, blocks alike; None without any, and where one has no trial that did not crash."""
+        blocks = self._own(setting, measure, seeds)
+        return block_mean(blocks)
+
+    def crashed(self, setting: Setting, measures: Sequence[str], seeds: Sequence[int]) -> List[str]:
+        """Names of the blocks of which every trial crashed."""
+        found = {name: block for measure in measures for name, block in self._own(setting, measure, seeds).items()}
+        return sorted(name for name, block in found.items() if np.isnan(block).all())
+
+    def _own(self, setting: Setting, measure: str, seeds: Sequence[int]) -> Blocks:
         tasks, own = self.complete(setting, seeds)
-        blocks = self.blocks(setting, measure, tasks, own[:1] if setting.arm == BASE else own) if tasks and own else {}
-        return float(np.mean([np.nanmean(block) for block in blocks.values()])) if blocks else None
+        return self.blocks(setting, measure, tasks, own[:1] if setting.arm == BASE else own) if tasks and own else {}
 
     def _new(self, task: str) -> List[str]:
         return sorted(name for name in self._names.get(task, ()) if name.startswith("new:"))
@@ -122,15 +135,29 @@ class Data:
     def _stack(self, setting, minus, task: str, name: str, seeds) -> np.ndarray:
         rows = []
         for seed in seeds:
-            own = self._record(setting, task, seed)["trials"][name]
+            own = self._trials(setting, task, name, seed)
             row = outcomes(own)
             if minus is not None:
-                other = self._record(minus, task, seed)["trials"][name]
+                other = self._trials(minus, task, name, seed)
                 if states_of(own) != states_of(other):
                     raise ValueError(f"{setting} and {minus} were evaluated on other start states of {name} after {task}: "
                                      "evaluate both with the same --evaluate.seed and --evaluate.episodes")
                 row = row - outcomes(other)
             rows.append(row)
+        return self._alike(rows, setting, task, name, seeds)
+
+    def _trials(self, setting: Setting, task: str, name: str, seed: int) -> Dict[str, Any]:
+        record = self._record(setting, task, seed)
+        if name not in record["trials"]:
+            raise ValueError(f"{record['cell']} has no trials of {name}, which other cells of {task} have: {EVALUATED_ALIKE}")
+        return record["trials"][name]
+
+    def _alike(self, rows: List[np.ndarray], setting: Setting, task: str, name: str, seeds: Sequence[int]) -> np.ndarray:
+        """[S, I]. ValueError naming two cells of which one has more trials."""
+        for row, seed in zip(rows, seeds):
+            if len(row) != len(rows[0]):
+                one, two = (self._record(setting, task, of)["cell"] for of in (seed, seeds[0]))
+                raise ValueError(f"{one} has {len(row)} trials of {name}, and {two} {len(rows[0])}: {EVALUATED_ALIKE}")
         return np.stack(rows)
 
     def _measured(self, setting: Setting, task: str, seed: int) -> bool:
@@ -141,7 +168,17 @@ class Data:
             return np.array(self._record(one, task, seed)["action_kl"] or [0.0], dtype=float)  # the base is the teacher
 
         row = values(setting)
-        return row if minus is None else row - values(minus)
+        other = row[:0] if minus is None else values(minus)
+        if minus is not None and len(other) != len(row) and 1 not in (len(row), len(other)):
+            cells = [self._record(one, task, seed)["cell"] for one in (setting, minus)]
+            raise ValueError(f"{cells[0]} has the divergence of {len(row)} frames, and {cells[1]} of {len(other)}: {EVALUATED_ALIKE}")
+        return row if minus is None else row - other
+
+
+def block_mean(blocks: Blocks) -> Optional[float]:
+    """Blocks alike; None without any, and where all trials of one crashed: a mean over the others would be of something else."""
+    known = [block for block in blocks.values() if not np.isnan(block).all()]
+    return float(np.mean([np.nanmean(block) for block in known])) if known and len(known) == len(blocks) else None
 
 
 def outcomes(trials: Dict[str, Any]) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
-from vlakeep.studies.data import Data, Setting
+from vlakeep.studies.data import Data, Setting, block_mean
 from vlakeep.studies.inference import sample
 
 
@@ -58,20 +58,24 @@ def shortfall(own: Tuple[np.ndarray, np.ndarray], other: Tuple[np.ndarray, np.nd
 
 
 def front_of(data: Data, families: Dict[str, List[Setting]], retention: str, seeds: Sequence[int], draws: int) -> Front:
-    """All settings over the tasks and seeds that all of them have; those without any record on these seeds are left out. ValueError where
-    none are common."""
+    """All settings over the tasks and seeds that all of them have; those without any record on these seeds are left out, and those of which
+    all trials of an ability crashed. ValueError where none are common."""
     pairs = [(family, setting) for family, settings in families.items() for setting in settings
              if any(record["seed"] in seeds for record in data.records(setting))]
     settings = [setting for _, setting in pairs]
     tasks, common = data.common(settings, seeds)
     if not tasks or not common:
         raise ValueError("no task and seed is done in all settings yet: a front compares settings on the same ones")
-    columns = []
-    for setting in settings:
-        for measure in ("new", retention):
-            blocks = data.blocks(setting, measure, tasks, common)
-            columns.append((float(np.mean([np.nanmean(block) for block in blocks.values()])), sample(blocks, draws)))
-    return Front(settings, [family for family, _ in pairs], np.array([mean for mean, _ in columns[::2]]),
+    kept, columns = [], []
+    for family, setting in pairs:
+        both = [data.blocks(setting, measure, tasks, common) for measure in ("new", retention)]
+        means = [block_mean(blocks) for blocks in both]
+        if None not in means:
+            kept.append((family, setting))
+            columns += [(mean, sample(blocks, draws)) for mean, blocks in zip(means, both)]
+    if not kept:
+        raise ValueError("in every setting all trials of an ability crashed")
+    return Front([setting for _, setting in kept], [family for family, _ in kept], np.array([mean for mean, _ in columns[::2]]),
                  np.array([mean for mean, _ in columns[1::2]]), np.stack([drawn for _, drawn in columns[::2]], 1),
                  np.stack([drawn for _, drawn in columns[1::2]], 1), tasks, list(common))
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from vlakeep.core.study import BASE
 from vlakeep.reporting.intervals import t_quantile, t_within
-from vlakeep.studies.data import Blocks, Data, Setting, weights
+from vlakeep.studies.data import Blocks, Data, Setting, block_mean, weights
 
 LEVEL = 0.95
 
@@ -72,11 +72,10 @@ def sample(blocks: Blocks, draws: int) -> np.ndarray:
 
 
 def estimate(blocks: Blocks, draws: int, tasks: int, binary: bool = True) -> Optional[Estimate]:
-    """The mean over blocks with its interval; None without a trial. binary: outcomes or their differences, which have a floor."""
-    blocks = {name: block for name, block in blocks.items() if not np.isnan(block).all()}
-    if not blocks:
+    """The mean over blocks with its interval; None where one has no trial. binary: outcomes or their differences, which have a floor."""
+    mean = block_mean(blocks)
+    if mean is None:
         return None
-    mean = float(np.mean([np.nanmean(block) for block in blocks.values()]))
     seeds = next(iter(blocks.values())).shape[0]
     trials = sum(int((~np.isnan(block)).sum()) for block in blocks.values())
     if seeds < 2:

@@ -28,9 +28,10 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence
 
 from vlakeep.core.config import Config, ConfigError, to_dict
 from vlakeep.core.errors import quoted
+from vlakeep.core.evaluated import HOW, evaluation_differences
 from vlakeep.core.sameness import config_differences, flat, usual
 from vlakeep.core.storage import Storage, atomic_write
-from vlakeep.core.study import DONE, Cell, State, evaluation_differences, read_rows
+from vlakeep.core.study import DONE, Cell, State, read_rows
 
 FORMAT = 1
 CURVES = ("loss", "kl", "settled_kl", "opening", "weight", "penalty", "d", "d_ema", "threshold", "gamma", "beta", "kl_new", "grad_norm")
@@ -44,6 +45,8 @@ def record_of(cell: Cell, config: Config, storage: Storage, state: State) -> Opt
         return state.record if state.kind == DONE else None
     summary = json.loads((state.evaluation / "summary.json").read_text(encoding="utf-8"))
     header, rows = _lines(state.evaluation / "records.jsonl")
+    most = (summary.get("asked") or {}).get("evaluate.episodes")
+    rows = [row for row in rows if most is None or row.get("init", 0) < most]  # more may be there than were asked for now
     run = storage.run_folder(cell.run)
     logged = [] if cell.is_base else read_rows(run)
     if cell.making is not None and cell.making.how == "at":
@@ -78,7 +81,15 @@ def differences(record: Dict[str, Any], config: Config, of: Optional[Dict[str, A
     there = {**usual(), **record["settings"]}
     for key in [key for key in there if key.startswith("options.") and key not in record["settings"]]:
         del there[key]
-    found = [] if record["arm"] == "base" else config_differences(there, to_dict(config))
+    here = to_dict(config)
+    found = config_differences(there, here)
+    if record["arm"] == "base":  # no training decides about it
+        found = [line for line in found if line.startswith("backbone.")]
+    elif there["train.steps"] != config.train.steps:  # which a run that goes on may change, and one that is told may not
+        found.append(f"train.steps: {there['train.steps']} -> {config.train.steps}")
+    # Of the evaluation what its header leaves out, as both were asked for.
+    found += [f"evaluate.{key}: {there[f'evaluate.{key}']} -> {value}" for key, value in here["evaluate"].items()
+              if key not in HOW and key not in record["evaluate"] and there.get(f"evaluate.{key}") != value]
     found += [f"of: {record.get('of')} -> {of}"] if record.get("of") != of else []
     return found + evaluation_differences(record["evaluate"], config)
 
@@ -194,24 +205,27 @@ def same(one: Dict[str, Any], two: Dict[str, Any]) -> List[str]:
 def values_of(record: Dict[str, Any]) -> Dict[str, Optional[float]]:
     """Rates in [0, 1], divergences in nats; no times."""
     found: Dict[str, Any] = {}
-    groups: Dict[str, List[float]] = {}
+    groups: Dict[str, List[Optional[float]]] = {}
     for name, trials in record["trials"].items():
         rate = rate_of(trials)
         groups.setdefault(name.partition(":")[0], []).append(rate)
         if not name.startswith("new:"):
             found[name] = rate
     kl = [value for value in record["action_kl"] or [] if value is not None]
-    found.update(new=_mean(groups.get("new")), old=_mean(groups.get("skill")),
-                 worst=min(groups["skill"]) if groups.get("skill") else None, questions=_mean(groups.get("question")),
+    skills = groups.get("skill", [])
+    found.update(new=_mean(groups.get("new")), old=_mean(skills), worst=min(skills) if skills and None not in skills else None,
+                 questions=_mean(groups.get("question")),
                  action_kl=_mean(kl) if record["arm"] != "base" else 0.0, probe_kl=record["probe_kl"])
     return found
 
 
-def rate_of(trials: Dict[str, Any]) -> float:
-    """Share of successes among trials that did not crash; 0 of none, as in summary.json."""
+def rate_of(trials: Dict[str, Any]) -> Optional[float]:
+    """Share of successes among trials that did not crash; None of none."""
     done = trials["outcomes"].replace("x", "")
-    return done.count("1") / len(done) if done else 0.0
+    return done.count("1") / len(done) if done else None
 
 
-def _mean(values: Optional[Sequence[float]]) -> Optional[float]:
-    return sum(values) / len(values) if values else None
+def _mean(values: Optional[Sequence[Optional[float]]]) -> Optional[float]:
+    """None also where one is not known."""
+    known = [value for value in values or [] if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values or []) else None

@@ -146,6 +146,12 @@ def _forked(words: List[str], log_file: str, environment: Dict[str, str]) -> Non
     sys.exit(import_module("vlakeep.cli").main())
 
 
+def cards(count: int) -> List[str]:
+    """What names each of the GPUs that this process sees: as they were given to it, by number or UUID, else counted."""
+    given = [word.strip() for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word.strip()]
+    return given[:count] or [str(number) for number in range(count)]
+
+
 class Launcher:
     """Runs command lines of `vlakeep` as processes, at most `workers` at a time, each on a GPU of its own where there are several.
 
@@ -159,14 +165,14 @@ class Launcher:
         self._slots: "queue.Queue[int]" = queue.Queue()
         for slot in range(workers):
             self._slots.put(slot)
-        self._gpus, self._running, self._lock, self._stopped = gpus, set(), threading.Lock(), False
+        self._cards, self._running, self._lock, self._stopped = cards(gpus), set(), threading.Lock(), False
 
     def __call__(self, words: List[str], log_file: Path) -> int:
         slot = self._slots.get()
         try:
             environment = dict(os.environ)
-            if self._gpus > 1:
-                environment["CUDA_VISIBLE_DEVICES"] = str(slot % self._gpus)
+            if len(self._cards) > 1:
+                environment["CUDA_VISIBLE_DEVICES"] = self._cards[slot % len(self._cards)]
             log_file.parent.mkdir(parents=True, exist_ok=True)
             process = self._forks.Process(target=_forked, args=(words, str(log_file), environment))
             with self._lock:

@@ -51,10 +51,10 @@ def metrics(matrix: np.ndarray, base: Optional[np.ndarray] = None) -> Dict[str, 
 
 
 def success(record: Dict[str, Any]) -> np.ndarray:
-    """[K]: on every task of the record's stream; NaN for one that was not asked."""
+    """[K]: on every task of the record's stream; NaN for one that was not asked, or of which all trials crashed."""
     trials = record["trials"]
     rates = [[rate_of(trials[key]) for key in (f"new:{name}", f"stream:{name}") if key in trials] for name in record["stream"]]
-    return np.array([own[0] if own else np.nan for own in rates])
+    return np.array([own[0] if own and own[0] is not None else np.nan for own in rates])
 
 
 def streams(records: Sequence[Dict[str, Any]]) -> List[Stream]:
@@ -85,7 +85,8 @@ def values(found: Sequence[Stream], base: Optional[np.ndarray]) -> Dict[Setting,
     """Setting -> seed -> metric -> value."""
     table: Dict[Setting, Dict[int, Dict[str, Optional[float]]]] = {}
     for one in found:
-        table.setdefault(one.setting, {})[one.seed] = {**metrics(one.matrix, base), "old": one.old, "questions": one.questions}
+        known = {metric: value for metric, value in metrics(one.matrix, base).items() if not np.isnan(value)}
+        table.setdefault(one.setting, {})[one.seed] = {**known, "old": one.old, "questions": one.questions}
     return table
 
 
