@@ -1,6 +1,7 @@
 """A mid-size OpenVLA out of public parts: each part computes what its own library computes, and the whole is a checkpoint as any other."""
 
 import json
+from argparse import Namespace
 from hashlib import sha256
 
 import numpy as np
@@ -11,12 +12,13 @@ from test_layout import PACKAGE
 from tokenizers import Tokenizer
 
 from vlakeep import cli
+from vlakeep.core import storage
 from vlakeep.core.errors import CheckpointError
 from vlakeep.data.sample import Sample
 from vlakeep.models.files import weights_hash
 from vlakeep.models.load import make_backbone
 from vlakeep.models.merge import save_checkpoint
-from vlakeep.openvla import assemble
+from vlakeep.openvla import assemble, pretraining
 from vlakeep.openvla.gguf import read_gguf, unpack
 from vlakeep.openvla.model import vit_patch_features
 from vlakeep.openvla.onnx import read_onnx
@@ -174,3 +176,19 @@ def test_the_command_finds_the_packages_and_records_their_hashes(tmp_path, monke
     facts = json.loads((tmp_path / "out" / "PROVENANCE.json").read_text())
     assert facts["weights"] == weights_hash(tmp_path / "out") and len(facts["parts"]) == 2 and str(tmp_path) not in json.dumps(facts)
     assert str(PACKAGE) not in facts["command"]
+    with monkeypatch.context() as patch:  # killed on the way, it does not look done by the mark of the one before
+        patch.setattr(assemble, "write_checkpoint", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cli.run([*command, "--image", "112"])
+    assert not (tmp_path / "out" / "PROVENANCE.json").exists()
+
+
+def test_the_mark_of_a_whole_model_is_there_at_once(tmp_path, monkeypatch):
+    """Scripts and train-base ask for the file alone; it comes under its name when it is written."""
+    marked, here, rename = [], tmp_path / "PROVENANCE.json", storage.os.replace
+    monkeypatch.setattr(storage.os, "replace", lambda *given: marked.append(here.exists()) or rename(*given))
+    monkeypatch.setattr(pretraining, "save_checkpoint", lambda *given, **options: None)
+    assemble.write_provenance(tmp_path, {})
+    here.unlink()
+    pretraining.save(None, Namespace(out=tmp_path, seed=0, batch=1, device="cpu"), "", {"steps": 1})
+    assert marked == [False, False] and json.loads(here.read_text())["steps"] == 1

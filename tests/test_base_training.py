@@ -258,6 +258,8 @@ def test_pieces_leave_the_weights_of_one_piece_to_the_bit(world, parts, capsys, 
         if piece == 1:
             with pytest.raises(ConfigError, match=r"training with other settings: lr 0.02 \(was 0.01\)"):
                 cli.run([*command, str(root / "pieced"), "--lr", "0.02"])
+            with pytest.raises(ConfigError, match=r"training with other settings: near True \(was None\)"):
+                cli.run([*command, str(root / "pieced"), "--near"])
     said = capsys.readouterr().out
     assert said.count("the same command goes on") == 3 and "goes on behind step 3 of 4" in said
     assert weights_hash(root / "pieced") == weights_hash(root / "whole") != weights_hash(parts)
@@ -301,6 +303,10 @@ def test_a_training_with_an_end_makes_the_steps_that_fit_and_goes_on_where_the_c
     assert rates[10] == pytest.approx(0.01, rel=0.1) and rates[-1] < 0.002
     with pytest.raises(ConfigError, match="the time was over before the first step: give --done_after more"):
         trained("late", -1)
+    assert trained("cut", 1000, stop=10) is None
+    with pytest.raises(ConfigError, match="the time was over before the first step behind 10: give --done_after more"):
+        trained("cut", -1)
+    assert trained("cut", 5)["steps"] == 15
 
 
 def test_it_learns_actions_and_holds_to_what_it_said(parts, tmp_path):

@@ -19,6 +19,7 @@ import torch
 from conftest import BASELINE
 
 from vlakeep import evaluate
+from vlakeep.core.names import evaluation_name
 from vlakeep.data.images import center_crop, libero_image
 from vlakeep.data.sample import Episode, Sample
 from vlakeep.data.writer import write_rlds
@@ -110,13 +111,15 @@ def place(world):
     statistics = json.loads((checkpoint / "adapter" / "dataset_statistics.json").read_text())
     statistics["tabletop"] = models["base"].norm_stats["tabletop"]
 
+    def config(*options):
+        return make_config(BASELINE, *common, "--probe.size", 8, "--evaluate.benchmark", OBJECT, "--evaluate.batch", 2, *options)
+
     def evaluation(*options):
-        done = evaluate.run_evaluation(make_config(BASELINE, *common, "--probe.size", 8, "--evaluate.benchmark", OBJECT,
-                                                   "--evaluate.batch", 2, *options), storage)
+        done = evaluate.run_evaluation(config(*options), storage)
         trials = [row for row in read(done)[1:] if row["kind"] in ("skill", "question", "retention")]
         return trials, json.loads((done / "summary.json").read_text()), done
 
-    return SimpleNamespace(storage=storage, evaluation=evaluation, models=models, statistics=statistics, demos=demos)
+    return SimpleNamespace(storage=storage, config=config, evaluation=evaluation, models=models, statistics=statistics, demos=demos)
 
 
 @pytest.fixture(autouse=True)
@@ -220,7 +223,7 @@ def test_each_suite_is_answered_by_a_graph_of_its_own_unless_it_is_turned_off(pl
     assert told == ["recorded", "asked", "over"] * 2 if graph else told == ["asked"]
 
 
-def test_language_is_asked_beside_the_episodes_as_it_is_alone(place, planned, simulator):
+def test_language_is_asked_beside_the_episodes_as_it_is_alone(place, planned, simulator, tmp_path):
     simulator(planned)
     write_questions(place.storage.probe / HELDOUT)
     texts = ["--evaluate.texts", str(TEXTS)]
@@ -238,6 +241,9 @@ def test_language_is_asked_beside_the_episodes_as_it_is_alone(place, planned, si
     chosen, _, _ = place.evaluation(*MAIN, *texts, "--evaluate.language", True, "--evaluate.questions", "[color]", "--evaluate.skills",
                                     "[0]")
     assert {row["ability"] for row in chosen if row["kind"] == "question"} == {"color", "pick", "last"}
+    (tmp_path / "color.jsonl").write_bytes((TEXTS / "pick.jsonl").read_bytes())
+    with pytest.raises(ValueError, match="--evaluate.texts has color, as kinds of questions of the probe"):
+        place.evaluation(*MAIN, "--evaluate.texts", str(tmp_path), "--evaluate.language", True)
     with pytest.raises(FileNotFoundError, match="--evaluate.texts"):
         place.evaluation(*MAIN, "--evaluate.texts", str(TEXTS / "none"), "--evaluate.language", True)
 
@@ -317,6 +323,17 @@ def test_a_blank_evaluation_shows_grey_and_is_kept_apart(place, simulator, monke
                                              "--evaluate.probe", HELDOUT)
     assert rows == [row(OBJECT, 1, 0, True, 4)] and folder.name == "base-blank" and summary["target"] == "base-blank"
     assert any("collapsed: 1 different actions in 4 steps" in alarm for alarm in summary["alarms"])
+    # Under a name of one's own too; and no trial of it counts for one that sees, wherever it lies.
+    asked = ["--evaluate.skills", "[1]", "--evaluate.episodes", 1]
+    config = place.config(*asked, "--evaluate.blank", True)
+    named = evaluate.run_evaluation(config, place.storage, name="group/cell")
+    assert named.parts[-2:] == ("group", "cell-blank") == tuple(evaluation_name("group/cell", config.evaluate).split("/"))
+    assert json.loads((named / "records.jsonl").read_text().split("\n")[0])["header"]["blank"] is True
+    _, _, seeing = place.evaluation(*asked)
+    assert "blank" not in read(seeing)[0]["header"] and evaluation_name("group/cell", place.config(*asked).evaluate) == "group/cell"
+    for one, other, told in ((named, place.config(*asked), "blank True -> .not set"), (seeing, config, "header does not say blank")):
+        with pytest.raises(ValueError, match=told):
+            evaluate.run_evaluation(other, place.storage, one)
 
 
 def test_another_crop_than_that_of_the_training_is_used_and_named(place, simulator):

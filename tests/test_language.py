@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 from conftest import BASELINE, read_evaluation
@@ -50,9 +51,17 @@ def test_the_fingerprint_is_of_the_content(tmp_path):
 
 
 @pytest.mark.parametrize("line, words", [
-    ("{", "line 2 is no item"), ('{"context": "a"}', "line 2 is no item .KeyError"),
-    ('{"context": "a", "choices": []}', "line 2 is no item"),
+    ("{", "x.jsonl line 2 is no item"), ('{"context": "a"}', "line 2 is no item .no 'choices'"), ("[]", "is no object"),
+    ('{"context": "a", "choices": []}', "line 2 is no item .*no list of texts but ..;?"),
+    ('{"context": "a", "choices": " door"}', "line 2 .*choices are no list of texts but ' door'"),
+    ('{"context": null, "choices": [" b"]}', "line 2 .*context is no text but None"),
+    ('{"context": "a", "choices": [" b", 3]}', "line 2 .*a choice is no text but 3"),
     ('{"context": "a", "choices": [" ", " b"]}', "line 2 is no item"), ('{"context": "a", "choices": [" b"], "right": 1}', "number 1 of 1"),
+    ('{"context": "a", "choices": [" b", " c"]}', "line 2 is no item .no 'right'"),
+    ('{"context": "a", "choices": [" b", " c"], "right": -1}', "line 2 .*number -1 of 2"),
+    ('{"context": "a", "choices": [" b", " c"], "right": true}', "line 2 .*number True of 2"),
+    ('{"doc_id": 1, "label": 1, "request": {"context": "a", "continuation": " b"}}', "x.jsonl line 2.*number 1 of 1"),
+    ('{"doc_id": 1, "label": 0, "request": {"context": "a", "continuation": [" b"]}}', "line 2 .*a choice is no text"),
 ])
 def test_a_line_that_is_no_item_is_named(tmp_path, line, words):
     (tmp_path / "x.jsonl").write_text('{"context": "a", "choices": [" b"]}\n' + line + "\n")
@@ -61,6 +70,17 @@ def test_a_line_that_is_no_item_is_named(tmp_path, line, words):
     (tmp_path / "y.jsonl.gz").write_bytes(b"no gzip")
     with pytest.raises(ValueError, match="y.jsonl.gz is damaged .*: fetch it again"):
         read_items(tmp_path / "y.jsonl.gz")
+
+
+def test_what_ends_a_line_elsewhere_ends_none_here(tmp_path):
+    """JSON leaves these in a text as they are, as writers of UTF-8 do; a line may end as on Windows."""
+    text = "one\u2028two\u2029three\x85four"
+    line = json.dumps({"context": text, "choices": [" b"]}, ensure_ascii=False)
+    (tmp_path / "x.jsonl").write_bytes(f"{line}\r\n\n{line}".encode())
+    assert read_items(tmp_path / "x.jsonl") == [Item(text, [" b"])] * 2
+    (tmp_path / "x.jsonl").write_bytes(line.encode("utf-16"))
+    with pytest.raises(ValueError, match="x.jsonl is no UTF-8"):
+        read_items(tmp_path / "x.jsonl")
 
 
 def test_files_are_those_of_the_folder_or_of_the_package(tmp_path, monkeypatch):
@@ -187,6 +207,21 @@ def test_every_item_is_a_trial_and_the_summary_counts_them(alone, backbone, tmp_
     cost = [-row["log_p"][row["right"]] / row["tokens"][row["right"]] for row in picked]
     assert summary["nats"]["pick"]["mean"] == pytest.approx(sum(cost) / 4) and "a token of the right choice" in capsys.readouterr().out
     check_rows(picked, backbone)
+
+
+def test_two_processes_ask_every_batch(alone, tmp_path):
+    """Three batches of one ability and one of another."""
+    storage, make_config = alone
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name, times in (("pick", 10), ("last", 1)):
+        (texts / f"{name}.jsonl").write_text((TEXTS / f"{name}.jsonl").read_text() * times)
+    own = ["--evaluate.texts", texts, "--evaluate.questions_per_kind", 40]
+    one = read_evaluation(run_evaluation(make_config(*own), storage))
+    forked.run_two_ranks(["evaluate", "--config", BASELINE, "--root", storage.root, "--device", "cpu", "--threads", "1",
+                          *ASKED, *own, "--as", "spread"], tmp_path)
+    two = read_evaluation(next(storage.eval.glob("*/language/spread")))
+    assert two == one and len([row for row in one[0] if row["kind"] == "question"]) == 43
 
 
 def test_a_run_is_asked_with_its_adapter(world, evaluated, tmp_path):

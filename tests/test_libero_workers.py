@@ -3,21 +3,22 @@
 import functools
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from fake_simulator import Counter, broken, count
+from fake_simulator import Counter, Line, broken, count, walked
 
 from vlakeep.benchmarks.policy import FixedBatch
 from vlakeep.benchmarks.summary import make_summary, print_summary
 from vlakeep.core.config import BackboneConfig, Config, EvaluateConfig
 from vlakeep.core.storage import Storage
 from vlakeep.libero import benchmark as libero
-from vlakeep.libero import evaluation
+from vlakeep.libero import demos, evaluation
 from vlakeep.libero import setup as libero_setup
-from vlakeep.libero.env import to_simulator
-from vlakeep.libero.record import Demo, Manner, disturbances, without_no_ops
+from vlakeep.libero.env import NoPlacement, to_simulator
+from vlakeep.libero.record import Demo, Manner, disturbances, play_expert, without_no_ops
 from vlakeep.libero.scene import Boxes, clearance, rotation_about, separation
 from vlakeep.libero.workers import Job, Seen, Workers
 
@@ -142,6 +143,65 @@ def test_noise_comes_in_stretches_and_follows_from_task_and_seed():
     assert np.array_equal(pushes, drawn(0.5, 3, 1000)) and not np.array_equal(pushes, drawn(0.5, 4, 1000))
 
 
+@pytest.fixture
+def line(tmp_path, monkeypatch):
+    """(folder of what is wrong with the simulator, folder of stored demonstrations)."""
+    monkeypatch.setenv("FAKE_LINE", str(tmp_path))
+    monkeypatch.setattr(demos, "LiberoEnv", Line)
+    monkeypatch.setattr(demos, "record", walked)
+    monkeypatch.setitem(demos.MAX_STEPS, "line", 5)
+    (tmp_path / "states").mkdir()
+    return tmp_path, tmp_path / "states"
+
+
+def test_a_seed_whose_simulator_died_is_named_and_asked_again(line):
+    """As a failure it would be one for good, whatever was wrong with the machine; the next seed must not take its place."""
+    folder, states = line
+    (folder / "dead-1002").touch()
+    with pytest.raises(ChildProcessError, match="no answer to 1 of 3 seeds .task 0, seed 1002: ValueError: no memory on the.*--first"):
+        demos.collect("line", [0], 3, 1000, 1, states, Manner())
+    assert sorted(path.name for path in states.iterdir()) == ["task00_seed1000.npz", "task00_seed1001.npz"]
+    (folder / "dead-1002").unlink()
+    found = demos.collect("line", [0], 3, 1000, 1, states, Manner())
+    assert found == {0: {1000 + number: number % 2 == 0 for number in range(5)}}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_any_number_of_demonstrations_that_do_not_replay_are_left_out_and_any_other_trouble_ends_it(line, workers, capsys):
+    folder, states = line
+    keys = [(0, seed) for seed in range(1000, 1016, 2)]
+    demos.collect("line", [0], len(keys), 1000, workers, states, Manner())
+
+    def shown():
+        lost = []
+        return [shot.key for shot in demos.rendered("line", keys, 4, ["agentview"], workers, states, folder / "tmp", lost)], lost
+
+    assert shown() == (keys, [])
+    demo = Demo.load(demos.stored(states, keys[0]))
+    short = demo._replace(actions=demo.actions[:1], executed=demo.executed[:1], states=demo.states[:2])
+    for key, spoilt in zip(keys[1:], [demo._replace(states=demo.states + [[0], [0.5], [0]]), short] * 3):
+        spoilt.save(demos.stored(states, key))
+    kept, lost = shown()
+    assert kept == [keys[0], keys[7]] and sorted(lost) == keys[1:7]
+    said = capsys.readouterr().err
+    assert "seed 1002: " in said and "(step 1 leads elsewhere)" in said and "(no success)" in said
+    (folder / "dead-1014").touch()
+    with pytest.raises(ChildProcessError, match="task 0, seed 1014 cannot be rendered: ValueError: no memory on the card"):
+        shown()
+    (folder / "dead-1014").unlink()
+    with pytest.raises(ValueError, match="none of 6 stored demonstrations replay here"):
+        keys[:] = keys[1:7]
+        shown()
+
+
+def test_a_seed_without_a_scene_is_a_failure_as_any_other():
+    def fresh_start(seed):
+        raise NoPlacement("line task 0: no collision-free placement in 50 attempts")
+
+    env = SimpleNamespace(fresh_start=fresh_start, task=0, suite="line")
+    assert play_expert(env, 1000, 5) is None
+
+
 def test_demonstrations_of_before_the_noise_were_executed_as_they_stand(tmp_path):
     demo = Demo(np.ones((2, 7), np.float32), np.zeros((2, 7), np.float32), np.zeros((3, 5)), np.zeros((2, 8), np.float32))
     demo.save(tmp_path / "new.npz")
@@ -192,29 +252,60 @@ def test_a_missing_simulator_names_the_command(monkeypatch):
 
 def test_a_replay_acts_by_the_step_alone_and_rests_at_the_end():
     actions_TA = np.arange(14.0).reshape(2, 7)
-    act = libero.Replay({"lift it": [actions_TA]})
+    act = libero.Replay({0: [actions_TA]})
     picture, job = np.zeros((2, 2, 3), np.uint8), Job("s", 0, 3, 7)
     found = act([job] * 3, [Seen(picture, "lift it", step) for step in (1, 0, 5)])
     assert [row.tolist() for row in found] == [actions_TA[1].tolist(), actions_TA[0].tolist(), [0.0] * 6 + [13.0]]
 
 
 def test_a_replay_takes_the_demonstrations_in_turn():
-    act = libero.Replay({"lift it": [np.zeros((1, 7)), np.ones((1, 7))]})
+    act = libero.Replay({0: [np.zeros((1, 7)), np.ones((1, 7))]})
     jobs = [Job("s", 0, number, 7) for number in range(4)]
     found = act(jobs, [Seen(np.zeros((2, 2, 3), np.uint8), "lift it", 0)] * 4)
     assert [row[0] for row in found] == [0, 1, 0, 1]
 
 
-def test_demonstrations_are_found_by_their_instruction(monkeypatch):
-    from types import SimpleNamespace
+def suite(monkeypatch, *texts):
+    """A suite of tasks that are called so."""
+    tasks = [SimpleNamespace(language=text) for text in texts]
+    names = [f"SCENE{number}_{text.replace(' ', '_')}" for number, text in enumerate(texts)]
+    monkeypatch.setattr(libero, "load_suite", lambda suite: SimpleNamespace(get_task=tasks.__getitem__, n_tasks=len(tasks),
+                                                                            get_task_names=lambda: names))
 
-    names = {0: SimpleNamespace(language="lift it"), 1: SimpleNamespace(language="push it")}
-    monkeypatch.setattr(libero, "load_suite", lambda suite: SimpleNamespace(get_task=names.get))
+
+def test_tasks_that_share_an_instruction_have_their_own_demonstrations(monkeypatch, tmp_path):
+    """By what libero-demos and LIBERO's files say; where nothing does, another task's would be played in silence."""
+    suite(monkeypatch, "lift it", "push it", "lift it")
+    like = {"action": {"mask": [False] * 7, "q01": [0] * 7, "q99": [1] * 7}}
+    origins = ["libero_90/2/1000", "libero_goal/0/1000", "", "libero_90/0/1001", "/a/SCENE2_lift_it_demo.hdf5", "libero_90/2/1002"]
+    data = SimpleNamespace(name="mine", statistics=like, languages=["lift it"] * 2 + ["push it"] + ["lift it"] * 3,
+                           actions=lambda episode: np.full((1, 7), float(episode)), origins=lambda: origins)
+    found = evaluation.demonstrations([data], "libero_90", [0, 1, 2], count=2)
+    assert {k: [a[0, 0] for a in v] for k, v in found.items()} == {0: [3], 1: [2], 2: [0, 4]}
+    origins[3] = "somewhere"
+    with pytest.raises(ValueError, match="mine: libero_90 has the tasks 0, 2 of .*'lift it', and episode 3 does not say .*'somewhere'"):
+        evaluation.demonstrations([data], "libero_90", [0, 1, 2], count=2)
+    assert list(evaluation.demonstrations([data], "libero_90", [1], count=2)) == [1]
+    # As the formats say it.
+    from vlakeep.data.rlds import RldsDataset
+    from vlakeep.data.sample import Episode
+    from vlakeep.data.writer import write_rlds
+
+    rng = np.random.default_rng(0)
+    actions = np.outer([-1, 1], np.ones(7)).astype(np.float32)
+    write_rlds(tmp_path, "libero_mine", [Episode(rng.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8), actions, text,
+                                                 file_path=f"libero_90/2/{seed}")
+                                         for seed, text in ((1, "lift it"), (2, ""), (3, "lift it"))])
+    assert RldsDataset(tmp_path / "libero_mine").origins() == ["libero_90/2/1", "libero_90/2/3"]
+
+
+def test_demonstrations_are_found_by_their_instruction(monkeypatch):
+    suite(monkeypatch, "lift it", "push it")
     like = {"action": {"mask": [False] * 7, "q01": [0] * 7, "q99": [1] * 7}}
     data = SimpleNamespace(name="mine", statistics=like, languages=["push it", "lift it", "lift it", "other", "lift it"],
                            actions=lambda episode: np.full((1, 7), float(episode)))
     found = evaluation.demonstrations([data], "s", [0, 1], count=2)
-    assert {k: [a[0, 0] for a in v] for k, v in found.items()} == {"lift it": [1, 2], "push it": [0]}
+    assert {k: [a[0, 0] for a in v] for k, v in found.items()} == {0: [1, 2], 1: [0]}
     data.languages[0] = "other"
     with pytest.raises(FileNotFoundError, match="no demonstration of .'push it'.: make them with `vlakeep libero-demos"):
         evaluation.demonstrations([data], "s", [0, 1], count=2)

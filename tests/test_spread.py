@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import forked
 import numpy as np
@@ -16,7 +17,7 @@ from vlakeep.benchmarks.records import Records
 from vlakeep.core.errors import Interrupted
 from vlakeep.core.parallel import Distributed
 from vlakeep.core.storage import Storage
-from vlakeep.evaluate import run_evaluation
+from vlakeep.evaluate import play, run_evaluation
 from vlakeep.models.alarms import ActionWatch
 from vlakeep.offline import run_offline
 from vlakeep.teacher.collect import dealt
@@ -78,6 +79,35 @@ def test_two_processes_leave_the_records_and_the_summary_of_one(world, evaluated
     assert sorted((two / "records.jsonl").read_bytes().splitlines()) == sorted((one / "records.jsonl").read_bytes().splitlines())
     assert files(two).keys() == files(one).keys()
     assert "wrote" in (tmp_path / "rank0").read_text() and (tmp_path / "rank1").read_text() == ""
+
+
+class Rank:
+    """One of two processes, without the other."""
+
+    def __init__(self, rank):
+        self.rank, self.world, self.is_main = rank, 2, rank == 0
+
+    def broadcast(self, rows):
+        return rows or []
+
+
+def test_a_benchmark_that_does_not_divide_is_played_whole_by_the_first(tmp_path):
+    """Whatever it asks of the records; and what comes behind it is dealt out as evenly as before."""
+    def played(target, records, folder):
+        for trials, _ in records.missing("skill", "pick", 6, 2):
+            [add(records, "pick", trial) for trial in trials]
+        [add(records, "tap", trial) for trial in records.share(range(4)) if records.gather(trial) == [trial]]
+
+    def add(records, ability, trial):
+        records.add(kind="skill", ability=ability, trial=trial, seed=0, success=True, value=None, crash=None, steps=1)
+
+    found, asked = [], []
+    for rank in range(2):
+        with Records(tmp_path / str(rank) / "records.jsonl", {}, Rank(rank)) as records:
+            play(SimpleNamespace(divides=False, play=played), None, records, tmp_path)
+            found += [(row["ability"], row["trial"]) for row in records.rows()]
+            asked += [trial for trials, _ in records.missing("question", "color", 10, 2) for trial in trials]
+    assert found == [("pick", trial) for trial in range(6)] + [("tap", trial) for trial in range(4)] and sorted(asked) == list(range(10))
 
 
 def test_an_evaluation_whose_processes_were_killed_goes_on_in_one(world, evaluated, tmp_path):

@@ -31,7 +31,7 @@ from vlakeep.core.config import Config, ConfigError
 from vlakeep.core.evaluated import asked_for
 from vlakeep.core.launch import launch
 from vlakeep.core.log import log
-from vlakeep.core.names import evaluation_folder, is_run_name, run_name
+from vlakeep.core.names import evaluation_folder, evaluation_name, is_run_name, run_name
 from vlakeep.core.options import read
 from vlakeep.core.parallel import DAY, HOST, Distributed, alone, pick_device, set_threads
 from vlakeep.core.registry import benchmark_class
@@ -96,7 +96,7 @@ def run_evaluation(config: Config, storage: Storage, folder: Optional[Path] = No
     """Evaluate one target and return its folder (`folder`, or its own). Interrupted evaluations go on where they stopped, in as many
     processes as there are then: those of a job divide what is to be done, and the first of them writes.
 
-    name: under which it is kept in place of the target's.
+    name: under which it is kept in place of the target's, of a control with its suffix.
     drift: whether the drift over the probe is measured, which takes a pass of both models over all of it.
     """
     with nullcontext(Distributed.here()) if alone() else Distributed(config.device, DAY, HOST) as job:
@@ -111,13 +111,13 @@ def _run(config: Config, storage: Storage, folder: Optional[Path], drift: bool, 
     benchmark.check()
     with benchmark.opened():
         target = benchmark.stand_in() or take_model(benchmark)
-        folder = folder or evaluation_folder(storage, target.model, benchmark.name, name or target.name, target.weights, target.base)
+        called = evaluation_name(name, config.evaluate) if name else target.name
+        folder = folder or evaluation_folder(storage, target.model, benchmark.name, called, target.weights, target.base)
         with Records(folder / "records.jsonl", make_header(benchmark, target), job) as records:
             # First, while a bad probe costs nothing yet.
             distance = drift_of(benchmark, target) if drift else None
             alarms = benchmark.alarms(target) + shape_alarms(benchmark, target)
-            if benchmark.divides or job.is_main:
-                benchmark.play(target, records, folder)
+            play(benchmark, target, records, folder)
             if target.backbone is not None:
                 ask(benchmark, target, records)
             records.collect()
@@ -138,13 +138,23 @@ def take_model(benchmark: Benchmark) -> Target:
     not fit it."""
     config, storage = benchmark.config, benchmark.storage
     backbone, name, weights = load_target(config, storage, pick_device(config.device, Distributed.here().local_rank))
+    name = evaluation_name(name, config.evaluate)
     if not benchmark.acts:
-        return Target(name + benchmark.suffix, weights, backbone)
+        return Target(name, weights, backbone)
     own = backbone.unnorm_key or (next(iter(backbone.norm_stats)) if len(backbone.norm_stats) == 1 else None)
     key = backbone.action_key(benchmark.pick_key(config.backbone.unnorm_key, backbone.norm_stats, own))
     benchmark.compare(key, backbone.norm_stats, backbone.processor.spec)
     backbone.unnorm_key = key
-    return Target(name + benchmark.suffix, weights, backbone, key)
+    return Target(name, weights, backbone, key)
+
+
+def play(benchmark: Benchmark, target: Target, records: Records, folder: Path) -> None:
+    """The episodes: in all processes, or all of them in the first, whatever of `records` the benchmark asks."""
+    if benchmark.divides:
+        benchmark.play(target, records, folder)
+    elif records.is_main:
+        with records.undivided():
+            benchmark.play(target, records, folder)
 
 
 def shape_alarms(benchmark: Benchmark, target: Target) -> List[str]:

@@ -48,7 +48,7 @@ class Benchmark:
     actions = ActionSpec()
     seed = 0  # of the start states where evaluate.seed is null
     drift = REQUIRED
-    # Whether several processes play what Records.share gives each of them; else the first of them plays alone.
+    # Whether several processes play what Records.share or Records.missing deals to each of them; else the first of them plays alone.
     divides = False
     acts = True  # whether the model's actions are used, which takes action statistics
     # Of what only some benchmarks know: settings of the evaluate section by name, and the target REPLAY.
@@ -118,7 +118,10 @@ class Benchmark:
 
     # With the model
 
-    suffix = ""  # of the target's name, for evaluations that are kept apart
+    @classmethod
+    def suffix_of(cls, settings: EvaluateConfig) -> str:
+        """Of the target's name, for evaluations that are kept apart; of the settings alone, so that a study finds its cells."""
+        return ""
 
     def pick_key(self, given: Optional[str], known: Dict[str, Any], own: Optional[str]) -> Optional[str]:
         """The key of the action statistics with which the new ability is played. given: backbone.unnorm_key of the configuration; known:
@@ -154,8 +157,8 @@ class Benchmark:
     # Trials
 
     def play(self, target: "Target", records: Records, folder: Path) -> None:
-        """Every episode that `records` lacks; with `divides`, those of them that records.share deals to this process. A policy or simulator
-        that raised is a trial with `crash` set. folder: for videos."""
+        """Every episode that `records` lacks; with `divides`, those of them that records.share or records.missing deals to this process. A
+        policy or simulator that raised is a trial with `crash` set. folder: for videos."""
         raise NotImplementedError
 
     def questions(self) -> Iterator[Questions]:

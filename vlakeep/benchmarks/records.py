@@ -13,6 +13,7 @@ import errno
 import json
 import math
 import os
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, TypeVar
 
@@ -64,6 +65,8 @@ def changes(old: dict, new: dict) -> List[str]:
         was, now = old.get(key), new.get(key)
         if key in ("weights", "base"):
             found.append("another model" if key == "weights" else "another base model")
+        elif key not in new:
+            found.append(f"other settings ({key} {was} -> (not set))")
         elif key not in old:
             found.append(f"an evaluation whose header does not say {key} (an older version's, or one that did not need it)")
         elif key not in new:
@@ -192,10 +195,21 @@ class Records:
             if lacking and self._my_turn():
                 yield batch, lacking
 
+    @contextmanager
+    def undivided(self) -> Iterator[None]:
+        """Within it nothing is dealt out or gathered: what one process does alone is all of it."""
+        job, self._job = self._job, None
+        try:
+            yield
+        finally:
+            self._job = job
+
     def _my_turn(self) -> bool:
         """Batches go round: whether it is this process's turn, which all ask as often."""
+        if self._job is None:
+            return True
         self._turn += 1
-        return self._job is None or self._turn % self._job.world == self._job.rank
+        return self._turn % self._job.world == self._job.rank
 
     def share(self, items: Sequence[One]) -> List[One]:
         """This process's part of a list that all have: a stretch of it, so that what lies together stays together."""

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import List, Optional, Sequence
 
+from vlakeep.core.registry import benchmark_class
 from vlakeep.core.storage import Storage
 
 RECORDS = "records.jsonl"
@@ -52,6 +53,12 @@ def target_folder(target: str, storage: Storage) -> Path:
 def model_key(name: str, weights_sha256: str) -> str:
     """Folder of the evaluations of a base model and its runs, e.g. openvla-7b-0123abcd."""
     return f"{name}-{weights_sha256[:HASH]}"
+
+
+def evaluation_name(name: str, settings) -> str:
+    """Under which the evaluation of a target, or of what it is kept as, lies: with what its benchmark tells controls apart by. settings:
+    config.evaluate."""
+    return name + benchmark_class(settings.benchmark).suffix_of(settings)
 
 
 def old_evaluation_folder(storage: Storage, benchmark: str, cell: str) -> Path:

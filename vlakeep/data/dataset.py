@@ -203,6 +203,11 @@ class DemoDataset:
         """Instruction of each usable episode (of its first frame; frames keep their own)."""
         return [self.index.texts[self.index.text_N[start]] for start in self._first]
 
+    def origins(self) -> List[str]:
+        """What the files say of where each usable episode comes from, as far as they do: a path, or SUITE/TASK/SEED of LIBERO. Some formats
+        read them anew for it."""
+        return [""] * len(self)
+
     def _row(self, episode: int, frame: int) -> int:
         if not 0 <= episode < len(self.lengths) or not 0 <= frame < self.lengths[episode]:
             raise IndexError(f"{self.name}: no frame {frame} of episode {episode} (it has {len(self.lengths)} episodes)")

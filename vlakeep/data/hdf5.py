@@ -298,6 +298,9 @@ class Hdf5Dataset(DemoDataset):
                              "or call each file <words_of_its_instruction>_demo.hdf5")
         super().__init__(folder, name, index, (0, len(index.start_E) - 1), fraction, conventions)
 
+    def origins(self) -> List[str]:
+        return [str(self._paths[file]) for file in self.index.places["file_E"][self._numbers]]
+
     def _picture(self, number: int, row: int, frame: int, where: str) -> np.ndarray:
         places = self.index.places
         file, demo = int(places["file_E"][number]), str(places["key_E"][number])

@@ -33,6 +33,7 @@ _ACTION, _LANGUAGE, _IMAGES = "steps/action", "steps/language_instruction", "ste
 _OTHER = (f"write it as one of these, choose another camera with --data.camera or `camera:` in the set's {FILE}, or leave this episode out "
           "when the set is made")
 _SEEN = f"choose another camera with --data.camera or `camera:` in the set's {FILE}, or leave this episode out when the set is made"
+_ORIGIN = "episode_metadata/file_path"
 _STATES = ("state", "proprio")  # what converters call the robot's state
 
 
@@ -228,6 +229,14 @@ def build_index(shards: List[Path], episodes: List[int], keys: Keys, name: str, 
                           "length_N": np.concatenate(sizes or [np.empty(0)])})
 
 
+def _origin(payload: bytes) -> str:
+    try:
+        known = parse_example(payload).get(_ORIGIN)
+    except ValueError:  # an episode that is left out
+        return ""
+    return b"".join(known.bytes()[:1]).decode("utf-8", errors="replace") if known is not None and known.kind == "bytes" else ""
+
+
 class RldsDataset(DemoDataset):
     """The labelled episodes of one split of a TFDS folder.
 
@@ -249,7 +258,8 @@ class RldsDataset(DemoDataset):
         self._files: Dict[int, int] = {}
         self._lock = threading.Lock()
         self._shards = [shard for shards, _ in splits.values() for shard in shards]
-        episodes = [count for _, lengths in splits.values() for count in lengths]
+        self._episodes = [count for _, lengths in splits.values() for count in lengths]
+        episodes = self._episodes
         camera, card, state = conventions.camera or "image", conventions.card, conventions.state_names(with_state)
         self.camera = camera
         identity = [str(version.resolve()), camera, episodes, *([] if state is None else [state]), *(card.reads() if card else [])]
@@ -258,6 +268,14 @@ class RldsDataset(DemoDataset):
         refuse(version, index.bad, skip_bad)
         before = sum(sum(lengths) for _, lengths in list(splits.values())[:list(splits).index(split)])
         super().__init__(version, name, index, (before, sum(splits[split][1])), fraction, conventions)
+
+    def origins(self) -> List[str]:
+        """episode_metadata/file_path of each usable episode; reads the shards."""
+        found: List[str] = []
+        for shard, count in zip(self._shards, self._episodes):
+            own = [_origin(payload) for _, payload, _ in scan_records(shard)] if shard.is_file() else []
+            found += own + [""] * (count - len(own))
+        return [found[number] for number in self._numbers]
 
     def _bytes(self, number: int, row: int, where: str) -> bytes:
         places = self.index.places

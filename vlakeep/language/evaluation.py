@@ -27,7 +27,7 @@ LOST = 0.01  # share of texts that a tokenizer may not give back
 
 
 class Language(Benchmark):
-    names, drift, acts = ("language",), NEVER, False
+    names, drift, acts, divides = ("language",), NEVER, False, True
 
     def _asked(self) -> List[str]:
         files = find_files(self.settings.texts)
@@ -78,7 +78,9 @@ class Language(Benchmark):
             texts += len(numbers)
             spoilt += sum(not given_back(backbone.processor, items[number].context) for number in numbers)
             self._ask(backbone, name, items, numbers, records, target.name)
-        records.add_alarms(alarms(self._answered(records.rows()), len(backbone.processor.tokenizer), spoilt, texts))
+        # What a process knew when the records were opened, all have.
+        told = {(row["ability"], row["trial"]): row for own in records.gather(self._answered(records.rows())) for row in own}
+        records.add_alarms(alarms(list(told.values()), len(backbone.processor.tokenizer), spoilt, texts))
 
     def _answered(self, rows: List[dict]) -> List[dict]:
         """Its own trials that have an answer."""

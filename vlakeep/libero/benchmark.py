@@ -66,18 +66,26 @@ def instructions(suite: str, tasks: Sequence[int]) -> List[str]:
     return [found.get_task(task).language for task in tasks]
 
 
-class Replay:
-    """A policy without eyes: step t of an episode gets action t of a demonstration of its instruction, and no motion after the last.
+def tasks_by_instruction(suite: str) -> Dict[str, List[int]]:
+    """Instruction -> the tasks that are called so: several in libero_90, whose scenes share some."""
+    found: Dict[str, List[int]] = {}
+    for task, text in enumerate(instructions(suite, pick_tasks(suite, []))):
+        found.setdefault(text, []).append(task)
+    return found
 
-    demos: instruction -> the actions [T, 7] of one demonstration or several, as the evaluation takes them, not normalised, gripper
+
+class Replay:
+    """A policy without eyes: step t of an episode gets action t of a demonstration of its task, and no motion after the last.
+
+    demos: task -> the actions [T, 7] of one demonstration or several, as the evaluation takes them, not normalised, gripper
     1 = open. Initial state k gets demonstration k, from the first again after the last: the result is that of no single one.
     """
 
-    def __init__(self, demos: Mapping[str, Sequence[np.ndarray]]):
+    def __init__(self, demos: Mapping[int, Sequence[np.ndarray]]):
         self._demos = demos
 
     def __call__(self, jobs: Sequence[Job], seen: Sequence[Seen]) -> List[np.ndarray]:
-        demos = [self._demos[one.instruction] for one in seen]
+        demos = [self._demos[job.task] for job in jobs]
         return [self._action(known[job.number % len(known)], one.step) for known, job, one in zip(demos, jobs, seen)]
 
     def _action(self, actions_TA: np.ndarray, step: int) -> np.ndarray:

@@ -91,7 +91,7 @@ def main(argv: List[str]) -> int:
     written = write(own, storage, name if own["camera"] == CAMERA else f"{name}_{own['camera']}", shots, lambda: without(summary, lost))
     if lost:
         files = " ".join(shlex.quote(str(stored(states, key))) for key in lost)
-        print(f"left out: {len(lost)} of {len(order)} demonstrations, which cannot be rendered here; for others in their place: rm {files}"
+        print(f"left out: {len(lost)} of {len(order)} demonstrations, which do not replay here; for others in their place: rm {files}"
               ", and the same command", file=sys.stderr)
     for path in written:
         size = f"{own['resolution']} x {own['resolution']}"
@@ -129,6 +129,8 @@ def collect(suite: str, tasks: List[int], demos: int, first: int, workers: int, 
 
     A failure is stored as an empty demonstration; a task without any success in its first seeds is given up. Later seeds are
     tried only for what is missing when all earlier ones are known, so which are used does not depend on the order of endings.
+    Of a seed whose simulator died, hung or raised nothing is known, and none may take its place: ChildProcessError once the others of its
+    round are stored.
     """
     found: Dict[int, Dict[int, bool]] = {task: {} for task in tasks}
     nothing_TA = np.zeros((0, 7), np.float32)
@@ -140,11 +142,17 @@ def collect(suite: str, tasks: List[int], demos: int, first: int, workers: int, 
             if not wanted:
                 return found
             new = [key for key in wanted if not stored(states, key).is_file()]
-            jobs = [Job(suite, task, seed, 0, MAX_STEPS[suite]) for task, seed in new]
+            jobs, unknown = [Job(suite, task, seed, 0, MAX_STEPS[suite]) for task, seed in new], []
             for job, demo, error in tqdm(pool.run(jobs, None), total=len(jobs), desc=f"{suite}: expert", mininterval=1.0):
                 if error:
-                    print(f"task {job.task}, seed {job.number}: {error}", file=sys.stderr)
-                (demo or empty).save(stored(states, (job.task, job.number)))
+                    unknown.append(f"task {job.task}, seed {job.number}: {error}")
+                else:
+                    (demo or empty).save(stored(states, (job.task, job.number)))
+            if unknown:
+                raise ChildProcessError(f"{suite}: the simulator gave no answer to {len(unknown)} of {len(jobs)} seeds "
+                                        f"({'; '.join(unknown)}). The others are stored, and the same command tries these again; if it "
+                                        "fails at the same ones each time, leave out their tasks with --tasks, or begin behind them with "
+                                        "--first")
             for task, seed in wanted:
                 found[task][seed] = len(Demo.load(stored(states, (task, seed))).actions) > 0
 
@@ -172,7 +180,8 @@ def rendered(suite: str, order: List[Key], resolution: int, cameras: List[str], 
              lost: List[Key]) -> Iterator[Shot]:
     """In the given order. Pictures of later ones wait in files: a task's demonstrations are rendered in one process.
 
-    One that cannot be, mostly because it does not replay, is said and goes into `lost`; the others go on. ValueError when none can.
+    One that does not replay here is said and goes into `lost`; the others go on. ValueError when none does, ChildProcessError for
+    whatever else keeps one from being rendered.
     """
     tmp.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=tmp) as waiting, \
@@ -183,12 +192,14 @@ def rendered(suite: str, order: List[Key], resolution: int, cameras: List[str], 
         jobs = [Job(suite, task, seed, 0, source=str(stored(states, (task, seed))), target=str(target((task, seed))))
                 for task, seed in order]
         upcoming, done = list(order), set()
-        for job, _, error in tqdm(pool.run(jobs, None), total=len(jobs), desc=f"{suite}: render", mininterval=1.0):
+        for job, reason, error in tqdm(pool.run(jobs, None), total=len(jobs), desc=f"{suite}: render", mininterval=1.0):
             if error:
-                print(f"task {job.task}, seed {job.number}: {error}", file=sys.stderr)
+                raise ChildProcessError(f"task {job.task}, seed {job.number} cannot be rendered: {error}")
+            if reason:
+                print(f"task {job.task}, seed {job.number}: {reason}", file=sys.stderr)
                 lost.append((job.task, job.number))
             if len(lost) == len(order):
-                raise ValueError(f"none of {len(order)} stored demonstrations can be rendered here: simulate them where they are rendered, "
+                raise ValueError(f"none of {len(order)} stored demonstrations replay here: simulate them where they are rendered, "
                                  f"rm -r {shlex.quote(str(states))}, and the same command")
             done.add((job.task, job.number))
             while upcoming and upcoming[0] in done:

@@ -137,6 +137,10 @@ def blind(sim):
         del sim.render
 
 
+class NoPlacement(ValueError):
+    """A seed from which no scene comes: always the same ones."""
+
+
 class LiberoEnv:
     """One task of a suite. `language` is the task's name in words, as the official script takes it (the bddl file's differs).
 
@@ -205,7 +209,7 @@ class LiberoEnv:
             with contextlib.suppress(RandomizationError), blind(self.control.sim):
                 self.env.reset()
                 return
-        raise ValueError(f"{self.suite} task {self.task}: no collision-free placement in {ATTEMPTS} attempts")
+        raise NoPlacement(f"{self.suite} task {self.task}: no collision-free placement in {ATTEMPTS} attempts")
 
     def _put_fixtures_back(self) -> None:
         """Cabinets and the like to where the model file has them, as a hard reset does: what is inside is placed from there."""

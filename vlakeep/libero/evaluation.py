@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +39,10 @@ class Libero(Benchmark):
         super().__init__(config, storage)
         self._probe: Any = None
         self._language = Language.beside(config, storage) if self.settings.language and self._sees else None
-        self.suffix = "-blank" if self.settings.blank else ""
+
+    @classmethod
+    def suffix_of(cls, settings: EvaluateConfig) -> str:
+        return "-blank" if settings.blank else ""
 
     @property
     def observations(self) -> ObservationSpec:
@@ -64,6 +68,10 @@ class Libero(Benchmark):
             raise ValueError(f"--evaluate.questions {wrong}: the probe {self.settings.probe} asks {', '.join(known)}")
         if self._language:
             self._language.check()
+            taken = set(self._kinds_asked()) & {one.name for one in self._language.abilities()}
+            if taken:
+                raise ValueError(f"--evaluate.texts has {', '.join(sorted(taken))}, as kinds of questions of the probe "
+                                 f"{self.settings.probe} are called, and trials are told apart by these names: call the file otherwise")
 
     @property
     def _replays(self) -> bool:
@@ -133,8 +141,12 @@ class Libero(Benchmark):
         found = libero_setup.versions()
         made = {"simulated_as": found[libero_setup.AS]} if libero_setup.AS in found else {}
         texts = self._language.identity() if self._language else {}
-        blind = {"blank": True} if self.settings.blank else {}  # a study keeps an evaluation under the cell's name, whatever is seen
-        return {**({"probe": self._probe.sha256} if self._probe else {}), **blind, "mujoco": found.get("mujoco"), **made, **texts}
+        # Said where it is so: headers without it are of evaluations that saw, and of any before it was in them.
+        blank = {"blank": True} if self.settings.blank else {}
+        # Of a suite whose tasks share instructions; before, any task's demonstrations of an instruction were played.
+        shared = self._replays and len(libero.tasks_by_instruction(self.name)) < len(libero.pick_tasks(self.name, []))
+        return {**({"probe": self._probe.sha256} if self._probe else {}), "mujoco": found.get("mujoco"), **made, **texts, **blank,
+                **({"demonstrations": "by task"} if shared else {})}
 
     def play(self, target, records, folder) -> None:
         if target.backbone is None:
@@ -248,21 +260,44 @@ def of_suite(settings: EvaluateConfig, suite: str) -> EvaluateConfig:
     return settings if suite == settings.benchmark else replace(settings, benchmark=suite, skills=[])
 
 
-def demonstrations(datasets, suite: str, tasks: List[int], count: int) -> Dict[str, List[np.ndarray]]:
-    """Instruction -> actions [T, 7] of up to `count` demonstrations. FileNotFoundError names the instructions without one."""
+def demonstrations(datasets, suite: str, tasks: List[int], count: int) -> Dict[int, List[np.ndarray]]:
+    """Task -> actions [T, 7] of up to `count` demonstrations. FileNotFoundError names the instructions without one, ValueError one that
+    several tasks share where the data do not say of which a demonstration is."""
     from vlakeep.data.statistics import unnormalise
 
-    wanted = libero.instructions(suite, tasks)
-    found: Dict[str, List[np.ndarray]] = {language: [] for language in wanted}
+    called, names = libero.tasks_by_instruction(suite), libero.load_suite(suite).get_task_names()
+    found: Dict[int, List[np.ndarray]] = {task: [] for task in tasks}
     for dataset in datasets:
+        origins: List[str] = []
         for episode, language in enumerate(dataset.languages):
-            if len(found.get(language, range(count))) < count:
-                found[language].append(unnormalise(dataset.actions(episode), dataset.statistics))
-    missing = [language for language in wanted if not found[language]]
+            own = called.get(language, [])
+            if all(len(found.get(task, range(count))) >= count for task in own):
+                continue
+            task: Optional[int] = own[0]
+            if len(own) > 1:
+                origins = origins or dataset.origins()
+                task = task_of(origins[episode], suite, names)
+                if task is None:
+                    raise ValueError(f"{dataset.name}: {suite} has the tasks {', '.join(map(str, own))} of the instruction {language!r}, "
+                                     f"and episode {episode} does not say of which it is (origin {origins[episode]!r}): choose other "
+                                     "tasks with --evaluate.skills, or take a set of `vlakeep libero-demos` or LIBERO's HDF5 files")
+            if len(found.get(task, range(count))) < count:
+                found[task].append(unnormalise(dataset.actions(episode), dataset.statistics))
+    missing = [language for task, language in zip(tasks, libero.instructions(suite, tasks)) if not found[task]]
     if missing:
         raise FileNotFoundError(f"--data.datasets [{', '.join(d.name for d in datasets)}] has no demonstration of {missing}: make "
                                 f"them with `vlakeep libero-demos --suite {suite} --demos 1`")
     return found
+
+
+def task_of(origin: str, suite: str, names: Sequence[str]) -> Optional[int]:
+    """The task of an episode by where it comes from: SUITE/TASK/SEED, as libero-demos says, or LIBERO's file TASK'S_NAME_demo.hdf5. -1 for
+    another suite's, None where that cannot be told."""
+    said = re.fullmatch(r"(\w+)/(\d+)/\d+", origin)
+    if said and said[1] in SUITES:
+        return int(said[2]) if said[1] == suite else -1
+    name = Path(origin).stem.removesuffix("_demo")
+    return list(names).index(name) if name in names else None
 
 
 def renderer_alarm(config: Config, storage: Storage, key: str) -> List[str]:

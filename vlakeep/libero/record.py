@@ -17,7 +17,7 @@ from typing import Any, Callable, Dict, Iterator, NamedTuple, Optional, Tuple
 import numpy as np
 
 from vlakeep.core.storage import atomic_path
-from vlakeep.libero.env import LiberoEnv, robot_state
+from vlakeep.libero.env import LiberoEnv, NoPlacement, robot_state
 from vlakeep.libero.expert import Expert, goals
 from vlakeep.libero.workers import Job
 
@@ -25,6 +25,10 @@ NO_MOTION = 1e-4  # what the official preparation of the data sets takes for sta
 ROBOT = ("robot0_joint_pos", "robot0_eef_quat")  # what LIBERO's HDF5 holds of the robot beside `proprio`
 ELSEWHERE = 1e-2  # metres or radians after one step; the last bits of a state make 1e-4 of it
 STRETCH = (5, 15)  # steps with noise, then steps without, in turn
+
+
+class Elsewhere(Exception):
+    """A stored demonstration is not what its actions make here. No ValueError, as the simulator's own errors are."""
 
 
 class Demo(NamedTuple):
@@ -81,8 +85,12 @@ USUAL = Manner()
 
 
 def play_expert(env: LiberoEnv, seed: int, limit: int, manner: Manner = USUAL) -> Optional[Tuple[np.ndarray, np.ndarray]]:
-    """(meant, executed), float32 [T, 7], in the scene of this seed up to success; None when it does not come within `limit` steps."""
-    env.fresh_start(seed)
+    """(meant, executed), float32 [T, 7], in the scene of this seed up to success; None when it does not come within `limit` steps, or the
+    seed has no scene."""
+    try:
+        env.fresh_start(seed)
+    except NoPlacement:
+        return None
     meant, executed, pushes = [], [], disturbances(manner.noise, env.task, seed)
     for action in Expert(env, manner.approach).act(goals(env.suite, env.task)):
         meant.append(action.astype(np.float32))  # as it will be stored, so that a replay is the same to the bit
@@ -100,14 +108,16 @@ def replay(env: LiberoEnv, seed: int, actions_TA: np.ndarray, executed_TA: np.nd
     """The demonstration that these give, up to success; None without success. `watch` is shown what is seen before each step.
 
     known_TS: states of an earlier run, which are followed: on another processor the same steps differ in the last bits, and that
-    would grow. Raises ValueError where a step leads elsewhere.
+    would grow. Raises Elsewhere where a step leads elsewhere.
     """
     def follow():
         state_S = env.state()
+        if known_TS is not None and len(states) == len(known_TS):
+            raise Elsewhere("no success at its end")
         if known_TS is not None and not np.array_equal(state_S, known_TS[len(states)]):
             came_S, state_S = state_S, known_TS[len(states)]
             if came_S.shape != state_S.shape or np.abs(came_S - state_S)[env.positions].max() > ELSEWHERE:
-                raise ValueError(f"step {len(states)} leads elsewhere")
+                raise Elsewhere(f"step {len(states)} leads elsewhere")
             env.put(state_S)
         states.append(state_S)
 
@@ -136,7 +146,8 @@ def record(env: LiberoEnv, job: Job, manner: Manner = USUAL):
 
 
 def render(env: LiberoEnv, job: Job):
-    """For simulator processes: what a stored demonstration (job.source) looks like, into an .npz file (job.target).
+    """For simulator processes: what a stored demonstration (job.source) looks like, into an .npz file (job.target). Returns "", or why it
+    does not replay here; whatever else is wrong is raised.
 
     <camera>_image uint8 [T, H, W, 3] of each camera of the environment, as the simulator gives them (on their heads), and ROBOT.
     """
@@ -150,12 +161,11 @@ def render(env: LiberoEnv, job: Job):
     try:
         again = replay(env, job.number, stored.actions, stored.executed, watch, stored.states)
         reason = "no success" if again is None else "" if len(again.states) == len(stored.states) else "success comes earlier"
-    except (ValueError, IndexError) as error:
+    except Elsewhere as error:
         reason = str(error)
     if reason:
-        raise ValueError(f"{job.source} does not replay here ({reason}): it was made with another version of the simulator, or on another "
-                         "machine")
+        return f"{job.source} does not replay here ({reason}): it was made with another version of the simulator, or on another machine"
     pictures: Dict[str, Any] = {key: np.array(values) for key, values in seen.items()}
     np.savez(job.target, **pictures)
-    return len(stored.actions)
+    return ""
     yield

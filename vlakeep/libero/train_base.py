@@ -91,6 +91,7 @@ def main(argv: List[str]) -> int:
     drawn = Rows(picker(samples, args.batch, args.share, generator, device), make_batch, texts_NS, args.text_rows, generator, device)
     loss = BesideTexts(backbone, args.text_weight, make_batch.labels)
     settings = {**{name: getattr(args, name) for name in ("steps", "batch", "lr", "seed", "rank", "share", "text_rows", "text_weight")},
+                **({"near": True} if args.near else {}),  # a state that does not say so is of exact pictures
                 "base": backbone.weights_sha256, "data": facts["data"], "questions": facts["questions"], "texts": said}
     plan = Plan(work, args.steps, drawn.size, args.lr, args.seed, settings, args.stop_after and started + args.stop_after,
                 args.done_after and started + args.done_after)

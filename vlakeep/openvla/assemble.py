@@ -25,7 +25,7 @@ import torch
 from vlakeep.core.config import ConfigError
 from vlakeep.core.options import read
 from vlakeep.core.provenance import library_versions, source_commit
-from vlakeep.core.storage import Storage
+from vlakeep.core.storage import Storage, atomic_write
 from vlakeep.models.files import weights_hash
 from vlakeep.openvla.format import complete_config, write_checkpoint
 from vlakeep.openvla.model import OpenVLA, parameters_on_meta
@@ -86,6 +86,7 @@ def assemble(language: Path, vision: Path, out: Path, timm_id: str, image: int, 
     state = {**seen, **projector(width, text.text_config["hidden_size"], seed), **text.state}
     with parameters_on_meta():
         OpenVLA(config).load_state_dict(state, strict=True, assign=True)
+    (out / "PROVENANCE.json").unlink(missing_ok=True)  # of an older model, whose files are replaced from here on
     write_processor_files(out, text.tokenizer, image, text.marks, fused=False)
     write_checkpoint(out, state, config, {})
     return {"parameters": sum(tensor.numel() for tensor in state.values()), "weights": weights_hash(out), "image": image}
@@ -103,7 +104,8 @@ def projector(width: int, hidden: int, seed: int) -> Dict[str, torch.Tensor]:
 
 def write_provenance(out: Path, facts: Dict) -> None:
     facts = {**facts, "versions": library_versions(), "commit": source_commit()}
-    (out / "PROVENANCE.json").write_text(json.dumps(facts, indent=1) + "\n")
+    with atomic_write(out / "PROVENANCE.json", "w") as file:  # the mark of a whole model: at once, and last
+        file.write(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

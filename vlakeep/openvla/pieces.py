@@ -59,7 +59,7 @@ def train_in_pieces(backbone, loss: Callable, make_batch: Callable, pick: Callab
     """Train what of `backbone` requires a gradient; facts for the provenance when the last step is done, None before.
 
     loss(make_batch(pick_B)): a LossOutput. pick(): the rows [B] of a step, drawn from `generator`. notes: what else goes into the curve.
-    ConfigError when the state in plan.folder is of other settings, or when plan.end comes before the first step.
+    ConfigError when the state in plan.folder is of other settings, or when plan.end comes before a step is made.
     """
     device = backbone.device
     cuda = device.type == "cuda"
@@ -79,7 +79,8 @@ def train_in_pieces(backbone, loss: Callable, make_batch: Callable, pick: Callab
     if cuda:  # it made steps to warm up
         put_back(weights, optimizer, kept)
     del kept
-    begin = saved = time.perf_counter()
+    begin, begun = time.perf_counter(), done
+    saved = begin
     bar = tqdm(total=plan.steps, initial=done, desc="training", unit="step", mininterval=5.0)
 
     def keep() -> None:
@@ -116,8 +117,8 @@ def train_in_pieces(backbone, loss: Callable, make_batch: Callable, pick: Callab
             if ends:
                 break
     else:
-        if done == 0:
-            raise ConfigError("the time was over before the first step: give --done_after more")
+        if done == begun and plan.steps is None:  # what is there was left by a piece that meant to go on, at whatever rate
+            raise ConfigError(f"the time was over before the first step{f' behind {done}' if done else ''}: give --done_after more")
         if not curve or curve[-1][0] < done:
             note()
     bar.close()

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from vlakeep.core.config import BackboneConfig
 from vlakeep.core.provenance import library_versions, source_commit
+from vlakeep.core.storage import atomic_write
 from vlakeep.data.sample import IGNORE_INDEX, Batch
 from vlakeep.models.load import make_backbone
 from vlakeep.models.merge import save_checkpoint
@@ -89,6 +90,7 @@ def ready(args) -> None:
         torch.cuda.set_device(0)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "PROVENANCE.json").unlink(missing_ok=True)  # of an older model, whose files are replaced from here on
 
 
 def compile_layers(openvla) -> None:
@@ -228,5 +230,6 @@ def save(backbone, args, command: str, trained: Dict, dtype: torch.dtype = torch
         "sha256": {f.relative_to(args.out).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest()
                    for f in sorted(args.out.rglob("*")) if f.is_file() and f.name != "PROVENANCE.json"},
     }
-    (args.out / "PROVENANCE.json").write_text(json.dumps(provenance, indent=1) + "\n")
+    with atomic_write(args.out / "PROVENANCE.json", "w") as file:  # the mark of a whole model: at once, and last
+        file.write(json.dumps(provenance, indent=1) + "\n")
     print(f"wrote {args.out}: {trained['steps']} steps")
