@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # A small base model for LIBERO from nothing: demonstrations, questions, training. One GPU and 16 cores take about 25 minutes.
 #   scripts/build_libero_base.sh [SUITE] [WORKERS] [MINUTES]      default: libero_object 16 8
-# Everything lands below VLAKEEP_ROOT, the model in hf_cache/SUITE-base.
+# Everything lands below VLAKEEP_ROOT (default /opt/data/private/vlakeep), the model in hf_cache/SUITE-base.
 set -euo pipefail
 suite="${1:-libero_object}" workers="${2:-16}" minutes="${3:-8}"
-root="${VLAKEEP_ROOT:?set VLAKEEP_ROOT to the storage root}"
+. "$(dirname "$0")/place.sh"
 run() { echo "+ $*" >&2; "$@"; }
 run vlakeep libero-demos --suite "$suite" --demos 30 --first 1000 --noise 0.3 --approach side --workers "$workers"
 run vlakeep libero-demos --suite "$suite" --demos 30 --first 2000 --noise 0.2 --approach side --workers "$workers"

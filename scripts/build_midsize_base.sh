@@ -14,7 +14,7 @@
 # demonstration in 6 to 8 and renders a picture in software in .18. The evaluation has not been timed.
 set -euo pipefail
 workers="${1:-16}" seconds="${2:-540}" stop="${STOP:-}"
-root="${VLAKEEP_ROOT:?set VLAKEEP_ROOT to the storage root}"
+. "$(dirname "$0")/place.sh"
 steps="${STEPS:-13000}"
 demos90="${DEMOS90:-15}" demos10="${DEMOS10:-30}"  # of a task: about 250,000 pictures, 13 GB on the card
 run() { echo "+ $*" >&2; "$@"; }

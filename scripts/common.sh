@@ -17,9 +17,7 @@ done
 case "$GPUS" in
   ''|*[!0-9]*|0) echo "error: --gpus takes a whole number such as 1 or 8, not '$GPUS'" >&2; exit 2 ;;
 esac
-if [ "${CONDA_DEFAULT_ENV:-}" != "openvla" ]; then
-  echo "note: the conda environment 'openvla' is not active (conda activate openvla); using $(command -v python3)" >&2
-fi
+. "$(dirname "${BASH_SOURCE[0]}")/place.sh"
 
 # Prints the command it runs, so that a log alone is enough to run it again. One process: the script becomes that command, and a
 # scheduler's signal to the script is then one to the trainer, which saves. Several: see `watched`. Nothing after `launch` is run.

@@ -4,11 +4,11 @@
 #   scripts/study_libero_7b.sh --arms base,plain,graded --tasks spatial --seeds 1 --rates 5.0e-4                # first: three cells
 #   HARDWARE=v100x8 scripts/study_libero_7b.sh --workers 8                                                      # a cell a GPU
 #   scripts/study_libero_7b.sh --scheduler slurm --workers 16 --resources slurm_partition=gpu,gpus_per_node=1,timeout_min=600
-# VLAKEEP_ROOT: the storage root (60 GB and 1 GB a run). HARDWARE: rtx4090 (default), v100x8 or h100, for the plan that is printed.
+# VLAKEEP_ROOT: the storage root, else /opt/data/private/vlakeep (60 GB and 1 GB a run). HARDWARE: rtx4090 (default), v100x8 or h100, for the plan that is printed.
 # The simulator must be installed (make libero), and HF_ENDPOINT names a mirror of the hub.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-root="${VLAKEEP_ROOT:?set VLAKEEP_ROOT to the storage root}"
+. scripts/place.sh
 base=openvla/openvla-7b-finetuned-libero-object
 study=studies/libero_7b.yaml
 python="${PYTHON:-python}"

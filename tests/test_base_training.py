@@ -18,6 +18,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from vlakeep import cli
 from vlakeep.core.config import ConfigError
 from vlakeep.core.errors import CheckpointError
+from vlakeep.core.storage import DEFAULT_ROOT
 from vlakeep.data.sample import IGNORE_INDEX, Episode, Sample
 from vlakeep.data.writer import write_rlds
 from vlakeep.libero import train_base
@@ -408,6 +409,19 @@ def trained(parts, tmp_path_factory):
     save_checkpoint(backbone, folder)
     (folder / "PROVENANCE.json").write_text('{"steps": 4}')
     return folder
+
+
+@pytest.mark.parametrize("script", ["build_libero_base", "build_midsize_base", "study_libero_7b"])
+def test_scripts_take_the_default_root_and_name_the_environment(tmp_path, script):
+    (tmp_path / "vlakeep").write_text("#!/bin/sh\necho $0 in $VLAKEEP_ROOT $*\nexit 9\n")
+    (tmp_path / "python").write_text("#!/bin/sh\necho $0 in $VLAKEEP_ROOT $*\nexit 9\n")
+    for name in ("vlakeep", "python"):
+        (tmp_path / name).chmod(0o755)
+    for given, root in (({}, DEFAULT_ROOT), ({"VLAKEEP_ROOT": str(tmp_path)}, tmp_path)):
+        done = subprocess.run(["bash", f"scripts/{script}.sh"], cwd=REPO, env={"PATH": f"{tmp_path}:{os.environ['PATH']}", **given},
+                              capture_output=True, text=True)
+        assert done.returncode == 9 and f" in {root} " in done.stdout
+        assert "the conda environment 'openvla' is not active" in done.stderr
 
 
 @pytest.fixture(autouse=True)

@@ -134,7 +134,7 @@ def test_help_of_a_stage_is_quick():
     ("train word", "`word` on the command line belongs to no key"),
     ("train --config", "--config needs a file"),
     ("fetch a/b --config x.yaml", "--config in the command line: `vlakeep fetch` does not read it"),
-    ("fetch", "vlakeep fetch needs model: A model of the hub"),
+    ("assemble-openvla", "vlakeep assemble-openvla needs --out"),
     ("verify-golden", "vlakeep verify-golden needs folders"),
     ("verify-openvla --device cpu", "vlakeep verify-openvla needs --openvla_dir"),
     ("libero-demos --demos 0", "--demos '0': must be a whole number above 0"),

@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from vlakeep.core.config import Config, ConfigError
+from vlakeep.checks import check_probe
+from vlakeep.core.config import Config, ConfigError, load_config
 from vlakeep.core.errors import StorageError
 from vlakeep.core.storage import Storage
 from vlakeep.data.sample import Sample
 from vlakeep.probe.extend import extend
 from vlakeep.probe.heldout import open_heldout
-from vlakeep.probe.probe_set import ProbeError, ProbeSet, write_probe
+from vlakeep.probe.probe_set import ProbeError, ProbeSet, open_probe, remedy, write_probe
 from vlakeep.probe.selection import main as probe_select
 from vlakeep.probe.selection import select
 
@@ -40,6 +41,27 @@ def test_spread_is_even_and_never_short(folder):
     assert probe.spread(10) == list(range(10)) and probe.spread(4) == [0, 2, 5, 7]
     with pytest.raises(ProbeError, match="--probe.size asks for 11.*vlakeep tabletop-data"):
         probe.spread(11)
+
+
+def test_what_makes_a_probe_fits_the_benchmark_and_the_size(tmp_path):
+    libero, own = "vlakeep libero-vqa --probe.name {} --items 700", "docs/"
+    tabletop = "vlakeep tabletop-data --probe.name {} --probe.size 700"
+    for name, told, wanted, strange in (
+            ("tabletop-2000", ["libero_spatial"], [tabletop], [libero, own]), ("libero_90", ["tabletop_corner"], [libero, own], [tabletop]),
+            ("keep", ["mine", "libero_spatial"], [libero, own], [tabletop]), ("keep", ["mine"], [own, libero, tabletop], [])):
+        said = remedy(name, 700, *told)
+        assert all(words.format(name) in said for words in wanted) and not any(words.format(name) in said for words in strange), said
+    config = load_config("openvla_libero_graded", ["--root", str(tmp_path), "--probe.size", "700"])
+    with pytest.raises(ProbeError, match=r"no probe set at .*/libero .*libero-vqa --probe.name libero --items 700`, or of a data set"):
+        open_probe(config, Storage.from_config(config))
+    config.probe.name = "keep"  # whose it is to be the data sets say
+    line, = check_probe(config, Storage.from_config(config))[0]
+    assert "libero-vqa --probe.name keep --items 700" in line.remedy and "tabletop" not in line.remedy
+    config.data.datasets, config.evaluate.benchmark = ["mine"], "libero_10"
+    assert "tabletop" not in check_probe(config, Storage.from_config(config))[0][0].remedy
+    write_probe(tmp_path / "probe" / "keep", SAMPLES, KINDS)
+    with pytest.raises(ProbeError, match="--probe.size asks for 700.*libero-vqa --probe.name keep --items 700"):
+        open_probe(config, Storage.from_config(config)).spread(700)
 
 
 def test_hash_is_of_the_content(folder, tmp_path):

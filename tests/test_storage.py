@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vlakeep import cli
+from vlakeep import cli, preflight
 from vlakeep.cli import STAGES
 from vlakeep.core import storage as storage_module
 from vlakeep.core.config import Config
@@ -298,6 +298,43 @@ def test_scan_finds_large_files_and_follows_no_links(tmp_path):
         path.write_bytes(b"x" * size)
     (tree / "link").symlink_to(tmp_path / "outside")
     assert scan_large_files(tree, 2000) == [(tree / "sub" / "big", 3000), (tree / "mid", 2000)]
+
+
+def test_virtual_environments_are_not_scanned_and_a_checkout_is(tmp_path, monkeypatch):
+    for name in (".venv/lib", "checkout", "package"):
+        (tmp_path / "tree" / name).mkdir(parents=True)
+        (tmp_path / "tree" / name / "big").write_bytes(b"x" * 3000)
+    (tmp_path / "tree" / ".venv" / "pyvenv.cfg").write_text("")
+    assert [path.parent.name for path, _ in scan_large_files(tmp_path / "tree", 2000)] == ["checkout", "package"]
+    (tmp_path / "tree" / "package" / "pyvenv.cfg").write_text("")
+    assert len(scan_large_files(tmp_path / "tree" / "package", 2000)) == 1, "the tree that is asked for is looked at"
+    monkeypatch.chdir(tmp_path)
+    assert tmp_path / "tree" / "checkout" in storage_module.code_trees(more=str(tmp_path / "tree" / "checkout"))
+
+
+def test_the_self_check_says_where_the_inputs_lie(tmp_path, monkeypatch, capsys):
+    for name in (*VARIABLES, "VLAKEEP_ENVIRONMENT"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    root, far = tmp_path / "root", tmp_path / "far"
+    for folder in (root / "datasets" / "near", far / "set", far / "probe", far / "model", far / "checkout"):
+        folder.mkdir(parents=True)
+    (far / "model" / "config.json").write_text("{}")
+    (far / "checkout" / "big").write_bytes(b"x" * 3000)
+    (root / "datasets" / "link").symlink_to(far / "set")
+    (tmp_path / "c.yaml").write_text(f"root: {root}\nbackbone: {{checkpoint: {far / 'model'}, openvla_dir: {far / 'checkout'}}}\n"
+                                     f"data: {{datasets: [near, link, none]}}\nprobe: {{name: {far / 'probe'}}}\n")
+    seen, show = [], preflight.show
+    monkeypatch.setattr(preflight, "show", lambda lines, title: seen.extend(lines) or 0)
+    cli.run(["storage-check", "--config", str(tmp_path / "c.yaml"), "--large_file_gb", "0.000002"])
+    found = {(line.status, line.what): line.where for line in seen}
+    for what, folder in ((f"base model {far / 'model'}", far / "model"), ("data set link", far / "set"),
+                         (f"probe {far / 'probe'}", far / "probe")):
+        assert found["note", what] == f"{folder} is outside the storage root {root}"
+    assert found["ok", "data set near"] == str(root / "datasets" / "near") and "not there yet" in found["note", "data set none"]
+    assert any(line.what == "large file in source tree" and str(far / "checkout" / "big") in line.where for line in seen)
+    monkeypatch.setattr(preflight, "show", show)
+    assert cli.run(["storage-check", "--root", str(root), "--data.datasets", "[link]"]) == 0 and "data set link" in capsys.readouterr().out
 
 
 def test_find_checkpoint(tmp_path):

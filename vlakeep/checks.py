@@ -5,13 +5,14 @@ Each check returns lines and raises nothing for what a user can cause, so that a
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import List, Optional, Tuple
 
 from vlakeep.benchmarks.base import NEVER, REPLAY, REQUIRED, Benchmark
 from vlakeep.core.checkpoint import broken, check_base
-from vlakeep.core.config import Config, ProbeConfig
+from vlakeep.core.config import Config, EvaluateConfig
 from vlakeep.core.errors import CheckpointError, RunDirError, human_bytes, quoted
 from vlakeep.core.findings import GREEN, RED, YELLOW, Line
 from vlakeep.core.registry import method_class
@@ -191,6 +192,8 @@ def _check_data_set(folder: Path, name: str, storage: Storage) -> Line:
     make = (
         f"vlakeep tabletop-data --data.datasets {quoted(f'[{name}]')}"
         if name.startswith("tabletop_")
+        else f"vlakeep fetch --dataset openvla/modified_libero_rlds --only {quoted(name)}"
+        if re.fullmatch(r"libero_\w+_no_noops", name)
         else f"put the data set there, or choose with --data.datasets and --data_root_dir (now {storage.data})"
     )
     if not folder.is_dir():
@@ -216,16 +219,16 @@ def _check_data_set(folder: Path, name: str, storage: Storage) -> Line:
 
 def check_probe(config: Config, storage: Storage) -> Tuple[List[Line], Optional[str]]:
     """The probe: there, undamaged, large enough; and its content hash."""
-    from vlakeep.probe.probe_set import ProbeSet
+    from vlakeep.probe.probe_set import open_probe, remedy
 
     try:
-        probe = ProbeSet(storage.probe_folder(config.probe.name))
+        probe = open_probe(config, storage)
         probe.spread(config.probe.size)
     except (ValueError, OSError) as error:
-        own = f"choose with --probe.name and --probe_root_dir (now {storage.probe})"
-        other = "" if config.probe == ProbeConfig() else f" --probe.name {quoted(config.probe.name)} --probe.size {config.probe.size}"
-        remedy = f"vlakeep tabletop-data{other}" if config.probe.name.startswith("tabletop") else own
-        return [Line(RED, "probe", str(error), remedy)], None
+        benchmark = config.evaluate.benchmark
+        told = [*config.data.datasets, *([benchmark] if benchmark != EvaluateConfig.benchmark else [])]  # the default tells nothing
+        how = remedy(config.probe.name, config.probe.size, *told)
+        return [Line(RED, "probe", str(error), f"{how}, or choose with --probe.name and --probe_root_dir (now {storage.probe})")], None
     return [Line(GREEN, "probe", f"{probe.folder}: {len(probe)} items, {config.probe.size} used")], probe.sha256
 
 

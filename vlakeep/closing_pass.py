@@ -27,7 +27,7 @@ from vlakeep.methods import graded_offline
 from vlakeep.models.adapters import adapters_disabled, load_adapter, save_adapter
 from vlakeep.models.chain import keep_chain, merge_chain, read_chain
 from vlakeep.models.load import make_backbone
-from vlakeep.probe.probe_set import ProbeSet
+from vlakeep.probe.probe_set import ProbeSet, open_probe
 from vlakeep.teacher import closing
 from vlakeep.teacher.answers import Part, run_below
 from vlakeep.teacher.artifact import GradedArtifact, check, load_artifact
@@ -108,7 +108,7 @@ def close(config: Config, storage: Storage, checkpoint: Path, folder: Path, comm
     backbone = make_backbone(config.backbone, pick_device(config.device), storage.cache)
     chain = read_chain(checkpoint.absolute().parents[1])
     merge_chain(backbone, chain)
-    probe = ProbeSet(storage.probe_folder(config.probe.name))
+    probe = open_probe(config, storage)
     artifact = open_answers(config, storage, backbone, probe, command)
     load_adapter(backbone, checkpoint / "adapter")
     backbone.eval()
@@ -185,4 +185,4 @@ def divergence_of(config: Config, storage: Storage, folder: Path, base_sha256: s
     merged = make_backbone(type(settings)(checkpoint=str(folder), dtype=settings.dtype, attn_implementation=settings.attn_implementation),
                            pick_device(config.device), storage.cache)
     artifact = load_artifact(graded_offline.artifact_folder(config, storage, "+".join([model_name(base), *before]), base_sha256))
-    return make_sensor(config, merged.eval(), ProbeSet(storage.probe_folder(config.probe.name)), artifact).measure()
+    return make_sensor(config, merged.eval(), open_probe(config, storage), artifact).measure()

@@ -42,7 +42,7 @@ from vlakeep.models.adapters import adapters_disabled, load_adapter
 from vlakeep.models.chain import merge_chain, read_chain
 from vlakeep.models.load import make_backbone
 from vlakeep.probe.batches import prompt_batches
-from vlakeep.probe.probe_set import ProbeSet
+from vlakeep.probe.probe_set import open_probe
 from vlakeep.teacher.collect import pooled, pooled_batches
 from vlakeep.teacher.icsm_artifact import default_layers, layer_map
 from vlakeep.thermostat.drift import covariance, covariance_drift
@@ -71,7 +71,7 @@ def load_target(config: Config, storage: Storage, device):
 @torch.inference_mode()
 def measure_drift(backbone, config: Config, storage: Storage) -> float:
     """||C_S - C_T||_F over the whole probe, averaged over the representative layers; 0 for the base itself."""
-    probe = ProbeSet(storage.probe_folder(config.probe.name))
+    probe = open_probe(config, storage)
     layers = config.icsm.layers or default_layers(backbone.num_layers)
     layer_map(backbone.num_layers, layers)  # raises for a layer that the model does not have
     items, size, job = probe.spread(config.probe.size), config.icsm.batch_size, Distributed.here()
@@ -88,7 +88,7 @@ def measure_drift(backbone, config: Config, storage: Storage) -> float:
 
 def drift_identity(config: Config, storage: Storage, backbone) -> Dict:
     """What the drift depends on beside the weights: two drifts are compared where all of it is the same."""
-    return {"probe_sha256": ProbeSet(storage.probe_folder(config.probe.name)).sha256, "probe_items": config.probe.size,
+    return {"probe_sha256": open_probe(config, storage).sha256, "probe_items": config.probe.size,
             "layers": list(config.icsm.layers or default_layers(backbone.num_layers))}
 
 

@@ -15,6 +15,7 @@ import os
 import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import List, Optional, Tuple
 
 import torch
@@ -25,14 +26,15 @@ from rich.table import Table
 from vlakeep import checks
 from vlakeep.checks import GREEN, RED, YELLOW, Line
 from vlakeep.core import schema
+from vlakeep.core.base_models import SHIPPED
 from vlakeep.core.compat import NUMPY_1, numpy_trouble
-from vlakeep.core.config import Config, ConfigError, load_config
+from vlakeep.core.config import BackboneConfig, Config, ConfigError, ProbeConfig, load_config
 from vlakeep.core.errors import human_bytes, quoted
 from vlakeep.core.next_step import completed_remedy
 from vlakeep.core.options import read, split
 from vlakeep.core.registry import benchmark_class, benchmark_names, method_class, method_names
 from vlakeep.core.stages import PREFLIGHT, STORAGE_CHECK
-from vlakeep.core.storage import Storage, code_trees, peek, scan_large_files
+from vlakeep.core.storage import Storage, code_trees, find_checkpoint, peek, scan_large_files
 
 STAGES = ("offline", "train", "evaluate")
 # As pyproject.toml; the official OpenVLA environment meets them all.
@@ -59,10 +61,11 @@ def version_tuple(text: str) -> Tuple[int, ...]:
     return tuple(int(part) for part in re.match(r"\d+(\.\d+)*", text)[0].split("."))
 
 
-def check_storage(make_storage, large_file_gb: float = 1.0, create: bool = True) -> Tuple[List[Line], Optional[Storage]]:
+def check_storage(make_storage, large_file_gb: float = 1.0, create: bool = True, openvla_dir: Optional[str] = None
+                  ) -> Tuple[List[Line], Optional[Storage]]:
     """Lines about the root, its folders, the cache variables and the code trees; and the Storage, if it can be used.
 
-    `make_storage()` gives the Storage, or raises StorageError or OSError.
+    `make_storage()` gives the Storage, or raises StorageError or OSError. openvla_dir: a checkout that is a code tree too.
     """
     lines, storage = [], None
     try:
@@ -73,7 +76,7 @@ def check_storage(make_storage, large_file_gb: float = 1.0, create: bool = True)
         lines.append(Line(RED, "storage root", str(error), "choose another root: --root DIR or export VLAKEEP_ROOT=DIR"))
     if storage is not None:
         lines += check_folders(storage)
-    for tree in code_trees():
+    for tree in code_trees(more=openvla_dir):
         found = scan_large_files(tree, int(large_file_gb * 1e9))
         for path, size in found:
             target = quoted(f"{storage.root}/") if storage else "DIR_BELOW_THE_STORAGE_ROOT/"
@@ -106,6 +109,31 @@ def check_folders(storage: Storage) -> List[Line]:
         remedy = f"unset {name}   (vlakeep then sets it to {storage.environment()[name]})"
         lines.append(Line(status, f"variable {name}", f"{value} is outside the storage root {storage.root}", remedy))
     return lines if outside else [*lines, Line(GREEN, "cache variables", "none points outside the storage root")]
+
+
+def check_places(config: Config, storage: Storage) -> List[Line]:
+    """Where each input of the experiment lies, links followed: a note for what lies outside the root, which is only read. What is not
+    there has a line when the configuration names it."""
+    named, lines = config.backbone.checkpoint, []
+    try:
+        base: Optional[Path] = find_checkpoint(named, storage.cache)
+    except OSError:
+        base = None
+    places = [("base model", named, base, named == BackboneConfig.checkpoint)]
+    places += [("data set", name, storage.data / Path(name).expanduser(), False) for name in config.data.datasets]
+    places += [("probe", config.probe.name, storage.probe_folder(config.probe.name), config.probe.name == ProbeConfig.name)]
+    for what, name, folder, default in places:
+        if folder is None or not folder.exists():
+            lines += [] if default else [Line(YELLOW, f"{what} {name}", f"not there yet ({folder or storage.cache})",
+                                              "`vlakeep preflight` says how it is made")]
+        elif what == "base model" and name in SHIPPED:
+            lines.append(Line(GREEN, f"{what} {name}", f"{folder.resolve()}: part of the package"))
+        elif folder.resolve().is_relative_to(storage.root.resolve()):
+            lines.append(Line(GREEN, f"{what} {name}", str(folder.resolve())))
+        else:
+            lines.append(Line(YELLOW, f"{what} {name}", f"{folder.resolve()} is outside the storage root {storage.root}",
+                              f"it is only read; to have it below the root: mv {quoted(folder.resolve())} {quoted(f'{storage.root}/')}"))
+    return lines
 
 
 def check_environment(config: Config, gpus: int = 1) -> List[Line]:
@@ -196,7 +224,8 @@ def run_checks(
         for problem in config.problems()
     ]
     lines = lines or [Line(GREEN, "configuration", f"{config_path or 'defaults'}: every value within its range")]
-    found, storage = check_storage(lambda: Storage.from_config(config, create=False), large_file_gb)
+    checkout = config.backbone.openvla_dir
+    found, storage = check_storage(lambda: Storage.from_config(config, create=False), large_file_gb, openvla_dir=checkout)
     lines += found + check_environment(config, gpus)
     if storage is None:
         return lines + [Line(YELLOW, "inputs", "not checked: they lie below the storage root")]
@@ -273,10 +302,11 @@ def _show_mistakes(error: ConfigError, where: str, argv: List[str]) -> int:
 
 
 def storage_check(argv: List[str]) -> int:
-    """`vlakeep storage-check`: folders below the root, cache variables, large files in source trees, free space."""
+    """`vlakeep storage-check`: folders below the root, cache variables, large files in source trees, free space, places of the inputs."""
     args, config = read(STORAGE_CHECK, argv)
-    lines, _ = check_storage(lambda: Storage.from_config(config, create=False), args.large_file_gb, create=False)
-    return show(lines, "storage-check")
+    lines, storage = check_storage(lambda: Storage.from_config(config, create=False), args.large_file_gb, create=False,
+                                   openvla_dir=config.backbone.openvla_dir)
+    return show(lines + (check_places(config, storage) if storage else []), "storage-check")
 
 
 if __name__ == "__main__":

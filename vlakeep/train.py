@@ -48,7 +48,7 @@ from vlakeep.models.lean import autocast
 from vlakeep.models.load import make_backbone, model_class
 from vlakeep.models.look import look
 from vlakeep.models.sharded_base import refuse_sharding
-from vlakeep.probe.probe_set import ProbeSet
+from vlakeep.probe.probe_set import open_probe
 
 EIGHT_BIT = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}  # classes of bitsandbytes.optim
 
@@ -249,7 +249,7 @@ def look_early(config: Config, storage: Storage, dist: Distributed) -> List[Dict
         wrong.append(error)
     if wrong and method.needs_offline(config):  # else its `prepare` looks
         try:
-            ProbeSet(storage.probe_folder(config.probe.name))
+            open_probe(config, storage)
             if base is not None and not config.train.from_run:
                 found = method.artifact_problems(config, method.artifact_folder(config, storage, model_name(base)), None, None, None)
                 wrong += [ValueError(problem) for problem in found]

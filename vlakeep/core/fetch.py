@@ -15,7 +15,7 @@ import sys
 import time
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 from vlakeep.core.config import ConfigError
 from vlakeep.core.errors import is_disk_full, quoted
@@ -145,7 +145,7 @@ def _listing(kind: str, name: str) -> Tuple[str, Dict[str, int]]:
     """(commit, bytes of each file or None) of a repository of the hub."""
     from huggingface_hub import HfApi
 
-    info = HfApi().repo_info(name, repo_type=kind, files_metadata=True)
+    info: Any = HfApi().repo_info(name, repo_type=kind, files_metadata=True)
     return info.sha, {file.rfilename: file.size for file in info.siblings}
 
 

@@ -95,7 +95,7 @@ FETCH = Stage("fetch", "vlakeep.core.fetch", "bring a base model or data set fro
     Option("--only", [], "Folders of a --dataset that is a collection, with commas between them: each becomes a data set of its own. None "
            "takes the whole as one data set.", names)))
 STORAGE_CHECK = Stage("storage-check", "vlakeep.preflight", "check that all big files lie below the storage root; free space",
-                      FOLDERS, (LARGE,), "storage_check")
+                      f"{FOLDERS} backbone.checkpoint backbone.openvla_dir data.datasets probe.name", (LARGE,), "storage_check")
 DEMO = Stage("demo", "vlakeep.demo", "the whole pipeline on the small model that ships with vlakeep, in minutes on a CPU",
              together(OFFLINE, TRAIN, EVALUATE) + " -name -train.save_every -train.keep_last -evaluate.target", file=False, own=(
     Option("--model", "openvla", "Which of the small models.", choices=("openvla", "pi0_fast")),))

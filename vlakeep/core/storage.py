@@ -397,10 +397,14 @@ def _alive(pid: int) -> bool:
 
 
 def scan_large_files(tree, threshold: int) -> List[Tuple[Path, int]]:
-    """(file, bytes) of every file of at least `threshold` bytes below `tree`, largest first. Links are not followed."""
+    """(file, bytes) of every file of at least `threshold` bytes below `tree`, largest first. Links are not followed, and virtual
+    environments below it are left out: their libraries belong there."""
     found = []
     walk = os.walk(tree, followlinks=False)
-    for folder, _, names in tqdm(walk, desc=f"scanning {tree}", unit=" folders", delay=3, leave=False):
+    for folder, inside, names in tqdm(walk, desc=f"scanning {tree}", unit=" folders", delay=3, leave=False):
+        if "pyvenv.cfg" in names and Path(folder) != Path(tree):
+            inside.clear()
+            continue
         for name in names:
             path = Path(folder) / name
             try:
@@ -417,11 +421,13 @@ def own_tree() -> Path:
     return PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").is_file() else PACKAGE
 
 
-def code_trees(start: Optional[Path] = None) -> List[Path]:
-    """What the self-check scans: vlakeep's own tree, the git work tree of the current folder, and /workspace if it exists."""
+def code_trees(start: Optional[Path] = None, more: Optional[str] = None) -> List[Path]:
+    """What the self-check scans: vlakeep's own tree, the git work tree of the current folder, the folder `more`, and /workspace; the last
+    two if they exist."""
     trees = [own_tree()]
     here = Path(start or Path.cwd()).resolve()
     trees += [folder for folder in (here, *here.parents) if (folder / ".git").exists()][:1]
+    trees += [Path(more).expanduser().resolve()] if more and Path(more).expanduser().is_dir() else []
     trees += [WORKSPACE.resolve()] if WORKSPACE.is_dir() else []
     trees = list(dict.fromkeys(trees))
     return [tree for tree in trees if not any(_below(tree, other) for other in trees if other != tree)]

@@ -28,7 +28,7 @@ from vlakeep.methods import costs, graded_offline
 from vlakeep.methods.graded import Graded
 from vlakeep.models.adapters import adapters_disabled
 from vlakeep.models.lean import autocast
-from vlakeep.probe.probe_set import ProbeSet
+from vlakeep.probe.probe_set import open_probe
 from vlakeep.teacher.answers import Answered, run_below, teacher_answers
 from vlakeep.thermostat.kl_sensor import KLSensor, batched
 from vlakeep.thermostat.setpoint import SetPoint
@@ -84,7 +84,7 @@ class Distillation(Graded):
 
         def practice(backbone) -> KLSensor:
             """The divergence on the items that the sensor does not measure."""
-            probe, size = ProbeSet(storage.probe_folder(config.probe.name)), config.icsm.batch_size
+            probe, size = open_probe(config, storage), config.icsm.batch_size
             held = set(method._artifact.answers()[1])
             items = [item for item in probe.spread(config.probe.size) if item not in held]
             samples = probe.samples(items)

@@ -16,7 +16,7 @@ from vlakeep.hsw.transform import random_basis
 from vlakeep.methods import costs, graded_offline
 from vlakeep.methods.base import Method, Problem, never_measured
 from vlakeep.models.adapters import adapters_disabled
-from vlakeep.probe.probe_set import ProbeSet
+from vlakeep.probe.probe_set import open_probe
 from vlakeep.teacher.answers import Answered, run_below, teacher_answers
 from vlakeep.teacher.artifact import GradedArtifact, check, load_artifact
 from vlakeep.teacher.collect import passes, token_moments
@@ -74,7 +74,7 @@ class Graded(Method):
         """With the sensors of the divergence on probe items and on the new task's own prompts. ArtifactError names every mismatch."""
         if not cls.needs_offline(config):
             return cls(config, None, None), {}
-        probe = ProbeSet(storage.probe_folder(config.probe.name))
+        probe = open_probe(config, storage)
         weights = backbone.first_weights_sha256 if config.gains.of_first else backbone.weights_sha256
         folder = cls.artifact_folder(config, storage, backbone.name, weights)
         problems = cls.artifact_problems(config, folder, weights, probe.sha256, backbone.num_layers)

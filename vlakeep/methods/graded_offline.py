@@ -29,7 +29,7 @@ from vlakeep.data.images import resize_uint8
 from vlakeep.data.loader import make_stream
 from vlakeep.data.sample import Batch, Sample, SampleSpec
 from vlakeep.models.adapters import select_linears
-from vlakeep.probe.probe_set import ProbeSet
+from vlakeep.probe.probe_set import ProbeSet, open_probe
 from vlakeep.teacher import artifact, coverage
 from vlakeep.teacher.answers import Part, answer_log_probability, answer_rows, joined, run_below
 from vlakeep.teacher.collect import dealt, passes, with_own_answers
@@ -188,7 +188,7 @@ def build(config: Config, storage: Storage, backbone) -> Path:
     """Make the artefact folder and return it."""
     started = time.perf_counter()
     backbone.eval()
-    probe = ProbeSet(storage.probe_folder(config.probe.name))
+    probe = open_probe(config, storage)
     items = probe.spread(config.probe.size)
     fit, held = split_items(items, probe.kinds(items), config.gains.holdout)
     if not held:

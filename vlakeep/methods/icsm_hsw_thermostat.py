@@ -18,7 +18,7 @@ from vlakeep.hsw.transform import Gains, random_basis
 from vlakeep.methods import costs, icsm_hsw_thermostat_offline
 from vlakeep.methods.base import CALMER, Method, Problem, never_measured
 from vlakeep.probe.batches import prompt_batches
-from vlakeep.probe.probe_set import ProbeSet
+from vlakeep.probe.probe_set import open_probe
 from vlakeep.teacher import icsm_artifact
 from vlakeep.teacher.decompose import fix_signs
 from vlakeep.teacher.folder import note_attention, of_weights, recorded_problems
@@ -104,7 +104,7 @@ class IcsmHswThermostat(Method):
     def prepare(cls, config: Config, storage: Storage, backbone):
         if not cls.needs_offline(config):
             return cls(config), {}
-        probe = ProbeSet(storage.probe_folder(config.probe.name))
+        probe = open_probe(config, storage)
         folder = cls.artifact_folder(config, storage, backbone.name, backbone.weights_sha256)
         problems = cls.artifact_problems(config, folder, backbone.weights_sha256, probe.sha256, backbone.num_layers)
         problems += recorded_problems(folder, icsm_artifact.load(folder).meta, backbone.recorded())

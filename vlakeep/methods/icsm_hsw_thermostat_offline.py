@@ -19,7 +19,7 @@ from vlakeep.core.provenance import library_versions, source_commit
 from vlakeep.core.storage import Storage, need_free
 from vlakeep.models.adapters import select_linears
 from vlakeep.probe.batches import prompt_batches
-from vlakeep.probe.probe_set import ProbeSet, evenly
+from vlakeep.probe.probe_set import evenly, open_probe
 from vlakeep.teacher import icsm_artifact as artifact
 from vlakeep.teacher.collect import dealt, passes, pooled_batches, token_moments, with_own_answers
 from vlakeep.teacher.collect import pooled as pooled_of
@@ -32,7 +32,7 @@ from vlakeep.thermostat.drift import covariance
 def build(config: Config, storage: Storage, backbone) -> Path:
     """Build the artefact folder and return it."""
     started = time.perf_counter()
-    probe = ProbeSet(storage.probe_folder(config.probe.name))
+    probe = open_probe(config, storage)
     items = probe.spread(config.probe.size)
     layers = config.icsm.layers or artifact.default_layers(backbone.num_layers)
     mapping = artifact.layer_map(backbone.num_layers, layers)

@@ -16,7 +16,7 @@ from vlakeep.methods import graded_offline
 from vlakeep.methods.base import Problem
 from vlakeep.methods.graded import Graded
 from vlakeep.models.quantised import plain_weight
-from vlakeep.probe.probe_set import ProbeSet
+from vlakeep.probe.probe_set import open_probe
 from vlakeep.teacher.answers import Part, run_below
 from vlakeep.thermostat.loop import Loop
 
@@ -72,7 +72,7 @@ def factors(linear) -> Tuple[torch.Tensor, torch.Tensor, float]:
 def answered_items(config: Config, storage: Storage, backbone, count: int) -> Tuple[List[Part], torch.Tensor]:
     """Up to `count` probe items that the sensor does not measure, with the teacher's answers, in front of the first adapted layer; and
     their weights, 1 in the mean, by which kinds of prompts count alike. The adapters must not have moved yet."""
-    probe, size = ProbeSet(storage.probe_folder(config.probe.name)), config.icsm.batch_size
+    probe, size = open_probe(config, storage), config.icsm.batch_size
     items = probe.spread(config.probe.size)
     fit, _ = graded_offline.split_items(items, probe.kinds(items), config.gains.holdout)
     count = min(count, len(fit))

@@ -23,7 +23,7 @@ from vlakeep.core.stages import AUDIT
 from vlakeep.core.storage import Storage, find_checkpoint
 from vlakeep.models.load import model_class
 from vlakeep.probe.masks import AuditRow, audit
-from vlakeep.probe.probe_set import ProbeSet
+from vlakeep.probe.probe_set import open_probe
 
 SHOWN = 3  # items of each kind
 
@@ -44,7 +44,7 @@ def main(argv: List[str]) -> int:
     storage = Storage.from_config(config)
     folder = find_checkpoint(config.backbone.checkpoint, storage.cache)
     processor = model_class(folder).read_processor(config.backbone, folder)
-    probe = ProbeSet(storage.probe_folder(config.probe.name))
+    probe = open_probe(config, storage)
     items = probe.spread(config.probe.size)
     terminal = Console(highlight=False)
     console = terminal if terminal.is_terminal else Console(highlight=False, width=140)  # a log file has room

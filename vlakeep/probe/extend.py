@@ -21,14 +21,14 @@ from vlakeep.core.storage import Storage
 from vlakeep.data.formats import closing_all, open_configured
 from vlakeep.data.images import resize_uint8
 from vlakeep.data.sample import Sample
-from vlakeep.probe.probe_set import TASK, ProbeSet, evenly, write_probe
+from vlakeep.probe.probe_set import TASK, evenly, open_probe, write_probe
 
 
 def extend(config: Config, storage: Storage, to: str, frames: int) -> int:
     """Write the probe `to`; returns its number of items. ValueError for the probe itself, and where a set has too few frames."""
     if to == config.probe.name:
         raise ValueError(f"--to {quoted(to)}: is the probe that frames are added to, --probe.name, and it would be lost; give another one")
-    probe = ProbeSet(storage.probe_folder(config.probe.name))
+    probe = open_probe(config, storage)
     items = probe.spread(config.probe.size)
     samples, kinds = probe.samples(items), probe.kinds(items)
     states = [probe.items[i]["state"] for i in items]

@@ -20,13 +20,17 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 
+from vlakeep.core.config import Config, ProbeConfig
 from vlakeep.core.errors import quoted
-from vlakeep.core.storage import atomic_dir
+from vlakeep.core.storage import Storage, atomic_dir
 from vlakeep.data.sample import Sample
 
 FORMAT, WIDE_FORMAT = 1, 2  # the second has more than one picture an item, or a state
 TASK = "task:"  # how kinds begin that are frames of a new task's data (probe/extend.py)
-_REMEDY = "make it again with `vlakeep tabletop-data`, or write your own with write_probe (vlakeep/probe/probe_set.py)"
+# How the names of benchmarks, their data sets and their probes begin -> what makes a probe of theirs.
+_MAKERS = {"tabletop": "`vlakeep tabletop-data --probe.name {name} --probe.size {size}`",
+           "libero": "`vlakeep libero-vqa --probe.name {name} --items {size}`"}
+_OWN = "of a data set or pictures of your own as docs/bring-your-own-data.md says (The probe)"
 _FIELDS = {"instruction": str, "question": bool, "kind": str, "state": str}
 
 
@@ -118,6 +122,23 @@ def evenly(count: int, size: int) -> List[int]:
     return [i * count // size for i in range(size)]
 
 
+def remedy(name: str, size: int, *told: str) -> str:
+    """How a probe of this name with `size` items is made. told: names of data sets and benchmarks, which say whose pictures it is to have
+    when its own name does not."""
+    family = next((family for word in (name, *told) for family in _MAKERS if word.startswith(family)), None)
+    made = {one: command.format(name=quoted(name), size=size) for one, command in _MAKERS.items()}
+    if family == "tabletop":
+        return f"make it with {made[family]}"
+    if family == "libero":
+        return f"make it of LIBERO scenes with {made[family]}, or {_OWN}"
+    return f"make it {_OWN}, of LIBERO scenes with {made['libero']}, or of the tabletop with {made['tabletop']}"
+
+
+def open_probe(config: Config, storage: Storage) -> "ProbeSet":
+    """The probe of a configuration. Raises ProbeError."""
+    return ProbeSet(storage.probe_folder(config.probe.name), config.probe.name, config.probe.size)
+
+
 class ProbeSet:
     """A probe folder, verified against its hash when it is opened; pictures stay memory-mapped.
 
@@ -125,8 +146,11 @@ class ProbeSet:
     Raises ProbeError (missing, truncated or changed files).
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, name: str = "", size: int = ProbeConfig.size):
+        """name, size: of --probe.name and --probe.size, for messages."""
         self.folder = Path(folder)
+        self._name = name or self.folder.name
+        self._remedy = remedy(self._name, size)
         info = self._info()
         self.items = self._items()
         self.answers: Dict[int, str] = {}
@@ -138,31 +162,31 @@ class ProbeSet:
         if not (info["count"] == len(self.items) == len(self._images)) or any(len(array) != info["count"] for array in others):
             raise ProbeError(f"{self.folder}: probe.json says {info['count']} items, items.jsonl has {len(self.items)} and "
                              f"images.npy {len(self._images)}{', the others ' if others else ''}{', '.join(str(len(a)) for a in others)}; "
-                             f"{_REMEDY}")
+                             f"{self._remedy}")
         self.sha256 = content_hash(self.items, self._images, self._cameras, others)
         if self.sha256 != info["sha256"]:
             raise ProbeError(f"{self.folder}: its content hash is {self.sha256[:16]}, probe.json says {info['sha256'][:16]}: "
-                             f"it was changed after it was written; {_REMEDY}")
+                             f"it was changed after it was written; {self._remedy}")
 
     def _info(self) -> Dict:
         path = self.folder / "probe.json"
         if not path.is_file():
-            raise ProbeError(f"no probe set at {self.folder} (probe.json is missing); {_REMEDY}")
+            raise ProbeError(f"no probe set at {self.folder} (probe.json is missing); {self._remedy}")
         try:
             info = json.loads(path.read_text())
             if info["format"] not in (FORMAT, WIDE_FORMAT):
-                raise ProbeError(f"{path} has format {info['format']!r}, this version reads {FORMAT}; {_REMEDY}")
+                raise ProbeError(f"{path} has format {info['format']!r}, this version reads {FORMAT}; {self._remedy}")
             return {"count": int(info["count"]), "sha256": str(info["sha256"]), "cameras": [str(name) for name in info.get("cameras", [])],
                     "state": int(info.get("state", 0))}
         except ProbeError:
             raise
         except (KeyError, TypeError, ValueError) as error:
-            raise ProbeError(f"{path} cannot be read ({error!r}); {_REMEDY}") from error
+            raise ProbeError(f"{path} cannot be read ({error!r}); {self._remedy}") from error
 
     def _items(self) -> List[Dict]:
         path, items = self.folder / "items.jsonl", []
         if not path.is_file():
-            raise ProbeError(f"{path} is missing; {_REMEDY}")
+            raise ProbeError(f"{path} is missing; {self._remedy}")
         # split, not splitlines(): an instruction may hold other Unicode line breaks
         for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
             try:
@@ -170,7 +194,7 @@ class ProbeSet:
                 if not all(isinstance(item[key], kind) for key, kind in _FIELDS.items()):
                     raise TypeError(f"needs {', '.join(_FIELDS)}")
             except (KeyError, TypeError, ValueError) as error:
-                raise ProbeError(f"{path}, line {number} is no probe item ({error!r}); {_REMEDY}") from error
+                raise ProbeError(f"{path}, line {number} is no probe item ({error!r}); {self._remedy}") from error
             items.append({key: item[key] for key in _FIELDS})  # what is hashed, and nothing that damage may have added
         return items
 
@@ -179,21 +203,21 @@ class ProbeSet:
         try:
             return np.load(path, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError as error:
-            raise ProbeError(f"{path} is missing; {_REMEDY}") from error
+            raise ProbeError(f"{path} is missing; {self._remedy}") from error
         except Exception as error:  # a truncated file cannot be mapped; NumPy reads the header as Python and says so in many ways
-            raise ProbeError(f"{path} is truncated or damaged ({error}); {_REMEDY}") from error
+            raise ProbeError(f"{path} is truncated or damaged ({error}); {self._remedy}") from error
 
     def _open_states(self, size: int) -> np.ndarray:
         states = self._open("states.npy")
         if states.dtype != np.float32 or states.shape[1:] != (size,):
             raise ProbeError(f"{self.folder / 'states.npy'} must be float32 [N, {size}], not {states.dtype} "
-                             f"{list(states.shape)}; {_REMEDY}")
+                             f"{list(states.shape)}; {self._remedy}")
         return states
 
     def _open_images(self, name: str = "images.npy") -> np.ndarray:
         images, path = self._open(name), self.folder / name
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-            raise ProbeError(f"{path} must be uint8 [N, H, W, 3], not {images.dtype} {list(images.shape)}; {_REMEDY}")
+            raise ProbeError(f"{path} must be uint8 [N, H, W, 3], not {images.dtype} {list(images.shape)}; {self._remedy}")
         return images
 
     def __len__(self) -> int:
@@ -202,8 +226,8 @@ class ProbeSet:
     def spread(self, size: int) -> List[int]:
         """`size` item numbers, evenly spaced over the probe, ascending. ProbeError when the probe has fewer."""
         if size > len(self):
-            raise ProbeError(f"{self.folder} has {len(self)} items, --probe.size asks for {size}; lower it or make a larger "
-                             "probe with `vlakeep tabletop-data`")
+            raise ProbeError(f"{self.folder} has {len(self)} items, --probe.size asks for {size}; lower it or take a larger "
+                             f"probe: {remedy(self._name, size)}")
         return evenly(len(self), size)
 
     def samples(self, indices: Sequence[int]) -> List[Sample]:
