@@ -16,6 +16,7 @@ from typing import List, Optional
 
 import torch
 
+from vlakeep.core.base_models import AmbiguousModel
 from vlakeep.core.config import BackboneConfig
 from vlakeep.core.errors import CheckpointError
 from vlakeep.core.storage import PACKAGE, find_checkpoint, pick_root
@@ -31,6 +32,16 @@ def model_name(folder: Path) -> str:
     if folder.parent.name == "snapshots":
         return folder.parents[1].name.replace("models--", "").replace("--", "-")
     return folder.name
+
+
+def name_in_store(checkpoint: str, cache: Path) -> str:
+    """model_name of a base model; of one that is not there yet, the name that it will have."""
+    try:
+        return model_name(find_checkpoint(checkpoint, cache))
+    except AmbiguousModel:
+        raise
+    except FileNotFoundError:
+        return Path(checkpoint.partition("@")[0]).name
 
 
 @lru_cache(maxsize=None)  # it reads the metadata of every package that is installed
