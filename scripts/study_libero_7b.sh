@@ -4,7 +4,9 @@
 #   scripts/study_libero_7b.sh --arms base,plain,graded --tasks spatial --seeds 1 --rates 5.0e-4                # first: three cells
 #   HARDWARE=v100x8 scripts/study_libero_7b.sh --workers 8                                                      # a cell a GPU
 #   scripts/study_libero_7b.sh --scheduler slurm --workers 16 --resources slurm_partition=gpu,gpus_per_node=1,timeout_min=600
-# VLAKEEP_ROOT: the storage root, else /opt/data/private/vlakeep (60 GB and 1 GB a run). HARDWARE: rtx4090 (default), v100x8 or h100, for the plan that is printed.
+# VLAKEEP_ROOT: the storage root, else /opt/data/private/vlakeep (60 GB and 1 GB a run). HARDWARE: rtx4090, v100x8, h100 or auto, the card of a
+# cell; types, 4 bits and micro-batch are chosen for it, so that it has to be the same in every call of one root. Unset: as the study's file has
+# it, for 24 GB with bfloat16.
 # The simulator must be installed (make libero), and HF_ENDPOINT names a mirror of the hub.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,6 +14,7 @@ cd "$(dirname "$0")/.."
 base=openvla/openvla-7b-finetuned-libero-object
 study=studies/libero_7b.yaml
 python="${PYTHON:-python}"
+card=(${HARDWARE:+--hardware "$HARDWARE"})
 run() { echo "+ $*" >&2; "$@"; }
 vlakeep() { run "$python" -m vlakeep.cli "$@"; }
 
@@ -42,6 +45,6 @@ PY
 [ -e "$root/probe/keep_heldout/probe.json" ] ||
   vlakeep libero-vqa --suite libero_object --items 500 --split heldout --workers 8 --probe.name keep_heldout
 vlakeep plan --config configs/openvla_libero_graded.yaml --hardware "${HARDWARE:-rtx4090}" --backbone.checkpoint "$base"
-vlakeep study "$study" --dry-run "$@" | tail -n 3
-vlakeep study "$study" "$@"
-vlakeep study "$study" --report
+vlakeep study "$study" --dry-run "$@" "${card[@]}" | tail -n 3
+vlakeep study "$study" "$@" "${card[@]}"
+vlakeep study "$study" --report "${card[@]}"

@@ -15,6 +15,7 @@ from stage_reads import Calls
 
 from vlakeep import cli
 from vlakeep.core.config import ConfigError, load_config
+from vlakeep.core.hardware import DECIDED
 from vlakeep.core.options import help_text, leaves, read, split
 from vlakeep.core.storage import KEYS
 
@@ -99,7 +100,7 @@ def test_a_stage_declares_what_it_reads_and_nothing_else(calls, name):
         assert declared == expected and found <= declared
         return
     if name == "study":  # what else it reads is of its cells, whose keys stand in the study's file
-        assert declared == {"root", *KEYS}
+        assert declared == {"root", *KEYS, *DECIDED}
         return
     made = {key for key in leaves() if key.startswith("backbone.")}
     makers = ("pretrain-libero", "train-base", "own-texts", "base-delta", "pretrain-tabletop", "pretrain-tabletop-pi0", "verify-golden",

@@ -158,8 +158,49 @@ def test_what_does_not_fit_is_told_with_what_makes_it_fit(seven_b):
     for remedy in found:
         changed = configuration(FROZEN, *PLAIN, *[part for key, value in remedy.options for part in (f"--{key}", value)])
         assert Planner(changed, seven_b, card).plan("train").reserved <= 16.5 * GIB, remedy.line()
-    nothing, least = remedies(config, seven_b, card._replace(memory=14.0), 1, "train")
+    nothing, least = remedies(configuration(FROZEN, *PLAIN, "--train.from_run", "other"), seven_b, card._replace(memory=14.0), 1, "train")
     assert nothing == [] and 14.05 * GIB < least.reserved < 15 * GIB, "weights alone are larger"
+
+
+def test_4_bits_are_the_last_remedy_of_a_stage_and_said_to_be_another_base(seven_b):
+    card, config = CARDS["v100x8"], configuration(GRADED, "--backbone.dtype", "float16", "--train.autocast", "float16")
+    for stage in ("offline", "train"):
+        found, _ = remedies(config, seven_b, card, 1, stage)
+        assert ("backbone.quantisation", "nf4") in found[-1].options and "another base: offline, train" in found[-1].line(), stage
+        assert not any(("backbone.quantisation", "nf4") in one.options for one in found[:-1])
+        found, _ = remedies(config, seven_b, card._replace(device="cpu"), 1, stage)
+        assert not any("nf4" in one.line() for one in found), stage
+    wide = ["--lora.modules", "[all-linear]", "--lora.layers", "all"]
+    for refused in (["--train.from_run", "other"], ["--train.sharding", "fsdp"], wide):
+        found, _ = remedies(configuration(FROZEN, *PLAIN, *refused), seven_b, card, 8, "train")
+        assert not any("nf4" in one.line() for one in found), refused
+
+
+def test_the_base_is_shared_where_training_does_not_fit_otherwise_and_4_bits_are_not_needed(seven_b):
+    config, card = configuration(FROZEN, *PLAIN), CARDS["rtx4090"]
+
+    def chosen(memory, gpus=8, *fixed, config=config):
+        return {key: value for key, value, _ in fit.sharding_choice(config, seven_b, card._replace(memory=memory), gpus, fixed)}
+
+    assert chosen(22.5) == {"train.sharding": "none"} and chosen(14.4) == {"train.sharding": "fsdp"}
+    assert chosen(14.4, 1) == chosen(14.4, 8, "train.sharding") == chosen(14.4, 8, "backbone.quantisation") == chosen(1.0) == {}
+    assert chosen(14.4, config=configuration(FROZEN, *PLAIN, *FOUR_BITS)) == {"train.sharding": "none"}
+
+
+def test_a_profile_reckons_with_all_cards_that_train(capsys, tmp_path, monkeypatch):
+    """With fsdp and eight cards 8 x 2 were planned where 16 x 1 fits, since the micro-batch was chosen for one card."""
+    own = ["--config", GRADED, "--hardware", "v100x8", "--root", str(tmp_path), "--train.sharding", "fsdp"]
+    _, config = read(cli.STAGES["plan"], [*own, "--gpus", "8"])
+    assert (config.train.batch_size, config.train.accumulation) == (16, 1)
+    _, config = read(cli.STAGES["train"], own)
+    assert config.train.batch_size < 16, "one process, whose card holds the whole base"
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    _, config = read(cli.STAGES["train"], own)
+    assert (config.train.batch_size, config.train.accumulation) == (16, 1)
+    capsys.readouterr()
+    _, config = read(cli.STAGES["train"], own[:-2])
+    assert (config.backbone.quantisation, config.train.sharding) == ("nf4", "none"), "the base that its offline step has to take"
+    assert "v100x8: --train.sharding none (a base of 4 bits lies whole on each card)" in capsys.readouterr().out
 
 
 def test_a_micro_batch_is_the_largest_that_fits_and_keeps_the_samples_of_a_step(seven_b):

@@ -154,12 +154,13 @@ def check_compiling(config: Config, model: dict) -> List[Line]:
     return [Line(RED, "--train.compile", problem, "--train.compile false")] if problem else []
 
 
-def check_data(config: Config, storage: Storage) -> List[Line]:
-    """The files of every data set; and where these are whole, what `train` finds when it opens them (data/card.py)."""
+def check_data(config: Config, storage: Storage, names: Optional[List[str]] = None) -> List[Line]:
+    """The files of every data set, of those of the configuration or of `names`; and where these are whole, what `train` finds when it opens
+    them (data/card.py)."""
     from vlakeep.models.look import look
 
     lines = []
-    for name in config.data.datasets:
+    for name in config.data.datasets if names is None else names:
         lines.append(_check_data_set(storage.data / name, name, storage))
         if lines[-1].status == RED:
             continue
@@ -230,6 +231,20 @@ def check_probe(config: Config, storage: Storage) -> Tuple[List[Line], Optional[
         how = remedy(config.probe.name, config.probe.size, *told)
         return [Line(RED, "probe", str(error), f"{how}, or choose with --probe.name and --probe_root_dir (now {storage.probe})")], None
     return [Line(GREEN, "probe", f"{probe.folder}: {len(probe)} items, {config.probe.size} used")], probe.sha256
+
+
+def check_heldout(config: Config, storage: Storage) -> List[Line]:
+    """The probe of evaluate.probe: there, with answers, and not the protected one."""
+    from vlakeep.probe.heldout import open_heldout
+
+    settings = config.evaluate
+    try:
+        probe = open_heldout(storage.probe_folder(settings.probe), storage.probe_folder(config.probe.name))
+    except (ValueError, OSError) as error:
+        suite = next(iter(settings.other_suites), settings.benchmark)
+        return [Line(RED, "--evaluate.probe", str(error), f"vlakeep libero-vqa --suite {quoted(suite)} --split heldout --probe.name "
+                     f"{quoted(settings.probe)}")]
+    return [Line(GREEN, "--evaluate.probe", f"{probe.folder}: {len(probe.answers)} questions with answers")]
 
 
 def check_artifact(config: Config, storage: Storage, model: dict, probe_sha256: Optional[str], config_path: str) -> List[Line]:

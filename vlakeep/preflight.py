@@ -244,7 +244,7 @@ def run_checks(
         lines += checks.check_data(config, storage) if benchmark.reads_data else []
     if stage == "train":
         lines += checks.check_compiling(config, model) if model else []
-        lines += checks.check_data(config, storage)
+        lines += checks.check_data(config, storage, method_class(config.method).data_sets(config) if known else None)
         lines += checks.check_artifact(config, storage, model, probe_sha256, config_path) if needs_artifact else []
         lines += checks.check_run(config, storage, model)
     return lines

@@ -9,6 +9,7 @@
     vlakeep study studies/rivals_small.yaml --rerun 3                 # random cells once more, against their records
     vlakeep study studies/rivals_small.yaml --part 1 --parts 4 --seconds 500 --export part1.jsonl      # on one machine of four
     vlakeep study studies/rivals_small.yaml --import part1.jsonl,part2.jsonl
+    vlakeep study studies/libero_7b.yaml --hardware v100x8 --workers 8        # what the cells take is chosen for a card (studies/cards.py)
 
 core/study.py says what a study file holds, studies/records.py what is exported. Artefacts that are missing are made first. A cell is a
 process of its own, `--workers` of them at a time, each on the next GPU where there are several; one that fails is told with the end of its
@@ -28,16 +29,17 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from vlakeep import checks, cli
-from vlakeep.core.base_models import model_name
-from vlakeep.core.config import Config, ConfigError
+from vlakeep.core.base_models import name_in_store
+from vlakeep.core.config import Config, ConfigError, load_config
 from vlakeep.core.log import log
 from vlakeep.core.next_step import completed_remedy
 from vlakeep.core.options import split
 from vlakeep.core.registry import method_class
 from vlakeep.core.stages import STUDY
-from vlakeep.core.storage import Storage, atomic_write, find_checkpoint
+from vlakeep.core.storage import Storage, atomic_write
 from vlakeep.core.study import BEGUN, DONE, OPEN, OTHER, Cell, State, checkpoint_problem, look, named, read_study, read_tree, share
 from vlakeep.studies import again, claims, paper, report, streams, tables
+from vlakeep.studies.cards import card_words, on_card
 from vlakeep.studies.records import differences, line_of, read_records, record_of, same, write_records
 from vlakeep.studies.rule import Rule, of_reported, read_rule, to_report
 from vlakeep.studies.schedulers import Launcher, at_once, scheduler
@@ -53,6 +55,7 @@ class Study(NamedTuple):
     configs: Dict[Cell, Config]
     storage: Storage
     folders: List[str]
+    card: Sequence[str] = ()  # --hardware and the keys that beat it, which every call of the study needs
 
     def states(self) -> Dict[Cell, State]:
         imported = self.imported()
@@ -80,10 +83,14 @@ class Study(NamedTuple):
         return self.storage.run_folder(self.cells[0].group) / "study"
 
 
-def open_study(file: str, folders: Sequence[str], again: bool = False, only: Optional[str] = None) -> Study:
-    """ConfigError with the mistakes of all cells and of the rule. only: a cell; thousands of others then get no configuration."""
+def open_study(file: str, folders: Sequence[str], again: bool = False, only: Optional[str] = None, card: Sequence[str] = ()) -> Study:
+    """ConfigError with the mistakes of all cells and of the rule. only: a cell; thousands of others then get no configuration. card: NAME
+    of --hardware and pairs --key=value that beat it."""
     cells, configs, wrong = read_study(file, again), {}, {}
     read_rule(read_tree(file), cells)
+    if card:
+        cells, lines = on_card(cells, card, Storage.from_config(load_config(None, list(folders)), create=False).cache)
+        log.info("\n".join(lines))
     for cell in [cell for cell in cells if only is None or cell.cell == only] or cells[:1]:
         try:
             configs[cell] = cell.config(folders)
@@ -94,7 +101,7 @@ def open_study(file: str, folders: Sequence[str], again: bool = False, only: Opt
             wrong.setdefault(str(error), cell.cell)
     if wrong:
         raise ConfigError("\n".join(f"{file}, cell {cell}: {error}" for error, cell in wrong.items()))
-    return Study(file, cells, configs, Storage.from_config(next(iter(configs.values()))), list(folders))
+    return Study(file, cells, configs, Storage.from_config(next(iter(configs.values()))), list(folders), list(card))
 
 
 class Artefact(NamedTuple):
@@ -110,7 +117,7 @@ def artefacts(study: Study) -> Dict[Path, Artefact]:
     for cell, config in study.configs.items():
         own = [] if cell.makes_artefact or not method_class(config.method).needs_offline(config) else [config.method]
         for method in dict.fromkeys([*own, *(["graded"] if cell.closes else [])]):
-            base = model_name(find_checkpoint(config.backbone.checkpoint, study.storage.cache))
+            base = name_in_store(config.backbone.checkpoint, study.storage.cache)
             folder = method_class(method).artifact_folder(config, study.storage, base)
             other = method if method != config.method else None
             if folder not in found:
@@ -135,13 +142,19 @@ def missing(study: Study, cells: Sequence[Cell]) -> List[str]:
         seen.add(key)
         return new
 
+    reading = [cell for cell in cells if (method_class(study.configs[cell].method).needs_offline(study.configs[cell]) or cell.closes)
+               and not cell.added]
+    largest = {study.configs[cell].probe.name: cell for cell in sorted(reading, key=lambda cell: study.configs[cell].probe.size)}
     for cell in cells:
         config, found = study.configs[cell], []
-        if first("data", *config.data.datasets):
-            found += checks.check_data(config, study.storage)
-        reads = (method_class(config.method).needs_offline(config) or cell.closes) and not cell.added
-        if reads and first("probe", config.probe.name, config.probe.size):
+        if first("base", config.backbone.checkpoint):
+            found += [line for line in checks.check_checkpoint(config, study.storage.cache)[0] if line.what == "base model"]
+        names = config.data.datasets if cell.is_base else method_class(config.method).data_sets(config)
+        found += checks.check_data(config, study.storage, [name for name in names if first("data", name)])
+        if cell in reading and largest[config.probe.name] == cell:  # as large as any asks for, and told once
             found += checks.check_probe(config, study.storage)[0]
+        if config.evaluate.probe and first("evaluate.probe", config.evaluate.probe, config.probe.name):
+            found += checks.check_heldout(config, study.storage)
         lines += [f"{line.what}: {line.where}\n    {completed_remedy(line.remedy, ['offline', *study.folders])}"
                   for line in found if line.status == checks.RED]
     return list(dict.fromkeys(lines))
@@ -274,7 +287,7 @@ def rerun(study: Study, count: int, workers: int, launch: Optional[Callable[[Lis
     same."""
     records = {record["cell"]: record for record in study.records()}
     chosen = {cell.cell for cell in again.drawn([cell for cell in study.cells if cell.cell in records], count, seed)}
-    second = open_study(study.file, study.folders, again=True)
+    second = open_study(study.file, study.folders, again=True, card=study.card)
     second = second._replace(cells=[cell for cell in second.cells if cell.cell in chosen])
     failed = run_study(second, workers, launch)
     found = {record["cell"]: again.compared(records[record["cell"]], record) for record in second.records() if record["cell"] in records}
@@ -311,7 +324,7 @@ def take_in(study: Study, files: Sequence[str]) -> str:
 def cell_words(study: Study, cell: Cell) -> List[str]:
     """The command line that runs a cell."""
     beside = ["--again"] if cell.group.endswith("_again") and read_tree(study.file)["name"] != cell.group else []
-    return ["study", study.file, "--cell", cell.cell, *beside, *study.folders]
+    return ["study", study.file, "--cell", cell.cell, *beside, *study.card, *study.folders]
 
 
 def _gpus() -> int:
@@ -355,23 +368,25 @@ def judged_by(study: Study) -> Tuple[Rule, List[Dict[str, Any]]]:
         raise ConfigError(f"{study.file} has no `rule`: a report needs to know what is compared (docs/study.md)")
     records = study.records()
     if not records:
-        raise ConfigError(f"no cell is done: run `{command('study', study.file)}`, or take records in with --import")
+        raise ConfigError(f"no cell is done: run `{command('study', study.file, *study.card)}`, or take records in with --import")
     return rule, records
 
 
 def write_report(study: Study, out: Path) -> Path:
     rule, records = judged_by(study)
-    commands = [command("study", study.file), command("study", study.file, "--report")]
+    commands = [command("study", study.file, *study.card), command("study", study.file, *study.card, "--report")]
     return report.build(study.cells, records, rule, out.expanduser().absolute(), commands)
 
 
 def main(argv: List[str]) -> int:
-    args, _, folders = split(STUDY, argv)
-    study = open_study(args.study, folders, args.again, args.cell)
+    args, _, pairs = split(STUDY, argv)
+    folders, card = card_words(pairs, args.hardware, args.scheduler)
+    study = open_study(args.study, folders, args.again, args.cell, card)
     if args.cell:
         found = [cell for cell in study.cells if cell.cell == args.cell]
         if not found:
-            raise ConfigError(f"--cell {args.cell}: the study has no such cell; `{command('study', args.study, '--dry-run')}` lists them")
+            listed = command("study", args.study, *card, "--dry-run")
+            raise ConfigError(f"--cell {args.cell}: the study has no such cell; `{listed}` lists them")
         return run_cell(study, found[0])
     taken = getattr(args, "import")
     if taken:

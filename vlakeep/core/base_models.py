@@ -56,6 +56,16 @@ def model_name(folder: Path) -> str:
     return folder.name
 
 
+def name_in_store(checkpoint: str, cache: Path) -> str:
+    """model_name of a base model; of one that is not there yet, the name that it will have."""
+    try:
+        return model_name(find_checkpoint(checkpoint, cache))
+    except AmbiguousModel:
+        raise
+    except FileNotFoundError:
+        return Path(checkpoint.partition("@")[0]).name
+
+
 def model_names(name: str, cache: Path) -> List[str]:
     """What evaluations of a base model may be called by (core/names.py): by its folder, and where it is not here as it was written."""
     try:

@@ -111,12 +111,22 @@ def hardware(name: str) -> Hardware:
     return known._replace(name=seen, memory=free, cards=count)
 
 
+# What a profile decides, from the card or from what fits it.
+DECIDED = ("backbone.dtype", "backbone.quantisation", "backbone.attn_implementation", "backbone.gradient_checkpointing", "train.autocast",
+           "train.batch_size", "train.accumulation", "device")
+
+
 class Choice(NamedTuple):
     """One key that a profile sets, and why."""
 
     key: str
     value: str
     reason: str
+
+    @property
+    def typed(self):
+        """The value as a configuration holds it."""
+        return self.value == "true" if self.value in ("true", "false") else int(self.value) if self.value.isdigit() else self.value
 
 
 def types(card: Hardware) -> List[Choice]:
@@ -133,3 +143,12 @@ def types(card: Hardware) -> List[Choice]:
             Choice("train.autocast", autocast, "products in the type of the weights"),
             Choice("backbone.attn_implementation", "sdpa", attention),
             Choice("device", card.device, "the profile is of a " + ("GPU" if card.device == "cuda" else "CPU"))]
+
+
+def able(card: Hardware, key: str, value: str) -> bool:
+    """Whether the card can do what a configuration says of a key of `types`, though another value may be its best."""
+    if key == "device":
+        return value in ("auto", card.device)
+    if value in ("bfloat16", "flash_attention_2"):  # a CPU has the one and not the other
+        return card.dtype == "bfloat16" or (value == "bfloat16" and card.device == "cpu")
+    return value != "float16" or card.device == "cuda"

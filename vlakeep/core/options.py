@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import os
 from functools import lru_cache
 from importlib import import_module
 from operator import attrgetter
@@ -176,7 +177,8 @@ def split(stage: Stage, argv: List[str]) -> Tuple[argparse.Namespace, Optional[s
         raise ConfigError("--config needs a file, or the name of a configuration that ships, such as baseline_lora")
     for option in stage.own:
         setattr(args, option.dest, _value(stage, option, getattr(args, option.dest)))
-    if getattr(args, "hardware", None):  # before what the command line says, which beats it; a stage is told what it reads
+    # Before what the command line says, which beats it; a stage is told what it reads. A study asks for its cells (studies/cards.py).
+    if getattr(args, "hardware", None) and stage.file:
         chosen = [one for one in types(hardware(args.hardware)) if one.key in stage.reads()]
         given = args.given_ = _keys(pairs)
         for key, value, reason in chosen:
@@ -197,8 +199,9 @@ def read(stage: Stage, argv: List[str]) -> Tuple[argparse.Namespace, Config]:
         card = hardware(args.hardware)
         card = card._replace(memory=getattr(args, "gib", None) or card.memory)
         fit = import_module("vlakeep.planning.fit")  # of a room above this one, by name as the rooms' stages are
-        for key, value, reason in fit.fitted(config, card, Storage.from_config(config, create=False).cache, args.given_,
-                                               "train.batch_size" in stage.reads()):
+        training = "train.batch_size" in stage.reads()
+        gpus = int(os.environ.get("WORLD_SIZE", getattr(args, "gpus", None) or 1))  # a training has no --gpus: torchrun says it
+        for key, value, reason in fit.fitted(config, card, Storage.from_config(config, create=False).cache, args.given_, training, gpus):
             log.info(f"{args.hardware}: --{key} {value} ({reason})")
     return args, config
 

@@ -1,6 +1,6 @@
 """The stages of no single benchmark: what each reads (options.py says how it is written down)."""
 
-from vlakeep.core.hardware import NAMES
+from vlakeep.core.hardware import DECIDED, NAMES
 from vlakeep.core.options import Option, Stage, names, number, numbers, together, whole, wholes
 from vlakeep.core.storage import KEYS
 
@@ -56,9 +56,12 @@ INTERPOLATE = Stage("interpolate", "vlakeep.interpolate", "a run's adapter at se
                     f"{FOLDERS} name export.target export.overwrite", own=(
     Option("--alphas", [0.2, 0.4, 0.6, 0.8], "Strengths, with commas between them: 0 is the base, 1 the run.", numbers),
     Option("--modules", [], "Linears that are weakened, by the last part of their names, such as q_proj; the others keep theirs.", names)))
-STUDY = Stage("study", "vlakeep.study", "arms x tasks x rates x seeds, trained and evaluated; goes on where it was stopped", FOLDERS,
-              file=False, own=(
+STUDY = Stage("study", "vlakeep.study", "arms x tasks x rates x seeds, trained and evaluated; goes on where it was stopped",
+              f"{FOLDERS} {' '.join(DECIDED)}", file=False, own=(
     Option("study", None, "The study file (core/study.py says what it holds), such as studies/rivals_small.yaml.", required=True),
+    Option("--hardware", None, "The card of a cell: sets in all cells what nobody names of data type, attention, 4 bits, micro-batch and "
+           "checkpointing, and what is named and the card cannot do, and prints it with the reason. Give it whenever the study is called. "
+           "The command line's keys beat it, and are for it alone; null leaves the cells as the file has them.", choices=NAMES),
     Option("--workers", 1, "Cells that run at a time.", whole()),
     Option("--scheduler", "local", "Where cells run: processes of this machine, a SLURM cluster by submitit, or many machines by Ray.",
            choices=("local", "slurm", "ray")),

@@ -86,6 +86,11 @@ class Method:
         return False
 
     @classmethod
+    def data_sets(cls, config: Config) -> List[str]:
+        """Names of the data sets that training reads."""
+        return list(config.data.datasets)
+
+    @classmethod
     def check_model(cls, config: Config, depth: int, width: int) -> List[Problem]:
         """What of the configuration does not fit a model of this many decoder layers and this hidden size."""
         return []

@@ -32,6 +32,10 @@ class Options:
     weight: float = 1.0
 
 
+def old_sets(options: Options):
+    return [name for name in options.datasets.replace(" ", "").split(",") if name]
+
+
 class Replay(Measured):
     label, label_zh, Options = "Replay of old data (oracle)", "旧数据回放（上界）", Options
     _open: Any = None  # makes the stream of old data
@@ -45,11 +49,16 @@ class Replay(Measured):
                 ("weight", options.weight, options.weight >= 0, "0 or above")]
 
     @classmethod
+    def data_sets(cls, config: Config):
+        options = cls.options(config)
+        return [*super().data_sets(config), *(old_sets(options) if options.weight else [])]
+
+    @classmethod
     def prepare(cls, config: Config, storage: Storage, backbone):
         method, hashes = super().prepare(config, storage, backbone)
         options = method._options
         if options.weight:
-            data = replace(config.data, source="native", datasets=[name for name in options.datasets.replace(" ", "").split(",") if name])
+            data = replace(config.data, source="native", datasets=old_sets(options))
             opened: Any = make_stream(data, storage.data, backbone.processor, options.items, config.seed, cache_dir=storage.cache,
                                       known=backbone.norm_stats)
             with closing(opened) as stream:

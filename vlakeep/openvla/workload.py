@@ -18,7 +18,9 @@ SEVEN_B = {
     "timm_model_ids": ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"], "timm_override_act_layers": [None, None],
     "pad_to_multiple_of": 64, "pad_token_id": 32000, "text_config": {"model_type": "llama", "vocab_size": 32064, "pad_token_id": 32000},
 }
-PUBLISHED = {"openvla/openvla-7b": SEVEN_B, "openvla-7b": SEVEN_B}
+# The checkpoints of LIBERO suites are the same network, trained on.
+_NAMES = ["openvla-7b", *(f"openvla-7b-finetuned-libero-{suite}" for suite in ("spatial", "object", "goal", "10"))]
+PUBLISHED = {f"{owner}{name}": SEVEN_B for name in _NAMES for owner in ("openvla/", "")}
 
 
 def shapes_of(config: dict) -> Shapes:

@@ -2,6 +2,7 @@
 
     quantisation    4 bits where the weights alone nearly fill the card
     types           data type, autocast, attention, device: from the card alone (core/hardware.py)
+    sharding        the base whole on each card where training fits so, and else shared among several
     micro-batch     the largest divisor of the samples of a step that fits, so that the step stays what it was
     checkpointing   only where no micro-batch fits without
 
@@ -19,6 +20,7 @@ from vlakeep.models.adapters import layer_numbers
 from vlakeep.planning.predict import Model, Planner, StagePlan, find_model
 
 ROOM = 0.9  # share of a card that weights may take
+ANOTHER = "another base: offline, train, evaluate and export all need the option, and what was made without it is refused"
 
 
 # (configuration, number of decoder layers) -> what to set, None where nothing is left.
@@ -34,7 +36,8 @@ class Remedy(NamedTuple):
     def line(self) -> str:
         given = " ".join(f"--{key} {value}" for key, value in self.options)
         slower = f", {self.plan.each:.3f} s a step" if self.plan.stage == "train" else ""
-        return f"{given}: {self.plan.reserved / GIB:.1f} GiB{slower}"
+        other = f"; {ANOTHER}" if ("backbone.quantisation", "nf4") in self.options else ""
+        return f"{given}: {self.plan.reserved / GIB:.1f} GiB{slower}{other}"
 
 
 def _set(config: Config, key: str, value) -> None:
@@ -74,7 +77,18 @@ def _shared_base(config: Config, depth: int):
     return {"train.sharding": "fsdp"} if free else None
 
 
-# Stage -> what may be changed, in the order of how little it costs.
+def takes_four_bits(config: Config) -> bool:
+    """Whether the base may still be quantised (core/ranges.py has what excludes it)."""
+    return (config.backbone.quantisation == "none" and config.train.from_run is None and config.train.sharding == "none"
+            and "all-linear" not in config.lora.modules)
+
+
+def _four_bits(config: Config, depth: int):
+    """The last resort, on a GPU alone: another base."""
+    return {"backbone.quantisation": "nf4"} if takes_four_bits(config) else None
+
+
+# Stage -> what may be changed, in the order of how little it costs; 4 bits come after all of it.
 CHANGES: Dict[str, Sequence[Change]] = {
     "offline": (_halved("icsm.answered"), _halved("icsm.batch_size"), _fewer_moments, _halved("gains.columns", 64)),
     "train": (_smaller_batch, _halved("thermostat.batch_size", 4), _fewer_moments,
@@ -87,41 +101,53 @@ CHANGES: Dict[str, Sequence[Change]] = {
 
 
 def remedies(config: Config, model: Model, card: Hardware, gpus: int, stage: str) -> Tuple[List[Remedy], StagePlan]:
-    """(single changes that make the stage fit, or else all of them together if those do; the least that it can be made to take)."""
-    found, least, together = [], Planner(config, model, card, gpus).plan(stage), deepcopy(config)
-    changed: Dict[str, object] = {}
+    """(single changes that make the stage fit, or else all of them together if those do, and at last 4 bits; the least that it can be made
+    to take)."""
+    found: List[Remedy] = []
+    room = card.memory * GIB
 
     def look(one: Config) -> StagePlan:
         return Planner(one, model, card, gpus).plan(stage)
 
+    least = look(config)
+
     def step(one: Config, change) -> Optional[Tuple[Config, Dict[str, object], StagePlan]]:
         """The configuration after one change, what it sets, and its plan; None where it does not help."""
+        nonlocal least
         after, new = deepcopy(one), change(one, model.work.layers)
         for key, value in (new or {}).items():
             _set(after, key, value)
         plan = look(after) if new else None
-        return (after, new, plan) if plan and plan.reserved < look(one).reserved - 0.01 * GIB else None
+        if plan is None or plan.reserved >= look(one).reserved - 0.01 * GIB:
+            return None
+        least = min(least, plan, key=lambda plan: plan.reserved)
+        return after, new, plan
+
+    def together(one: Config, changed: Dict[str, object]) -> Optional[Remedy]:
+        """All changes, one after the other and again, since one may help only after another has, until it fits."""
+        plan, progress = look(one), True
+        while progress and plan.reserved > room:
+            progress = False
+            for change in CHANGES[stage]:
+                if plan.reserved > room and (after := step(one, change)):
+                    one, new, plan = after
+                    progress = True
+                    changed.update(new)
+        return Remedy(_options(changed), plan) if plan.reserved <= room else None
 
     for change in CHANGES[stage]:
         alone, own, fits = config, {}, False
         while not fits and (after := step(alone, change)):
             alone, new, plan = after
             own.update(new)
-            fits = plan.reserved <= card.memory * GIB
-            least = min(least, plan, key=lambda plan: plan.reserved)
+            fits = plan.reserved <= room
         if fits:
             found.append(Remedy(_options(own), plan))
-    progress = not found
-    while progress:  # one may help only after another has
-        progress = False
-        for change in CHANGES[stage]:
-            if least.reserved > card.memory * GIB and (after := step(together, change)):
-                together, new, plan = after
-                progress = True
-                changed.update(new)
-                least = min(least, plan, key=lambda plan: plan.reserved)
-    if changed and least.reserved <= card.memory * GIB:
-        found.append(Remedy(_options(changed), least))
+    if not found and (all_ := together(config, {})):
+        found.append(all_)
+    if card.device == "cuda" and (after := step(config, _four_bits)):
+        if after[2].reserved <= room or not found:
+            found += [remedy for remedy in [together(after[0], dict(after[1]))] if remedy]
     return found, least
 
 
@@ -152,29 +178,54 @@ def batch_choices(config: Config, model: Model, card: Hardware, gpus: int = 1, f
     return []
 
 
-def quantisation_choice(config: Config, model: Model, card: Hardware, fixed: Sequence[str] = ()) -> List[Choice]:
+def quantisation_choice(config: Config, model: Model, card: Hardware, gpus: int = 1, fixed: Sequence[str] = ()) -> List[Choice]:
     """4 bits where the weights leave no room on the card; nothing where they do, where the user has said how they lie, or where such a base
-    is refused. It follows from model and card alone, since all stages of a run have to agree on it."""
-    allowed = card.device == "cuda" and config.backbone.quantisation == "none" and config.train.from_run is None
-    allowed = allowed and config.train.sharding == "none"
-    if not allowed or "all-linear" in config.lora.modules or {"backbone.quantisation", "train.sharding"} & set(fixed):
+    is refused. It follows from model and card alone, however many there are, since all stages of a run have to agree on it, and offline,
+    evaluation and export need a base that one card holds."""
+    if card.device != "cuda" or not takes_four_bits(config) or {"backbone.quantisation", "train.sharding"} & set(fixed):
         return []
     weights = Planner(config, model, card).weights / GIB
     return [Choice("backbone.quantisation", "nf4", f"weights of {config.backbone.dtype} take {weights:.1f} of {card.memory:g} GiB; several "
-                   "cards can share them in training, with --train.sharding fsdp")] if weights > ROOM * card.memory else []
+                   "cards can share them in training, with --train.sharding fsdp, but offline, evaluation and export need them on one")
+            ] if weights > ROOM * card.memory else []
 
 
-def fitted(config: Config, card: Hardware, cache: Path, fixed: Sequence[str] = (), training: bool = True) -> List[Choice]:
-    """Sets quantisation and, for `training`, micro-batch and checkpointing in `config`; returns what was chosen. A model that nobody can
-    reckon with is left as it is."""
+def sharding_choice(config: Config, model: Model, card: Hardware, gpus: int = 1, fixed: Sequence[str] = ()) -> List[Choice]:
+    """Whether several cards share the base in training: only where no micro-batch fits with all of it on each. Nothing for one card, or
+    where the user has said how the base lies. Of a base that fills a card `quantisation_choice` has made 4 bits before."""
+    if gpus < 2 or card.device != "cuda" or {"backbone.quantisation", "train.sharding"} & set(fixed) or config.train.sharding != "none":
+        return []
+    if config.backbone.quantisation != "none":
+        return [Choice("train.sharding", "none", "a base of 4 bits lies whole on each card")]
+    shared = deepcopy(config)
+    shared.train.sharding = "fsdp"
+    if _trains(config, model, card, gpus, fixed):
+        return [Choice("train.sharding", "none", "training fits with the whole base on each card, and is faster so")]
+    if _trains(shared, model, card, gpus, fixed):
+        return [Choice("train.sharding", "fsdp", f"training does not fit with the whole base on a card, and does where {gpus} share it")]
+    return []
+
+
+def _trains(config: Config, model: Model, card: Hardware, gpus: int, fixed: Sequence[str]) -> bool:
+    fits = Planner(config, model, card, gpus).plan("train").reserved <= card.memory * GIB
+    return fits or bool(batch_choices(config, model, card, gpus, fixed))
+
+
+def fitted(config: Config, card: Hardware, cache: Path, fixed: Sequence[str] = (), training: bool = True, gpus: int = 1) -> List[Choice]:
+    """Sets quantisation and, for `training` on so many cards, sharding, micro-batch and checkpointing in `config`; returns what was chosen.
+    A model that nobody can reckon with is left as it is."""
     found: List[Choice] = []
     try:
         model = find_model(config, cache)
-        for choose in (quantisation_choice, batch_choices) if training else (quantisation_choice,):
-            chosen = choose(config, model, card, fixed=fixed)
-            for key, value, _ in chosen:
-                _set(config, key, value == "true" if value in ("true", "false") else int(value) if value.isdigit() else value)
+        for choose in (quantisation_choice, sharding_choice, batch_choices) if training else (quantisation_choice,):
+            chosen = choose(config, model, card, gpus, fixed)
+            apply(config, chosen)
             found += chosen
     except (ValueError, OSError, KeyError):  # the stage itself says what is wrong with the model
         pass
     return found
+
+
+def apply(config: Config, chosen: Sequence[Choice]) -> None:
+    for one in chosen:
+        _set(config, one.key, one.typed)
