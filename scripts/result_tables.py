@@ -97,8 +97,8 @@ def at_chosen(found: Judged, records: Sequence[Record], family: str) -> List[Rec
 
 
 def training(records: Sequence[Record]) -> str:
-    """Median seconds."""
-    return f"{median(record['seconds']['train'] for record in records):.0f}"
+    """Median seconds of those that ran on a GPU."""
+    return f"{median(record['seconds']['train'] for record in records if record['made']['hardware']['gpus']):.0f}"
 
 
 def in_order(found: Judged) -> List[str]:
