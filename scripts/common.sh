@@ -21,11 +21,15 @@ esac
 
 # Prints the command it runs, so that a log alone is enough to run it again. One process: the script becomes that command, and a
 # scheduler's signal to the script is then one to the trainer, which saves. Several: see `watched`. Nothing after `launch` is run.
+# Several machines: the same call on each, with NNODES, how many they are, and RDZV=HOST:PORT of one of them; --gpus are those of each machine.
 launch() {
-  local stage="$1"; shift
+  local stage="$1" nodes=(--standalone); shift
   local command=(python3 -m vlakeep.cli "$stage" "$@")
-  if [ "$GPUS" -gt 1 ]; then
-    command=(torchrun --standalone --nproc-per-node "$GPUS" -m vlakeep.cli "$stage" "$@")
+  if [ "${NNODES:-1}" -gt 1 ]; then
+    nodes=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "${RDZV:?NNODES=$NNODES: set RDZV to HOST:PORT of one of the machines}" --rdzv-id vlakeep)
+  fi
+  if [ "$GPUS" -gt 1 ] || [ "${NNODES:-1}" -gt 1 ]; then
+    command=(torchrun "${nodes[@]}" --nproc-per-node "$GPUS" -m vlakeep.cli "$stage" "$@")
     echo "+$(printf ' %q' "${command[@]}")" >&2
     watched "${command[@]}"
   fi

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed
-from conftest import BASELINE, SMALL
+from conftest import BASELINE, SMALL, final_adapter
 
 from vlakeep.core import signals
 from vlakeep.core.rundir import read_metrics
@@ -243,3 +244,35 @@ def test_a_job_of_two_ranks_is_put_back_into_the_queue_and_goes_on(world, tmp_pa
             pass
         reader.join(20)
         job.stderr.close()
+
+
+def test_two_launchers_leave_the_bits_of_one_process(world, tmp_path):
+    """NNODES and RDZV of the run scripts: two machines of one process each, here on one; each rank is the first of its machine."""
+    storage, make_config = world
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    arguments = [*SMALL, "--root", str(storage.root), "--train.tensorboard", "false"]
+    environ = dict(os.environ, NNODES="2", RDZV=place, PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    logs = [tmp_path / "one", tmp_path / "two"]
+    command = ["bash", "scripts/run_baseline_lora.sh", *arguments, "--name", "signals-nodes"]
+    machines = [subprocess.Popen(command, cwd=REPOSITORY, env=environ, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True)
+                for log in logs]
+    try:
+        assert [machine.wait(200) for machine in machines] == [0, 0], "\n".join(log.read_text()[-2000:] for log in logs)
+    finally:
+        for machine in machines:
+            try:
+                os.killpg(machine.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+    folder = storage.run_folder("signals-nodes")
+    assert json.loads((folder / "provenance.json").read_text())["sessions"][0]["world"] == 2
+    one = run_training(make_config(BASELINE, *arguments[len(SMALL) + 2:], "--name", "signals-one", "--train.accumulation", 2), storage)
+    assert final_adapter(folder) == final_adapter(one)
+
+
+def test_several_machines_must_say_where_they_meet():
+    environ = dict(os.environ, NNODES="2")
+    done = subprocess.run(["bash", "scripts/run_baseline_lora.sh"], cwd=REPOSITORY, env=environ, capture_output=True, text=True)
+    assert done.returncode and "NNODES=2: set RDZV to HOST:PORT of one of the machines" in done.stderr

@@ -1,4 +1,4 @@
-"""`--gpus N`: a stage in N processes of this machine, one a GPU, by torchrun. Several machines: torchrun by hand (docs/reference.md)."""
+"""`--gpus N`: a stage in N processes of this machine, one a GPU, by torchrun. Several machines: docs/reference.md."""
 
 import logging
 import os
