@@ -24,7 +24,7 @@ from vlakeep.tabletop.questions import QUESTION_KINDS
 
 # Options of other programs in the examples, and the pattern of ours.
 OTHER = {"section.key", "requeue", "signal", "open-mode", "standalone", "nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint",
-         "rdzv-id", "signals-to-handle", "local-dir", "array",
+         "rdzv-id", "ntasks-per-node", "gpus-per-node", "signals-to-handle", "local-dir", "array",
          "model_family", "task_suite_name", "pretrained_checkpoint", "center_crop",
          "no-deps"}  # run_libero_eval.py from model_family on, and pip
 TEXTS = [*DOCUMENTS, *sorted((PACKAGE / "configs").rglob("*.yaml")), *sorted(p for p in (REPO / "scripts").iterdir() if p.is_file())]

@@ -256,8 +256,8 @@ def test_two_launchers_leave_the_bits_of_one_process(world, tmp_path):
     environ = dict(os.environ, NNODES="2", RDZV=place, PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     logs = [tmp_path / "one", tmp_path / "two"]
     command = ["bash", "scripts/run_baseline_lora.sh", *arguments, "--name", "signals-nodes"]
-    machines = [subprocess.Popen(command, cwd=REPOSITORY, env=environ, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True)
-                for log in logs]
+    machines = [subprocess.Popen(command, cwd=REPOSITORY, env=environ, stdout=log.open("w"), stderr=subprocess.STDOUT,
+                                 start_new_session=True) for log in logs]
     try:
         assert [machine.wait(200) for machine in machines] == [0, 0], "\n".join(log.read_text()[-2000:] for log in logs)
     finally:
