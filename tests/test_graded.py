@@ -3,6 +3,7 @@ laws of the framework for this method."""
 
 import json
 import math
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -279,6 +280,40 @@ def test_a_starts_at_the_inputs_of_the_runs_first_batches_or_as_it_was_drawn(wor
             effective = config.gains.scale * A.double() @ M
             assert torch.allclose(linear.lora_A["default"].weight.double(), effective, atol=1e-5 * float(effective.abs().max())), name
             assert not linear.lora_B["default"].weight.any() and len(linear.lora_A["default"].parametrizations.weight) == 1
+
+
+def test_a_that_starts_open_is_the_drawn_one_behind_the_gains_as_long_as_it_was(world, artefact):
+    storage, make_config = world
+    config = make_config(GRADED)
+    plain = make_backbone(config.backbone, "cpu", storage.cache)
+    add_lora(plain, config.lora, config.seed)
+    backbone, method, found = start(world, GRADED, "--gains.start_of_a", "open")
+    for name, linear in plain.adapted_linears().items():
+        drawn, one = linear.lora_A["default"].weight.detach().double(), artefact.spectra()[plain.input_key(name)]
+        V, lam = one.vectors.double(), method._site.opening * method._site._units[name]
+        M = V @ torch.diag(gains(one.values, lam, config.gains.steepness)) @ V.T
+        wanted = torch.nn.functional.normalize(drawn @ M, dim=1) * drawn.norm(dim=1, keepdim=True)
+        assert torch.allclose(found[name].double(), wanted, atol=1e-5 * float(drawn.abs().max())), name
+        assert not backbone.adapted_linears()[name].lora_B["default"].weight.any()
+
+
+def test_gains_in_some_layers_leave_the_others_plain(world, artefact):
+    """The adapters of other layers have no parametrisation; all layers are the default to the bit."""
+    storage, make_config = world
+    backbone, method, _ = start(world, GRADED, "--gains.layers", "last:2")
+    layers = range(backbone.num_layers)
+    gained = {name: torch.nn.utils.parametrize.is_parametrized(linear.lora_A["default"])
+              for name, linear in backbone.adapted_linears().items()}
+    assert {layer: {own for name, own in gained.items() if name.startswith(f"layers.{layer}.")} for layer in layers} == {
+        layer: {layer >= backbone.num_layers - 2} for layer in layers}
+    runs = {"every": ["--gains.layers", f"0-{backbone.num_layers - 1}"], "some": ["--gains.layers", "last:2"], "usual": []}
+    found = {name: final_adapter(run_training(make_config(GRADED, *words, "--train.steps", 2, "--name", f"layers-{name}"), storage))
+             for name, words in runs.items()}
+    assert found["every"] == found["usual"] != found["some"]
+    for words, message in ((["--gains.layers", "0", "--lora.layers", "last:2"], "--gains.layers 0: none of these layers has adapters"),
+                           (["--gains.layers", "last:99"], "--gains.layers 'last:99': the model has layers 0 to 5")):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            start(world, GRADED, *words)
 
 
 def test_a_run_from_new_inputs_resumes_bitwise_and_is_another(world, artefact, few_frames):

@@ -135,15 +135,13 @@ class IcsmConfig:
     sensitivity_items: int = least(64)
     # Also write token-level bases of the inputs of every adapted linear (needed by hsw.site lora_input).
     tokens: bool = True
-    # Shares of the input dimension that the token-level Uf and Up take. Much, because what tells two tasks apart lies in
-    # directions of little energy: with a quarter the old skills are lost all the same (docs/log.md has the figures).
+    # Share of the input dimension that the token-level Uf takes: much, as tasks differ along directions of little energy (docs/log.md).
     tokens_fragile_fraction: float = inside(0.95, "(0, 1)")
     # Share of the input dimension that the token-level Up takes.
     tokens_plastic_fraction: float = inside(0.03, "[0, 1)")
     # Let the teacher continue each probe prompt by itself, so that its answers are in the token statistics.
     tokens_generated: bool = True
-    # Device memory for the second moments of the linears' inputs; where they need more, the probe is passed several times. 7B with LoRA
-    # on eight layers: 5.4 GiB, so three passes.
+    # Device memory for second moments of inputs; where they need more, the probe is passed several times (7B, LoRA on eight layers: 5.4).
     moments_gib: float = above(2.0)
     # Method graded: prompts that the teacher answers together on a GPU, where a token takes as long for many rows as for one. 24 at 7B hold
     # 4 GiB of keys and values. Never fewer than batch_size.
@@ -186,9 +184,11 @@ class GainsConfig:
     opening: Optional[float] = above(None, null=", or null")
     # Share of the probe energy of plain LoRA that passes at the start.
     start: float = inside(1e-4, "(0, 1]")
-    # Where LoRA's A starts: random, as lora.init draws it, or new_inputs, where the new task's inputs pass the starting gains most, with
-    # rows as long as random ones (hsw/graded.py).
-    start_of_a: str = choice("random", "new_inputs")
+    # Decoder layers whose adapters have gains, as lora.layers names them; the others train as plain LoRA (ablation).
+    layers: str = "all"
+    # Where LoRA's A starts: random, as lora.init draws it; open, the same rows behind the starting gains, as long as they were; new_inputs,
+    # where the new task's inputs pass these gains most, with rows as long as random ones (hsw/graded.py).
+    start_of_a: str = choice("random", "open", "new_inputs")
     # s: one scale of all updates, as lora.alpha, which gives back the step that small gains take.
     scale: float = above(10.0)
     # Unit of lambda. linear: mean eigenvalue of the linear's own inputs; model: the mean over all linears; sensitivity: linear, divided by

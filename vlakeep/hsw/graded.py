@@ -86,6 +86,11 @@ class GradedInput:
         along_RK = (x_RD @ self._vectors_DK) * self._weights_K
         return torch.add(along_RK @ self._vectors_DK.T, x_RD, alpha=self.gain_rest)
 
+    def through(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """x M with the gains of now, in float64: what passes is small beside what is shut."""
+        vectors_DK, excess_K = self._vectors_DK.double(), (self.gains_K - self.gain_rest).to(self._vectors_DK.device)
+        return self.gain_rest * x_ND.double() + ((x_ND.double() @ vectors_DK) * excess_K) @ vectors_DK.T
+
     def most_open(self, moment_DD: torch.Tensor, count: int) -> torch.Tensor:
         """Orthonormal rows [count, D] float64 along which inputs of second moment C_new [D, D] pass the gains of now most, D at most: the
         eigenvectors of M C_new M of the largest eigenvalues, M = V diag(g) V^T. Above DENSE by subspace iteration.
@@ -93,13 +98,7 @@ class GradedInput:
         p = 1/2 means M^2 = lambda (C + lambda I)^-1. Then M C_new M u = mu u says of the row v = M u of A_eff that
         C_new v = (mu / lambda) (C + lambda I) v: A_eff begins with the leading generalised eigenvectors of (C_new, C + lambda I).
         """
-        vectors_DK, excess_K = self._vectors_DK.double(), (self.gains_K - self.gain_rest).to(self._vectors_DK.device)
-
-        def contracted(x_ND: torch.Tensor) -> torch.Tensor:
-            return self.gain_rest * x_ND + ((x_ND @ vectors_DK) * excess_K) @ vectors_DK.T
-
-        # In float64: what passes is small beside what is shut.
-        passing_DD = contracted(contracted(moment_DD.double()).T)
+        passing_DD = self.through(self.through(moment_DD).T)
         return (leading_eigenvectors(passing_DD, count) if self.dim <= DENSE else leading(passing_DD, count)[1]).T
 
     def passed_energy(self, lam: float, steepness: float, scale: float) -> float:
@@ -349,6 +348,14 @@ class GradedSite:
                 made[key] = space.most_open(moment_DD, len(a_RD))
             rows_RD = made[key]
             a_RD[:len(rows_RD)] = (rows_RD * a_RD.double().norm(dim=1).mean()).to(a_RD)
+
+    @torch.no_grad()
+    def start_open(self) -> None:
+        """Put each row of A behind the gains of now, at the length that it had: into the open space. B stays."""
+        for name, linear in self._linears.items():
+            a_RD = linear.lora_A[self._adapter].parametrizations.weight.original
+            open_RD = self._spaces[name].through(a_RD)
+            a_RD.copy_(open_RD * (a_RD.double().norm(dim=1) / open_RD.norm(dim=1).clamp(min=1e-30))[:, None])
 
     def passed_energy(self, opening: float) -> float:
         """Mean over the inputs of the probe energy behind A_eff relative to plain LoRA's."""

@@ -9,13 +9,13 @@ from typing import Callable, Dict, List, Optional, Tuple
 
 import torch
 
-from vlakeep.core.config import Config
+from vlakeep.core.config import Config, ConfigError
 from vlakeep.core.storage import Storage
 from vlakeep.hsw.graded import GradedSite, make_site
 from vlakeep.hsw.transform import random_basis
 from vlakeep.methods import costs, graded_offline
 from vlakeep.methods.base import Method, Problem, never_measured
-from vlakeep.models.adapters import adapters_disabled
+from vlakeep.models.adapters import adapters_disabled, layer_numbers
 from vlakeep.probe.probe_set import open_probe
 from vlakeep.teacher.answers import Answered, run_below, teacher_answers
 from vlakeep.teacher.artifact import GradedArtifact, check, load_artifact
@@ -124,10 +124,13 @@ class Graded(Method):
         if not self._config.gains.enabled or self._config.gains.start_of_a == "random":
             return
         self._put_gains_on(backbone)
+        if self._config.gains.start_of_a == "open":
+            self._site.start_open()
+            return
         training = backbone.training
         backbone.eval()
         new = graded_offline.training_batches(self._config, storage, backbone, START_FRAMES)
-        for group in passes(backbone.adapted_linears(), self._config.icsm.moments_gib * 2**30, backbone.input_key):
+        for group in passes(self._with_gains(backbone), self._config.icsm.moments_gib * 2**30, backbone.input_key):
             moments = token_moments(backbone, new, group)
             self._site.start_at({name: moments[backbone.input_key(name)] for name in group})
         backbone.train(training)
@@ -135,10 +138,19 @@ class Graded(Method):
     def _put_gains_on(self, backbone) -> None:
         """Put the gains on, at their starting opening."""
         settings = self._config.gains
-        adapted, spectra = backbone.adapted_linears(), self._spectra(backbone)
+        adapted, spectra = self._with_gains(backbone), self._spectra(backbone)
         sensitivity = self._artifact.sensitivity() if settings.allocation == "sensitivity" else None
         self._site = make_site(adapted, spectra, backbone.input_key, settings.steepness, settings.scale, settings.allocation, sensitivity)
         self._site.set_opening(settings.opening or starting_opening(self._site, settings.start))
+
+    def _with_gains(self, backbone) -> dict:
+        """The adapted linears of gains.layers by name. ConfigError when there is none."""
+        chosen = layer_numbers(self._config.gains.layers, backbone.num_layers, "--gains.layers")
+        found = {name: linear for name, linear in backbone.adapted_linears().items() if int(name.split(".")[1]) in chosen}
+        if not found:
+            raise ConfigError(f"--gains.layers {self._config.gains.layers}: none of these layers has adapters, which --lora.layers "
+                              f"{self._config.lora.layers} puts elsewhere")
+        return found
 
     def attach(self, backbone) -> None:
         if self._config.gains.enabled and not self._site:
@@ -159,7 +171,7 @@ class Graded(Method):
 
     def _spectra(self, backbone) -> Dict[str, Spectrum]:
         spectra = self._artifact.spectra()
-        adapted = backbone.adapted_linears()
+        adapted = self._with_gains(backbone)
         missing = [name for name in adapted if backbone.input_key(name) not in spectra]
         if missing:
             raise ArtifactError(

@@ -39,8 +39,8 @@ class LoraInfo:
     init: str
 
 
-def layer_numbers(spec: str, depth: int) -> List[int]:
-    """Decoder layers named by `all`, `last:N`, `24-31` or `0,2,4` (parts may be mixed). ValueError with the valid range."""
+def layer_numbers(spec: str, depth: int, key: str = "--lora.layers") -> List[int]:
+    """Decoder layers named by `all`, `last:N`, `24-31` or `0,2,4` (parts may be mixed). ValueError with the key and the valid range."""
     last = depth - 1
     valid = f"the model has layers 0 to {last}; write all, last:N (N <= {depth}), a range like 0-{last}, or a list like 0,{last}"
     text = str(spec).replace(" ", "")
@@ -50,16 +50,16 @@ def layer_numbers(spec: str, depth: int) -> List[int]:
     if found:
         count = int(found.group(1))
         if not 1 <= count <= depth:
-            raise ValueError(f"--lora.layers {spec!r}: {valid}")
+            raise ValueError(f"{key} {spec!r}: {valid}")
         return list(range(depth - count, depth))
     numbers = set()
     for part in text.split(","):
         found = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if not found:
-            raise ValueError(f"--lora.layers {spec!r}: {valid}")
+            raise ValueError(f"{key} {spec!r}: {valid}")
         begin, end = int(found.group(1)), int(found.group(2) or found.group(1))
         if begin > end or end >= depth:
-            raise ValueError(f"--lora.layers {spec!r}: {valid}")
+            raise ValueError(f"{key} {spec!r}: {valid}")
         numbers.update(range(begin, end + 1))
     return sorted(numbers)
 
