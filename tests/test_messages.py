@@ -95,7 +95,7 @@ def test_a_large_file_in_a_source_tree(root, tmp_path, monkeypatch):
     tree = tmp_path / "my tree"
     tree.mkdir()
     (tree / "it's big.bin").write_bytes(b"x" * 2000)
-    monkeypatch.setattr(preflight, "code_trees", lambda: [tree])
+    monkeypatch.setattr(preflight, "code_trees", lambda more=None: [tree])
     lines, _ = preflight.check_storage(lambda: Storage(root), 1e-6)
     line, = [line for line in lines if line.what == "large file in source tree"]
     assert words(line.remedy, "mv") == ["mv", str(tree / "it's big.bin"), f"{root}/"]

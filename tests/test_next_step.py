@@ -43,7 +43,7 @@ def said(root, monkeypatch, capsys):
     monkeypatch.setattr("vlakeep.core.storage.prepare_environment", lambda *args, **kwargs: None)
     monkeypatch.setattr(cli, "end_on_signals", lambda: None)
     # The tree of the sources is none of this test's business, and takes its time to scan.
-    monkeypatch.setattr(preflight, "code_trees", lambda: [])
+    monkeypatch.setattr(preflight, "code_trees", lambda more=None: [])
 
     def run(*argv):
         line = [*map(str, argv), "--root", str(root), "--config", str(root / "my configs" / "一.yaml")]

@@ -102,10 +102,11 @@ def test_two_owners_of_one_name_do_not_share_a_folder(tmp_path, monkeypatch):
     """huggingface_hub issue 2903: a folder for another model of the same last name; the old files stay and are loaded."""
     folders = []
 
-    def download(name, folder):
-        folders.append(folder)
-        return model(folder)
+    def download(wanted, commit):
+        folders.append(wanted.folder)
+        model(wanted.folder)
 
+    monkeypatch.setattr(fetch, "_listing", lambda kind, name: ("c0ffee", {"config.json": None}))
     monkeypatch.setattr(fetch, "_download", download)
     for owner in ("wan-ai", "intervitens"):
         assert fetch.main([f"{owner}/video", "--root", str(tmp_path)]) == 0

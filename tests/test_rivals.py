@@ -679,7 +679,7 @@ def test_importance_is_estimated_on_items_that_the_sensor_does_not_measure(monke
     probe = SimpleNamespace(spread=lambda size: list(range(size)), kinds=lambda items: [kinds[i] for i in items],
                             samples=lambda items: asked.extend(items) or items)
     asked = []
-    monkeypatch.setattr(measured, "ProbeSet", lambda folder: probe)
+    monkeypatch.setattr(measured, "open_probe", lambda config, storage: probe)
     monkeypatch.setattr(measured, "run_below", lambda backbone, pairs, first: list(pairs))
     monkeypatch.setattr(measured.graded_offline, "answered_samples", lambda backbone, samples, size: samples)
     config = load_config(None, ["--method", "ewc", "--probe.size", "100"])

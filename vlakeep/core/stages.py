@@ -50,7 +50,7 @@ REPORT = Stage("report", "vlakeep.report", "tables, figures and an HTML page tha
     Option("--title", "vlakeep report", "Title of the page."),
     Option("--seconds", None, "Time of the whole experiment; null adds up training and evaluation.", number())))
 EXPORT = Stage("export", "vlakeep.export", "merge a run's adapter into the base weights, in the official directory format",
-               f"{FOLDERS} name {STATE} backbone {SOURCES} probe icsm.batch_size {SPECTRUM} export", own=(
+               f"{FOLDERS} name {STATE} backbone {SOURCES} probe icsm.batch_size icsm.tokens_generated {SPECTRUM} export", own=(
     HARDWARE, Option("--closed-only", False, "With --export.close_to: write the closed adapter as a run and merge nothing.", bool)))
 INTERPOLATE = Stage("interpolate", "vlakeep.interpolate", "a run's adapter at several strengths between the base and itself, each a run",
                     f"{FOLDERS} name export.target export.overwrite", own=(

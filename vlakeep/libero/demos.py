@@ -24,7 +24,6 @@ writes: data_root_dir/<suite>_expert/1.0.0/ (RLDS) and beside it states/ (per de
 
 import functools
 import json
-import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -34,6 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vlakeep.core.config import ConfigError
+from vlakeep.core.errors import quoted
 from vlakeep.core.options import read
 from vlakeep.core.storage import Storage, atomic_dir, atomic_write
 from vlakeep.data.hdf5_writer import Demonstration, append_demo, need_h5py
@@ -90,7 +90,7 @@ def main(argv: List[str]) -> int:
     shots = rendered(suite, order, own["resolution"], cameras, own["workers"], states, storage.tmp, lost)
     written = write(own, storage, name if own["camera"] == CAMERA else f"{name}_{own['camera']}", shots, lambda: without(summary, lost))
     if lost:
-        files = " ".join(shlex.quote(str(stored(states, key))) for key in lost)
+        files = " ".join(quoted(stored(states, key)) for key in lost)
         print(f"left out: {len(lost)} of {len(order)} demonstrations, which do not replay here; for others in their place: rm {files}"
               ", and the same command", file=sys.stderr)
     for path in written:
@@ -200,7 +200,7 @@ def rendered(suite: str, order: List[Key], resolution: int, cameras: List[str], 
                 lost.append((job.task, job.number))
             if len(lost) == len(order):
                 raise ValueError(f"none of {len(order)} stored demonstrations replay here: simulate them where they are rendered, "
-                                 f"rm -r {shlex.quote(str(states))}, and the same command")
+                                 f"rm -r {quoted(states)}, and the same command")
             done.add((job.task, job.number))
             while upcoming and upcoming[0] in done:
                 key = upcoming.pop(0)
