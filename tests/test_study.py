@@ -15,6 +15,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -33,6 +34,7 @@ from vlakeep.core.options import read
 from vlakeep.core.registry import benchmark_class
 from vlakeep.core.schema import find_config
 from vlakeep.core.stages import EVALUATE, TRAIN
+from vlakeep.core.storage import Storage
 from vlakeep.core.study import BEGUN, DONE, OPEN, OTHER, READY, TRAINED, named, read_study, said, share
 from vlakeep.studies import again, records, schedulers, tables
 
@@ -143,6 +145,16 @@ def test_episodes_of_an_older_suite_are_counted(tmp_path):
     as_evaluated(tmp_path, [*suite, "10"], asked=None, tasks={"one": {"n": 9, "crashes": 1}})
     found = [evaluated.is_evaluated(tmp_path, "these", load_config("configs/baseline_lora.yaml", [*suite, n])) for n in ("10", "50")]
     assert found == [True, False]
+
+
+def test_an_evaluation_that_sees_nothing_is_looked_for_under_its_own_name(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(study_cells, "find_evaluation", lambda storage, benchmark, name, **more: asked.append(name) or tmp_path)
+    cell = SimpleNamespace(name="s/plain", source=None, is_base=True)
+    for words in ([], ["--evaluate.blank", "true"]):
+        config = load_config("configs/baseline_lora.yaml", ["--evaluate.benchmark", "libero_object", *words])
+        study_cells.look(cell, config, Storage(tmp_path))
+    assert asked == ["s/plain", "s/plain-blank"]
 
 
 def test_a_blind_evaluation_goes_on_as_no_other():

@@ -41,7 +41,7 @@ from vlakeep.core.config import Config, ConfigError, load_config, to_dict
 from vlakeep.core.derived import Making, adapter_of, kept_steps, makings, mistakes, weights
 from vlakeep.core.errors import quoted
 from vlakeep.core.evaluated import is_evaluated
-from vlakeep.core.names import find_evaluation
+from vlakeep.core.names import evaluation_name, find_evaluation
 from vlakeep.core.options import Stage
 from vlakeep.core.registry import method_class
 from vlakeep.core.rundir import config_differences, read_metrics
@@ -358,7 +358,7 @@ def look(cell: Cell, config: Config, storage: Storage) -> State:
     if cell.source is not None:
         return _look_made(cell, config, storage)
     if cell.is_base:
-        found = [find_evaluation(storage, config.evaluate.benchmark, cell.name, model=name)
+        found = [find_evaluation(storage, config.evaluate.benchmark, evaluation_name(cell.name, config.evaluate), model=name)
                  for name in model_names(config.backbone.checkpoint, storage.cache)]
         folder = next((one for one in found if is_evaluated(one, None, config)), None)
         return State(DONE, "", folder) if folder else State(OPEN)
@@ -378,7 +378,7 @@ def look(cell: Cell, config: Config, storage: Storage) -> State:
 
 
 def _left(cell: Cell, config: Config, storage: Storage, adapter: Optional[str]) -> State:
-    folder = find_evaluation(storage, config.evaluate.benchmark, cell.name)
+    folder = find_evaluation(storage, config.evaluate.benchmark, evaluation_name(cell.name, config.evaluate))
     return State(DONE, "", folder) if adapter and is_evaluated(folder, adapter, config) else State(TRAINED)
 
 
