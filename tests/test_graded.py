@@ -338,11 +338,12 @@ def test_two_processes_start_from_new_inputs_as_one_does(world, artefact, tmp_pa
 
 def test_random_directions_have_the_eigenvalues_of_the_probes():
     own, config = Spectrum(torch.eye(24)[:, :20], torch.arange(20.0, 0.0, -1.0), 0.5), Config()
-    backbone = SimpleNamespace(adapted_linears=lambda: {"x": None}, input_key=lambda name: name)
+    backbone = SimpleNamespace(adapted_linears=lambda: {"layers.0.x": None}, input_key=lambda name: name, num_layers=1)
     found = {}
     for directions in ("probe", "random"):
         config.gains.directions = directions
-        found[directions] = graded_method.Graded(config, SimpleNamespace(spectra=lambda: {"x": own}), dict)._spectra(backbone)["x"]
+        method = graded_method.Graded(config, SimpleNamespace(spectra=lambda: {"layers.0.x": own}), dict)
+        found[directions] = method._spectra(backbone)["layers.0.x"]
     drawn = found["random"]
     assert found["probe"] is own and torch.equal(drawn.values, own.values) and drawn.rest == own.rest
     assert torch.allclose(drawn.vectors.T @ drawn.vectors, torch.eye(20), atol=1e-5)
