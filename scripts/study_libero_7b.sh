@@ -45,6 +45,6 @@ PY
 [ -e "$root/probe/keep_heldout/probe.json" ] ||
   vlakeep libero-vqa --suite libero_object --items 500 --split heldout --workers 8 --probe.name keep_heldout
 vlakeep plan --config configs/openvla_libero_graded.yaml --hardware "${HARDWARE:-rtx4090}" --backbone.checkpoint "$base"
-vlakeep study "$study" --dry-run "$@" "${card[@]}" | tail -n 3
-vlakeep study "$study" "$@" "${card[@]}"
-vlakeep study "$study" --report "${card[@]}"
+vlakeep study "$study" --dry-run "$@" ${card[@]+"${card[@]}"} | tail -n 3
+vlakeep study "$study" "$@" ${card[@]+"${card[@]}"}
+vlakeep study "$study" --report ${card[@]+"${card[@]}"}
