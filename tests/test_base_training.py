@@ -28,7 +28,7 @@ from vlakeep.models.load import make_backbone
 from vlakeep.models.merge import save_checkpoint
 from vlakeep.openvla import delta, pieces
 from vlakeep.openvla.backbone import OpenVLABackbone
-from vlakeep.openvla.change import BesideTexts, kl_of_words, make_trainable, make_whole, words_of
+from vlakeep.openvla.change import BesideTexts, begin_with, kl_of_words, make_trainable, make_whole, words_of
 from vlakeep.openvla.pieces import Plan
 from vlakeep.openvla.texts import OPENINGS, drawn, read_texts
 from vlakeep.probe.probe_set import write_probe
@@ -460,6 +460,52 @@ def test_parts_and_difference_give_the_trained_base_again(parts, trained, tmp_pa
     for _ in range(3):
         delta.make(parts, trained, second, 40.0)
         assert second.read_bytes() == file.read_bytes()
+
+
+def test_a_training_goes_on_from_a_difference(world, parts, trained, tmp_path, monkeypatch, capsys):
+    """Adapters, projector and new rows begin as what the file holds; the teacher is still the parts."""
+    root, command = world
+    monkeypatch.setenv("VLAKEEP_ROOT", str(root))
+    first, file = root / "begun", root / "begun.safetensors"
+    assert cli.run([*command, str(first), "--lr", "0.05"]) == 0
+    delta.make(parts, first, file, 40.0)
+    before, wanted = (dict(read_tensors(weight_files(folder))) for folder in (parts, first))
+
+    for rank in (4, 6, 2):  # as many directions, more, fewer
+        backbone = make_backbone(parts)
+        make_trainable(backbone, rank, 1)
+        batch, ids_TS = pictured(backbone), texts_for(backbone, pictured(backbone))
+        loss = BesideTexts(backbone, 1.0)
+        begin_with(backbone, file)
+        loss((batch, ids_TS)).loss.backward()  # the teacher is still there
+        make_whole(backbone)
+        save_checkpoint(backbone, tmp_path / str(rank))
+        found = dict(read_tensors(weight_files(tmp_path / str(rank))))
+        for name in wanted:
+            change = wanted[name] - before[name]
+            lost = (found[name] - wanted[name]).norm()
+            assert lost <= (0.05 if rank >= 4 or name.startswith("projector") else 0.9) * change.norm() + 4e-3 * wanted[name].norm() * (
+                change.norm() > 0), name
+
+    wider = tmp_path / "wide.safetensors"  # a matrix in 8 bits for each weight
+    monkeypatch.setattr(delta, "chosen", lambda spectra, room: {name: 10 ** 6 for name in spectra})
+    delta.make(parts, first, wider, 40.0)
+    backbone = make_backbone(parts)
+    make_trainable(backbone, 4, 1)
+    begin_with(backbone, wider)
+    assert cli.run([*command, str(root / "gone_on"), "--begin_with", str(file)]) == 0
+    made = json.loads((root / "gone_on" / "PROVENANCE.json").read_text())
+    assert made["begun"]["made"]["steps"] == 4 and len(made["begun"]["sha256"]) == 64
+    assert weights_hash(root / "gone_on") != weights_hash(first)
+    assert cli.run([*command, str(root / "cut"), "--begin_with", str(file), "--stop_after", "0.001"]) == 0
+    with pytest.raises(ConfigError, match="training with other settings: begun None"):
+        cli.run([*command, str(root / "cut")])
+    other = tmp_path / "other.safetensors"
+    delta.make(parts, trained, other, 40.0)
+    with pytest.raises(CheckpointError, match="the difference of a base from parts None"):
+        begin_with(backbone, other)
+    with pytest.raises(CheckpointError, match="has format None, this version reads 1"):
+        cli.run([*command, str(root / "no"), "--begin_with", str(root / "texts.safetensors")])
 
 
 def test_sums_of_the_difference_are_exact():

@@ -30,7 +30,7 @@ PROBE_SELECT = Stage("probe-select", "vlakeep.probe.selection", "a probe of some
 OFFLINE = Stage(
     "offline", "vlakeep.offline", "the frozen teacher's ICSM subspaces and Thermostat statistics, once per base model",
     f"{FOLDERS} method options {STATE} backbone lora.layers lora.modules {SOURCES} probe icsm {SPECTRUM} gains.keep gains.steepness "
-    "gains.of_first train.from_run", own=(HARDWARE, GPUS))
+    "gains.enabled gains.of_first train.from_run", own=(HARDWARE, GPUS))
 TRAIN = Stage("train", "vlakeep.train", "fine-tune LoRA adapters, plain (baseline) or with the method",
               f"{FOLDERS} name method options {STATE} backbone lora data probe icsm hsw gains -gains.keep thermostat train",
               own=(HARDWARE,))

@@ -53,6 +53,8 @@ TRAIN_BASE = Stage("train-base", "vlakeep.libero.train_base", "a mid-size base: 
            "them.", names, required=True),
     Option("--questions", [], "Names of probes with answers, with commas between them.", names),
     Option("--texts", None, "A file of own-texts; null trains without.", Path),
+    Option("--begin_with", None, "A difference of base-delta, from the same parts: the training goes on from there, with a schedule of its "
+           "own; null begins with nothing.", Path),
     Option("--steps", 13_000, "Optimizer steps of the whole training.", whole()),
     Option("--stop_after", None, "Seconds after which this call saves and ends, reading the data included; the same call goes on.",
            number(above=True)),

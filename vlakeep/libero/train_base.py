@@ -8,7 +8,8 @@ scripts/build_midsize_base.sh runs it with all that comes before and after. Trai
 and the rows of the action tokens (openvla/change.py); a batch has samples of demonstrations and questions, and beside them texts, on which
 the model is held to what it said before. Pictures as in `pretrain-libero`: evaluate with --evaluate.center_crop true. Each KEY of --data
 has action statistics of its own. Training is counted in steps; with --stop_after it ends before the last one with exit status 0, and the
-same call goes on (openvla/pieces.py). With --done_after it makes as many steps as fit, and is done by then.
+same call goes on (openvla/pieces.py). With --done_after it makes as many steps as fit, and is done by then. --begin_with goes on from a
+base of which only the small file is left (openvla/delta.py): that is how trainings on machines that are there for a time add up.
 
 reads:  the base, data sets, probes, texts
 writes: OUT-training/ (state, pictures as the model takes them), and with the last step OUT/ in float32, with PROVENANCE.json
@@ -25,6 +26,7 @@ from typing import Any, Dict, Iterator, List, Optional
 import numpy as np
 import torch
 
+from vlakeep.core.checkpoint import file_sha256
 from vlakeep.core.config import BackboneConfig, ConfigError
 from vlakeep.core.options import read
 from vlakeep.core.storage import Storage, atomic_path, atomic_write, need_free
@@ -34,7 +36,8 @@ from vlakeep.libero.pretrain import Windows, labelled, questions, shown, shrink,
 from vlakeep.libero.setup import rendered_with
 from vlakeep.libero.stages import TRAIN_BASE
 from vlakeep.models.load import make_backbone
-from vlakeep.openvla.change import BesideTexts, make_trainable, make_whole
+from vlakeep.openvla.change import BesideTexts, begin_with, make_trainable, make_whole
+from vlakeep.openvla.delta import read_difference
 from vlakeep.openvla.pieces import Plan, train_in_pieces
 from vlakeep.openvla.pretraining import Batches, picker, save
 from vlakeep.openvla.texts import read_texts
@@ -56,6 +59,8 @@ def main(argv: List[str]) -> int:
     if args.stop_after and args.done_after:
         raise ConfigError("--stop_after ends a piece of --steps, --done_after the whole training: give one of them")
     keyed = sets_by_key(args.data)
+    if args.begin_with:
+        read_difference(args.begin_with)  # before anything is computed
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     backbone: Any = make_backbone(BackboneConfig(checkpoint=args.base), device, storage.cache)
     side = backbone.processor.picture_size[0]
@@ -80,6 +85,7 @@ def main(argv: List[str]) -> int:
     backbone.norm_stats = statistics
     whole = sum(p.numel() for p in backbone.parameters())
     make_trainable(backbone, args.rank, args.seed)
+    begun = {"sha256": file_sha256(args.begin_with), "made": begin_with(backbone, args.begin_with)["made"]} if args.begin_with else None
     trained = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
     print(f"{trained:,} parameters are trained beside {whole:,}")
     make_batch = Batches(samples, backbone.processor, Windows(images, side), args.batch, device)
@@ -92,6 +98,7 @@ def main(argv: List[str]) -> int:
     loss = BesideTexts(backbone, args.text_weight, make_batch.labels)
     settings = {**{name: getattr(args, name) for name in ("steps", "batch", "lr", "seed", "rank", "share", "text_rows", "text_weight")},
                 **({"near": True} if args.near else {}),  # a state that does not say so is of exact pictures
+                **({"begun": begun["sha256"]} if begun else {}),
                 "base": backbone.weights_sha256, "data": facts["data"], "questions": facts["questions"], "texts": said}
     plan = Plan(work, args.steps, drawn.size, args.lr, args.seed, settings, args.stop_after and started + args.stop_after,
                 args.done_after and started + args.done_after)
@@ -102,7 +109,7 @@ def main(argv: List[str]) -> int:
     make_whole(backbone)
     words = [arg.replace(str(args.out), "OUT").replace(str(storage.root), "ROOT") for arg in argv]
     save(backbone, args, shlex.join(["vlakeep", "train-base", *words]), done, torch.float32, samples=len(samples), data=keyed,
-         parameters=trained, base=backbone.weights_sha256, texts=said,
+         parameters=trained, base=backbone.weights_sha256, texts=said, **({"begun": begun} if begun else {}),
          renderers={d.name: rendered_with(storage.data / d.name) for d in sets})
     return 0
 

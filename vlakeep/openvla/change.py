@@ -11,7 +11,8 @@ Axes: B samples, T texts, P patches, L text tokens of a sample, C of them at mos
 W of them words.
 """
 
-from typing import List, Optional, Tuple
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torch import nn
@@ -19,9 +20,10 @@ from torch.nn.utils import parametrize
 
 from vlakeep.core.errors import CheckpointError
 from vlakeep.data.sample import IGNORE_INDEX, Batch
-from vlakeep.models.adapters import adapters_disabled, attach_lora
+from vlakeep.models.adapters import ADAPTER, adapters_disabled, attach_lora
 from vlakeep.models.outputs import LossOutput, loss_output
 from vlakeep.models.prefix import Prefix
+from vlakeep.openvla.delta import by_tensor, factors, read_difference
 from vlakeep.openvla.model import TiedHead
 from vlakeep.openvla.tiny import ACTION_TOKENS, FIRST_ACTION_CHARACTER
 
@@ -71,6 +73,35 @@ def make_trainable(backbone, rank: int, seed: int) -> None:
     for name, parameter in backbone.network.named_parameters():
         if name.startswith(PROJECTOR):
             parameter.requires_grad_(True)
+
+
+@torch.no_grad()
+def begin_with(backbone, file: Path) -> Dict[str, Any]:
+    """Give what is trained the values of a difference (delta.py), behind make_trainable; its facts. Directions that the difference does not
+    have stay as they were drawn, at nothing. CheckpointError for a difference from other parts, or of a change that is not trained here."""
+    facts, stored = read_difference(file)
+    made = (facts["made"] or {}).get("base")
+    if made != backbone.weights_sha256:
+        raise CheckpointError(f"{file} is the difference of a base from parts {str(made)[:16]}, {backbone.name} is "
+                              f"{backbone.weights_sha256[:16]}: give --base the parts that it was trained from")
+    words, network = words_of(backbone.processor), backbone.network
+    for name, found in by_tensor(stored).items():
+        place, _, leaf = name.rpartition(".")
+        module = network.get_submodule(place)
+        if hasattr(module, "lora_A") and leaf == "weight":
+            if "whole" in found:  # a small matrix
+                found = {"change": found["whole"].float() - module.base_layer.weight.cpu()}
+            a_RI, b_OR = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+            b_OK, a_KI = factors(found, len(a_RI))
+            a_RI[:len(a_KI)], b_OR[:, :len(a_KI)] = a_KI, b_OK
+        elif "whole" not in found:
+            raise CheckpointError(f"{file} changes {name}, which has no adapter here")
+        elif name.startswith(PROJECTOR):
+            getattr(module, leaf).copy_(found["whole"])
+        elif name in facts["rows"]:  # of the vocabulary
+            first, last = facts["rows"][name]
+            module.parametrizations.weight.original[first - words:last - words] = found["whole"].float()
+    return facts
 
 
 def make_whole(backbone) -> None:

@@ -237,6 +237,17 @@ def patched(old: torch.Tensor, found: Tensors, rows: Optional[List[int]]) -> tor
     return (old.float() + restored(found).view(old.shape)).to(torch.bfloat16) if found else old.to(torch.bfloat16)
 
 
+def factors(found: Tensors, rank: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """(b [O, K], a [K, I]) in float32, K <= rank, whose product is the difference: what adapters begin with in a training that goes on. Of
+    a matrix that is kept in more directions than `rank`, or as a `change` [O, I], those with the most energy."""
+    if "a" in found and found["a"].shape[0] <= rank:
+        return found["b"].float() * found["b_scale"][:, None], found["a"].float() * found["a_scale"]
+    change_OI = found["change"] if "change" in found else restored(found)
+    left, size_K, right = torch.linalg.svd(change_OI, full_matrices=False)
+    root_K = size_K[:rank].sqrt()
+    return left[:, :rank] * root_K, root_K[:, None] * right[:rank]
+
+
 def by_tensor(stored: Tensors) -> Dict[str, Tensors]:
     found: Dict[str, Tensors] = defaultdict(dict)
     for key, tensor in stored.items():
@@ -255,9 +266,8 @@ def weights_of(base: Tensors) -> str:
     return hash_of({name: f"{name} BF16 {list(tensor.shape)} {digest(tensor)}\n" for name, tensor in base.items()})
 
 
-def apply(parts: Path, file: Path, out: Path) -> str:
-    """Write the base to the folder `out` and return the hash of its weights. CheckpointError for a file that is damaged, parts of which the
-    difference was not taken, and a result that is not the recorded one."""
+def read_difference(file: Path) -> Tuple[Dict[str, Any], Tensors]:
+    """(facts, tensors by <name of the base's tensor>:<part>). CheckpointError for a file that is damaged or of another format."""
     try:
         with safe_open(str(file), framework="pt") as opened:
             facts = json.loads((opened.metadata() or {})["facts"])
@@ -266,6 +276,13 @@ def apply(parts: Path, file: Path, out: Path) -> str:
         raise CheckpointError(f"{file} is no difference of a base ({error!r}): make it with `vlakeep base-delta make`") from error
     if facts.get("format") != FORMAT:
         raise CheckpointError(f"{file} has format {facts.get('format')}, this version reads {FORMAT}")
+    return facts, stored
+
+
+def apply(parts: Path, file: Path, out: Path) -> str:
+    """Write the base to the folder `out` and return the hash of its weights. CheckpointError for a file that is damaged, parts of which the
+    difference was not taken, and a result that is not the recorded one."""
+    facts, stored = read_difference(file)
     before = dict(read_tensors(weight_files(parts)))
     wrong = [name for name, wanted in facts["parts"].items()
              if name not in before or digest(_used(before[name], facts["rows"].get(name))) != wanted]
