@@ -32,7 +32,7 @@ tasks="$(seq -s, 0 6 89)"
       --probe.name midsize_heldout & pids="$pids $!"; }
 together
 [ -f "$root/probe/midsize_keep/probe.json" ] ||
-  vlakeep probe-add --backbone.checkpoint midsize-base --probe.name midsize_questions --probe.size 300 --frames 350 --to midsize_keep \
+  vlakeep probe-add --probe.name midsize_questions --probe.size 300 --frames 350 --to midsize_keep \
     --data.datasets '[libero_object_expert_side_noise0_3, libero_spatial_expert_side_noise0_3]'
 [ "${STOP:-}" != data ] || exit 0
 vlakeep study "$study" --dry-run "$@" | tail -n 3
