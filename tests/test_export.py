@@ -2,19 +2,26 @@
 
 import json
 import shutil
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import BASELINE
 from safetensors.torch import load_file, save_file
 
 from vlakeep import export
+from vlakeep.checks import RED, check_target
 from vlakeep.core.errors import CheckpointError
+from vlakeep.core.registry import benchmark_class
 from vlakeep.core.storage import find_checkpoint
 from vlakeep.core.target import target_checkpoint
+from vlakeep.evaluate import load_target, run_evaluation
 from vlakeep.export import run_export
 from vlakeep.models import merge
 from vlakeep.models.adapters import load_adapter, merged_state
+from vlakeep.models.chain import Chain, Link
+from vlakeep.models.files import STATISTICS
 from vlakeep.models.load import make_backbone
 from vlakeep.train import run_training
 
@@ -55,6 +62,75 @@ def test_shards_are_those_of_the_official_index(run, monkeypatch):
     files = sorted(path.name for path in folder.glob("model-*.safetensors"))
     assert len(files) > 3 and set(index["weight_map"].values()) == set(files)
     assert index["metadata"]["total_size"] == sum(t.nbytes for f in files for t in load_file(folder / f).values())
+
+
+def test_the_statistics_are_those_of_the_run_alone_to_the_byte(run):
+    """As the official script has it; its evaluation then has nothing to choose."""
+    config, storage = run
+    config.export.dtype, config.export.folder = "stored", str(storage.runs / "merged-new")
+    folder = run_export(config, storage)
+    own = (target_checkpoint("export", storage) / "adapter" / STATISTICS).read_bytes()
+    assert (folder / STATISTICS).read_bytes() == own + b"\n"
+    assert json.loads((folder / "config.json").read_text())["norm_stats"] == json.loads(own)
+    assert "statistics" not in json.loads((folder / "vlakeep_export.json").read_text())
+
+
+def test_a_folder_with_all_statistics_plays_what_the_adapter_on_its_base_plays(run, world):
+    config, storage = run
+    config.export.dtype, config.export.folder, config.export.statistics = "float32", str(storage.runs / "merged-all"), "all"
+    config.backbone.unnorm_key = "tabletop"  # the check of the merge can be of the base's actions too
+    folder = run_export(config, storage)
+    config.export.statistics, config.backbone.unnorm_key = "new", None
+    adapted, *_ = load_target(world[1](BASELINE, "--evaluate.target", "export"), storage, "cpu")
+    merged, spread = make_backbone(str(folder), "cpu"), np.linspace(-1, 1, 14).reshape(2, 7)
+    assert list(merged.norm_stats) == ["tabletop_corner", "tabletop"] and merged.norm_stats == adapted.norm_stats
+    for file, entry in (("config.json", "norm_stats"), (STATISTICS, None)):
+        found = json.loads((folder / file).read_text())
+        assert (found[entry] if entry else found) == adapted.norm_stats
+    assert merged.norm_stats["tabletop"] != merged.norm_stats["tabletop_corner"]
+    for key in merged.norm_stats:
+        assert np.array_equal(merged.unnormalise(spread, key), adapted.unnormalise(spread, key))
+    record = json.loads((folder / "vlakeep_export.json").read_text())
+    assert record["statistics"] == ["tabletop_corner", "tabletop"] and record["parity"]["frames_identical"] == 6
+    asked = world[1](BASELINE, "--backbone.checkpoint", folder, "--evaluate.skills", "[reach,corner]", "--evaluate.episodes", 2,
+                     "--evaluate.questions_per_kind", 1, "--evaluate.retention_frames", 2)
+    assert not [line for line in check_target(benchmark_class("tabletop")(asked, storage), {"model_type": "openvla"}) if line.status == RED]
+    header = json.loads((run_evaluation(asked, storage) / "records.jsonl").read_text().splitlines()[0])["header"]["model"]
+    assert (header["unnorm_key"], header["old_unnorm_key"]) == ("tabletop_corner", "tabletop")
+
+
+def test_all_statistics_are_of_base_and_runs_before_and_of_one_name_the_newest(run, tmp_path, capsys):
+    config, _ = run
+    config = replace(config, export=replace(config.export, statistics="all"))
+
+    def entry(end):
+        return {"action": {"q01": [-end], "q99": [end]}}
+
+    base = shutil.copytree(find_checkpoint("tabletop-base", tmp_path), tmp_path / "base")
+    (base / STATISTICS).write_text(json.dumps({"old": entry(1.0), "same": entry(2.0), "task": entry(3.0)}))
+    (tmp_path / "00" / "adapter").mkdir(parents=True)
+    (tmp_path / "00" / "adapter" / STATISTICS).write_text(json.dumps({"task": entry(4.0), "first": entry(5.0)}))
+    chain = Chain("", [Link("first", "step_000001", "", tmp_path / "00")])
+    found = export.merged_statistics(config, base, chain, {"second": entry(6.0), "same": entry(2.0)})
+    assert {name: one["action"]["q99"] for name, one in found.items()} == {
+        "second": [6.0], "same": [2.0], "old": [1.0], "task": [4.0], "first": [5.0]} and next(iter(found)) == "second"
+    assert "note" not in capsys.readouterr().err
+    assert export.merged_statistics(config, base, chain, {"old": entry(7.0)})["old"] == entry(7.0)
+    assert "statistics of old are the run's, which differ" in capsys.readouterr().err
+
+
+def test_a_base_without_statistics_is_told_before_anything_is_merged(run, tmp_path, monkeypatch):
+    config, storage = run
+    base = shutil.copytree(find_checkpoint("tabletop-base", tmp_path), tmp_path / "base")
+    (base / STATISTICS).unlink()
+    model = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**model, "norm_stats": {}}))
+    config = replace(config, export=replace(config.export, statistics="all", folder=str(storage.runs / "merged-none")),
+                     backbone=replace(config.backbone, checkpoint=str(base)))
+    monkeypatch.setattr(export, "merge_checkpoint", None)
+    with pytest.raises(CheckpointError, match=f"all: {base} has no action statistics.*; use --export.statistics new, or put the"):
+        run_export(config, storage)
+    assert not (storage.runs / "merged-none").exists()
 
 
 def test_nothing_is_merged_twice_or_over_another_model(run, tmp_path):

@@ -16,6 +16,7 @@ from test_model_inputs import NAME, STEPS, configured, episodes, probe_samples, 
 from vlakeep.core.base_models import find_checkpoint
 from vlakeep.core.checkpoint import file_sha256, latest_intact
 from vlakeep.core.config import load_config
+from vlakeep.core.errors import CheckpointError
 from vlakeep.core.rundir import read_metrics
 from vlakeep.core.storage import Storage
 from vlakeep.data.formats import open_configured
@@ -154,6 +155,32 @@ def test_held_out_episodes_are_judged_and_an_export_is_lerobots(runs, tmp_path, 
     adapter = latest_intact(storage.run_folder("plain")) / "adapter"
     targets = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
     assert all(name.startswith(DECODER + "layers.") for name in targets) and len(targets) == 14
+
+
+def test_an_export_with_all_statistics_speaks_both_and_lerobots_files_are_of_the_new_ones(runs, tmp_path):
+    """Of a base that was made normal by mean and deviation, as it was published, and data by quantiles."""
+    storage, make = runs
+    run_training(make(BASELINE, "--name", "both"), storage)
+    words = [BASELINE, "--export.target", "both", "--export.parity_frames", 2]
+    with pytest.raises(CheckpointError, match="--export.statistics all: .*pi0 has no action statistics"):
+        run_export(make(*words, "--export.statistics", "all"), storage)
+    plain = run_export(make(*words, "--export.folder", storage.runs / "both-new"), storage)
+    base = shutil.copytree(storage.root / "pi0", tmp_path / "base")
+    action = {"mean": [1.0, 2.0, 3.0], "std": [0.5, 0.5, 2.0], "min": [-9.0] * 3, "max": [9.0] * 3}
+    (base / "dataset_stats.json").write_text(json.dumps({"action": action}))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "normalization_mapping": {
+        **config["normalization_mapping"], "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}}))
+    out = run_export(make(*words, "--export.statistics", "all", "--backbone.checkpoint", base), storage)
+    merged, known = make_backbone(out), make_backbone(plain)
+    assert list(merged.norm_stats) == [NAME, "lerobot"] and list(known.norm_stats) == [NAME]
+    assert np.allclose(merged.unnormalise(np.ones((1, 3)), "lerobot"), [[1.5, 2.5, 5.0]])
+    assert np.array_equal(merged.unnormalise(np.ones((1, 3)), NAME), known.unnormalise(np.ones((1, 3)), NAME))
+    names = sorted(path.name for path in plain.iterdir())
+    assert sorted(path.name for path in out.iterdir()) == names
+    own = {"dataset_statistics.json", "vlakeep_export.json"}
+    files = [name for name in names if (out / name).is_file() and name not in own]
+    assert [name for name in files if (out / name).read_bytes() != (plain / name).read_bytes()] == []
 
 
 def test_preflight_and_audit_know_it(runs, capsys, monkeypatch):

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -243,11 +245,12 @@ def test_run_folder_and_free_space(world, monkeypatch):
     assert any(line.what == "free space for checkpoints" and "1.0 kB free" in line.where for line in reds(config))
 
 
-def gpu(monkeypatch, capability, count=1):
+def gpu(monkeypatch, capability, count=1, built=()):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=0: "Card")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
 
 
 def test_what_the_gpu_can_do(monkeypatch):
@@ -269,6 +272,94 @@ def test_what_the_gpu_can_do(monkeypatch):
     assert any("1 GPU" in line.where for line in preflight.check_gpus(config, gpus=8) if line.status == RED)
     gpu(monkeypatch, (8, 9), count=8)
     assert not any("GPU(s)" in line.where for line in preflight.check_gpus(config, gpus=8))
+
+
+CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
+CUDA_12 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
+
+
+@pytest.mark.parametrize("built, capability, runs", [
+    ("sm_70", (7, 0), True), ("sm_70", (7, 5), True), ("sm_75", (7, 0), False), ("sm_86", (8, 9), True), ("sm_80", (9, 0), False),
+    ("sm_120", (12, 0), True), ("sm_100", (12, 0), False), ("compute_90", (12, 0), True), ("compute_90", (8, 9), False),
+    ("sm_90a", (9, 0), True), ("sm_100a", (10, 3), False), ("sm_100f", (10, 3), True), ("compute_90a", (10, 0), False),
+    ("compute_100f", (12, 0), False), ("gfx90a", (9, 0), False)])
+def test_which_code_runs_on_which_card(built, capability, runs):
+    assert compat.runs_on(built, capability) is runs
+
+
+def test_a_torch_without_kernels_for_the_card_is_red(monkeypatch):
+    """The first step would die of it: `no kernel image is available for execution on the device`."""
+    def line(capability, built, count=1, device="cuda", gpus=1):
+        gpu(monkeypatch, capability, count, built)
+        found = [line for line in preflight.check_gpus(Config(device=device), gpus) if line.what == "kernels for the GPU"]
+        assert len(found) <= 1
+        return found[0] if found else None
+
+    volta = line((7, 0), CUDA_13, count=8, gpus=8)
+    assert volta.status == RED and "has no kernels for Card, compute capability 7.0 (it was built for sm_75, sm_80" in volta.where
+    assert volta.remedy == ("pip uninstall -y torch torchvision && pip install torch torchvision "
+                            "--index-url https://download.pytorch.org/whl/cu126, or --device cpu")
+    newer = line((12, 0), CUDA_12)
+    assert newer.status == RED and newer.remedy == "pip uninstall -y torch torchvision && pip install torch torchvision, or --device cpu"
+    assert line((12, 1), CUDA_13).status == line((7, 0), CUDA_12).status == line((8, 9), CUDA_13).status == "ok"
+    assert line((7, 0), CUDA_13, device="cpu") is None
+    assert line((9, 0), ["gfx90a", "gfx942"]) is None
+    # A second card that no process takes, such as the one of the screen.
+    gpu(monkeypatch, (9, 0), 2, CUDA_13)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: ((9, 0), (6, 1))[index])
+    for gpus, status in ((1, "ok"), (2, RED)):
+        assert [line.status for line in preflight.check_gpus(Config(device="cuda"), gpus) if line.what == "kernels for the GPU"] == [status]
+
+
+def test_what_bitsandbytes_is_asked_for_must_be_there_and_find_the_gpu(world, monkeypatch):
+    config, _ = world
+
+    def lines(stage="train", quantisation="none", optimizer="adamw", device="cpu"):
+        config.backbone.quantisation, config.train.optimizer, config.device = quantisation, optimizer, device
+        found = [line for line in preflight.run_checks(config, stage=stage)
+                 if line.what in ("--backbone.quantisation nf4", f"--train.optimizer {optimizer}")]
+        return [(line.what, line.status, line.where, line.remedy) for line in found]
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert lines() == [] == lines(stage="evaluate", optimizer="adamw8bit", device="cuda")
+    for stage in ("offline", "train", "evaluate"):
+        ((what, status, where, remedy),) = lines(stage, quantisation="nf4")
+        assert (what, status) == ("--backbone.quantisation nf4", RED) and "bitsandbytes cannot be loaded (" in where
+        assert re.fullmatch(r"pip install -e .*\[bitsandbytes\]'?( \(in a clone of vlakeep\))?, or --backbone.quantisation none", remedy)
+    ((_, status, where, remedy),) = lines(optimizer="paged_adamw8bit")
+    assert (status, where, remedy) == (RED, "it does not work on a CPU", "--train.optimizer adamw, or --device cuda")
+    gpu(monkeypatch, (7, 0))
+    ((_, status, where, remedy),) = lines(optimizer="adamw8bit", device="cuda")
+    assert status == RED and "cannot be loaded" in where and remedy.endswith(", or --train.optimizer adamw")
+    library = SimpleNamespace(__version__="0.50.2", cextension=SimpleNamespace(lib=SimpleNamespace(compiled_with_cuda=False)))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", library)
+    found = lines(quantisation="nf4", optimizer="adamw8bit", device="cuda")
+    assert [one[:2] for one in found] == [("--backbone.quantisation nf4", RED), ("--train.optimizer adamw8bit", RED)]
+    assert all("bitsandbytes 0.50.2 finds no GPU" in where and remedy.startswith("pip install --upgrade bitsandbytes, or --")
+               for _, _, where, remedy in found)
+    assert [one[1] for one in lines(quantisation="nf4")] == ["ok"], "on a CPU it needs no kernels for a GPU"
+    library.cextension.lib = None  # of a library that did not load, in older versions
+    assert [one[1] for one in lines(quantisation="nf4", device="cuda")] == [RED]
+    library.cextension.lib = SimpleNamespace(compiled_with_cuda=True)
+    assert [one[1] for one in lines(quantisation="nf4", optimizer="adamw8bit", device="cuda")] == ["ok", "ok"]
+
+
+def test_a_torch_that_cannot_share_a_base_is_red(world, monkeypatch):
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    config, _ = world
+
+    def lines(gpus, stage="train"):
+        return [line for line in preflight.run_checks(config, stage=stage, gpus=gpus) if line.what == "--train.sharding fsdp"]
+
+    assert lines(8) == []
+    config.train.sharding = "fsdp"
+    monkeypatch.setattr(fsdp, "fully_shard", lambda module, *, mesh=None, ignored_params=None: module, raising=False)
+    assert [line.status for line in lines(8)] == ["ok"] and lines(8, "offline") == []
+    monkeypatch.setattr(fsdp, "fully_shard", lambda module, *, mesh=None: module, raising=False)  # of torch 2.6
+    (line,) = lines(8)
+    assert line.status == RED and "it needs 2.7 or newer" in line.where and "use --train" not in line.where
+    assert line.remedy == "pip install --upgrade 'torch>=2.7' torchvision, or --train.sharding none"
+    assert [line.status for line in lines(1)] == ["note"], "one process has nothing to share, and trains"
 
 
 def test_conda_environment_is_a_note_only(world, monkeypatch):

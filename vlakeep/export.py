@@ -35,8 +35,8 @@ from vlakeep.data.images import resize_uint8
 from vlakeep.data.sample import Sample
 from vlakeep.models.adapters import load_adapter
 from vlakeep.models.base import Backbone
-from vlakeep.models.chain import chain_hash, merge_chain, read_chain, spoken
-from vlakeep.models.files import tensor_table, weight_files, weights_hash
+from vlakeep.models.chain import Chain, chain_hash, merge_chain, read_chain, spoken
+from vlakeep.models.files import STATISTICS, tensor_table, weight_files, weights_hash
 from vlakeep.models.load import DTYPES, make_backbone, model_class
 from vlakeep.models.merge import RECORD, merge_checkpoint
 from vlakeep.models.quantised import identity, rounded
@@ -75,7 +75,7 @@ def action_ids(backbone: Backbone, samples: List[Sample], unnorm_key) -> np.ndar
     return np.concatenate(found)
 
 
-def check_parity(config: Config, storage: Storage, adapter: Path, merged: Path, unnorm_key: str) -> dict:
+def check_parity(config: Config, storage: Storage, adapter: Path, merged: Path, statistics: dict, unnorm_key: str) -> dict:
     """Actions of base + adapter against those of the merged folder; one model in memory at a time."""
     device = pick_device(config.device)
     ids, samples = [], None
@@ -86,7 +86,7 @@ def check_parity(config: Config, storage: Storage, adapter: Path, merged: Path, 
         if folder is None:
             merge_chain(backbone, read_chain(adapter.absolute().parents[1]))
             load_adapter(backbone, adapter / "adapter")
-            backbone.norm_stats = read_action_statistics(adapter)
+            backbone.norm_stats = statistics
             samples, source = parity_samples(config, storage, backbone.processor)
         processor = backbone.processor
         ids.append(action_ids(backbone.eval(), samples, unnorm_key))
@@ -106,6 +106,25 @@ def refuse_second_merge(base: Path, adapter_sha256: str) -> None:
     if adapter_sha256 in (record.get("adapter_sha256"), record.get("closing", {}).get("adapter_sha256")):
         raise CheckpointError(f"{base} already holds this adapter ({path} says so); merging it twice would double its effect: give the "
                               "base model that the run was trained on with --backbone.checkpoint")
+
+
+def merged_statistics(config: Config, base: Path, chain: Optional[Chain], new: dict) -> dict:
+    """The merged folder's dataset_statistics.json: those of the run (`new`), with --export.statistics all also those with which `evaluate`
+    plays its adapter. The run's come first: lerobot's files of a pi0-FAST are after the first."""
+    if config.export.statistics == "new":
+        return new
+    kind = model_class(base)
+    old = kind.read_statistics(base, kind.read_config(base))
+    for link in chain.links if chain else ():
+        old = {**old, **read_action_statistics(link.folder)}
+    if not old:
+        raise CheckpointError(f"--export.statistics all: {base} has no action statistics, neither in {STATISTICS} nor in its other files; "
+                              f"use --export.statistics new, or put the {STATISTICS} of the data that it was trained on beside its weights")
+    for name in new.keys() & old.keys():
+        if new[name]["action"] != old[name]["action"]:
+            log.warning(f"note: the action statistics of {name} are the run's, which differ from those that its base has by this name: "
+                        "what the base learnt with its own cannot be played with the merged folder")
+    return {**new, **{name: entry for name, entry in old.items() if name not in new}}
 
 
 def offline_command(argv: List[str]) -> str:
@@ -149,12 +168,14 @@ def run_export(config: Config, storage: Storage, command: str = "vlakeep offline
         raise FileExistsError(f"{out} exists already; give another --export.folder, or replace it with --export.overwrite true")
     need_free(out.parent, 2 * sum(file.stat().st_size for file in weight_files(base)) if config.export.dtype == "float32"
               else sum(file.stat().st_size for file in weight_files(base)), "the merged model")
-    statistics = read_action_statistics(checkpoint)
+    statistics = merged_statistics(config, base, chain, read_action_statistics(checkpoint))
     record = {"base": str(config.backbone.checkpoint), "base_sha256": base_sha256, "run": run_name(run, storage),
               "checkpoint": checkpoint.name, "adapter_sha256": adapter_sha256, "merged_modules": 0, "dtype": config.export.dtype,
               "vlakeep": vlakeep.__version__}
     if chain:
         record["before"] = [{"run": link.run, "checkpoint": link.checkpoint, "adapter_sha256": link.adapter_sha256} for link in chain.links]
+    if config.export.statistics == "all":
+        record["statistics"] = list(statistics)
     if closed:
         checkpoint, record["closing"] = closing_pass.close(config, storage, checkpoint, closed, command)
         record.update(run=run_name(closed, storage), adapter_sha256=load_manifest(checkpoint, base_sha256))
@@ -166,7 +187,7 @@ def run_export(config: Config, storage: Storage, command: str = "vlakeep offline
         record["merged_modules"] = len(modules)
         if config.export.parity_frames:
             key = config.backbone.unnorm_key or next(iter(statistics))
-            record["parity"] = check_parity(config, storage, checkpoint, Path(temporary), key)
+            record["parity"] = check_parity(config, storage, checkpoint, Path(temporary), statistics, key)
             _judge(record["parity"], config, Path(temporary))
         if closed:
             record["closing"]["kl_merged"] = closing_pass.divergence_of(config, storage, Path(temporary), base_sha256,

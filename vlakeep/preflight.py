@@ -27,7 +27,7 @@ from vlakeep import checks
 from vlakeep.checks import GREEN, RED, YELLOW, Line
 from vlakeep.core import schema
 from vlakeep.core.base_models import SHIPPED
-from vlakeep.core.compat import NUMPY_1, numpy_trouble
+from vlakeep.core.compat import EIGHT_BIT, NUMPY_1, built_for, import_bitsandbytes, kernel_trouble, numpy_trouble
 from vlakeep.core.config import BackboneConfig, Config, ConfigError, ProbeConfig, load_config
 from vlakeep.core.errors import human_bytes, quoted
 from vlakeep.core.next_step import completed_remedy
@@ -35,6 +35,7 @@ from vlakeep.core.options import read, split
 from vlakeep.core.registry import benchmark_class, benchmark_names, method_class, method_names
 from vlakeep.core.stages import PREFLIGHT, STORAGE_CHECK
 from vlakeep.core.storage import Storage, code_trees, find_checkpoint, peek, scan_large_files
+from vlakeep.models.sharded_base import refuse_sharding
 
 STAGES = ("offline", "train", "evaluate")
 # As pyproject.toml; the official OpenVLA environment meets them all.
@@ -171,10 +172,15 @@ def check_environment(config: Config, gpus: int = 1) -> List[Line]:
     return lines + check_gpus(config, gpus)
 
 
-def check_gpus(config: Config, gpus: int = 1) -> List[Line]:
+def visible_gpus(config: Config) -> Tuple[int, bool]:
+    """(GPUs that torch sees, whether the configuration computes on one)."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    on_gpu = config.device == "cuda" or (config.device == "auto" and count > 0)
-    lines = []
+    return count, config.device == "cuda" or (config.device == "auto" and count > 0)
+
+
+def check_gpus(config: Config, gpus: int = 1) -> List[Line]:
+    count, on_gpu = visible_gpus(config)
+    lines = check_kernels(min(count, gpus)) if on_gpu else []
     if config.device == "cuda" and count == 0:
         lines.append(
             Line(RED, "--device cuda", "torch sees no GPU", "--device cpu, or check nvidia-smi and CUDA_VISIBLE_DEVICES")
@@ -213,6 +219,54 @@ def check_gpus(config: Config, gpus: int = 1) -> List[Line]:
     return lines
 
 
+def check_kernels(count: int) -> List[Line]:
+    """Whether the installed torch was built for the first GPUs, which are those that a run takes; no line where it does not say."""
+    what = "kernels for the GPU"
+    found = dict.fromkeys(kernel_trouble(i) for i in range(count))
+    red = [Line(RED, what, where, f"{remedy}, or --device cpu") for where, remedy in found if where]
+    return red if red or not found or not built_for() else [Line(GREEN, what, f"torch {torch.__version__} has them")]
+
+
+def check_bitsandbytes(config: Config, stage: str) -> List[Line]:
+    """The package that 4-bit weights and 8-bit optimizers are of: there, and on a GPU with its own kernels."""
+    asked = [("--backbone.quantisation nf4", "--backbone.quantisation none")] if config.backbone.quantisation != "none" else []
+    count, on_gpu = visible_gpus(config)
+    lines = []
+    if stage == "train" and config.train.optimizer in EIGHT_BIT:
+        key, instead = f"--train.optimizer {config.train.optimizer}", "--train.optimizer adamw"
+        if on_gpu:
+            asked.append((key, instead))
+        else:
+            lines.append(Line(RED, key, "it does not work on a CPU", f"{instead}, or --device cuda"))
+    for key, instead in asked:
+        try:
+            library = import_bitsandbytes(key, instead)
+        except ValueError as error:
+            where, _, remedy = str(error).removeprefix(f"{key}: ").rpartition("): ")
+            lines.append(Line(RED, key, where + ")", remedy))
+            continue
+        said = f"bitsandbytes {library.__version__}"
+        if on_gpu and count and not getattr(library.cextension.lib, "compiled_with_cuda", False):
+            lines.append(Line(RED, key, f"{said} finds no GPU, or has no kernels for the CUDA of torch {torch.__version__}",
+                              f"pip install --upgrade bitsandbytes, or {instead}   (python -m bitsandbytes says what it looked for)"))
+        else:
+            lines.append(Line(GREEN, key, said))
+    return lines
+
+
+def check_sharding(config: Config, gpus: int) -> List[Line]:
+    """Whether torch can share a base; a note where the processes are one, which shares nothing."""
+    if config.train.sharding == "none":
+        return []
+    key, instead = f"--train.sharding {config.train.sharding}", "--train.sharding none"
+    try:
+        refuse_sharding(config.train.sharding, max(gpus, 2))
+    except ValueError as error:
+        where = str(error).removeprefix(f"{key}: ").partition("; use ")[0]
+        return [Line(RED if gpus > 1 else YELLOW, key, where, f"pip install --upgrade 'torch>=2.7' torchvision, or {instead}")]
+    return [Line(GREEN, key, f"torch {torch.__version__} can share the base" + (f" among {gpus} GPUs" if gpus > 1 else ""))]
+
+
 def run_checks(
     config: Config, stage: str = "train", config_path: str = "", large_file_gb: float = 1.0, gpus: int = 1
 ) -> List[Line]:
@@ -226,7 +280,8 @@ def run_checks(
     lines = lines or [Line(GREEN, "configuration", f"{config_path or 'defaults'}: every value within its range")]
     checkout = config.backbone.openvla_dir
     found, storage = check_storage(lambda: Storage.from_config(config, create=False), large_file_gb, openvla_dir=checkout)
-    lines += found + check_environment(config, gpus)
+    lines += found + check_environment(config, gpus) + check_bitsandbytes(config, stage)
+    lines += check_sharding(config, gpus) if stage == "train" else []
     if storage is None:
         return lines + [Line(YELLOW, "inputs", "not checked: they lie below the storage root")]
     found, model = checks.check_checkpoint(config, storage.cache, stage)

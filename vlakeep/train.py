@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from vlakeep.core import checkpoint as ckpt
 from vlakeep.core.base_models import model_name
-from vlakeep.core.compat import import_bitsandbytes
+from vlakeep.core.compat import EIGHT_BIT, import_bitsandbytes
 from vlakeep.core.config import Config, to_dict
 from vlakeep.core.errors import CheckpointError, Interrupted, TrainingStopped, explain
 from vlakeep.core.log import log
@@ -49,8 +49,6 @@ from vlakeep.models.load import make_backbone, model_class
 from vlakeep.models.look import look
 from vlakeep.models.sharded_base import refuse_sharding
 from vlakeep.probe.probe_set import open_probe
-
-EIGHT_BIT = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}  # classes of bitsandbytes.optim
 
 
 def train_step(model, method, optimizer, scaler, batches, config, step: int, observe: bool) -> Dict[str, object]:

@@ -29,8 +29,7 @@ class BackboneConfig:
     unnorm_key: Optional[str] = None
     # Data type of the frozen weights: float32, bfloat16 or float16 (V100 has no bfloat16).
     dtype: str = choice("float32", "bfloat16", "float16")
-    # nf4: decoder linears in 4 bits a weight (bitsandbytes), for cards that the weights do not fit otherwise; artefacts, runs and
-    # evaluations of a quantised base are its own.
+    # nf4: decoder linears in 4 bits a weight (bitsandbytes), where they do not fit otherwise; such a base has its own artefacts and runs.
     quantisation: str = choice("none", "nf4")
     # sdpa, eager or flash_attention_2. The official code needs flash-attention 2; sdpa gives the same result without it.
     attn_implementation: str = choice("sdpa", "eager", "flash_attention_2")
@@ -143,8 +142,7 @@ class IcsmConfig:
     tokens_generated: bool = True
     # Device memory for second moments of inputs; where they need more, the probe is passed several times (7B, LoRA on eight layers: 5.4).
     moments_gib: float = above(2.0)
-    # Method graded: prompts that the teacher answers together on a GPU, where a token takes as long for many rows as for one. 24 at 7B hold
-    # 4 GiB of keys and values. Never fewer than batch_size.
+    # Method graded: prompts that a teacher on a GPU answers together, in the time of one; at 7B 24 hold 4 GiB. Never fewer than batch_size.
     answered: int = least(24)
     # Probe items per forward pass, here and where the drift is measured. It changes no result but in the last bits.
     batch_size: int = least(32)
@@ -262,8 +260,7 @@ class TrainConfig:
     batch_size: int = least(16)
     # Micro-batches per optimizer step.
     accumulation: int = least(1)
-    # adamw; adamw8bit keeps its two moments in 8 bits, paged_adamw8bit also in pages that may leave the GPU (both need a GPU and the
-    # package bitsandbytes); sgd (ablation).
+    # adamw; adamw8bit: moments in 8 bits, paged_adamw8bit: also in pages that may leave the GPU (both need one, and bitsandbytes); sgd.
     optimizer: str = choice("adamw", "adamw8bit", "paged_adamw8bit", "sgd")
     # Learning rate after warm-up.
     lr: float = above(5e-4)
@@ -361,6 +358,9 @@ class ExportConfig:
     overwrite: bool = False
     # stored keeps the type of each base tensor; float32, bfloat16 or float16 converts.
     dtype: str = choice("stored", "float32", "bfloat16", "float16")
+    # What the folder's dataset_statistics.json holds: new, those of the run's data, as the official script has it; all, also those of the
+    # base and of runs before (of one name the newest), so that the official evaluation and ours can play old suites with the folder.
+    statistics: str = choice("new", "all")
     # Closing pass: how far the old answers may move, in nats per answer token. The update is closed along the inputs of the probe until
     # the divergence lies just below this (docs/graded.md); the artefact of --method graded must be there. None merges what was trained.
     close_to: Optional[float] = above(None, null=", or null for no closing pass")

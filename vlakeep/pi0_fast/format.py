@@ -236,7 +236,7 @@ def write_sidecars(folder: Path, config: dict, norm_stats: dict) -> None:
         own["output_features"] = {**own["output_features"], ACTION: {"type": "ACTION", "shape": [width]}}
         write_json(folder / STATISTICS, norm_stats)
         write_json(folder / LEROBOT_STATISTICS, lerobot_statistics(norm_stats))
-        if all("normalisation" not in entry.get("action", {}) for entry in norm_stats.values()):
+        if "normalisation" not in next(iter(norm_stats.values()))["action"]:  # of the first, as the width and lerobot's files
             # vlakeep's readers normalise by quantiles, whatever the base did.
             own["normalization_mapping"] = {**own["normalization_mapping"], "STATE": "QUANTILES", "ACTION": "QUANTILES"}
     if "sizes" in config:
