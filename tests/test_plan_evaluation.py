@@ -101,6 +101,14 @@ def test_without_a_graph_an_answer_costs_more(evaluation):
     assert not evaluation(*MANY, card=cpu).graphed(graph.amount.plays[0])
 
 
+def test_four_bits_are_unpacked_in_every_pass_of_an_answer(evaluation):
+    whole, packed = (evaluation(*MANY, "--backbone.quantisation", kind) for kind in ("none", "nf4"))
+    unpacking = H100.seconds(packed.unpacked, graphed=True)
+    assert whole.unpacked.stream == 0 and packed.answered(4, 7, graphed=True) == pytest.approx(
+        whole.answered(4, 7, graphed=True) + 7 * unpacking)
+    assert packed.drift() > whole.drift() and packed.text(16) > whole.text(16)
+
+
 def test_a_model_that_waits_for_the_device_has_no_graph_and_looks_once_a_chunk(evaluation):
     file = "pi0_fast_libero_graded"
     model = find_model(configuration(file, *DATA), NOWHERE)
@@ -141,7 +149,8 @@ def test_controls_take_what_they_do(evaluation):
     play = evaluation(*MANY).amount.plays[0]
     assert replay.seconds == pytest.approx(play.simulated) and replay.reserved == 0
     # 100 episodes of libero_object with eight workers took 69 s, .49 of the limits; the plan assumes .625 (docs/evidence.md).
-    ten = evaluation("--evaluate.benchmark", "libero_object", "--evaluate.workers", 8, "--evaluate.episodes", 10, "--evaluate.target", "replay")
+    ten = evaluation("--evaluate.benchmark", "libero_object", "--evaluate.workers", 8, "--evaluate.episodes", 10,
+                     "--evaluate.target", "replay")
     assert ten.plan().seconds * 0.49 / amount.SHARE == pytest.approx(69, rel=0.2)
 
 

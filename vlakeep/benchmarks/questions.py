@@ -17,8 +17,8 @@ ROUNDING = 1e-5  # nats, of a mean over float32 sums
 
 
 def together(rows: int, layers: int, width: int) -> int:
-    """How many of `rows` a model of this size is asked together. It follows from the model alone, since the last bits of an answer depend on
-    the batch."""
+    """How many of `rows` a model of this size is asked together. It follows from the model alone, since the last bits of an answer
+    depend on the batch."""
     return max(1, min(rows, MOST // (layers * width)))
 
 

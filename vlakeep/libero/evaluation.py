@@ -26,8 +26,9 @@ from vlakeep.libero.env import CAMERA, MAX_STEPS, SETTLE, SUITES, TASKS, WRIST
 
 GREY = 128
 FIRST_PICTURES = 20  # of an evaluation, compared with the training data's
-# For a plan: seconds of a step without a picture, and of rendering one: on a GPU what eight processes took, resets and their start counted in
-# (127.5 episodes of 100 steps a minute; one alone took 26 ms a step, sixteen 53), in software two on two cores (docs/log.md, 2026-11-23).
+# For a plan: seconds of a step without a picture, and of rendering one: on a GPU what eight processes took, resets and their start counted
+# in (127.5 episodes of 100 steps a minute; one alone took 26 ms a step, sixteen 53), in software two on two cores (docs/log.md,
+# 2026-11-23).
 PHYSICS, ON_GPU, SOFTWARE = 0.008, 0.03, 0.11
 KINDS = 10  # of questions that `vlakeep libero-vqa` asks
 
@@ -111,9 +112,10 @@ class Libero(Benchmark):
             tasks = len(set(settings.skills)) if settings.skills and suite == settings.benchmark else TASKS[suite]
             own = share(tasks * settings.episodes, ranks)
             workers = min(settings.workers, own)
+            rendering = f"{1000 * cameras * picture:g} rendering {'on a GPU' if gpu else 'in software'}"
             plays.append(beside(f"{suite}, {tasks} tasks", own, MAX_STEPS[suite], SAID, workers, settings.batch, step, SETTLE * PHYSICS,
                                 f"{workers} simulator{'s' * (workers > 1)} with a core each, {1000 * step:.0f} ms a step, of which "
-                                f"{1000 * PHYSICS:g} are physics and {1000 * cameras * picture:g} rendering {'on a GPU' if gpu else 'in software'}"))
+                                f"{1000 * PHYSICS:g} are physics and {rendering}"))
         probe = bool(settings.probe) and sees
         texts = Language.amount(config, ranks, gpu)._asdict() if settings.language and sees else {}
         return Amount(**{**texts, "plays": plays, "model": not replays,

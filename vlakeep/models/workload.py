@@ -214,8 +214,8 @@ class Workload:
         return below + self.layer_work(tokens, columns, self.layers - first)
 
     def generate(self, rows: float, batch: float, tokens: int = 0) -> Work:
-        """`rows` prompts answered, `batch` at a time, with so many tokens (0: of an answer): a pass over the prompt, then one a token, bound
-        by the host or the weights."""
+        """`rows` prompts answered, `batch` at a time, with so many tokens (0: of an answer): a pass over the prompt, then one a token,
+        bound by the host or the weights."""
         tokens = tokens or self.answer
         steps = rows / batch * (tokens - 1)
         weights = 2 * self.layers * self.layer_parameters
@@ -244,8 +244,11 @@ class Workload:
         if numbers.recompute:
             found = found + self.layer_work(tokens, count=above) + self.lora_work(adapters.leaves, adapters.rank, tokens,
                                                                                   len(adapters.layers), numbers.converts)
-        unpacked = Work(stream=UNPACK * self.layer_parameters, kernels=8 * len(self.linears)).times(passes)
-        return found + (unpacked if numbers.packed else Work())
+        return found + self.unpacked(numbers, passes)
+
+    def unpacked(self, numbers: Numbers, layers: float) -> Work:
+        """Weights of 4 bits that are made half ones, in so many passes of a layer."""
+        return Work(stream=UNPACK * self.layer_parameters, kernels=8 * len(self.linears)).times(layers) if numbers.packed else Work()
 
     def optimizer_step(self, parameters: int, clip: bool = True) -> Work:
         """AdamW: weight, gradient and two moments read, three written; the norm reads the gradient, the clip writes it."""

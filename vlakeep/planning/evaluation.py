@@ -53,35 +53,39 @@ class Evaluation:
         prompts do."""
         lora = self.lora if adapted else (lambda tokens: Work())
         first = self.work.generate(rows, rows, 1)
-        further = self.work.generate(rows, rows, tokens) + first.times(-1) + lora(rows).times(tokens - 1)
-        return self.card.seconds(first + lora(rows * self.work.columns), graphed) + self.card.seconds(further, graphed)
+        further = self.work.generate(rows, rows, tokens) + first.times(-1) + (lora(rows) + self.unpacked).times(tokens - 1)
+        return self.card.seconds(first + lora(rows * self.work.columns) + self.unpacked, graphed) + self.card.seconds(further, graphed)
 
     def lora(self, tokens: float) -> Work:
         adapters = self.planner.adapters
         return self.work.lora_work(adapters.leaves, adapters.rank, tokens, len(adapters.layers))
 
-    def passed(self, rows: float) -> Work:
-        """A pass of base and adapters."""
-        return self.work.forward(rows) + self.lora(rows * self.work.columns)
+    @property
+    def unpacked(self) -> Work:
+        """What every pass begins with where the base is of 4 bits."""
+        return self.work.unpacked(self.planner.numbers, self.work.layers)
+
+    def both(self, rows: float) -> Work:
+        """A pass of the base, and one of base and adapters."""
+        return (self.work.forward(rows) + self.unpacked).times(2) + self.lora(rows * self.work.columns)
 
     def question(self, rows: int) -> float:
         return self.answered(rows, ANSWER_TOKENS) + PICTURE * rows
 
     def distance(self, rows: int) -> float:
-        both = self.work.forward(rows) + self.passed(rows) + self.work.head_work(2 * rows * self.tokens)
+        both = self.both(rows) + self.work.head_work(2 * rows * self.tokens)
         return self.answered(rows, self.tokens, adapted=False) + self.card.seconds(both) + PICTURE * rows
 
     def text(self, rows: int) -> float:
         # Without pictures: the decoder alone.
         return self.card.seconds(self.work.layer_work(rows * TEXT, TEXT, self.work.layers) + self.lora(rows * TEXT)
-                                 + self.work.head_work(rows * SCORED))
+                                 + self.unpacked + self.work.head_work(rows * SCORED))
 
     def drift(self) -> float:
         """Seconds of the pass of both models over the probe; the states of one process and of the others go on together."""
-        items = self.config.probe.size
-        passes = self.work.forward(items) + self.passed(items) + Work(pictures=2 * items)
-        batches = -(-items // self.config.icsm.batch_size)
-        return self.card.seconds(passes._replace(kernels=passes.kernels * batches)) / self.planner.gpus
+        size = min(self.config.icsm.batch_size, self.config.probe.size)
+        one = self.card.seconds(self.both(size) + Work(pictures=2 * size))
+        return self.config.probe.size / size * one / self.planner.gpus
 
     def asked(self) -> List[Tuple[str, int, float, int]]:
         """(what, how many in all, seconds, rows of a batch) of what is asked beside the episodes."""
