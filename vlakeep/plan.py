@@ -16,14 +16,9 @@ from vlakeep.core.hardware import GIB, Hardware, hardware
 from vlakeep.core.options import read
 from vlakeep.core.stages import PLAN
 from vlakeep.core.storage import Storage
+from vlakeep.planning.evaluation import duration
 from vlakeep.planning.fit import remedies
 from vlakeep.planning.predict import Model, StagePlan, find_model, plan_all
-
-
-def duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def parts(memory: Dict[str, float]) -> List[str]:

@@ -6,6 +6,7 @@
     a model         pick_key, keys: which action statistics
     trials          play (episodes), questions, retention
     results         alarms, counted, additions, lines_of
+    a plan          amount
 
 An object is of one evaluation: of a configuration and a storage root. It touches no model but through the Target that it is given
 (benchmarks/policy.py), and this file, as every one that ends in BENCHMARK, imports nothing heavy: configurations are checked with it.
@@ -16,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
+from vlakeep.benchmarks.amount import UNKNOWN, Amount, Play, share
 from vlakeep.benchmarks.records import Records
 from vlakeep.benchmarks.specs import ActionSpec, ObservationSpec, Questions, Retention, compare
 from vlakeep.core.config import Config, EvaluateConfig
@@ -115,6 +117,18 @@ class Benchmark:
     def stand_in(self) -> "Optional[Target]":
         """What is evaluated in place of a model, if the settings ask for that."""
         return None
+
+    # For a plan
+
+    @classmethod
+    def amount(cls, config: Config, ranks: int = 1, gpu: bool = True) -> Amount:
+        """What one of `ranks` processes plays, and what all of them ask together, of a run; gpu: whether one renders pictures. Nothing is
+        opened, and what that would tell is assumed (benchmarks/amount.py)."""
+        settings = config.evaluate
+        own = share(settings.episodes * max(1, len(settings.skills)), ranks)
+        calls = own * UNKNOWN / settings.batch
+        return Amount([Play(settings.benchmark, own, own * UNKNOWN, f"{UNKNOWN} each; without its simulator, of which nothing is known",
+                            calls, settings.batch, calls, settings.batch)])
 
     # With the model
 

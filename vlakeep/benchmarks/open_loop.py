@@ -19,9 +19,11 @@ from typing import Any, Callable, Dict, Iterator, List
 import numpy as np
 from tqdm import tqdm
 
+from vlakeep.benchmarks.amount import Amount, frames, share
 from vlakeep.benchmarks.base import NEVER, Ability, Benchmark
 from vlakeep.benchmarks.records import Records, mean_interval
 from vlakeep.benchmarks.specs import ActionSpec, ObservationSpec
+from vlakeep.core.hardware import PICTURE
 from vlakeep.core.log import log
 
 NAME = "dataset"
@@ -42,6 +44,11 @@ def chosen_episodes(count: int, most: int) -> List[int]:
     """Up to `most` of `count` episodes, evenly spaced."""
     most = min(most, count)
     return [(2 * i + 1) * count // (2 * most) for i in range(most)]
+
+
+def looked_at(settings) -> int:
+    """Frames of an episode on which the model is compared with its base."""
+    return max(1, settings.retention_frames // max(1, settings.episodes))
 
 
 def chunk_errors(said_TCA: np.ndarray, wanted_TA: np.ndarray) -> np.ndarray:
@@ -74,7 +81,7 @@ def run_episodes(datasets, act: Callable, tokens: Callable, distance: Callable, 
     todo = [(dataset, episode) for dataset in datasets for episode in chosen_episodes(len(dataset), settings.episodes)
             if not records.has(KIND, dataset.name, dataset.number(episode))]
     todo = records.share(todo)
-    few = max(1, settings.retention_frames // max(1, settings.episodes))
+    few = looked_at(settings)
     for dataset, episode in tqdm(todo, desc=f"{desc}: held-out episodes", leave=False):
         wanted_TA = dataset.standard_actions(episode).astype(float)
         samples = [dataset.frame(episode, t).with_pictures(picture) for t in range(len(wanted_TA))]
@@ -138,6 +145,14 @@ class OpenLoop(Benchmark):
     @property
     def reads_data(self) -> bool:
         return True
+
+    @classmethod
+    def amount(cls, config, ranks: int = 1, gpu: bool = True) -> Amount:
+        """Data sets are taken to hold out as many episodes as are asked for."""
+        settings, names = config.evaluate, config.data.datasets
+        episodes = settings.episodes * len(names)
+        play = frames(f"held-out episodes of {', '.join(names)}", share(episodes, ranks), settings.parallel, PICTURE)
+        return Amount([play] if episodes else [], retention=[looked_at(settings)] * episodes)
 
     def check(self) -> None:
         from vlakeep.benchmarks.trained import check_conventions

@@ -1,6 +1,6 @@
 """What a model is asked beside the episodes: questions with known answers, and how far its action tokens are from its teacher's."""
 
-from typing import Any, Callable, Iterator, List, Tuple
+from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -11,12 +11,25 @@ from vlakeep.models.adapters import adapters_disabled
 
 ANSWER_TOKENS = 6
 QUESTION_BATCH, KL_BATCH = 250, 100
+# Rows times layers times width of a batch, at most: 24 rows of a 7B model, whose keys and values take 3.5 GiB beside 14 GiB of weights.
+MOST = 24 * 32 * 4096
 ROUNDING = 1e-5  # nats, of a mean over float32 sums
 
 
+def together(rows: int, layers: int, width: int) -> int:
+    """How many of `rows` a model of this size is asked together. It follows from the model alone, since the last bits of an answer
+    depend on the batch."""
+    return max(1, min(rows, MOST // (layers * width)))
+
+
+def _fitting(backbone, rows: int) -> int:
+    return together(rows, backbone.num_layers, backbone.hidden_size)
+
+
 @torch.inference_mode()
-def answer_questions(backbone, samples, batch_size: int = QUESTION_BATCH) -> List[str]:
+def answer_questions(backbone, samples, batch_size: Optional[int] = None) -> List[str]:
     """Greedy answers, lower case and stripped."""
+    batch_size = batch_size or _fitting(backbone, QUESTION_BATCH)
     answers = []
     for start in range(0, len(samples), batch_size):
         batch = backbone.processor.encode_prompts(samples[start:start + batch_size])
@@ -26,8 +39,9 @@ def answer_questions(backbone, samples, batch_size: int = QUESTION_BATCH) -> Lis
 
 
 @torch.inference_mode()
-def action_token_kl(backbone, samples, batch_size: int = KL_BATCH) -> np.ndarray:
+def action_token_kl(backbone, samples, batch_size: Optional[int] = None) -> np.ndarray:
     """KL(teacher || student) per frame [N], averaged over the teacher's own action tokens, both models fed those tokens."""
+    batch_size = batch_size or _fitting(backbone, KL_BATCH)
     values, varied, pad = [], backbone.processor.variable_answers, backbone.processor.pad_token_id
     for start in range(0, len(samples), batch_size):
         batch = backbone.processor.encode_prompts(samples[start:start + batch_size]).to(backbone.device)
@@ -58,7 +72,7 @@ def ask_questions(backbone, asked: Questions, records: Records) -> None:
     def ask(trials):
         return answer_questions(backbone, asked.samples(trials))
 
-    for trial, said in answers_lacking(records, "question", asked.kind, len(asked.answers), QUESTION_BATCH, ask):
+    for trial, said in answers_lacking(records, "question", asked.kind, len(asked.answers), _fitting(backbone, QUESTION_BATCH), ask):
         records.add(kind="question", ability=asked.kind, trial=trial, seed=asked.seeds[trial], success=said == asked.answers[trial],
                     value=None, crash=None, steps=0, answer=said, expected=asked.answers[trial])
 
@@ -68,6 +82,6 @@ def measure_retention(backbone, frames: Retention, records: Records) -> None:
     def ask(trials):
         return action_token_kl(backbone, frames.samples(trials))
 
-    for trial, kl in answers_lacking(records, "retention", "action_kl", len(frames.seeds), KL_BATCH, ask):
+    for trial, kl in answers_lacking(records, "retention", "action_kl", len(frames.seeds), _fitting(backbone, KL_BATCH), ask):
         records.add(kind="retention", ability="action_kl", trial=trial, seed=frames.seeds[trial], success=None, value=float(kl), crash=None,
                     steps=0)

@@ -13,8 +13,10 @@ MATMUL = 0.55  # share of the peak that matrix products of a few thousand rows r
 STREAM = 0.75  # share of the bandwidth that elementwise kernels reach
 DECOMPOSE = 0.25  # share of the float64 peak that an eigendecomposition reaches, at 9 n^3 operations
 HOST = 26e-6  # seconds of Python and launch per kernel: .41 s for two samples through 32 adapted layers, computed again
+GRAPHED = 2.2e-6  # seconds of a kernel in a CUDA graph beside its arithmetic: an answer of 7 tokens in .065 s, each further token in .0078
 READ, WRITE = 3.0e9, 1.2e9  # bytes a second of weights: reading (and hashing) from a warm disk, writing
 PICTURE = 5e-3  # seconds to decode, resize and normalise a picture for two towers on one core (crops and colours: 18 ms)
+TENSORS = 1.5e-3  # of that for a picture of the right size and its words: tokens and tensors
 SLACK = 0.10  # of what is not weights: blocks that the allocator holds and cannot use (18.6 reserved for 18.2 GiB allocated)
 
 
@@ -32,11 +34,13 @@ class Hardware(NamedTuple):
     device: str = "cuda"
     link: float = 20e9  # bytes a second between cards: PCIe, and V100s that are linked are planned as if they were not
 
-    def seconds(self, work: "Work") -> float:
-        """Time of some work: products and streams do not overlap, the host's launches overlap with both."""
+    def seconds(self, work: "Work", graphed: bool = False) -> float:
+        """Time of some work: products and streams do not overlap, the host's launches overlap with both. graphed: the host starts it as one
+        CUDA graph, and the device goes from kernel to kernel."""
         device = (work.half / self.half + work.single / self.single) / MATMUL + work.double / self.double / DECOMPOSE
         device += work.stream / self.stream / STREAM
-        host = work.kernels * HOST if self.device == "cuda" else 0.0
+        host = work.kernels * HOST if self.device == "cuda" and not graphed else 0.0
+        device += work.kernels * GRAPHED * graphed
         return max(device, host) + work.read / READ + work.write / WRITE + work.pictures * PICTURE
 
 

@@ -89,7 +89,7 @@ STUDY = Stage("study", "vlakeep.study", "arms x tasks x rates x seeds, trained a
     Option("--import", [], "Take in records that --export wrote elsewhere; these files, with commas between them. Runs nothing.", names)))
 PLAN = Stage("plan", "vlakeep.plan", "peak memory and time of every stage on a card, and what to change when it does not fit",
              together(OFFLINE, TRAIN, EVALUATE, EXPORT), own=(
-    HARDWARE, Option("--gpus", 1, "GPUs that train side by side, each with the whole frozen model.", whole()),
+    HARDWARE, Option("--gpus", 1, "GPUs that train side by side, each with the whole frozen model, and divide an evaluation.", whole()),
     Option("--gib", None, "Memory of a card that may be reserved; null takes the profile's.", number(above=True))))
 FETCH = Stage("fetch", "vlakeep.core.fetch", "bring a base model or data set from the hub below the storage root, with retries", FOLDERS,
               file=False, own=(

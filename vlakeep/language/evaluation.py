@@ -15,12 +15,13 @@ from typing import Any, Dict, List, Tuple
 
 from tqdm import tqdm
 
+from vlakeep.benchmarks.amount import Amount
 from vlakeep.benchmarks.base import NEVER, QUESTION, Ability, Benchmark
 from vlakeep.benchmarks.records import Records, mean_interval
 from vlakeep.core.config import Config
 from vlakeep.core.findings import GREEN, RED, Line
 from vlakeep.core.storage import Storage
-from vlakeep.language.items import PACKAGE, VERSION, drawn, find_files, fingerprint, read_items
+from vlakeep.language.items import PACKAGE, PACKAGED, VERSION, drawn, find_files, fingerprint, read_items
 
 ROWS = 16  # items of a pass
 LOST = 0.01  # share of texts that a tokenizer may not give back
@@ -42,6 +43,17 @@ class Language(Benchmark):
         found = cls(config, storage)
         found.settings = replace(found.settings, skills=[], questions=[])
         return found
+
+    @classmethod
+    def amount(cls, config: Config, ranks: int = 1, gpu: bool = True) -> Amount:
+        """Of files that are not there those of the package."""
+        settings = config.evaluate
+        asked = settings.questions if settings.benchmark in cls.names else []
+        try:
+            count = len(asked or find_files(settings.texts))
+        except OSError:
+            count = len(PACKAGED)
+        return Amount([], texts=[settings.questions_per_kind] * count, text_rows=ROWS)
 
     def check(self) -> None:
         known, names = list(find_files(self.settings.texts)), self.settings.questions

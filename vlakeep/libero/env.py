@@ -24,6 +24,7 @@ from vlakeep.libero.setup import fitting_mujoco, import_libero
 # Control steps that the official script allows, the settling ones not counted.
 MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
 SUITES = tuple(MAX_STEPS)
+TASKS = {**dict.fromkeys(SUITES, 10), "libero_90": 90}
 INIT_STATES = 50  # fixed initial states of each task
 SETTLE = 10  # steps in which things fall into place; the policy is not asked
 IDLE = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)  # no motion, gripper open

@@ -12,6 +12,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import numpy as np
 
+from vlakeep.benchmarks.amount import SAID, Amount, beside, share
 from vlakeep.benchmarks.base import NEW, OPTIONAL, QUESTION, REPLAY, SKILL, Ability, Benchmark
 from vlakeep.benchmarks.specs import ActionSpec, ObservationSpec, Questions, Retention
 from vlakeep.core.config import Config, EvaluateConfig
@@ -21,10 +22,15 @@ from vlakeep.core.storage import Storage, find_checkpoint
 from vlakeep.language.evaluation import Language
 from vlakeep.libero import benchmark as libero
 from vlakeep.libero import setup as libero_setup
-from vlakeep.libero.env import CAMERA, SUITES, WRIST
+from vlakeep.libero.env import CAMERA, MAX_STEPS, SETTLE, SUITES, TASKS, WRIST
 
 GREY = 128
 FIRST_PICTURES = 20  # of an evaluation, compared with the training data's
+# For a plan: seconds of a step without a picture, and of rendering one: on a GPU what eight processes took, resets and their start counted
+# in (127.5 episodes of 100 steps a minute; one alone took 26 ms a step, sixteen 53), in software two on two cores (docs/log.md,
+# 2026-11-23).
+PHYSICS, ON_GPU, SOFTWARE = 0.008, 0.03, 0.11
+KINDS = 10  # of questions that `vlakeep libero-vqa` asks
 
 
 class Libero(Benchmark):
@@ -92,6 +98,29 @@ class Libero(Benchmark):
         from vlakeep.probe.heldout import open_heldout
 
         return open_heldout(self.storage.probe_folder(self.settings.probe), self.storage.probe_folder(self.config.probe.name))
+
+    @classmethod
+    def amount(cls, config: Config, ranks: int = 1, gpu: bool = True) -> Amount:
+        """Of a probe as many questions of each kind as may be asked, and all of its kinds."""
+        settings = config.evaluate
+        replays, sees = settings.target == REPLAY, settings.target != REPLAY and not settings.blank
+        cameras = max(1, len(config.backbone.cameras or config.data.cameras))
+        picture = ON_GPU if gpu else SOFTWARE
+        step = PHYSICS + cameras * picture
+        plays = []
+        for suite in [settings.benchmark, *([] if replays else settings.other_suites)]:
+            tasks = len(set(settings.skills)) if settings.skills and suite == settings.benchmark else TASKS[suite]
+            own = share(tasks * settings.episodes, ranks)
+            workers = min(settings.workers, own)
+            rendering = f"{1000 * cameras * picture:g} rendering {'on a GPU' if gpu else 'in software'}"
+            plays.append(beside(f"{suite}, {tasks} tasks", own, MAX_STEPS[suite], SAID, workers, settings.batch, step, SETTLE * PHYSICS,
+                                f"{workers} simulator{'s' * (workers > 1)} with a core each, {1000 * step:.0f} ms a step, of which "
+                                f"{1000 * PHYSICS:g} are physics and {rendering}"))
+        probe = bool(settings.probe) and sees
+        texts = Language.amount(config, ranks, gpu)._asdict() if settings.language and sees else {}
+        return Amount(**{**texts, "plays": plays, "model": not replays,
+                         "questions": [settings.questions_per_kind] * (len(settings.questions) or KINDS) if probe else [],
+                         "retention": [settings.retention_frames] if probe else []})
 
     def lines(self) -> List[Line]:
         found = libero_setup.lines()

@@ -78,8 +78,8 @@ class Numbers:
 @dataclass(frozen=True)
 class Workload:
     """The shapes. linears: (inputs, outputs) in a decoder layer by leaf; shared: leaf -> the one whose input it reads; text: tokens of a
-    usual prompt with its answer; labelled: columns that get logits; parameters: numbers of weights by part; precise: how many of them stay
-    float32."""
+    usual prompt with its answer; labelled: columns that get logits; action: tokens that are generated where an action is asked (0: as many
+    as an answer has); chunk: actions in them; parameters: numbers of weights by part; precise: how many of them stay float32."""
 
     layers: int
     width: int
@@ -94,6 +94,8 @@ class Workload:
     text: int = 36
     labelled: int = 18
     answer: int = 8
+    action: int = 0
+    chunk: int = 1
     parameters: Dict[str, int] = field(default_factory=dict)
     precise: int = 0
 
@@ -211,14 +213,16 @@ class Workload:
         below = self.tower_work(rows) if first == 0 else Work()
         return below + self.layer_work(tokens, columns, self.layers - first)
 
-    def generate(self, rows: float, batch: int) -> Work:
-        """`rows` prompts answered, `batch` at a time: a pass over the prompt, then one a token, bound by the host or the weights."""
-        steps = rows / batch * (self.answer - 1)
+    def generate(self, rows: float, batch: float, tokens: int = 0) -> Work:
+        """`rows` prompts answered, `batch` at a time, with so many tokens (0: of an answer): a pass over the prompt, then one a token,
+        bound by the host or the weights."""
+        tokens = tokens or self.answer
+        steps = rows / batch * (tokens - 1)
         weights = 2 * self.layers * self.layer_parameters
         # Each batch launches its own kernels.
         first = self.forward(rows)
         first = first._replace(kernels=first.kernels * max(1.0, rows / batch))
-        return first + Work(stream=weights, kernels=LAYER_KERNELS * self.layers).times(steps) + self.head_work(rows * self.answer)
+        return first + Work(stream=weights, kernels=LAYER_KERNELS * self.layers).times(steps) + self.head_work(rows * tokens)
 
     def training_step(self, adapters: Adapters, numbers: Numbers, rows: int) -> Work:
         """Forward and backward pass of one micro-batch."""
@@ -240,8 +244,11 @@ class Workload:
         if numbers.recompute:
             found = found + self.layer_work(tokens, count=above) + self.lora_work(adapters.leaves, adapters.rank, tokens,
                                                                                   len(adapters.layers), numbers.converts)
-        unpacked = Work(stream=UNPACK * self.layer_parameters, kernels=8 * len(self.linears)).times(passes)
-        return found + (unpacked if numbers.packed else Work())
+        return found + self.unpacked(numbers, passes)
+
+    def unpacked(self, numbers: Numbers, layers: float) -> Work:
+        """Weights of 4 bits that are made half ones, in so many passes of a layer."""
+        return Work(stream=UNPACK * self.layer_parameters, kernels=8 * len(self.linears)).times(layers) if numbers.packed else Work()
 
     def optimizer_step(self, parameters: int, clip: bool = True) -> Work:
         """AdamW: weight, gradient and two moments read, three written; the norm reads the gradient, the clip writes it."""

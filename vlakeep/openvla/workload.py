@@ -64,4 +64,5 @@ def workload(kind, config: dict, shapes: Optional[Shapes]) -> Workload:
     return Workload(layers=layers, width=width, mlp=linears["gate_proj"][1], heads=int(text.get("num_attention_heads", 32)),
                     linears=linears, shared=kind.shared_inputs, towers=towers,
                     vocabulary=shapes["language_model.model.embed_tokens.weight"][0],
-                    projector=projector, patches=patches, answer=kind.answer_tokens, parameters=parameters)
+                    projector=projector, patches=patches, answer=kind.answer_tokens,
+                    action=kind.answer_tokens - 1, parameters=parameters)

@@ -41,4 +41,4 @@ def workload(kind, config: dict) -> Workload:
     return Workload(layers=sizes.depth, width=sizes.width, mlp=sizes.mlp_dim, heads=sizes.num_heads, linears=linears,
                     shared=kind.shared_inputs, vocabulary=sizes.vocab_size, towers=towers, projector=[(vision.hidden_size, sizes.width)],
                     patches=sizes.patches * len(seen), text=PROMPT + AROUND + answer, labelled=AROUND + answer, answer=answer,
-                    parameters=parameters, precise=kept)
+                    chunk=config["chunk_size"], parameters=parameters, precise=kept)

@@ -9,17 +9,17 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from vlakeep.core.config import Config
 from vlakeep.core.hardware import SLACK, Hardware, Work, total
-from vlakeep.core.registry import benchmark_class, method_class
+from vlakeep.core.registry import method_class
 from vlakeep.core.storage import find_checkpoint
 from vlakeep.models.adapters import layer_numbers
 from vlakeep.models.files import tensor_table, weight_files
 from vlakeep.models.load import class_of, model_class, model_kinds
 from vlakeep.models.quantised import BYTES
 from vlakeep.models.workload import Adapters, Numbers, Workload
+from vlakeep.planning.evaluation import Evaluation
 
 STAGES = ("offline", "train", "evaluate", "export")
 OPTIMIZER = {"adamw": 8.0, "adamw8bit": 2.03, "paged_adamw8bit": 2.03, "sgd": 0.0}  # bytes of state a parameter; 8 bit: and a scale a block
-POLICY_STEPS = 300  # actions of an episode where the benchmark does not say how many it may take
 PARITY = 8  # frames that export asks together
 
 
@@ -73,7 +73,7 @@ class Planner:
     """Predictions for one configuration on one card."""
 
     def __init__(self, config: Config, model: Model, card: Hardware, gpus: int = 1):
-        self.config, self.work, self.card, self.gpus = config, model.work, card, gpus
+        self.config, self.work, self.kind, self.card, self.gpus = config, model.work, model.kind, card, gpus
         self.adapters, self.numbers = find_adapters(config, model), Numbers.of(config)
         packed = self.work.layers * self.work.layer_parameters if self.numbers.packed else 0
         plain = sum(self.work.parameters.values()) - packed - self.work.precise
@@ -154,20 +154,7 @@ class Planner:
         return made._replace(memory={**made.memory, **first}, allocated=max(made.allocated, most), reserved=max(made.reserved, most))
 
     def _evaluate(self) -> StagePlan:
-        settings = self.config.evaluate
-        benchmark = benchmark_class(settings.benchmark)
-        batch = settings.batch if settings.benchmark != "tabletop" else settings.parallel
-        answering = self.work.generate(batch, batch) + self.lora_on(batch)
-        calls = settings.episodes * POLICY_STEPS / batch
-        each = self.card.seconds(answering)
-        phases = {"keys and values": self.work.cache(self.numbers, batch), "a layer": self.work.passing(self.numbers, batch)}
-        held = {"adapters": 4.0 * self.work.adapter_parameters(self.adapters)}
-        return self._made("evaluate", held, phases, self.card.seconds(self.loading) + calls * each, each, [
-            f"a skill or task: {settings.episodes} episodes of {POLICY_STEPS} actions, {batch} together, {each:.2f} s an action; "
-            f"the simulator of {benchmark.__name__} comes on top"])
-
-    def lora_on(self, rows: int) -> Work:
-        return self.work.lora_work(self.adapters.leaves, self.adapters.rank, rows * self.work.columns, len(self.adapters.layers))
+        return Evaluation(self).plan()
 
     def _export(self) -> StagePlan:
         frames = self.config.export.parity_frames

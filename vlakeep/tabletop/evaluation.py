@@ -5,6 +5,7 @@ from typing import Any, Dict, Iterator, List, Optional
 
 from tqdm import tqdm
 
+from vlakeep.benchmarks.amount import Amount, lockstep
 from vlakeep.benchmarks.base import CONTROL, NEW, OLD, QUESTION, SKILL, Ability, Benchmark
 from vlakeep.benchmarks.specs import ActionSpec, ObservationSpec, Questions, Retention, from_list
 from vlakeep.core.config import Config
@@ -12,6 +13,8 @@ from vlakeep.core.storage import Storage
 from vlakeep.tabletop.questions import QUESTION_KINDS
 from vlakeep.tabletop.skills import ALL_SKILLS, CONTROLS, NEW_SKILLS
 from vlakeep.tabletop.world import MAX_STEPS
+
+STEP = 2.5e-4  # for a plan: seconds of a core for one table's picture and step
 
 
 class Tabletop(Benchmark):
@@ -41,6 +44,18 @@ class Tabletop(Benchmark):
 
     def _asked(self) -> List[str]:
         return self._table.asked_skills(self.settings.skills, self.settings.new_skill)
+
+    @classmethod
+    def amount(cls, config: Config, ranks: int = 1, gpu: bool = True) -> Amount:
+        """Known and new skills are played one after the other, with statistics of their own."""
+        from vlakeep.tabletop.benchmark import asked_skills
+
+        settings = config.evaluate
+        asked = asked_skills(settings.skills, settings.new_skill)
+        parts = [[skill for skill in asked if (skill in NEW_SKILLS) == new and skill in MAX_STEPS] for new in (False, True)]
+        plays = [lockstep(", ".join(part), {skill: MAX_STEPS[skill] for skill in part}, settings.episodes, ranks, settings.parallel, STEP,
+                          f"tables one after the other, {1000 * STEP:g} ms a step") for part in parts if part]
+        return Amount(plays, [settings.questions_per_kind] * len(settings.questions or QUESTION_KINDS), [settings.retention_frames])
 
     def check(self) -> None:
         settings = self.settings
