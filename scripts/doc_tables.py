@@ -164,13 +164,15 @@ def filled(text: str, name: str, content: str) -> str:
 
 def documents() -> Dict[Path, str]:
     """Every document with such tables, as it should be."""
-    from result_tables import all_tables  # imports vlakeep, from the checkout
+    import fail_tables  # these two import vlakeep, from the checkout
+    import result_tables
 
     found = {REPO / "docs" / "file-map.md": file_map()}
-    page = REPO / "docs" / "results.md"
-    found[page] = page.read_text(encoding="utf-8")
-    for name, content in all_tables().items():
-        found[page] = filled(found[page], name, content)
+    for document, tables in (("results.md", result_tables.all_tables()), ("where-it-fails.md", fail_tables.all_tables())):
+        page = REPO / "docs" / document
+        found[page] = page.read_text(encoding="utf-8")
+        for name, content in tables.items():
+            found[page] = filled(found[page], name, content)
     overview = REPO / "docs" / "OVERVIEW.md"
     found[overview] = filled(overview.read_text(encoding="utf-8"), "stages", stages())
     for name, language in LANGUAGES.items():

@@ -290,6 +290,34 @@ def test_the_demo_table_is_made_from_a_report():
         doc_tables.demo_table(0, half)
 
 
+def test_a_loop_that_swings_or_shuts_is_counted_as_one():
+    """docs/where-it-fails.md, on made measurements with a target of 1."""
+    from fail_tables import as_good, at_equal, kind_of, reached, signs, swings
+
+    def run(divergences, openings, **rest):
+        steps = range(10, 10 * len(divergences) + 1, 10)
+        return {"curves": {"step": [0, *steps], "kl": [0.0, *divergences], "opening": [None, *openings]}, **rest}
+
+    steady = run([1.0] * 40, [8.0] * 40)
+    assert kind_of(steady, 1.0) == "neither" and signs(steady, 1.0) == (False, False)
+    turns = run([0.4, 3.1] * 20, [8.0, 6.0] * 20)
+    assert kind_of(turns, 1.0) == "swings" and signs(turns, 1.0) == (True, False)
+    assert swings([(10, 0.6, 1.0), (20, 3.1, 1.0), (30, 0.4, 1.0), (40, 2.9, 1.0)], 1.0) == 1
+    falling = run([1.0] * 40, [8.0] * 10 + [1.0] * 29 + [0.7])
+    assert kind_of(falling, 1.0) == "shuts without swinging" and signs(falling, 1.0) == (False, True)
+    assert kind_of(run([0.4, 3.1] * 20, [8.0] * 39 + [0.7]), 1.0) == "swings and shuts"
+    assert reached({50: 0.9, 60: 0.4, 70: 0.5}, 0.5) == 60 and reached({50: 0.9}, 0.5) is None
+    assert at_equal([(0.2, 1.0), (0.4, 0.8), (0.8, 0.4)], 0.6) == pytest.approx(0.6) and at_equal([(0.2, 1.0), (0.4, 0.8)], 0.5) is None
+
+    def cell(new, old):
+        trials = {"new:a": new, "skill:b": old, "question:c": "1"}
+        return {"arm": "x", "trials": {key: {"outcomes": value} for key, value in trials.items()}, "action_kl": None, "probe_kl": None}
+
+    one = {("a", seed): cell("10", "10") for seed in range(3)}
+    other = {("a", 0): cell("10", "10"), ("a", 1): cell("11", "00"), ("a", 2): cell("11", "10")}
+    assert as_good(one, other, ["a"]) == "2 of 3"
+
+
 def test_generated_tables_are_fresh():
     stale = [str(path.relative_to(REPO)) for path in doc_tables.stale()]
     assert stale == [] and doc_tables.main(["--check"]) == 0, "run: python scripts/doc_tables.py"
