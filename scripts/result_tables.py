@@ -202,13 +202,14 @@ def setpoint() -> str:
 
 
 def ablations() -> str:
-    """One line an arm: new success on each of the two tasks, and what is kept, one seed."""
+    """One line an arm: new success on each of the tasks that ran, and what is kept, one seed."""
     found: Dict[str, Dict[str, Record]] = {}
     for record in records_of("ablations_tabletop"):
         found.setdefault(record["arm"], {})[record["task"]] = record
-    rows = [[arm, *(f"{values_of(own[task])['new']:.2f}" for task in ("corner", "order")),
+    tasks = sorted(set.union(*(set(own) for own in found.values())))
+    rows = [[arm, *(f"{values_of(own[task])['new']:.2f}" for task in tasks),
              *means(list(own.values()), "old", "worst", "questions", "action_kl")] for arm, own in found.items()]
-    return markdown(["arm", "new: corner", "new: order", "six old skills", "worst of them", "questions", "action KL"], rows)
+    return markdown(["arm", *(f"new: {task}" for task in tasks), "six old skills", "worst of them", "questions", "action KL"], rows)
 
 
 def all_tables() -> Dict[str, str]:
