@@ -212,6 +212,26 @@ def ablations() -> str:
     return markdown(["arm", *(f"new: {task}" for task in tasks), "six old skills", "worst of them", "questions", "action KL"], rows)
 
 
+LANGUAGE = ("sciq", "arc_easy", "lambada")
+
+
+def midsize() -> str:
+    """The mid-size base on LIBERO, one run a line: each old suite, questions about scenes over all kinds, language."""
+    def rate(trials: Sequence[Dict]) -> str:
+        outcomes = "".join(one["outcomes"] for one in trials)
+        return f"{outcomes.count('1') / len(outcomes):.2f}"
+
+    rows = []
+    for record in records_of("libero_midsize"):
+        trials = record["trials"]
+        asked = [own for name, own in trials.items() if name.startswith("question:") and name.partition(":")[2] not in LANGUAGE]
+        moved = "" if record["probe_kl"] is None else f"{record['probe_kl']:.3g}"
+        rows.append([record["arm"], f"{record['rate']:g}" if record["rate"] else "", rate([trials["new:libero_goal"]]),
+                     *(rate([trials[f"skill:{suite}"]]) for suite in ("libero_object", "libero_spatial")), rate(asked),
+                     *(rate([trials[f"question:{name}"]]) for name in LANGUAGE), *means([record], "action_kl"), moved])
+    return markdown(["arm", "rate", "new: libero_goal", "libero_object", "libero_spatial", "questions", *LANGUAGE, "action KL", "probe KL"], rows)
+
+
 def all_tables() -> Dict[str, str]:
     return {function.__name__.replace("_", "-"): function().rstrip("\n")
             for function in (tuning, tuning_claim, tuning_each_task, settings, claim, each_task, rivals, rivals_against,

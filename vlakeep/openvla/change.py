@@ -96,7 +96,7 @@ def begin_with(backbone, file: Path) -> Dict[str, Any]:
             a_RI[:len(a_KI)], b_OR[:, :len(a_KI)] = a_KI, b_OK
         elif "whole" not in found:
             raise CheckpointError(f"{file} changes {name}, which has no adapter here")
-        elif name.startswith(PROJECTOR):
+        elif place.startswith(PROJECTOR.rstrip(".")):
             getattr(module, leaf).copy_(found["whole"])
         elif name in facts["rows"]:  # of the vocabulary
             first, last = facts["rows"][name]
