@@ -229,7 +229,8 @@ def midsize() -> str:
         rows.append([record["arm"], f"{record['rate']:g}" if record["rate"] else "", rate([trials["new:libero_goal"]]),
                      *(rate([trials[f"skill:{suite}"]]) for suite in ("libero_object", "libero_spatial")), rate(asked),
                      *(rate([trials[f"question:{name}"]]) for name in LANGUAGE), *means([record], "action_kl"), moved])
-    return markdown(["arm", "rate", "new: libero_goal", "libero_object", "libero_spatial", "questions", *LANGUAGE, "action KL", "probe KL"], rows)
+    head = ["arm", "rate", "new: libero_goal", "libero_object", "libero_spatial", "questions", *LANGUAGE, "action KL", "probe KL"]
+    return markdown(head, rows)
 
 
 def all_tables() -> Dict[str, str]:
