@@ -4,11 +4,13 @@
 are paired by task and seed. A measurement is one of the loop: step, divergence on held-out probe items, opening r.
 """
 
+import json
+import lzma
 from functools import lru_cache
 from statistics import mean, median
 from typing import Dict, List, Optional, Sequence, Tuple
 
-from result_tables import Record, means, records_of
+from result_tables import STUDIES, Record, means, records_of
 
 from vlakeep.reporting.intervals import t_interval
 from vlakeep.studies.records import values_of
@@ -402,7 +404,23 @@ def fails_stream() -> str:
     return markdown(["arm", *TASKS, "learnt, less plain LoRA", "worst old skill at the end"], rows)
 
 
+LANGUAGE = {"exact": "exact answers to new requests", "held_loss": "loss on them", "kl_text": "KL on other text",
+            "kl_questions": "KL at answers to questions", "sciq": "SciQ", "lambada": "LAMBADA", "kl_probe": "KL on held-out probe items"}
+
+
+def fails_language() -> str:
+    """Of studies/language_model.py, whose records are no study's: one line an arm."""
+    with lzma.open(STUDIES / "records" / "language_model.jsonl.xz", "rt") as file:
+        found = [json.loads(line) for line in file]
+    rows = []
+    for arm in dict.fromkeys(row["arm"] for row in found):
+        own = [row for row in found if row["arm"] == arm]
+        rows.append([arm, str(len(own)), *(spread([(row["seed"], row[key]) for row in own]) for key in LANGUAGE)])
+    return markdown(["arm, probe", "runs", *LANGUAGE.values()], rows)
+
+
 def all_tables() -> Dict[str, str]:
     return {function.__name__.replace("_", "-"): function().rstrip("\n")
             for function in (fails_skills, fails_against, fails_equal, fails_loop, fails_traces, fails_shut, fails_signs, fails_target,
-                             fails_speed, fails_steps, fails_probe, fails_settings, fails_rates, fails_ranks, fails_both, fails_stream)}
+                             fails_speed, fails_steps, fails_probe, fails_settings, fails_rates, fails_ranks, fails_both, fails_stream,
+                             fails_language)}

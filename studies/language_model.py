@@ -2,7 +2,7 @@
 
     python studies/language_model.py --make main > JOBS.json
     python studies/language_model.py JOBS.json [MORE.json ...] OUT.jsonl --data FOLDER [--part 0 --parts 12] [--seconds 540]
-        [--device cuda] [--threads 1] [--items 500] [--also "--train.steps 60"]
+        [--device cuda] [--tf32] [--threads 1] [--items 500] [--also "--train.steps 60"]
     python studies/language_model.py --table OUT.jsonl [MORE.jsonl ...]
 
 FOLDER is made by studies/language_data.py. The method is the one of the robot policies, with the values of configs/method_graded.yaml:
@@ -40,7 +40,6 @@ from torch.nn.utils.rnn import pad_sequence
 from vlakeep.core.config import config_from_argv
 from vlakeep.core.loss_scale import LossScaler
 from vlakeep.data.sample import IGNORE_INDEX, Batch
-from vlakeep.methods.baseline import Baseline
 from vlakeep.methods.graded import Graded
 from vlakeep.methods.graded_offline import split_items
 from vlakeep.models.adapters import adapters_disabled, attach_lora
@@ -60,6 +59,7 @@ TASK = ["--train.lr", "1e-3", "--train.batch_size", "16", "--train.steps", "300"
         "--lora.init", "kaiming", "--probe.size", "300"]
 OFF = ["--gains.enabled", "false", "--thermostat.enabled", "false"]
 BOTH = "text+questions"
+OPEN = ["--thermostat.enabled", "false", "--gains.opening", "1e-2"]  # gains that the loop does not move, as beside distillation
 ARMS: Dict[str, dict] = {
     "plain 1e-3": {"args": OFF},
     "set-point .01, text+questions": {"args": ["--thermostat.target", "0.01"]},
@@ -75,7 +75,11 @@ ARMS: Dict[str, dict] = {
     "set-point .05, text": {"args": ["--thermostat.target", "0.05"], "probe": "text"},
     "distillation 4, text+questions": {"args": OFF, "distil": 4.0},
     "set-point .002, text": {"args": ["--thermostat.target", "0.002"], "probe": "text"},
-    "fixed r 1e-2, text+questions": {"args": ["--thermostat.enabled", "false", "--gains.opening", "1e-2"]},
+    "fixed r 1e-2, text+questions": {"args": OPEN},
+    "r 1e-2 and distillation 1, text+questions": {"args": OPEN, "distil": 1.0},
+    "set-point .01 and distillation 1, text+questions": {"args": ["--thermostat.target", "0.01"], "distil": 1.0},
+    "plain 1e-3, decay 1": {"args": [*OFF, "--train.weight_decay", "1"]},
+    "r 1e-2 and distillation 1, text": {"args": OPEN, "distil": 1.0, "probe": "text"},
 }
 
 
@@ -242,15 +246,17 @@ class Probe:
         return passages_of(self.fit.rows).answered(self._model)
 
 
-class Distilled(Baseline):
-    """Plain LoRA whose loss also holds the divergence from the teacher on items of the probe."""
+class Distilled(Graded):
+    """The loss also holds the divergence from the teacher on items of the probe, with or without gains."""
 
-    def __init__(self, weight: float, probe: Probe, seed: int, size: int = 8):
+    def __init__(self, config, artifact, make_sensors, weight: float, probe: Probe, size: int = 8):
+        super().__init__(config, artifact, make_sensors)
         self._weight, self._probe, self._size = weight, probe, size
-        self._answered, self._draw = probe.fit_answered, torch.Generator().manual_seed(seed)
+        self._answered, self._draw = probe.fit_answered, torch.Generator().manual_seed(config.seed)
         self._model: Any = None
 
     def attach(self, backbone) -> None:
+        super().attach(backbone)
         self._model = backbone
 
     def penalty(self) -> torch.Tensor:
@@ -271,13 +277,12 @@ def configuration(job, also):
 
 def make_method(job, config, probe: Probe):
     """Made before the adapters are: what it needs of the teacher is measured now."""
-    if job["distil"]:
-        return Distilled(job["distil"], probe, job["seed"])
     spectra = probe.spectra if config.gains.enabled else {}
 
     def make_sensors(model):
         return {"kl": probe.held.sensor(model, probe.held_answered), "kl_new": None}
-    return Graded(config, SimpleNamespace(spectra=lambda: spectra, folder="the probe"), make_sensors)
+    artifact = SimpleNamespace(spectra=lambda: spectra, folder="the probe")
+    return Distilled(config, artifact, make_sensors, job["distil"], probe) if job["distil"] else Graded(config, artifact, make_sensors)
 
 
 def train(model: LanguageModel, method, config, pairs, seed: int) -> List[dict]:
@@ -425,6 +430,7 @@ def main() -> int:
     parser.add_argument("--seconds", default=1e9, type=float, help="no run is begun that would not end by then")
     parser.add_argument("--items", default=500, type=int, help="most items of an evaluated set")
     parser.add_argument("--also", default="", help="overrides for all runs")
+    parser.add_argument("--tf32", action="store_true", help="products of matrices in TensorFloat-32, of a GPU that has it")
     parser.add_argument("--make", choices=["main", "check"])
     parser.add_argument("--table", action="store_true")
     own = parser.parse_args()
@@ -435,6 +441,7 @@ def main() -> int:
         print(table([json.loads(line) for file in own.files for line in Path(file).read_text().splitlines()]))
         return 0
     torch.set_num_threads(own.threads)
+    torch.backends.cuda.matmul.allow_tf32 = own.tf32
     jobs, out = [job for file in own.files[:-1] for job in json.loads(Path(file).read_text())], Path(own.files[-1])
     done = [json.loads(line) for file in out.parent.glob("*.jsonl") for line in file.read_text().splitlines()]
     done = {key(row) for row in done if "error" not in row}

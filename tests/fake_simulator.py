@@ -46,6 +46,12 @@ def trouble(folder, job):
         time.sleep(60)
 
 
+def slow_scene(suite, task, seed):
+    """Task 2 takes long to load."""
+    time.sleep(6.0 if task == 2 else 0.0)
+    return Counter(suite, task, seed)
+
+
 def broken(suite, task, seed):
     raise RuntimeError("no display")
 

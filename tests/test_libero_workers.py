@@ -3,19 +3,20 @@
 import functools
 import itertools
 import json
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from fake_simulator import Counter, Line, broken, count, walked
+from fake_simulator import Counter, Line, broken, count, slow_scene, walked
 
 from vlakeep.benchmarks.policy import FixedBatch
 from vlakeep.benchmarks.summary import make_summary, print_summary
 from vlakeep.core.config import BackboneConfig, Config, EvaluateConfig
 from vlakeep.core.storage import Storage
 from vlakeep.libero import benchmark as libero
-from vlakeep.libero import demos, evaluation
+from vlakeep.libero import demos, evaluation, pace
 from vlakeep.libero import setup as libero_setup
 from vlakeep.libero.env import NoPlacement, to_simulator
 from vlakeep.libero.record import Demo, Manner, disturbances, play_expert, without_no_ops
@@ -38,6 +39,58 @@ def test_results_do_not_depend_on_the_number_of_workers():
             found.append({job: result["total"] for job, result, error in results if error is None})
             assert len({result["pid"] for _, result, _ in results}) <= workers and pool.restarts == 0
     assert found[0] == found[1] == {job: sum(job.task * 16 + job.number + s + 1.0 for s in range(4)) for job in JOBS}
+
+
+def test_the_clock_tells_the_policys_seconds_from_those_of_the_simulators():
+    def slow(jobs, seen):
+        time.sleep(0.02)
+        return act(jobs, seen)
+
+    with Workers(Counter, count, 2) as pool:
+        began = time.perf_counter()
+        list(pool.run(JOBS, slow))
+        seconds, clock = time.perf_counter() - began, pool.clock
+    assert (clock.episodes, clock.pictures) == (6, 24) and 12 <= clock.answers <= 24
+    assert clock.busy >= 0.02 * clock.answers and clock.idle > 0  # the workers' imports, at least
+    assert 0.7 * seconds < clock.busy + clock.idle <= seconds
+    assert clock.line().startswith("6 episodes in ") and f"answered {clock.answers} times" in clock.line()
+
+
+@pytest.mark.parametrize("better", pace.SHARES)
+def test_the_policy_is_asked_when_as_many_wait_as_was_faster(better):
+    time_now = [0.0]
+    own = pace.Pace(4, lambda: time_now[0])
+    shares = []
+    while not own.decided:
+        shares.append(own.share)
+        time_now[0] += 1.0 if own.share == better else 1.5
+        own.answered(4)
+    assert own.share == better and shares[:10] == [0.5] * 10  # ten pictures a worker are before the trials
+    assert [share for share, _ in itertools.groupby(shares)] == [0.5, 1.0, 0.5, 1.0]
+    assert own.rate(better) == pytest.approx(4.0) and own.rate(1.5 - better) == pytest.approx(4 / 1.5)
+    assert f"{own.rate(1.0):.0f} a second when all waited" in own.line()
+    time_now[0] += 1e6
+    own.answered(1)
+    assert own.share == better  # it stays
+    assert pace.Pace(1).decided and pace.Pace(1).share == 0.5
+
+
+@pytest.mark.parametrize("share", pace.SHARES)
+def test_results_do_not_depend_on_the_pace_and_nobody_waits_for_a_scene_that_loads(share, monkeypatch):
+    asked = []
+
+    def counting(jobs, seen):
+        asked.append(sorted(job.task for job in jobs))
+        time.sleep(0.02)
+        return act(jobs, seen)
+
+    monkeypatch.setattr(pace, "SHARES", (share,))
+    jobs = [Job("s", task, 0, 0, limit=100) for task in range(3)]
+    with Workers(slow_scene, count, 3) as pool:
+        results = {job.task: result["total"] for job, result, _ in pool.run(jobs, counting)}
+    assert results == {task: sum(task * 16 + s + 1.0 for s in range(100)) for task in range(3)}
+    assert asked[-100:] == [[2]] * 100  # the others were over before its scene was there
+    assert share < 1 or asked.count([0, 1]) > 20
 
 
 def test_a_dead_worker_is_replaced_and_its_episode_retried_once(tmp_path):
@@ -83,10 +136,10 @@ def test_the_policy_is_always_asked_in_one_shape_and_rows_keep_their_errors():
 
 
 def test_rows_that_nobody_fills_are_said(capsys):
-    libero.say_idle_rows(EvaluateConfig(batch=4, workers=7))
+    libero.say_idle_rows(EvaluateConfig(batch=4, workers=4))
     assert capsys.readouterr().err == ""
-    libero.say_idle_rows(EvaluateConfig(batch=4, workers=1))
-    assert "use 1 of 4 rows. --evaluate.batch 1 does the same" in capsys.readouterr().err
+    libero.say_idle_rows(EvaluateConfig(batch=4, workers=3))
+    assert "use 3 of 4 rows at most. --evaluate.batch 3 does the same" in capsys.readouterr().err
 
 
 def test_the_model_gives_a_row_the_same_numbers_whoever_else_is_in_its_batch():

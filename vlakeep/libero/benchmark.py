@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vlakeep.benchmarks.records import Records, summarise
+from vlakeep.core.log import log
 from vlakeep.libero.env import CAMERA, INIT_STATES, MAX_STEPS, SUITES, LiberoEnv, load_suite  # noqa: F401 (the room's interface)
 from vlakeep.libero.play import evaluate_episode, require_video
 from vlakeep.libero.setup import require_libero
@@ -54,11 +55,10 @@ def check(settings) -> None:
 
 def say_idle_rows(settings) -> None:
     """A line on stderr when the policy's batch is larger than what the workers fill."""
-    filled = -(-settings.workers // 2)
-    if settings.batch > filled:
-        print(f"--evaluate.batch {settings.batch} with --evaluate.workers {settings.workers}: the policy is asked as soon as half of the "
-              f"workers wait, so most of its calls use {filled} of {settings.batch} rows. --evaluate.batch {filled} does the same with "
-              "less work; take one size for all models that are compared", file=sys.stderr)
+    if settings.batch > settings.workers:
+        print(f"--evaluate.batch {settings.batch} with --evaluate.workers {settings.workers}: no more than {settings.workers} wait for the "
+              f"policy, so its calls use {settings.workers} of {settings.batch} rows at most. --evaluate.batch {settings.workers} does the "
+              "same with less work; take one size for all models that are compared", file=sys.stderr)
 
 
 def instructions(suite: str, tasks: Sequence[int]) -> List[str]:
@@ -115,6 +115,8 @@ def run_suite(act: Callable, settings, crop: bool, records: Records, videos: Pat
                         success=result["success"] if result else None, value=None, crash=crash,
                         steps=result["steps"] if result else 0, task=names[job.task], init=job.number)
             bar.update()
+        if jobs:
+            log.info(f"{suite}: {workers.clock.line()}; {workers.pace.line()}")
         return workers.restarts
 
 

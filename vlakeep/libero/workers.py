@@ -16,6 +16,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tu
 
 import numpy as np
 
+from vlakeep.libero.pace import Clock, Pace
 from vlakeep.libero.setup import environment, variables
 
 SILENCE = 900.0  # seconds after which a worker counts as hung; the first import after an installation takes over a minute
@@ -84,6 +85,7 @@ class _Worker:
     connection: Connection
     job: Optional[Job] = None
     seen: Optional[Seen] = None
+    playing: bool = False  # whether its job has shown a picture yet; before, its scene is loaded
     since: float = 0.0  # when it was last told something
     given_up: Optional[str] = None  # why its episode was ended from here
     task: Optional[Tuple[str, int]] = None  # the environment that it has open
@@ -101,6 +103,7 @@ class Workers:
 
     def __enter__(self) -> "Workers":
         self._workers: List[_Worker] = []
+        self.clock, self.pace = Clock(), Pace(self.count)
         return self
 
     def __exit__(self, *error) -> None:
@@ -131,18 +134,21 @@ class Workers:
     def run(self, jobs: List[Job], act: Callable) -> Iterator[Tuple[Job, Any, Optional[str]]]:
         """Play all jobs; yields (job, result, None) or (job, None, error), in the order in which they end.
 
-        act(jobs, [Seen]) -> per job an action [A], or the text of an error that ends its episode. It is asked as soon as half
-        of the busy workers wait for it: the others simulate meanwhile.
+        act(jobs, [Seen]) -> per job an action [A], or the text of an error that ends its episode. It is asked as soon as so many of the
+        workers that play wait for it as `pace` says; nobody waits for one that loads its scene.
         """
         todo, tries, failures = list(jobs), {}, 0
         while todo or any(worker.job for worker in self._workers):
             self._fill(todo, tries)
-            for worker, kind, value in self._listen():
+            with self.clock.idling():
+                heard = self._listen()
+            for worker, kind, value in heard:
                 job = worker.job
                 if kind == "seen":
-                    worker.seen, failures = value, 0
+                    worker.seen, worker.playing, failures = value, True, 0
                     continue
-                worker.job = worker.seen = None
+                worker.job, worker.seen, worker.playing = None, None, False
+                self.clock.episodes += kind == "done"
                 if kind == "done":
                     failures, reason, worker.given_up = 0, worker.given_up, None
                     yield job, value, reason
@@ -157,8 +163,11 @@ class Workers:
                 else:
                     yield job, None, value
             waiting = [worker for worker in self._workers if worker.seen is not None]
-            if waiting and 2 * len(waiting) >= sum(worker.job is not None for worker in self._workers):
-                for worker, action in zip(waiting, act([w.job for w in waiting], [w.seen for w in waiting])):
+            if waiting and len(waiting) >= self.pace.share * sum(worker.playing for worker in self._workers):
+                with self.clock.answering(len(waiting)):
+                    actions = act([w.job for w in waiting], [w.seen for w in waiting])
+                self.pace.answered(len(waiting))
+                for worker, action in zip(waiting, actions):
                     worker.seen, worker.given_up = None, action if isinstance(action, str) else None
                     self._send(worker, None if isinstance(action, str) else action)
 

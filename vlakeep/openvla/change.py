@@ -23,7 +23,7 @@ from vlakeep.data.sample import IGNORE_INDEX, Batch
 from vlakeep.models.adapters import ADAPTER, adapters_disabled, attach_lora
 from vlakeep.models.outputs import LossOutput, loss_output
 from vlakeep.models.prefix import Prefix
-from vlakeep.openvla.delta import by_tensor, factors, read_difference
+from vlakeep.openvla.delta import by_tensor, factors, own_parts, read_difference
 from vlakeep.openvla.model import TiedHead
 from vlakeep.openvla.tiny import ACTION_TOKENS, FIRST_ACTION_CHARACTER
 
@@ -80,10 +80,7 @@ def begin_with(backbone, file: Path) -> Dict[str, Any]:
     """Give what is trained the values of a difference (delta.py), behind make_trainable; its facts. Directions that the difference does not
     have stay as they were drawn, at nothing. CheckpointError for a difference from other parts, or of a change that is not trained here."""
     facts, stored = read_difference(file)
-    made = (facts["made"] or {}).get("base")
-    if made != backbone.weights_sha256:
-        raise CheckpointError(f"{file} is the difference of a base from parts {str(made)[:16]}, {backbone.name} is "
-                              f"{backbone.weights_sha256[:16]}: give --base the parts that it was trained from")
+    own_parts(backbone.checkpoint, file, facts, stored)
     words, network = words_of(backbone.processor), backbone.network
     for name, found in by_tensor(stored).items():
         place, _, leaf = name.rpartition(".")

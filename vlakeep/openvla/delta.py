@@ -283,14 +283,7 @@ def apply(parts: Path, file: Path, out: Path) -> str:
     """Write the base to the folder `out` and return the hash of its weights. CheckpointError for a file that is damaged, parts of which the
     difference was not taken, and a result that is not the recorded one."""
     facts, stored = read_difference(file)
-    before = dict(read_tensors(weight_files(parts)))
-    wrong = [name for name, wanted in facts["parts"].items()
-             if name not in before or digest(_used(before[name], facts["rows"].get(name))) != wanted]
-    lacking = sorted({key.rpartition(":")[0] for key in stored} - before.keys())
-    if wrong or lacking:
-        raise CheckpointError(f"{parts} are not the parts of which {file} is the difference: {len(wrong + lacking)} tensors are others, "
-                              f"first {(wrong + lacking)[0]}: assemble them anew with `vlakeep assemble-openvla`, of the packages it names")
-    state = patched_all(before, stored, facts["rows"])
+    state = patched_all(own_parts(parts, file, facts, stored), stored, facts["rows"])
     if weights_of(state) != facts["result"]:
         raise CheckpointError(f"the base out of {parts} and {file} is not the one that was made: the file was changed, or this machine "
                               "computes otherwise")
@@ -302,6 +295,18 @@ def apply(parts: Path, file: Path, out: Path) -> str:
             "weights": facts["result"], "made": facts["made"], "made_by": facts["commit"], "versions": library_versions(),
             "commit": source_commit()})
     return facts["result"]
+
+
+def own_parts(parts: Path, file: Path, facts: Dict[str, Any], stored: Tensors) -> Tensors:
+    """The parts' tensors. CheckpointError where they are not those of which the difference was taken, but for what it replaces."""
+    before = dict(read_tensors(weight_files(parts)))
+    wrong = [name for name, wanted in facts["parts"].items()
+             if name not in before or digest(_used(before[name], facts["rows"].get(name))) != wanted]
+    lacking = sorted({key.rpartition(":")[0] for key in stored} - before.keys())
+    if wrong or lacking:
+        raise CheckpointError(f"{parts} are not the parts of which {file} is the difference: {len(wrong + lacking)} tensors are others, "
+                              f"first {(wrong + lacking)[0]}: assemble them anew with `vlakeep assemble-openvla`, of the packages it names")
+    return before
 
 
 def _used(tensor: torch.Tensor, rows: Optional[List[int]]) -> torch.Tensor:
