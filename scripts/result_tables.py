@@ -212,6 +212,35 @@ def ablations() -> str:
     return markdown(["arm", *(f"new: {task}" for task in tasks), "six old skills", "worst of them", "questions", "action KL"], rows)
 
 
+def explained() -> str:
+    """Which share of what plain LoRA loses of the old skills each part keeps, against plain LoRA of the same runs."""
+    def own(study: str, arm: str, rate: float = 2e-3) -> List[Record]:
+        return [record for record in records_of(study)
+                if record["arm"] == arm and (record["rate"], record["seed"] > 10) in ((rate, True), (None, True))]
+
+    groups = [
+        ("tuning_tabletop", {"wide_8000": "gains at r = 1e-2 and distillation, probe of 8,000",
+                             "distillation_3": "distillation alone, the same probe"}),
+        ("rivals_tabletop", {"fixed": "the gains, loop off", "graded": "and the loop, set-point .002",
+                             "hard": "hard cut in place of graded gains",
+                             "distillation": "distillation alone, probe of 2,000", "frozen": "the authors' form"}),
+        ("ablations_tabletop", {"loop_off": "the gains, loop off", "loop_off_random": "and random directions of the same spectrum",
+                                "uniform": "and one gain for all directions", "graded": "the gains with the loop",
+                                "random_bases": "and random directions", "site_lora_input": "the authors' form at the LoRA inputs",
+                                "frozen": "the authors' form", "frozen_random": "and random directions"})]
+    rows = []
+    for study, arms in groups:
+        tasks = {record["task"] for record in own(study, "plain")}
+        base = mean(values_of(record)["old"] for record in records_of(study) if record["arm"] == "base" and record["task"] in tasks)
+        plain = {(record["task"], record["seed"]): values_of(record)["old"] for record in own(study, "plain")}
+        for arm, said in arms.items():
+            cells = own(study, arm)
+            pairs = [(values_of(record)["old"], plain[record["task"], record["seed"]]) for record in cells]
+            kept = sum(old - without for old, without in pairs) / sum(base - without for _, without in pairs)
+            rows.append([said, str(len(cells)), *means(cells, "new", "old"), f"{100 * kept:.0f}"])
+    return markdown(["what acts", "runs", "new skill", "six old skills", "of plain LoRA's loss it keeps (%)"], rows)
+
+
 LANGUAGE = ("sciq", "arc_easy", "lambada")
 
 
@@ -236,4 +265,4 @@ def midsize() -> str:
 def all_tables() -> Dict[str, str]:
     return {function.__name__.replace("_", "-"): function().rstrip("\n")
             for function in (tuning, tuning_claim, tuning_each_task, settings, claim, each_task, rivals, rivals_against,
-                              rivals_abilities, forms, authors_gains, stream, setpoint, ablations)}
+                              rivals_abilities, forms, authors_gains, stream, setpoint, ablations, explained)}

@@ -1,5 +1,7 @@
 """The stages of no single benchmark: what each reads (options.py says how it is written down)."""
 
+from pathlib import Path
+
 from vlakeep.core.hardware import DECIDED, NAMES
 from vlakeep.core.options import Option, Stage, names, number, numbers, together, whole, wholes
 from vlakeep.core.storage import KEYS
@@ -56,6 +58,12 @@ INTERPOLATE = Stage("interpolate", "vlakeep.interpolate", "a run's adapter at se
                     f"{FOLDERS} name export.target export.overwrite", own=(
     Option("--alphas", [0.2, 0.4, 0.6, 0.8], "Strengths, with commas between them: 0 is the base, 1 the run.", numbers),
     Option("--modules", [], "Linears that are weakened, by the last part of their names, such as q_proj; the others keep theirs.", names)))
+ADOPT = Stage("adopt", "vlakeep.adopt", "an adapter that was trained elsewhere, such as by the official finetune.py, as a run",
+              f"{FOLDERS} name device threads backbone", own=(
+    Option("--adapter", None, "Folder of the adapter: adapter_config.json and adapter_model.safetensors, as PEFT saves them.", Path,
+           required=True),
+    Option("--statistics", None, "dataset_statistics.json of its actions; null takes the one beside the adapter.", Path),
+    Option("--step", 0, "Steps that it was trained for, for the name of the checkpoint.", whole(0))))
 STUDY = Stage("study", "vlakeep.study", "arms x tasks x rates x seeds, trained and evaluated; goes on where it was stopped",
               f"{FOLDERS} {' '.join(DECIDED)}", file=False, own=(
     Option("study", None, "The study file (core/study.py says what it holds), such as studies/rivals_small.yaml.", required=True),
@@ -103,4 +111,4 @@ DEMO = Stage("demo", "vlakeep.demo", "the whole pipeline on the small model that
              together(OFFLINE, TRAIN, EVALUATE) + " -name -train.save_every -train.keep_last -evaluate.target", file=False, own=(
     Option("--model", "openvla", "Which of the small models.", choices=("openvla", "pi0_fast")),))
 STAGES = (DEMO, PLAN, PREFLIGHT, STORAGE_CHECK, FETCH, AUDIT, PROBE_ADD, PROBE_SELECT, OFFLINE, TRAIN, EVALUATE, REPORT, EXPORT,
-          INTERPOLATE, STUDY)
+          INTERPOLATE, ADOPT, STUDY)

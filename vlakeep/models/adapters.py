@@ -26,6 +26,9 @@ from vlakeep.models.quantised import plain_state
 
 ADAPTER = "default"
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+# Of adapter_config.json: with one of these an adapter is more than scale B A with one rank and one scale for all linears.
+NOT_PLAIN = ("use_dora", "use_rslora", "use_qalora", "alpha_pattern", "rank_pattern", "modules_to_save", "layer_replication", "bias",
+             "lora_bias")
 
 
 @dataclass(frozen=True)
@@ -284,8 +287,10 @@ def load_adapter(backbone: Backbone, folder) -> None:
         state = load_file(str(folder / WEIGHTS_FILE))
     except (json.JSONDecodeError, SafetensorError) as error:
         raise CheckpointError(f"the adapter in {folder} cannot be read ({error}): use another checkpoint of the run") from error
-    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("use_rslora"):
-        raise CheckpointError(f"{folder / CONFIG_FILE} is not a plain LoRA adapter; only those are supported")
+    odd = [name for name in NOT_PLAIN if config.get(name) not in (None, False, "none", {}, [])]
+    if config.get("peft_type") != "LORA" or odd:
+        raise CheckpointError(f"{folder / CONFIG_FILE} is not a plain LoRA adapter ({', '.join(odd) or config.get('peft_type')}); only "
+                              "those are supported")
     stored = {
         name: tensor for name, tensor in state.items() if ".base_layer." not in name
     }  # peft stores lm_head's base weight too

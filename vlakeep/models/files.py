@@ -116,16 +116,19 @@ def read_tensors(files: List[Path], quiet: Optional[bool] = None) -> Iterator[Tu
 def read_statistics(folder, config: dict) -> dict:
     """norm_stats as the official get_vla finds them: dataset_statistics.json if it is there, else config.json's."""
     file = Path(folder) / STATISTICS
-    if file.is_file():
-        try:
-            statistics = json.loads(file.read_text())
-            for entry in statistics.values():
-                if not len(entry["action"]["q01"]) == len(entry["action"]["q99"]):
-                    raise ValueError("q01 and q99 differ in length")
-            return statistics
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{file} holds no action statistics ({error!r}): fetch it again or remove it") from error
-    return config.get("norm_stats") or {}
+    return statistics_in(file) if file.is_file() else config.get("norm_stats") or {}
+
+
+def statistics_in(file: Path) -> dict:
+    """Entries of a dataset_statistics.json by the data sets' names. CheckpointError for one that has none of actions."""
+    try:
+        statistics = json.loads(file.read_text())
+        for entry in statistics.values():
+            if not len(entry["action"]["q01"]) == len(entry["action"]["q99"]):
+                raise ValueError("q01 and q99 differ in length")
+        return statistics
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} holds no action statistics ({error!r}): fetch it again or remove it") from error
 
 
 def shards(sizes: Dict[str, int]) -> Dict[str, List[str]]:
