@@ -59,7 +59,7 @@ INTERPOLATE = Stage("interpolate", "vlakeep.interpolate", "a run's adapter at se
     Option("--alphas", [0.2, 0.4, 0.6, 0.8], "Strengths, with commas between them: 0 is the base, 1 the run.", numbers),
     Option("--modules", [], "Linears that are weakened, by the last part of their names, such as q_proj; the others keep theirs.", names)))
 ADOPT = Stage("adopt", "vlakeep.adopt", "an adapter that was trained elsewhere, such as by the official finetune.py, as a run",
-              f"{FOLDERS} name device threads backbone", own=(
+              f"{FOLDERS} name device backbone", own=(
     Option("--adapter", None, "Folder of the adapter: adapter_config.json and adapter_model.safetensors, as PEFT saves them.", Path,
            required=True),
     Option("--statistics", None, "dataset_statistics.json of its actions; null takes the one beside the adapter.", Path),
