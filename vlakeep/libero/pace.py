@@ -13,13 +13,13 @@ STARTED = 10  # pictures a worker, in the mean, before the first trial: until th
 
 @dataclass
 class Clock:
-    """Seconds in which the policy answered, and in which too few workers waited for it."""
+    """How many seconds an evaluation took, and in how many of them the policy answered; in the others it waited for simulators."""
 
     episodes: int = 0
     answers: int = 0  # calls of the policy
     pictures: int = 0  # of all calls
+    seconds: float = 0.0
     busy: float = 0.0
-    idle: float = 0.0
 
     @contextlib.contextmanager
     def answering(self, pictures: int) -> Iterator[None]:
@@ -30,19 +30,19 @@ class Clock:
         self.answers, self.pictures = self.answers + 1, self.pictures + pictures
 
     @contextlib.contextmanager
-    def idling(self) -> Iterator[None]:
-        """The policy waits."""
+    def running(self) -> Iterator[None]:
+        """The evaluation goes on."""
         began = time.perf_counter()
         yield
-        self.idle += time.perf_counter() - began
+        self.seconds += time.perf_counter() - began
 
     def line(self) -> str:
         """In one sentence."""
-        total = max(self.busy + self.idle, 1e-9)
+        total = max(self.seconds, 1e-9)
         each, rows = 1000 * self.busy / max(self.answers, 1), self.pictures / max(self.answers, 1)
         return (f"{self.episodes} episodes in {total:.0f} s, {60 * self.episodes / total:.1f} a minute; the policy answered "
                 f"{self.answers:,} times, {rows:.1f} pictures and {each:.1f} ms each, and waited for simulators "
-                f"{100 * self.idle / total:.0f} % of the time")
+                f"{100 * (1 - self.busy / total):.0f} % of the time")
 
 
 class Pace:

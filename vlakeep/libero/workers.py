@@ -137,12 +137,14 @@ class Workers:
         act(jobs, [Seen]) -> per job an action [A], or the text of an error that ends its episode. It is asked as soon as so many of the
         workers that play wait for it as `pace` says; nobody waits for one that loads its scene.
         """
+        with self.clock.running():
+            yield from self._run(jobs, act)
+
+    def _run(self, jobs: List[Job], act: Callable) -> Iterator[Tuple[Job, Any, Optional[str]]]:
         todo, tries, failures = list(jobs), {}, 0
         while todo or any(worker.job for worker in self._workers):
             self._fill(todo, tries)
-            with self.clock.idling():
-                heard = self._listen()
-            for worker, kind, value in heard:
+            for worker, kind, value in self._listen():
                 job = worker.job
                 if kind == "seen":
                     worker.seen, worker.playing, failures = value, True, 0
