@@ -3,7 +3,7 @@
     python studies/language_model.py --make main > JOBS.json
     python studies/language_model.py JOBS.json [MORE.json ...] OUT.jsonl --data FOLDER [--part 0 --parts 12] [--seconds 540]
         [--device cuda] [--tf32] [--threads 1] [--items 500] [--also "--train.steps 60"]
-    python studies/language_model.py --table OUT.jsonl [MORE.jsonl ...]
+    python studies/language_model.py --table OUT.jsonl [MORE.jsonl ...]            # or studies/records/language_model.jsonl.xz
 
 FOLDER is made by studies/language_data.py. The method is the one of the robot policies, with the values of configs/method_graded.yaml:
 methods/graded.py, train_step, the sensor, the spectra. What is here is the language model's side of it. An arm learns to answer requests to
@@ -19,6 +19,7 @@ Axes: N items, B batch, S or L tokens, T answer positions, D hidden, V vocabular
 import argparse
 import itertools
 import json
+import lzma
 import math
 import shlex
 import statistics
@@ -256,7 +257,7 @@ class Distilled(Graded):
         self._model: Any = None
 
     def attach(self, backbone) -> None:
-        super().attach(backbone)
+        super().attach(backbone)  # gains and sensor
         self._model = backbone
 
     def penalty(self) -> torch.Tensor:
@@ -415,6 +416,11 @@ class Bench:
         return dict(row, evaluate_seconds=time.perf_counter() - trained, device=model.device.type)
 
 
+def lines_of(file: Path) -> List[str]:
+    """Of a .jsonl, or of one that is packed, .jsonl.xz."""
+    return (lzma.decompress(file.read_bytes()).decode() if file.suffix == ".xz" else file.read_text()).splitlines()
+
+
 def key(job) -> tuple:
     return job["arm"], job["seed"]
 
@@ -438,7 +444,7 @@ def main() -> int:
         print(json.dumps(make_jobs(own.make)))
         return 0
     if own.table:
-        print(table([json.loads(line) for file in own.files for line in Path(file).read_text().splitlines()]))
+        print(table([json.loads(line) for file in own.files for line in lines_of(Path(file))]))
         return 0
     torch.set_num_threads(own.threads)
     torch.backends.cuda.matmul.allow_tf32 = own.tf32
@@ -478,7 +484,8 @@ def table(rows) -> str:
     for arm in dict.fromkeys(row["arm"] for row in rows):
         own = [row for row in good if row["arm"] == arm]
         cells = [spread([row[name] for row in own]) for name in COLUMNS.values()] if own else [""] * len(COLUMNS)
-        seconds = f"{statistics.mean(row['train_seconds'] for row in own):.0f}" if own else ""
+        timed = [row["train_seconds"] for row in own if "train_seconds" in row]  # not of runs that were stopped and continued
+        seconds = f"{statistics.mean(timed):.0f}" if timed else ""
         lines.append(f"| {arm} | {len(own)} | {' | '.join(cells)} | {seconds} |")
         for row in own:
             if "settled_kl" in row:

@@ -77,6 +77,23 @@ def test_gains_that_are_off_are_plain_lora_to_the_bit(bench, monkeypatch):
         assert [row[name] for name in names] == [ways["baseline"][name] for name in names], way
 
 
+def test_distillation_acts_beside_gains(bench):
+    """An arm that names both is neither alone."""
+    ways = {distil: [bench.run_job(job("one", [*args, "--train.lr", "0.1"], distil=distil))["loss"] for args in (lm.OFF, lm.OPEN)]
+            for distil in (0.0, 1.0)}
+    assert len({loss for losses in ways.values() for loss in losses}) == 4
+
+
+def test_the_records_are_of_the_arms_that_there_are_and_make_a_table(monkeypatch, capsys):
+    file = Path(lm.__file__).parent / "records" / "language_model.jsonl.xz"
+    told = {lm.key(row): row for row in map(lm.json.loads, lm.lines_of(file))}
+    jobs = {lm.key(one): one for one in lm.make_jobs("main")}
+    assert told.keys() <= jobs.keys() and {arm for arm, _ in told} == {"base", *lm.ARMS}
+    assert all(row[name] == jobs[key][name] for key, row in told.items() for name in ("probe", "distil", "args"))
+    monkeypatch.setattr(sys, "argv", ["x", "--table", str(file)])
+    assert lm.main() == 0 and "| distillation 4, text+questions | 1 |" in capsys.readouterr().out
+
+
 def test_a_run_can_be_repeated(bench):
     one = job("set-point", ["--thermostat.target", "0.01"])
     first, second = bench.run_job(one), bench.run_job(one)
