@@ -24,12 +24,12 @@ STATISTICS = {"theirs": {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7, "mask":
 
 @pytest.fixture
 def trained(folder, tmp_path):
-    """(the model with an adapter on all linears, as the official finetune.py makes it, and the folders of adapter and run)."""
+    """(the model with an adapter on all linears but the head, as the official finetune.py has them, and the folders of adapter and run)."""
     backbone = make_backbone(folder)
     from peft import LoraConfig, get_peft_model  # behind the model, which mends torchvision beside a CPU build of torch
 
-    backbone.model = get_peft_model(backbone.model, LoraConfig(r=4, lora_alpha=4, target_modules="all-linear",
-                                                               init_lora_weights="gaussian"))
+    linears = [name for name, module in backbone.model.named_modules() if isinstance(module, torch.nn.Linear) and "lm_head" not in name]
+    backbone.model = get_peft_model(backbone.model, LoraConfig(r=4, lora_alpha=4, target_modules=linears, init_lora_weights="gaussian"))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in backbone.named_parameters():
