@@ -72,6 +72,8 @@ def test_an_adapter_of_peft_becomes_a_run_with_its_outputs_to_the_bit(folder, tr
     assert float((loss(merged) - loss(theirs)).abs()) < 0.02 and list(merged.norm_stats) == ["theirs"]
     with pytest.raises(FileExistsError, match="exists already: take another --name"):
         cli.run(words(folder, tmp_path, adapter, "--statistics", str(run / "dataset_statistics.json")))
+    shutil.rmtree(checkpoint)  # as a kill before it leaves the run
+    assert cli.run(words(folder, tmp_path, adapter, "--statistics", str(run / "dataset_statistics.json"))) == 0 and latest_intact(place)
 
 
 def test_what_cannot_be_taken_is_said_before_a_run_is_there(folder, trained, tmp_path):

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import List, Optional
 
-from vlakeep.core.checkpoint import file_sha256, save_checkpoint
+from vlakeep.core.checkpoint import file_sha256, latest_intact, save_checkpoint
 from vlakeep.core.config import Config, ConfigError
 from vlakeep.core.errors import quoted
 from vlakeep.core.log import log
@@ -43,7 +43,8 @@ def run_adoption(config: Config, storage: Storage, adapter: Path, statistics: Op
     an adapter of another model or kind.
     """
     folder = storage.run_folder(config.name)
-    if folder.exists():
+    begun = (folder / RECORD).is_file() and latest_intact(folder) is None  # what a kill or a full disk left of an earlier call
+    if folder.exists() and not begun:
         raise FileExistsError(f"{folder} exists already: take another --name, or move it away")
     if not (adapter / WEIGHTS_FILE).is_file() and (adapter / PICKLE).is_file():
         raise ConfigError(f"{adapter / PICKLE} is a pickle, which is not opened here: save the adapter anew with "
@@ -64,7 +65,7 @@ def run_adoption(config: Config, storage: Storage, adapter: Path, statistics: Op
         save_adapter(backbone, temporary / "adapter")  # effective weights alone, whatever PEFT stored beside them
         (temporary / "adapter" / STATISTICS).write_text(json.dumps(known, indent=2))
 
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / RECORD, "w") as file:
         file.write(json.dumps({"adapter": str(adapter), "adapter_sha256": file_sha256(adapter / WEIGHTS_FILE),
                                "statistics": str(source), "statistics_sha256": file_sha256(source),

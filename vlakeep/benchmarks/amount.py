@@ -59,7 +59,7 @@ def share(count: int, ranks: int) -> int:
 
 
 def beside(name: str, episodes: int, limit: int, said: str, workers: int, batch: int, step: float, begin: float, simulator: str) -> Play:
-    """Simulator processes before a policy that is asked as soon as half of them wait, with a batch that is filled up. step, begin: seconds
+    """Simulator processes before a policy reckoned as asked when half of them wait, with a batch that is filled up. step, begin: seconds
     of a simulator for a step, and before the first one of an episode."""
     workers = max(1, min(workers, episodes))
     half = -(-workers // 2)
